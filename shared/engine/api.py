@@ -1,0 +1,188 @@
+"""What an engine is to the process around it. No torch here: a servicer needs only this file and `kv`.
+
+Threads: `Engine.step` belongs to one thread (`shared/engine/loop.py` runs it). `submit`, `cancel`, `load` and everything
+on `Engine.kv` may be called from any thread and never wait for a step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from shared.engine.kv.layout import KvLayout
+from shared.engine.kv.memory import PoolMemory
+from shared.engine.kv.store import KvStore, PageTable
+from shared.errors import Fault
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen; the meaning of each field is in protos/forebay/v1/generation.proto."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    num_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sequence to run.
+
+    `output_token_ids` were emitted before (by another worker): they are computed like the prompt, are not emitted again,
+    and count for max_tokens, min_tokens and penalties. With `prefill_only` the sequence ends after one more token.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    output_token_ids: tuple[int, ...] = ()
+    hash_key: bytes = b""
+    prefill_only: bool = False
+    priority: int = 0
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and earlier output."""
+        return self.prompt_token_ids + self.output_token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A chosen token. `logprob` and `top` (id, logprob; most likely first) are set if logprobs were asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PagesComputed:
+    """The KV of the first `num_tokens` tokens is complete in `page_ids`, which start at page index `first_page`.
+
+    Sent for prefill-only sequences, once per chunk, with the pages that became complete since the last one. The last
+    one, in the same step as the token, also has the partly filled page.
+    """
+
+    request_id: str
+    first_page: int
+    page_ids: tuple[int, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokensSampled:
+    """New tokens, and whether they are the last. A stop token ends a sequence as `stop_token_id` and is not in `tokens`
+    unless `ignore_eos`."""
+
+    request_id: str
+    tokens: tuple[SampledToken, ...]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The sequence cannot go on; nothing follows."""
+
+    request_id: str
+    fault: Fault
+
+
+Event = PagesComputed | TokensSampled | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What an engine serves. `compatibility_hash` is equal exactly where pages can be exchanged."""
+
+    model: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    layout: KvLayout
+    num_pages: int
+    compatibility_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Facts for the router, all measured by the engine itself."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_queued_tokens: int = 0
+    prefill_ms_per_token: float = 0.0
+    decode_step_ms: float = 0.0
+    num_steps: int = 0
+    num_preemptions: int = 0
+
+
+class Engine(Protocol):
+    """Runs sequences. `shared.engine.engine.Engine` is the one implementation; what computes is an Executor."""
+
+    spec: EngineSpec
+    kv: KvStore
+    memory: PoolMemory
+
+    def submit(self, request: EngineRequest, pages: PageTable | None = None) -> None:
+        """Queue a sequence. `pages` (from `kv.reserve`) pass into its ownership; their first `pages.num_tokens` tokens
+        are already computed. Raises InvalidRequest or ContextTooLong, and then leaves `pages` with the caller."""
+
+    def cancel(self, request_id: str) -> None:
+        """End a sequence and free its pages; no event follows. Unknown ids are ignored."""
+
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+
+    def step(self) -> list[Event]:
+        """Schedule, forward, absorb, emit."""
+
+    def load(self) -> EngineLoad:
+        """Current facts."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchItem:
+    """One sequence's part of a step: compute tokens [start, start + len(token_ids)) and, if `sample`, choose the next.
+
+    `page_ids` cover all tokens up to the end of this part. `output_start` is the index in the sequence where its output
+    begins (the length of the prompt), and `history` the whole sequence so far, for penalties.
+    """
+
+    request_id: str
+    token_ids: Sequence[int]
+    start: int
+    page_ids: Sequence[int]
+    sample: bool
+    sampling: SamplingParams
+    output_start: int
+    history: Sequence[int] = field(default=())
+
+
+class Executor(Protocol):
+    """Computes steps: `shared.engine.executor.TorchExecutor`, or `shared.engine.sim.SimExecutor` without a model."""
+
+    spec: EngineSpec
+    memory: PoolMemory
+
+    def forward(self, batch: Sequence[BatchItem]) -> list[SampledToken | None]:
+        """Write the KV of every item's tokens into its pages; return the chosen token of each item with `sample`."""

@@ -1,0 +1,48 @@
+"""How a page is laid out, and the hash that says who can exchange pages with whom."""
+
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+
+
+@dataclass(frozen=True, slots=True)
+class StateClass:
+    """One kind of state per token: attention KV, MLA latents, indexer keys, quantization scales …
+
+    `offset_bytes` and `size_bytes` are within a page, all layers of the class together.
+    """
+
+    name: str
+    num_layers: int
+    dtype: str
+    offset_bytes: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """A page: `page_size` tokens, every layer, every state class, one contiguous span of `page_bytes`."""
+
+    page_size: int
+    page_bytes: int
+    state_classes: tuple[StateClass, ...]
+
+    def num_pages(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.page_size)
+
+
+def pack(page_size: int, classes: dict[str, tuple[int, str, int]], align_bytes: int = 64) -> KvLayout:
+    """Lay state classes out one after another. `classes` maps a name to (layers, dtype, bytes per page)."""
+    offset, packed = 0, []
+    for name, (num_layers, dtype, size_bytes) in classes.items():
+        packed.append(StateClass(name, num_layers, dtype, offset, size_bytes))
+        offset += -(-size_bytes // align_bytes) * align_bytes
+    return KvLayout(page_size, offset, tuple(packed))
+
+
+def compatibility_hash(model: str, revision: str, layout: KvLayout) -> str:
+    """32 hex digits over everything that must agree before pages are exchanged."""
+    classes = [[c.name, c.num_layers, c.dtype, c.offset_bytes, c.size_bytes] for c in layout.state_classes]
+    facts = json.dumps([model, revision, layout.page_size, layout.page_bytes, classes], separators=(",", ":"))
+    return blake2b(facts.encode(), digest_size=16).hexdigest()

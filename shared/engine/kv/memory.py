@@ -1,0 +1,45 @@
+"""The memory behind a page pool: allocated once, registered once, never freed while the process lives.
+
+A peer's READ can arrive at any time, and deregistering does not stop it; so the pool outlives every lease by design.
+"""
+
+import ctypes
+import mmap
+from typing import Protocol
+
+
+class PoolMemory(Protocol):
+    """Where pages are. `page(i)` starts at `address + i * page_bytes`."""
+
+    address: int
+    num_pages: int
+    page_bytes: int
+    kind: str
+    device_id: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole pool."""
+
+
+class HostMemory:
+    """Pages in anonymous host memory, zeroed and committed lazily by the kernel."""
+
+    kind = "DRAM"
+    device_id = 0
+
+    def __init__(self, num_pages: int, page_bytes: int) -> None:
+        self.num_pages = num_pages
+        self.page_bytes = page_bytes
+        self.buffer = mmap.mmap(-1, num_pages * page_bytes)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole pool."""
+        return self.num_pages * self.page_bytes
+
+    def page(self, page_id: int) -> memoryview:
+        """The bytes of one page, writable."""
+        start = page_id * self.page_bytes
+        return memoryview(self.buffer)[start : start + self.page_bytes]
