@@ -43,9 +43,13 @@ def generate(target: Path) -> None:
     toolbox = _toolbox()
     environment = os.environ | {"PYTHONPATH": str(toolbox), "PATH": f"{toolbox / 'bin'}:{os.environ['PATH']}"}
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}", f"-I{toolbox / 'grpc_tools' / '_proto'}"]
-    outputs = [f"--{kind}_out={target}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+    outputs = [f"--{kind}_out={target}" for kind in ("python", "grpc_python")]
+    outputs += [f"--{kind}_out=quiet:{target}" for kind in ("mypy", "mypy_grpc")]
     subprocess.run([*command, *outputs, *SOURCES], check=True, env=environment)
     for path in _generated(target):
+        if path.stem.endswith("_pb2_grpc") and "Servicer_to_server" not in path.read_text():
+            path.unlink()
+            continue
         text = re.sub(r"^from forebay\.", "from protos.forebay.", path.read_text(), flags=re.MULTILINE)
         text = re.sub(r"^import forebay\.", "import protos.forebay.", text, flags=re.MULTILINE)
         text = re.sub(r"(?<![\w.\"'/])forebay\.v1\.(\w+_pb2)", r"protos.forebay.v1.\1", text)

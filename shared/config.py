@@ -1,7 +1,7 @@
 """Configuration of a process: a frozen object whose fields are at once flags and environment variables.
 
-Field `lease_ttl_ms` is flag `--lease-ttl-ms` and variable `FOREBAY_LEASE_TTL_MS`; a flag wins over a variable. It is read
-once, at start, and a wrong value ends the process with a message. `--help` is made of the fields' descriptions.
+Field `lease_ttl_ms` is flag `--lease-ttl-ms` and variable `FOREBAY_LEASE_TTL_MS`; a flag wins over a variable. It is
+read once, at start, and a wrong value ends the process with a message. `--help` is made of the fields' descriptions.
 """
 
 import sys

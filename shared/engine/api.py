@@ -1,7 +1,7 @@
 """What an engine is to the process around it. No torch here: a servicer needs only this file and `kv`.
 
-Threads: `Engine.step` belongs to one thread (`shared/engine/loop.py` runs it). `submit`, `cancel`, `load` and everything
-on `Engine.kv` may be called from any thread and never wait for a step.
+Threads: `Engine.step` belongs to one thread (`shared/engine/loop.py` runs it). `submit`, `cancel`, `load` and
+everything on `Engine.kv` may be called from any thread and never wait for a step.
 """
 
 from collections.abc import Sequence
@@ -46,8 +46,9 @@ class SamplingParams:
 class EngineRequest:
     """One sequence to run.
 
-    `output_token_ids` were emitted before (by another worker): they are computed like the prompt, are not emitted again,
-    and count for max_tokens, min_tokens and penalties. With `prefill_only` the sequence ends after one more token.
+    `output_token_ids` were emitted before (by another worker): they are computed like the prompt, are not emitted
+    again, and count for max_tokens, min_tokens and penalties. With `prefill_only` the sequence ends after one more
+    token.
     """
 
     request_id: str

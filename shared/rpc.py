@@ -1,0 +1,301 @@
+"""gRPC, in one place: servers, channels, deadlines, trace context, and faults on the wire.
+
+A handler raises a Fault; its caller, in another process, catches the same Fault. In between it is a gRPC status with a
+google.rpc.ErrorInfo (domain "forebay", reason, metadata). Deadlines do not travel by themselves in grpc.aio: the server
+side notes the deadline of the call it handles, and every call made meanwhile ends by then.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+import grpc.aio
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+from opentelemetry import context as trace_context
+from opentelemetry import propagate, trace
+
+from shared import telemetry
+from shared.errors import FAULTS, Cancelled, DeadlineExceeded, Fault, Internal, Overloaded, Unsupported, WorkerLost
+from shared.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "forebay"
+REQUEST_ID_KEY = "x-request-id"
+MAX_MESSAGE_BYTES = 64 << 20
+DETAILS_KEY = "grpc-status-details-bin"
+# A peer that stops answering is noticed within about two seconds; both sides must agree that pings are welcome.
+KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 1_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+MESSAGES = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
+CHANNEL_OPTIONS = [
+    *KEEPALIVE,
+    *MESSAGES,
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+SERVER_OPTIONS = [
+    *KEEPALIVE,
+    *MESSAGES,
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.so_reuseport", 0),
+]
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+
+
+# Deadlines ------------------------------------------------------------------------------------------------------------
+
+
+def time_remaining() -> float | None:
+    """Seconds until the deadline of the work at hand; None if it has none."""
+    end = _deadline.get()
+    return None if end is None else end - time.monotonic()
+
+
+@contextmanager
+def deadline(seconds: float | None) -> Iterator[None]:
+    """Give the work inside a deadline, or keep the earlier one that it has."""
+    current = time_remaining()
+    shortest = min((s for s in (seconds, current) if s is not None), default=None)
+    token = _deadline.set(None if shortest is None else time.monotonic() + shortest)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+def _timeout(limit: float | None) -> float | None:
+    """What a call may take: its own limit or what is left, whichever is shorter."""
+    left = [seconds for seconds in (limit, time_remaining()) if seconds is not None]
+    if left and min(left) <= 0:
+        raise DeadlineExceeded("the deadline has passed")
+    return min(left, default=None)
+
+
+# Calling --------------------------------------------------------------------------------------------------------------
+
+
+class Channels:
+    """One channel per address, kept until closed. A channel reconnects by itself."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def to(self, address: str) -> grpc.aio.Channel:
+        """The channel to host:port."""
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return self._channels[address]
+
+    async def forget(self, address: str) -> None:
+        """Close the channel to an address whose process is gone."""
+        if channel := self._channels.pop(address, None):
+            await channel.close()
+
+    async def close(self) -> None:
+        """Close all."""
+        for address in list(self._channels):
+            await self.forget(address)
+
+
+async def call(method: Callable[..., Awaitable[Response]], request: object, timeout_s: float | None = None) -> Response:
+    """Make a unary call. Raises the Fault that the callee raised, or the one that the broken connection means."""
+    try:
+        return await method(request, timeout=_timeout(timeout_s), metadata=_outgoing())
+    except grpc.aio.AioRpcError as error:
+        raise fault_of(error) from None
+
+
+async def stream(
+    method: Callable[..., AsyncIterator[Response]], request: object, timeout_s: float | None = None
+) -> AsyncGenerator[Response, None]:
+    """Make a server-streaming call; leaving the iterator early cancels it. Raises faults as `call` does.
+
+    Use it inside `contextlib.aclosing`, so that leaving early does not wait for the garbage collector.
+    """
+    running: Any = method(request, timeout=_timeout(timeout_s), metadata=_outgoing())
+    try:
+        async for response in running:
+            yield response
+    except grpc.aio.AioRpcError as error:
+        raise fault_of(error) from None
+    finally:
+        running.cancel()
+
+
+def _outgoing() -> tuple[tuple[str, str], ...]:
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    if current := telemetry.request_id.get():
+        carrier[REQUEST_ID_KEY] = current
+    return tuple(carrier.items())
+
+
+# Faults on the wire ---------------------------------------------------------------------------------------------------
+
+_BARE_STATUS: dict[grpc.StatusCode, type[Fault]] = {
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.UNAVAILABLE: WorkerLost,
+    grpc.StatusCode.UNIMPLEMENTED: Unsupported,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+}
+
+
+def fault_of(error: grpc.aio.AioRpcError) -> Fault:
+    """The fault that a failed call means: the callee's own if it sent one, else the one of the bare status."""
+    message = error.details() or error.code().name
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_KEY:
+            status, info = status_pb2.Status.FromString(value), error_details_pb2.ErrorInfo()
+            for detail in status.details:
+                if detail.Unpack(info) and info.domain == DOMAIN:
+                    metadata = dict(info.metadata)
+                    param = metadata.pop("param", None)
+                    return FAULTS.get(info.reason, Internal)(message, param=param, metadata=metadata)
+    return _BARE_STATUS.get(error.code(), Internal)(message)
+
+
+def _status_of(fault: Fault) -> bytes:
+    metadata = fault.metadata | ({"param": fault.param} if fault.param else {})
+    info = error_details_pb2.ErrorInfo(reason=fault.reason, domain=DOMAIN, metadata=metadata)
+    status = status_pb2.Status(code=code_pb2.Code.Value(fault.grpc_status), message=fault.message)
+    status.details.add().Pack(info)
+    return bytes(status.SerializeToString())
+
+
+async def _abort(context: Any, fault: Fault) -> NoReturn:
+    code = grpc.StatusCode[fault.grpc_status]
+    await context.abort(code, fault.message, trailing_metadata=((DETAILS_KEY, _status_of(fault)),))
+    raise AssertionError("abort returned")
+
+
+# Serving --------------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A gRPC server with health, reflection, faults, deadlines and spans."""
+
+    def __init__(self, telemetry: Telemetry, service_names: Sequence[str]) -> None:
+        self.grpc = grpc.aio.server(interceptors=[_Interceptor(telemetry)], options=SERVER_OPTIONS)
+        self._health = health.HealthServicer()
+        self._service_names = ("", *service_names)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        names = (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.grpc)
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen, healthy; return the port. Raises OSError if it is taken."""
+        try:
+            bound = self.grpc.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {host}:{port}") from error
+        await self.grpc.start()
+        await self.set_serving(True)
+        return bound
+
+    async def set_serving(self, serving: bool) -> None:
+        """What the health service answers, for each service and for the whole server."""
+        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._service_names:
+            await self._health.set(name, state)
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new calls, give the running ones `grace_s` seconds, then cancel them."""
+        await self.set_serving(False)
+        await self.grpc.stop(grace_s)
+
+
+class _Interceptor(grpc.aio.ServerInterceptor):
+    """Puts every handler of ours inside `_Call`."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith("/forebay."):
+            return handler
+        begin = _Begin(self._telemetry, details.method, dict(details.invocation_metadata or ()))
+        if handler.response_streaming:
+            return handler._replace(unary_stream=_guard_stream(handler.unary_stream, begin))
+        return handler._replace(unary_unary=_guard_unary(handler.unary_unary, begin))
+
+
+class _Begin:
+    """What is set up before a handler runs. Each call has a task, and so a context, of its own: nothing is undone."""
+
+    def __init__(self, telemetry: Telemetry, method: str, metadata: dict[str, Any]) -> None:
+        self._telemetry, self._method, self._metadata = telemetry, method, metadata
+
+    def __call__(self, context: Any) -> trace.Span:
+        """Set deadline, request id and trace context of this task; return the call's span."""
+        remaining = context.time_remaining()
+        _deadline.set(None if remaining is None else time.monotonic() + remaining)
+        telemetry.request_id.set(str(self._metadata.get(REQUEST_ID_KEY, "")))
+        parent = propagate.extract(self._metadata)
+        span = self._telemetry.tracer.start_span(self._method, parent, trace.SpanKind.SERVER)
+        trace_context.attach(trace.set_span_in_context(span, parent))
+        return span
+
+
+def _guard_unary(handler: Any, begin: _Begin) -> Any:
+    async def guarded(request: Any, context: Any) -> Any:
+        span = begin(context)
+        try:
+            return await handler(request, context)
+        except Exception as error:
+            await _refuse(context, error, span)
+        finally:
+            span.end()
+
+    return guarded
+
+
+def _guard_stream(handler: Any, begin: _Begin) -> Any:
+    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+        span = begin(context)
+        try:
+            async with aclosing(handler(request, context)) as responses:
+                async for response in responses:
+                    yield response
+        except Exception as error:
+            await _refuse(context, error, span)
+        finally:
+            span.end()
+
+    return guarded
+
+
+async def _refuse(context: Any, error: Exception, span: trace.Span) -> NoReturn:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, Fault):
+        log.info("fault %s: %s", error.reason, error.message)
+        fault = error
+    elif isinstance(error, asyncio.TimeoutError):
+        fault = DeadlineExceeded("the deadline has passed")
+    else:
+        log.error("defect in a handler", exc_info=error)
+        fault = Internal("internal error; the log of the process has the details")
+    span.set_status(trace.StatusCode.ERROR, fault.message)
+    span.set_attribute("forebay.fault", fault.reason)
+    await _abort(context, fault)

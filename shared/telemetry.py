@@ -1,0 +1,111 @@
+"""Logs, traces and metrics of a process.
+
+Logs are one JSON object a line with the request and trace ids of the work at hand. Traces are OpenTelemetry spans,
+carried through every hop as W3C trace context. Metrics are OpenTelemetry instruments, read by Prometheus.
+"""
+
+import logging
+import sys
+from contextvars import ContextVar
+from typing import Protocol
+
+from opentelemetry import trace
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.metrics import Meter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+from opentelemetry.trace import Tracer
+from prometheus_client import CollectorRegistry, start_http_server
+from pythonjsonlogger.json import JsonFormatter
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+
+
+class TelemetryConfig(Protocol):
+    """The fields of ServiceConfig that telemetry reads."""
+
+    @property
+    def host(self) -> str:
+        """Interface of the metrics endpoint."""
+
+    @property
+    def metrics_port(self) -> int:
+        """Port of the metrics endpoint; 0 takes a free one."""
+
+    @property
+    def log_level(self) -> str:
+        """Least severe level that is logged."""
+
+    @property
+    def traces(self) -> str:
+        """none, console or otlp."""
+
+
+class Telemetry:
+    """The tracer, the meter and the metrics registry of one process."""
+
+    def __init__(self, role: str, name: str, traces: str = "none") -> None:
+        resource = Resource.create({"service.name": f"forebay-{role}", "service.instance.id": name})
+        self.registry = CollectorRegistry()
+        self._tracers = TracerProvider(resource=resource)
+        exporter = _exporter(traces)
+        if exporter is not None:
+            self._tracers.add_span_processor(BatchSpanProcessor(exporter))
+        self._meters = MeterProvider(
+            resource=resource, metric_readers=[PrometheusMetricReader(registry=self.registry)], shutdown_on_exit=False
+        )
+        self.tracer: Tracer = self._tracers.get_tracer("forebay")
+        self.meter: Meter = self._meters.get_meter("forebay")
+
+    def serve_metrics(self, host: str, port: int) -> int:
+        """Answer Prometheus at http://host:port/metrics from a thread; return the port."""
+        server, _ = start_http_server(port, addr=host, registry=self.registry)
+        return int(server.server_port)
+
+    def close(self) -> None:
+        """Send what is left of the spans."""
+        self._tracers.shutdown()
+        self._meters.shutdown()
+
+
+def start(role: str, name: str, config: TelemetryConfig) -> tuple[Telemetry, int]:
+    """Set up logging and telemetry of a process; return it and the port of its metrics endpoint."""
+    log_as_json(role, name, config.log_level)
+    telemetry = Telemetry(role, name, config.traces)
+    return telemetry, telemetry.serve_metrics(config.host, config.metrics_port)
+
+
+def log_as_json(role: str, name: str, level: str) -> None:
+    """Make the root logger write JSON lines to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        JsonFormatter(
+            "{asctime}{levelname}{name}{message}",
+            style="{",
+            rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+            static_fields={"role": role, "process": name},
+        )
+    )
+    handler.addFilter(_add_ids)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def _add_ids(record: logging.LogRecord) -> bool:
+    if (current := request_id.get()) and not hasattr(record, "request_id"):
+        record.request_id = current
+    span = trace.get_current_span().get_span_context()
+    if span.is_valid:
+        record.trace_id = trace.format_trace_id(span.trace_id)
+    return True
+
+
+def _exporter(traces: str) -> SpanExporter | None:
+    if traces == "console":
+        return ConsoleSpanExporter(out=sys.stderr)
+    if traces == "otlp":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        return OTLPSpanExporter()
+    return None

@@ -1,0 +1,190 @@
+"""Calls between processes: faults, deadlines, cancellation, health and reflection."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from opentelemetry import trace
+
+from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, kv_pb2_grpc
+from shared import rpc, telemetry
+from shared.errors import DeadlineExceeded, Fault, Internal, Overloaded, StaleEpoch, Unsupported, WorkerLost
+from shared.telemetry import Telemetry
+
+
+class Kv(kv_pb2_grpc.KvServiceServicer):
+    """A servicer that does what each test's request id names."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    async def Acquire(self, request: kv_pb2.AcquireRequest, context: Any) -> kv_pb2.AcquireResponse:
+        self.seen["remaining"] = rpc.time_remaining()
+        self.seen["request_id"] = telemetry.request_id.get()
+        self.seen["trace"] = trace.get_current_span().get_span_context().trace_id
+        match request.request_id:
+            case "fault":
+                raise Overloaded("full", param="model", metadata={"retry_after_ms": "250"})
+            case "defect":
+                raise ZeroDivisionError("secret")
+            case "slow":
+                await asyncio.sleep(30)
+        return kv_pb2.AcquireResponse()
+
+    async def Connect(self, request: Any, context: Any) -> kv_pb2.ConnectResponse:
+        raise StaleEpoch("not me")
+
+    async def Renew(self, request: Any, context: Any) -> kv_pb2.RenewResponse:
+        raise StaleEpoch("not me")
+
+    async def Release(self, request: Any, context: Any) -> kv_pb2.ReleaseResponse:
+        raise StaleEpoch("not me")
+
+
+class Decode(decode_pb2_grpc.DecodeServiceServicer):
+    """Streams one message and then waits to be cancelled."""
+
+    def __init__(self) -> None:
+        self.cancelled = asyncio.Event()
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[decode_pb2.GenerateResponse]:
+        try:
+            yield decode_pb2.GenerateResponse()
+            if request.request_id == "fault":
+                raise Overloaded("too late")
+            await asyncio.sleep(30)
+        finally:
+            self.cancelled.set()
+
+
+class World:
+    """A server with both servicers and a client's channels."""
+
+    def __init__(self) -> None:
+        self.kv, self.decode = Kv(), Decode()
+        self.telemetry = Telemetry("test", "test-1")
+        self.server = rpc.Server(self.telemetry, ["forebay.v1.KvService", "forebay.v1.DecodeService"])
+        kv_pb2_grpc.add_KvServiceServicer_to_server(self.kv, self.server.grpc)
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.decode, self.server.grpc)
+        self.channels = rpc.Channels()
+        self.address = ""
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        return self.channels.to(self.address)
+
+    async def acquire(self, name: str, timeout_s: float | None = None) -> kv_pb2.AcquireResponse:
+        stub: Any = kv_pb2_grpc.KvServiceStub(self.channel)
+        response: kv_pb2.AcquireResponse = await rpc.call(
+            stub.Acquire, kv_pb2.AcquireRequest(request_id=name), timeout_s
+        )
+        return response
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    world = World()
+    world.address = f"127.0.0.1:{await world.server.start('127.0.0.1', 0)}"
+    yield world
+    await world.channels.close()
+    await world.server.stop(0)
+    world.telemetry.close()
+
+
+async def test_a_fault_arrives_as_the_fault_that_was_raised(world: World) -> None:
+    with pytest.raises(Overloaded) as caught:
+        await world.acquire("fault")
+    assert caught.value.message == "full"
+    assert caught.value.param == "model"
+    assert caught.value.metadata == {"retry_after_ms": "250"}
+
+
+async def test_a_defect_tells_the_caller_nothing_of_itself(world: World) -> None:
+    with pytest.raises(Internal) as caught:
+        await world.acquire("defect")
+    assert "secret" not in caught.value.message
+
+
+async def test_a_fault_amid_a_stream_follows_what_was_sent_before(world: World) -> None:
+    stub: Any = decode_pb2_grpc.DecodeServiceStub(world.channel)
+    responses = rpc.stream(stub.Generate, decode_pb2.GenerateRequest(request_id="fault"))
+    assert await anext(responses) == decode_pb2.GenerateResponse()
+    with pytest.raises(Overloaded):
+        await anext(responses)
+
+
+async def test_leaving_a_stream_early_cancels_its_handler(world: World) -> None:
+    stub: Any = decode_pb2_grpc.DecodeServiceStub(world.channel)
+    async with aclosing(rpc.stream(stub.Generate, decode_pb2.GenerateRequest())) as responses:
+        async for _ in responses:
+            break
+    await asyncio.wait_for(world.decode.cancelled.wait(), 5)
+
+
+async def test_the_deadline_of_the_work_at_hand_reaches_the_callee(world: World) -> None:
+    with rpc.deadline(7.0):
+        await world.acquire("ok", timeout_s=60.0)
+    assert 6.0 < world.kv.seen["remaining"] <= 7.0
+
+
+async def test_a_passed_deadline_is_a_fault_with_a_reason(world: World) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await world.acquire("slow", timeout_s=0.05)
+    with rpc.deadline(-1.0), pytest.raises(DeadlineExceeded):
+        await world.acquire("ok")
+
+
+async def test_request_id_and_trace_context_travel(world: World) -> None:
+    telemetry.request_id.set("r-1")
+    with world.telemetry.tracer.start_as_current_span("root") as span:
+        await world.acquire("ok")
+    assert world.kv.seen["request_id"] == "r-1"
+    assert world.kv.seen["trace"] == span.get_span_context().trace_id
+
+
+async def test_a_server_that_is_gone_is_a_lost_worker(world: World) -> None:
+    await world.server.stop(0)
+    with pytest.raises(WorkerLost):
+        await world.acquire("ok", timeout_s=5)
+
+
+async def test_a_method_that_nobody_wrote_is_unsupported(world: World) -> None:
+    method: Any = world.channel.unary_unary("/forebay.v1.KvService/Nothing", request_serializer=lambda m: b"")
+    with pytest.raises(Unsupported):
+        await rpc.call(method, None)
+
+
+async def test_health_follows_draining(world: World) -> None:
+    stub: Any = health_pb2_grpc.HealthStub(world.channel)
+    request = health_pb2.HealthCheckRequest(service="forebay.v1.KvService")
+    assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+    await world.server.set_serving(False)
+    assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_reflection_lists_the_services(world: World) -> None:
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(world.channel)
+
+    async def requests() -> AsyncIterator[Any]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+
+    async for answer in stub.ServerReflectionInfo(requests()):
+        names = {service.name for service in answer.list_services_response.service}
+        assert {"forebay.v1.KvService", "forebay.v1.DecodeService", "grpc.health.v1.Health"} <= names
+
+
+def test_every_reason_of_the_protocol_has_a_fault() -> None:
+    from protos.forebay.v1 import errors_pb2
+    from shared.errors import FAULTS
+
+    values = errors_pb2.DESCRIPTOR.enum_types_by_name["FaultReason"].values
+    reasons = {value.name.removeprefix("FAULT_REASON_") for value in values} - {"UNSPECIFIED"}
+    assert reasons == set(FAULTS)
+    assert all(grpc.StatusCode[kind.grpc_status] for kind in FAULTS.values())
+    assert issubclass(FAULTS["OVERLOADED"], Fault)
