@@ -1,0 +1,53 @@
+"""A step as tensors: the parts of all sequences laid end to end, page tables as compressed rows."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+
+import torch
+
+from shared.engine.api import BatchItem
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All tensors int32 [..] on the device of the model; T tokens in S sequences, R of which get a token chosen.
+
+    Sequence s computes rows query_starts[s] .. query_starts[s+1] of the T tokens, attends to context_lens[s] tokens
+    (its own included), and lives in pages page_ids[page_starts[s] : page_starts[s+1]].
+    """
+
+    num_tokens: int
+    num_sequences: int
+    token_ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    query_starts: torch.Tensor  # [S + 1]
+    context_lens: torch.Tensor  # [S]
+    page_starts: torch.Tensor  # [S + 1]
+    page_ids: torch.Tensor  # [all pages]
+    sampled_rows: torch.Tensor  # [R], rows of T
+
+
+def build(items: Sequence[BatchItem], page_size: int) -> Batch:
+    """Lay the items of a step out. Raises ValueError for an item without tokens or without pages for them."""
+    lengths = [len(item.token_ids) for item in items]
+    ends = [item.start + length for item, length in zip(items, lengths, strict=True)]
+    for item, length, end in zip(items, lengths, ends, strict=True):
+        if not length or len(item.page_ids) * page_size < end:
+            raise ValueError(f"{item.request_id}: {length} tokens to position {end} in {len(item.page_ids)} pages")
+    starts = [0, *accumulate(lengths)]
+    return Batch(
+        num_tokens=starts[-1],
+        num_sequences=len(items),
+        token_ids=_int32(chain.from_iterable(item.token_ids for item in items)),
+        positions=_int32(chain.from_iterable(map(range, (item.start for item in items), ends))),
+        query_starts=_int32(starts),
+        context_lens=_int32(ends),
+        page_starts=_int32([0, *accumulate(len(item.page_ids) for item in items)]),
+        page_ids=_int32(chain.from_iterable(item.page_ids for item in items)),
+        sampled_rows=_int32(end - 1 for item, end in zip(items, starts[1:], strict=True) if item.sample),
+    )
+
+
+def _int32(values: Iterable[int]) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int32)

@@ -1,0 +1,92 @@
+"""Computes steps with a model in torch. One thread calls `forward`; kernels run outside the GIL."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from shared.engine.api import BatchItem, EngineSpec, SampledToken
+from shared.engine.batch import build
+from shared.engine.kv.layout import compatibility_hash
+from shared.engine.kv.memory import HostMemory
+from shared.engine.kv.view import pool_bytes
+from shared.engine.models import registry
+from shared.engine.models.api import Model, Placement
+from shared.engine.models.checkpoint import revision
+from shared.errors import Unsupported
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Sampler(Protocol):
+    """Chooses tokens: logits float32 [R, vocab_size], and the R items they belong to."""
+
+    def __call__(self, logits: torch.Tensor, items: Sequence[BatchItem], /) -> list[SampledToken]:
+        """One token per row."""
+
+
+def greedy(logits: torch.Tensor, _items: Sequence[BatchItem]) -> list[SampledToken]:
+    """The most likely token of every row."""
+    return [SampledToken(token_id) for token_id in logits.argmax(dim=-1).tolist()]
+
+
+class TorchExecutor:
+    """Satisfies `shared.engine.api.Executor`."""
+
+    def __init__(
+        self, model: Model, spec: EngineSpec, memory: HostMemory, num_threads: int, sampler: Sampler = greedy
+    ) -> None:
+        self.spec = spec
+        self.memory = memory
+        self._model = model
+        self._sampler = sampler
+        self._num_threads = num_threads
+        self._pool = pool_bytes(memory)
+
+    @torch.inference_mode()
+    def forward(self, batch: Sequence[BatchItem]) -> list[SampledToken | None]:
+        """Write the KV of every item's tokens into its pages; return the chosen token of each item with `sample`."""
+        if torch.get_num_threads() != self._num_threads:
+            torch.set_num_threads(self._num_threads)  # OpenMP keeps it per calling thread
+        logits = self._model.forward(build(batch, self.spec.layout.page_size), self._pool, self.spec.layout)
+        sampled = [item for item in batch if item.sample]
+        chosen = iter(self._sampler(logits, sampled) if sampled else ())
+        return [next(chosen) if item.sample else None for item in batch]
+
+
+def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, each field by its name
+    model_dir: Path,
+    *,
+    model_name: str,
+    dtype: str,
+    page_size: int,
+    num_threads: int,
+    num_pages: int = 0,
+    pool_bytes: int = 0,
+    max_model_len: int | None = None,
+    kernels: str = "auto",
+    sampler: Sampler = greedy,
+) -> TorchExecutor:
+    """The executor of a model directory, with a pool of `num_pages` pages, or of at most `pool_bytes` bytes.
+
+    `dtype` is "bfloat16" or "float32"; `max_model_len` at most, and by default, what the model was made for. Raises
+    Unsupported for a model or dtype that cannot be served, and for a pool that holds no page.
+    """
+    if dtype not in DTYPES:
+        raise Unsupported(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
+    model = registry.load(model_dir, Placement(DTYPES[dtype], num_threads, kernels))
+    layout = model.layout(page_size)
+    num_pages = num_pages or pool_bytes // layout.page_bytes
+    if num_pages < 1:
+        raise Unsupported(f"a pool of {pool_bytes} bytes holds no page of {layout.page_bytes} bytes")
+    spec = EngineSpec(
+        model=model_name,
+        vocab_size=model.vocab_size,
+        max_model_len=min(max_model_len or model.max_position, model.max_position),
+        eos_token_ids=model.eos_token_ids,
+        layout=layout,
+        num_pages=num_pages,
+        compatibility_hash=compatibility_hash(model_name, revision(model_dir), layout),
+    )
+    return TorchExecutor(model, spec, HostMemory(num_pages, layout.page_bytes), num_threads, sampler)

@@ -1,0 +1,58 @@
+"""Dense decoders of the Llama kind: LlamaForCausalLM, and Qwen3ForCausalLM (RMSNorm on queries and keys besides)."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from shared.engine.batch import Batch
+from shared.engine.kernels.registry import Candidate, choose
+from shared.engine.kv import view
+from shared.engine.kv.layout import KvLayout, pack
+from shared.engine.layers.decoder import TorchDecoder
+from shared.engine.models.api import Placement
+from shared.engine.models.checkpoint import Checkpoint
+from shared.engine.models.config import DenseConfig, read
+from shared.engine.models.weights import DenseWeights
+
+KV = "kv"
+
+
+class Decoder(Protocol):
+    """(batch, kv [pages, layers, 2, Hkv, page_size, D]) -> logits float32 [R, vocab_size]."""
+
+    def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
+        """Compute a step."""
+
+
+class Llama:
+    """Satisfies `models.api.Model`. One state class: `kv`, a page being [layers, 2, Hkv, page_size, D]."""
+
+    def __init__(self, config: DenseConfig, dtype: torch.dtype, decoder: Decoder) -> None:
+        self.vocab_size = config.vocab_size
+        self.max_position = config.max_position
+        self.eos_token_ids = config.eos_token_ids
+        self._config = config
+        self._dtype = dtype
+        self._decoder = decoder
+
+    def layout(self, page_size: int) -> KvLayout:
+        """A page: keys and values of every layer."""
+        config = self._config
+        num_values = config.num_layers * 2 * config.num_kv_heads * page_size * config.head_dim
+        dtype = str(self._dtype).removeprefix("torch.")
+        return pack(page_size, {KV: (config.num_layers, dtype, num_values * self._dtype.itemsize)})
+
+    def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
+        """Logits float32 [R, vocab_size] of the sampled rows; see `models.api.Model`."""
+        config = self._config
+        shape = (config.num_layers, 2, config.num_kv_heads, layout.page_size, config.head_dim)
+        return self._decoder(batch, view.state_view(pool, view.state_class(layout, KV), shape))
+
+
+def load(model_dir: Path, placement: Placement) -> Llama:
+    """The model in a directory. Raises Unsupported, naming every tensor that is missing, extra or misshapen."""
+    config = read(model_dir)
+    weights = DenseWeights(Checkpoint(model_dir, placement.dtype), config)
+    candidates = [Candidate("torch", None, TorchDecoder)]
+    return Llama(config, placement.dtype, choose(candidates, placement.kernels).built(config, weights))

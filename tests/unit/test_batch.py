@@ -1,0 +1,26 @@
+import pytest
+
+from shared.engine import batch
+from shared.engine.api import BatchItem, SamplingParams
+
+
+def item(token_ids: list[int], start: int, page_ids: list[int], sample: bool) -> BatchItem:
+    return BatchItem("r", token_ids, start, page_ids, sample, SamplingParams(), 0)
+
+
+def test_the_parts_of_sequences_lie_end_to_end() -> None:
+    built = batch.build([item([7, 8, 9], 4, [5, 2], True), item([6], 0, [1], False), item([3], 2, [0], True)], 4)
+    assert (built.num_tokens, built.num_sequences) == (5, 3)
+    assert built.token_ids.tolist() == [7, 8, 9, 6, 3]
+    assert built.positions.tolist() == [4, 5, 6, 0, 2]
+    assert built.query_starts.tolist() == [0, 3, 4, 5]
+    assert built.context_lens.tolist() == [7, 1, 3]
+    assert built.page_starts.tolist() == [0, 2, 3, 4]
+    assert built.page_ids.tolist() == [5, 2, 1, 0]
+    assert built.sampled_rows.tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("broken", [item([], 0, [1], True), item([1, 2], 3, [1], True)])
+def test_a_part_without_tokens_or_pages_for_them_is_refused(broken: BatchItem) -> None:
+    with pytest.raises(ValueError, match="pages"):
+        batch.build([broken], 4)
