@@ -1,0 +1,126 @@
+"""The blackboard: who is there. Every process writes its own registration, again and again; one that stops is gone."""
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from pydantic import ValidationError
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+
+from shared.blackboard import keys
+from shared.blackboard.connection import connect, faults
+from shared.blackboard.index import PrefixIndex
+from shared.blackboard.records import Registration, Role
+from shared.errors import StaleEpoch
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_MS = 1_000
+# Names that have not registered for this long are dropped from the list of members.
+FORGET_MS = 3_600_000
+
+
+class Blackboard:
+    """One process's view of Redis. All methods raise BlackboardLost when Redis does not answer in time.
+
+    Safe for concurrent use within one event loop.
+    """
+
+    def __init__(self, url: str, timeout_ms: int = TIMEOUT_MS) -> None:
+        self._redis: Redis = connect(url, timeout_ms)
+        self.index = PrefixIndex(self._redis)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._redis.aclose()
+
+    async def next_epoch(self, name: str) -> int:
+        """A generation number higher than all that `name` had, also after Redis lost its data."""
+        pipeline = self._redis.pipeline()
+        pipeline.set(keys.epoch(name), time.time_ns() // 1_000_000, nx=True)
+        pipeline.incr(keys.epoch(name))
+        with faults():
+            return int((await pipeline.execute())[1])
+
+    async def register(self, registration: Registration, ttl_ms: int, *, announce: bool = False) -> bool:
+        """Write a registration, which lasts `ttl_ms`, and renew the worker's index for as long; one round trip.
+
+        Announce the first one and each that changes what others must know at once (draining). Returns False if Redis
+        has no complete index of this incarnation (at first, and after Redis lost its data): a worker then writes its
+        whole index. Raises StaleEpoch if a newer incarnation of the same name has registered: end this one.
+        """
+        role, name, epoch = registration.role, registration.name, registration.epoch
+        now_ms, index = time.time_ns() // 1_000_000, keys.index(name, epoch)
+        pipeline = self._redis.pipeline()
+        pipeline.set(keys.process(role, name), registration.model_dump_json(), px=ttl_ms, get=True)
+        pipeline.zadd(keys.members(role), {name: now_ms})
+        pipeline.zremrangebyscore(keys.members(role), "-inf", now_ms - FORGET_MS)
+        pipeline.sismember(index, keys.COMPLETE)
+        pipeline.pexpire(index, ttl_ms)
+        if announce:
+            pipeline.publish(keys.CHANGES, name)
+        with faults():
+            previous, _, _, complete, *_ = await pipeline.execute()
+        if (other := _parse(previous)) is not None and other.epoch > epoch:
+            raise StaleEpoch(f"{name} was started again as epoch {other.epoch}; this is epoch {epoch}")
+        return bool(complete)
+
+    async def deregister(self, registration: Registration) -> None:
+        """Remove a process and its index, and announce it."""
+        role, name = registration.role, registration.name
+        pipeline = self._redis.pipeline()
+        pipeline.delete(keys.process(role, name))
+        pipeline.zrem(keys.members(role), name)
+        pipeline.unlink(keys.index(name, registration.epoch))
+        pipeline.publish(keys.CHANGES, name)
+        with faults():
+            await pipeline.execute()
+
+    async def processes(self, *roles: Role) -> list[Registration]:
+        """Every living process of these roles, by role and name, in one round trip."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for role in roles:
+            pipeline.sort(keys.members(role), alpha=True, get=[keys.process(role, "*")])
+        with faults():
+            answers = await pipeline.execute()
+        found = (_parse(raw) for answer in answers for raw in answer)
+        return [registration for registration in found if registration is not None]
+
+    @asynccontextmanager
+    async def changes(self) -> AsyncIterator["Changes"]:
+        """Listen to announcements while inside."""
+        pubsub = self._redis.pubsub(ignore_subscribe_messages=True)
+        try:
+            with faults():
+                await pubsub.subscribe(keys.CHANGES)
+            yield Changes(pubsub)
+        finally:
+            await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+
+class Changes:
+    """Announcements of processes that came, went or began to drain. Some may be lost: read the board now and then."""
+
+    def __init__(self, pubsub: PubSub) -> None:
+        self._pubsub = pubsub
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Wait for a change; False if there was none in time. Raises BlackboardLost."""
+        end = time.monotonic() + timeout_s
+        with faults():
+            while (left := end - time.monotonic()) > 0:
+                if await self._pubsub.get_message(ignore_subscribe_messages=True, timeout=left):
+                    return True
+        return False
+
+
+def _parse(raw: bytes | None) -> Registration | None:
+    if raw is None:
+        return None
+    try:
+        return Registration.model_validate_json(raw)
+    except ValidationError as error:
+        log.warning("a registration on the blackboard is malformed: %s", error)
+        return None

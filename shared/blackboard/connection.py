@@ -1,0 +1,37 @@
+"""The connection to Redis: short timeouts, reconnecting by itself, and one fault for everything that can go wrong."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as LostConnection
+from redis.exceptions import RedisError
+
+from shared.errors import BlackboardLost
+
+
+def connect(url: str, timeout_ms: int) -> Redis:
+    """A client whose every wait ends after `timeout_ms`. It connects when first used, and again after a loss.
+
+    A command on a connection that Redis has closed meanwhile is sent once more: all commands of ours may be repeated.
+    Raises ValueError if the url is malformed.
+    """
+    return Redis.from_url(
+        url,
+        socket_timeout=timeout_ms / 1000,
+        socket_connect_timeout=timeout_ms / 1000,
+        retry=Retry(NoBackoff(), 1, supported_errors=(LostConnection,)),
+        decode_responses=False,
+        protocol=2,
+    )
+
+
+@contextmanager
+def faults() -> Iterator[None]:
+    """Turn every failure of Redis inside into BlackboardLost."""
+    try:
+        yield
+    except (RedisError, OSError, TimeoutError) as error:
+        raise BlackboardLost(f"Redis: {error or type(error).__name__}") from error

@@ -1,0 +1,72 @@
+"""What processes write on the blackboard about themselves. Fields of newer versions are ignored: upgrades roll."""
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Role(StrEnum):
+    """What a process is."""
+
+    GATEWAY = "gateway"
+    ROUTER = "router"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Record(BaseModel):
+    """Frozen JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class ModelCard(Record):
+    """The model that a worker serves. `compatibility_hash` is equal exactly where pages can be exchanged."""
+
+    model: str
+    max_model_len: int
+    page_size: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    compatibility_hash: str
+    kv_bytes_per_token: int = 0
+    model_path: str = ""
+    """Directory with tokenizer and chat template, where the worker found it."""
+
+
+class Load(Record):
+    """Measured by the worker's engine; fields of `shared.engine.api.EngineLoad`."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_queued_tokens: int = 0
+    prefill_ms_per_token: float = 0.0
+    decode_step_ms: float = 0.0
+    num_steps: int = 0
+    num_preemptions: int = 0
+
+
+class Pages(Record):
+    """Pages of a worker by state; fields of `shared.engine.kv.store.PageCounts`."""
+
+    free: int = 0
+    cached: int = 0
+    leased: int = 0
+    held: int = 0
+    total: int = 0
+
+
+class Registration(Record):
+    """One incarnation of a process. Addresses are host:port; `card` is present for workers."""
+
+    role: Role
+    name: str
+    epoch: int
+    pid: int
+    address: str
+    metrics_address: str = ""
+    http_address: str = ""
+    draining: bool = False
+    card: ModelCard | None = None
+    load: Load = Load()
+    pages: Pages = Pages()

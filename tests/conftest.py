@@ -1,0 +1,34 @@
+"""Fixtures for all tests."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.valkey import ValkeyProcess
+
+
+@pytest.fixture(scope="session")
+def _session_valkey() -> Iterator[ValkeyProcess]:
+    server = ValkeyProcess()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def valkey_url(_session_valkey: ValkeyProcess) -> str:
+    """An empty Redis; each test has it for itself."""
+    import redis
+
+    with redis.Redis.from_url(_session_valkey.url) as client:
+        client.flushall()
+    return _session_valkey.url
+
+
+@pytest.fixture
+def valkey() -> Iterator[ValkeyProcess]:
+    """A Redis that the test may stop and start."""
+    server = ValkeyProcess()
+    server.start()
+    yield server
+    server.stop()

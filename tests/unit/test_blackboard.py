@@ -1,0 +1,234 @@
+"""The blackboard on a real server: registrations, epochs, announcements, the prefix index, and the loss of Redis."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+
+import pytest
+import redis
+
+from shared.blackboard import keys
+from shared.blackboard.board import Blackboard
+from shared.blackboard.index import HASHES_PER_COMMAND, MAX_LOOKUP_HASHES
+from shared.blackboard.records import Load, ModelCard, Registration, Role
+from shared.errors import BlackboardLost, StaleEpoch
+from tests.valkey import ValkeyProcess
+
+TTL_MS = 60_000
+CARD = ModelCard(
+    model="m", max_model_len=2048, page_size=16, vocab_size=100, eos_token_ids=(2,), compatibility_hash="c"
+)
+
+
+def worker(name: str = "d1", epoch: int = 1, role: Role = Role.DECODE) -> Registration:
+    return Registration(role=role, name=name, epoch=epoch, pid=7, address="127.0.0.1:5", card=CARD)
+
+
+def some_hashes(count: int) -> list[bytes]:
+    return [os.urandom(16) for _ in range(count)]
+
+
+@pytest.fixture
+async def board(valkey_url: str) -> AsyncIterator[Blackboard]:
+    board = Blackboard(valkey_url)
+    yield board
+    await board.close()
+
+
+@pytest.fixture
+def raw(valkey_url: str) -> "redis.Redis":
+    return redis.Redis.from_url(valkey_url)
+
+
+async def test_a_registration_is_read_as_it_was_written(board: Blackboard) -> None:
+    written = worker().model_copy(update={"load": Load(num_queued_tokens=9, decode_step_ms=1.5)})
+    await board.register(written, TTL_MS)
+    assert await board.processes(Role.DECODE) == [written]
+
+
+async def test_processes_are_listed_by_role_and_name(board: Blackboard) -> None:
+    for name, role in (("d2", Role.DECODE), ("p1", Role.PREFILL), ("d1", Role.DECODE), ("g1", Role.GATEWAY)):
+        await board.register(worker(name, role=role), TTL_MS)
+    found = await board.processes(Role.PREFILL, Role.DECODE, Role.ROUTER)
+    assert [process.name for process in found] == ["p1", "d1", "d2"]
+
+
+async def test_a_process_that_stops_registering_is_gone_with_its_index(board: Blackboard, raw: "redis.Redis") -> None:
+    await board.index.replace("d1", 1, some_hashes(3), TTL_MS)
+    await board.register(worker(), ttl_ms=30)
+    await asyncio.sleep(0.05)
+    assert await board.processes(Role.DECODE) == []
+    assert not raw.exists(keys.index("d1", 1))
+
+
+async def test_a_heartbeat_renews_registration_and_index(board: Blackboard, raw: "redis.Redis") -> None:
+    await board.index.replace("d1", 1, some_hashes(3), ttl_ms=1_000)
+    await board.register(worker(), ttl_ms=1_000)
+    await board.register(worker(), TTL_MS)
+    for key in (keys.process(Role.DECODE, "d1"), keys.index("d1", 1)):
+        assert raw.pttl(key) > 30_000
+
+
+async def test_deregistering_removes_a_process_and_its_index(board: Blackboard, raw: "redis.Redis") -> None:
+    await board.register(worker(), TTL_MS)
+    await board.index.replace("d1", 1, some_hashes(3), TTL_MS)
+    await board.deregister(worker())
+    assert await board.processes(Role.DECODE) == []
+    assert not raw.exists(keys.index("d1", 1), keys.members(Role.DECODE))
+
+
+async def test_every_key_but_epochs_and_members_expires(board: Blackboard, raw: "redis.Redis") -> None:
+    await board.next_epoch("d1")
+    await board.register(worker(), TTL_MS, announce=True)
+    await board.index.replace("d1", 1, [], TTL_MS)
+    await board.index.update("d1", 1, some_hashes(1), (), TTL_MS)
+    lasting = {key for key in raw.scan_iter() if raw.pttl(key) < 0}
+    assert lasting == {keys.epoch("d1").encode(), keys.members(Role.DECODE).encode()}
+
+
+async def test_epochs_rise_even_when_redis_forgets_them(board: Blackboard, raw: "redis.Redis") -> None:
+    epochs = []
+    for _ in range(3):
+        epochs += [await board.next_epoch("d1"), await board.next_epoch("d1")]
+        raw.flushall()
+        await asyncio.sleep(0.005)
+    assert epochs == sorted(set(epochs))
+
+
+async def test_epochs_rise_even_when_the_clock_is_set_back(board: Blackboard, raw: "redis.Redis") -> None:
+    raw.set(keys.epoch("d1"), 1 << 60)
+    assert await board.next_epoch("d1") == (1 << 60) + 1
+
+
+async def test_an_incarnation_that_was_replaced_is_told_so(board: Blackboard) -> None:
+    await board.register(worker(epoch=2), TTL_MS)
+    with pytest.raises(StaleEpoch):
+        await board.register(worker(epoch=1), TTL_MS)
+
+
+async def test_a_malformed_registration_hides_no_other(board: Blackboard, raw: "redis.Redis") -> None:
+    for name in ("d1", "d2"):
+        await board.register(worker(name), TTL_MS)
+    raw.set(keys.process(Role.DECODE, "d1"), b'{"role": 3')
+    assert [process.name for process in await board.processes(Role.DECODE)] == ["d2"]
+
+
+async def test_fields_of_a_newer_version_are_ignored(board: Blackboard, raw: "redis.Redis") -> None:
+    await board.register(worker(), TTL_MS)
+    newer = worker().model_dump_json()[:-1] + ', "colour": "red"}'
+    raw.set(keys.process(Role.DECODE, "d1"), newer)
+    assert await board.processes(Role.DECODE) == [worker()]
+
+
+async def test_announcements_wake_listeners(board: Blackboard) -> None:
+    async with board.changes() as changes:
+        waiting = asyncio.create_task(changes.wait(10))
+        await board.register(worker(), TTL_MS, announce=True)
+        assert await waiting
+        await board.deregister(worker())
+        assert await changes.wait(10)
+
+
+async def test_heartbeats_wake_nobody(board: Blackboard) -> None:
+    async with board.changes() as changes:
+        await board.register(worker(), TTL_MS)
+        assert not await changes.wait(0.05)
+
+
+async def test_leading_runs_end_at_the_first_missing_page(board: Blackboard) -> None:
+    hashes = some_hashes(600)
+    held = {"all": hashes, "none": [], "tail": hashes[1:], "gap": hashes[:299] + hashes[300:], "one": hashes[:1]}
+    for name, theirs in held.items():
+        await board.index.replace(name, 4, theirs, TTL_MS)
+    names = [*held, "unknown"]
+    runs = await board.index.leading_runs(b"".join(hashes), [(name, 4) for name in names])
+    assert dict(zip(names, runs, strict=True)) == {
+        "all": 600, "none": 0, "tail": 0, "gap": 299, "one": 1, "unknown": 0,
+    }  # fmt: skip
+
+
+async def test_a_lookup_is_bounded(board: Blackboard) -> None:
+    hashes = some_hashes(MAX_LOOKUP_HASHES + 10)
+    await board.index.replace("d1", 1, hashes, TTL_MS)
+    assert await board.index.leading_runs(b"".join(hashes), [("d1", 1)]) == [MAX_LOOKUP_HASHES]
+
+
+async def test_looking_up_nothing_asks_nobody(board: Blackboard) -> None:
+    assert await board.index.leading_runs(b"", [("d1", 1), ("d2", 1)]) == [0, 0]
+    assert await board.index.leading_runs(some_hashes(1)[0], []) == []
+
+
+async def test_an_earlier_epoch_has_another_index(board: Blackboard) -> None:
+    hashes = some_hashes(2)
+    await board.index.replace("d1", 1, hashes, TTL_MS)
+    assert await board.index.leading_runs(b"".join(hashes), [("d1", 2)]) == [0]
+
+
+async def test_updates_change_an_index(board: Blackboard) -> None:
+    hashes = some_hashes(4)
+    await board.index.replace("d1", 1, hashes[:2], TTL_MS)
+    assert await board.index.update("d1", 1, hashes[2:], hashes[1:2], TTL_MS)
+    assert await board.index.leading_runs(b"".join(hashes), [("d1", 1)]) == [1]
+    assert await board.index.leading_runs(b"".join(hashes[2:]), [("d1", 1)]) == [2]
+
+
+async def test_large_updates_and_snapshots_arrive_whole(board: Blackboard, raw: "redis.Redis") -> None:
+    hashes = some_hashes(20 * HASHES_PER_COMMAND + 3)
+    await board.index.replace("d1", 1, hashes, TTL_MS)
+    assert raw.scard(keys.index("d1", 1)) == len(hashes) + 1
+    await board.index.update("d1", 1, (), hashes, TTL_MS)
+    assert raw.smembers(keys.index("d1", 1)) == {keys.COMPLETE.encode()}
+
+
+async def test_a_worker_learns_that_redis_lost_its_index(board: Blackboard, raw: "redis.Redis") -> None:
+    assert not await board.register(worker(), TTL_MS)
+    await board.index.replace("d1", 1, some_hashes(2), TTL_MS)
+    assert await board.register(worker(), TTL_MS)
+    raw.flushall()
+    assert not await board.index.update("d1", 1, some_hashes(1), (), TTL_MS)
+    assert not await board.register(worker(), TTL_MS)
+
+
+async def test_without_redis_everything_is_a_fault_and_it_comes_back_by_itself(valkey: ValkeyProcess) -> None:
+    board = Blackboard(valkey.url)
+    await board.register(worker(), TTL_MS)
+    valkey.stop()
+    hashes = some_hashes(1)
+    for attempt in (
+        board.next_epoch("d1"),
+        board.register(worker(), TTL_MS),
+        board.deregister(worker()),
+        board.processes(Role.DECODE),
+        board.index.update("d1", 1, hashes, (), TTL_MS),
+        board.index.replace("d1", 1, hashes, TTL_MS),
+        board.index.leading_runs(hashes[0], [("d1", 1)]),
+        board.changes().__aenter__(),
+    ):
+        with pytest.raises(BlackboardLost):
+            await attempt
+    valkey.start()
+    await board.index.replace("d1", 1, hashes, TTL_MS)
+    assert await board.index.leading_runs(hashes[0], [("d1", 1)]) == [1]
+    await board.close()
+
+
+async def test_a_listener_learns_that_redis_went_away(valkey: ValkeyProcess) -> None:
+    board = Blackboard(valkey.url)
+    async with board.changes() as changes:
+        valkey.stop()
+        with pytest.raises(BlackboardLost):
+            await changes.wait(10)
+    await board.close()
+
+
+async def test_a_server_that_accepts_and_never_answers_is_a_fault() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        board = Blackboard(f"redis://127.0.0.1:{port}", timeout_ms=50)
+        with pytest.raises(BlackboardLost):
+            await board.processes(Role.DECODE)
+        await board.close()

