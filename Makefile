@@ -1,0 +1,49 @@
+# Everything a person types. Each target sets up what it needs in .venv; when nothing changed that costs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := pyproject.toml deploy/install
+# Passed on: make up ARGS="--decode 2", make test ARGS="tests/unit -k lease"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help up test check format protos bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+up: $(VENV)/serving ## Start a cluster with the default model (ARGS: see `forebay up --help`); Ctrl-C stops it
+	@$(BIN)/forebay up $(ARGS)
+
+test: $(VENV)/developing ## Run the tests (ARGS: pytest's)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/developing ## Run the linters: style, types, imports between rooms, protocol
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/python -m protos.generate --check
+
+format: $(VENV)/developing ## Format the code and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(VENV)/developing ## Generate code from protos/forebay/v1
+	$(BIN)/python -m protos.generate
+
+bench: $(VENV)/developing ## Measure a cluster that this starts and stops (ARGS: see `forebay bench --help`)
+	$(BIN)/forebay bench serve $(ARGS)
+
+clean: ## Remove .venv and caches of tools; models stay in ~/.cache/forebay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
+
+$(VENV)/serving: $(SETUP)
+	deploy/install $(PYTHON) $(VENV) gateway,router,worker,cli
+	@touch $@
+
+$(VENV)/developing: $(SETUP)
+	deploy/install $(PYTHON) $(VENV) gateway,router,worker,cli,dev
+	@touch $@ $(VENV)/serving
