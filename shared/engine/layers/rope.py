@@ -9,9 +9,14 @@ from shared.engine.models.config import DenseConfig, RopeScaling
 
 def inverse_frequencies(config: DenseConfig) -> torch.Tensor:
     """theta^(-2i/D) for i < D/2, stretched where the model says so. float32 [D/2]."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    return frequencies if config.rope_scaling is None else _stretch(frequencies, config.rope_scaling)
+    plain = frequencies(config.head_dim, config.rope_theta)
+    return plain if config.rope_scaling is None else _stretch(plain, config.rope_scaling)
+
+
+def frequencies(dim: int, theta: float) -> torch.Tensor:
+    """theta^(-2i/dim) for i < dim/2. float32 [dim/2]."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    return 1.0 / theta**exponents
 
 
 def _stretch(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:

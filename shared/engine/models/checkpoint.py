@@ -37,10 +37,10 @@ class Checkpoint:
         if faults:
             raise Unsupported(f"the weights do not fit the configuration: {'; '.join(sorted(faults))}")
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor in the dtype of this checkpoint."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor in the dtype of this checkpoint, or in another."""
         tensor: torch.Tensor = self._at[name].get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor.to(self.dtype)
+        return tensor.to(dtype or self.dtype)
 
 
 def _open(path: Path) -> safe_open:

@@ -50,9 +50,9 @@ Fields = Mapping[str, Any]
 
 def read(model_dir: Path) -> DenseConfig:
     """The configuration of a model directory. Raises Unsupported if it is unreadable or asks for what we cannot do."""
-    fields = _json(model_dir / "config.json")
+    fields = read_json(model_dir / "config.json")
     generation = model_dir / "generation_config.json"
-    eos = _json(generation).get("eos_token_id") if generation.exists() else None
+    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     return parse(fields, fields.get("eos_token_id") if eos is None else eos)
 
 
@@ -81,7 +81,7 @@ def parse(fields: Fields, eos_token_id: int | list[int] | None = None) -> DenseC
             mlp_bias=bool(fields.get("mlp_bias", False)),
             qk_norm=qwen3,
             max_position=int(fields.get("max_position_embeddings", 2048)),
-            eos_token_ids=_token_ids(eos_token_id),
+            eos_token_ids=token_ids(eos_token_id),
         )
     except KeyError as missing:
         raise Unsupported(f"config.json lacks {missing}") from None
@@ -91,7 +91,8 @@ def parse(fields: Fields, eos_token_id: int | list[int] | None = None) -> DenseC
     return config
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises Unsupported."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -138,7 +139,8 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     )
 
 
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """A field that may hold one id, several or none."""
     if value is None:
         return ()
     return tuple(int(token) for token in value) if isinstance(value, list) else (int(value),)

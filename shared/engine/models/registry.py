@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from shared.engine.models import llama
+from shared.engine.models import glm, llama
 from shared.engine.models.api import Model, Placement
 from shared.errors import Unsupported
 
 BUILDERS: Mapping[str, Callable[[Path, Placement], Model]] = {
     "LlamaForCausalLM": llama.load,
     "Qwen3ForCausalLM": llama.load,
+    "GlmMoeDsaForCausalLM": glm.load,
 }
 
 

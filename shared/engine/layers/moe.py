@@ -1,0 +1,60 @@
+"""Gated MLPs: one alone, and a mixture behind a sigmoid router with a correction bias (DeepSeek-V3's noaux_tc)."""
+
+import torch
+import torch.nn.functional as F
+
+from shared.engine.kernels import reference
+from shared.engine.layers.linear import Linear
+from shared.engine.models.glm_config import GlmConfig
+from shared.engine.models.glm_weights import MlpWeights, MoeWeights
+
+
+class Mlp:
+    """x [T, hidden] -> [T, hidden]."""
+
+    def __init__(self, weights: MlpWeights) -> None:
+        self.gate_up, self.down = Linear(weights.gate_up), Linear(weights.down)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """down(silu(gate) * up)."""
+        return self.down(reference.silu_mul(self.gate_up(x)))
+
+
+class Moe:
+    """x [T, hidden] -> [T, hidden]: the shared expert, plus the weighted sum of the chosen ones."""
+
+    def __init__(self, config: GlmConfig, weights: MoeWeights) -> None:
+        self.config = config
+        self.router, self.correction_bias = weights.router, weights.correction_bias
+        self.gate_up, self.down = weights.experts.gate_up, weights.experts.down
+        self.shared = Mlp(weights.shared)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Experts are added in rising order, so that a token's sum does not depend on its batch."""
+        weights, chosen = route(F.linear(x.float(), self.router), self.correction_bias, self.config)
+        out = self.shared(x).float()
+        for expert in sorted(set(chosen.flatten().tolist())):
+            rows, place = (chosen == expert).nonzero(as_tuple=True)
+            part = reference.silu_mul(F.linear(x[rows], self.gate_up[expert]))
+            out[rows] += F.linear(part, self.down[expert]).float() * weights[rows, place, None]
+        return out.to(x.dtype)
+
+
+def route(logits: torch.Tensor, bias: torch.Tensor, config: GlmConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights float32 [T, k] and experts [T, k] from logits float32 [T, E].
+
+    The bias takes part in the choice and not in the weights. With groups, only the best ones by the sum of their two
+    best experts can be chosen from (DeepSeek-V3, section 2.1.2).
+    """
+    scores = logits.sigmoid()
+    choice = scores + bias
+    if config.num_groups > 1:
+        grouped = choice.view(len(choice), config.num_groups, -1)
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(config.num_chosen_groups, dim=-1).indices
+        kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
+        choice = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+    chosen = choice.topk(config.num_experts_per_token, dim=-1).indices
+    weights = scores.gather(1, chosen)
+    if config.normalize_top_k:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * config.routed_scaling_factor, chosen

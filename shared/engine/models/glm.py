@@ -1,0 +1,99 @@
+"""GLM-5, 5.1 and 5.2: latent attention over a shared sparse selection, and a mixture of experts."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from shared.engine.batch import Batch
+from shared.engine.kernels import reference
+from shared.engine.kernels.sparse_reference import Selection
+from shared.engine.kv import view
+from shared.engine.kv.layout import KvLayout, pack
+from shared.engine.layers import rope
+from shared.engine.layers.linear import Linear
+from shared.engine.layers.mla import LatentAttention
+from shared.engine.layers.moe import Mlp, Moe
+from shared.engine.models.api import Placement
+from shared.engine.models.checkpoint import Checkpoint
+from shared.engine.models.glm_config import GlmConfig, read
+from shared.engine.models.glm_weights import GlmWeights, MoeWeights
+from shared.errors import Unsupported
+
+LATENTS, INDEX_KEYS = "mla_latent", "indexer_keys"
+
+
+class GlmLayer:
+    """x [T, hidden] -> [T, hidden]: attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: GlmConfig, weights: GlmWeights, layer: int) -> None:
+        self.eps = config.rms_norm_eps
+        self.input_norm, self.post_norm = weights.norms(layer)
+        self.attention = LatentAttention(config, weights.attention(layer))
+        mlp = weights.mlp(layer)
+        self.mlp = Moe(config, mlp) if isinstance(mlp, MoeWeights) else Mlp(mlp)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        batch: Batch,
+        latents: torch.Tensor,
+        index_keys: torch.Tensor | None,
+        selection: Selection,
+    ) -> tuple[torch.Tensor, Selection]:
+        """`latents`, `index_keys` and `selection` as in LatentAttention."""
+        normed = reference.rms_norm(x, self.input_norm, self.eps)
+        attended, selection = self.attention(normed, angles, batch, latents, index_keys, selection)
+        x = x + attended
+        return x + self.mlp(reference.rms_norm(x, self.post_norm, self.eps)), selection
+
+
+class Glm:
+    """Satisfies `models.api.Model`.
+
+    Two state classes: `mla_latent`, a page being [layers, page_size, kv_lora + rope], and `indexer_keys`
+    [full layers, page_size, D]: layers that share a selection keep no index keys.
+    """
+
+    def __init__(self, config: GlmConfig, dtype: torch.dtype, weights: GlmWeights) -> None:
+        self.vocab_size = config.vocab_size
+        self.max_position = config.max_position
+        self.eos_token_ids = config.eos_token_ids
+        self._config, self._dtype = config, dtype
+        self._frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta)
+        self._embedding, self._norm = weights.embedding(), weights.final_norm()
+        self._layers = [GlmLayer(config, weights, layer) for layer in range(config.num_layers)]
+        self._head = Linear(weights.head())
+
+    def layout(self, page_size: int) -> KvLayout:
+        """A page: latents of every layer, index keys of the full ones."""
+        config, dtype = self._config, str(self._dtype).removeprefix("torch.")
+        num_full = sum(config.full_layers)
+        latents = config.num_layers * page_size * config.latent_dim * self._dtype.itemsize
+        keys = num_full * page_size * config.index_head_dim * self._dtype.itemsize
+        return pack(page_size, {LATENTS: (config.num_layers, dtype, latents), INDEX_KEYS: (num_full, dtype, keys)})
+
+    def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
+        """Logits float32 [R, vocab_size] of the sampled rows; see `models.api.Model`."""
+        latents = self._state(LATENTS, self._config.latent_dim, pool, layout)
+        keys = iter(self._state(INDEX_KEYS, self._config.index_head_dim, pool, layout).unbind(1))
+        x = F.embedding(batch.token_ids, self._embedding)
+        angles, selection = rope.table(self._frequencies, batch.positions), Selection()
+        for index, (layer, full) in enumerate(zip(self._layers, self._config.full_layers, strict=True)):
+            own_keys = next(keys) if full else None
+            x, selection = layer(x, angles, batch, latents[:, index], own_keys, selection)
+        return self._head(reference.rms_norm(x[batch.sampled_rows], self._norm, self._config.rms_norm_eps)).float()
+
+    def _state(self, name: str, dim: int, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
+        """A state class as [pages, layers, page_size, dim]."""
+        state = view.state_class(layout, name)
+        return view.state_view(pool, state, (state.num_layers, layout.page_size, dim))
+
+
+def load(model_dir: Path, placement: Placement) -> Glm:
+    """The model in a directory. Raises Unsupported, naming every tensor that is missing, extra or misshapen."""
+    if placement.kernels not in ("auto", "torch"):
+        raise Unsupported(f"there are no {placement.kernels} kernels for this architecture")
+    config = read(model_dir)
+    return Glm(config, placement.dtype, GlmWeights(Checkpoint(model_dir, placement.dtype), config))

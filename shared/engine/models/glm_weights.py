@@ -1,0 +1,196 @@
+"""The tensors of a GLM-5 decoder: names and shapes in a checkpoint, and how layers take them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from shared.engine.models.checkpoint import Checkpoint
+from shared.engine.models.glm_config import GlmConfig
+from shared.engine.models.weights import EMBEDDING, FINAL_NORM, HEAD
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexerWeights:
+    """The sparse selection of one layer; `key_norm` is a LayerNorm's weight and bias."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    key_norm: tuple[torch.Tensor, torch.Tensor]
+    head_weights: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """Latent attention. `down` is q_a and kv_a joined [q_lora + latent, hidden]; the two halves of kv_b are apart:
+    `up_key` [H, nope, kv_lora] and `up_value` [H, v, kv_lora]."""
+
+    down: torch.Tensor
+    query_norm: torch.Tensor
+    query: torch.Tensor
+    latent_norm: torch.Tensor
+    up_key: torch.Tensor
+    up_value: torch.Tensor
+    output: torch.Tensor
+    indexer: IndexerWeights | None
+
+
+@dataclass(frozen=True, slots=True)
+class MlpWeights:
+    """gate and up joined [2 I, hidden], and down [hidden, I]."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MoeWeights:
+    """Experts stacked: gate_up [E, 2 I, hidden], down [E, hidden, I]; the router in float32."""
+
+    router: torch.Tensor
+    correction_bias: torch.Tensor
+    experts: MlpWeights
+    shared: MlpWeights
+
+
+class GlmWeights:
+    """The weights of a checkpoint that has been checked against a configuration; layers are read one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, config: GlmConfig) -> None:
+        mtp = {name for layer in range(config.num_mtp_layers) for name in mtp_shapes(config, config.num_layers + layer)}
+        checkpoint.check(shapes(config), ignored=tuple(mtp))
+        self.config = config
+        self._checkpoint = checkpoint
+
+    def embedding(self) -> torch.Tensor:
+        """[vocab_size, hidden]."""
+        return self._checkpoint.read(EMBEDDING)
+
+    def head(self) -> torch.Tensor:
+        """[vocab_size, hidden]."""
+        return self._checkpoint.read(HEAD)
+
+    def final_norm(self) -> torch.Tensor:
+        """[hidden]."""
+        return self._checkpoint.read(FINAL_NORM)
+
+    def norms(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norms before attention and before the MLP, [hidden] each."""
+        prefix = f"model.layers.{layer}."
+        read = self._checkpoint.read
+        return read(prefix + "input_layernorm.weight"), read(prefix + "post_attention_layernorm.weight")
+
+    def attention(self, layer: int) -> AttentionWeights:
+        """One layer's attention."""
+        config, prefix, read = self.config, f"model.layers.{layer}.self_attn.", self._checkpoint.read
+        both = read(prefix + "kv_b_proj.weight").view(config.num_heads, -1, config.kv_lora_rank)
+        return AttentionWeights(
+            down=torch.cat([read(prefix + "q_a_proj.weight"), read(prefix + "kv_a_proj_with_mqa.weight")]),
+            query_norm=read(prefix + "q_a_layernorm.weight"),
+            query=read(prefix + "q_b_proj.weight"),
+            latent_norm=read(prefix + "kv_a_layernorm.weight"),
+            up_key=both[:, : config.qk_nope_head_dim].contiguous(),
+            up_value=both[:, config.qk_nope_head_dim :].contiguous(),
+            output=read(prefix + "o_proj.weight"),
+            indexer=self._indexer(prefix + "indexer.") if config.full_layers[layer] else None,
+        )
+
+    def _indexer(self, prefix: str) -> IndexerWeights:
+        read = self._checkpoint.read
+        return IndexerWeights(
+            query=read(prefix + "wq_b.weight"),
+            key=read(prefix + "wk.weight"),
+            key_norm=(read(prefix + "k_norm.weight"), read(prefix + "k_norm.bias")),
+            head_weights=read(prefix + "weights_proj.weight"),
+        )
+
+    def mlp(self, layer: int) -> MlpWeights | MoeWeights:
+        """One layer's MLP, dense or a mixture."""
+        prefix = f"model.layers.{layer}.mlp."
+        if not self.config.moe_layers[layer]:
+            return self._mlp(prefix)
+        experts = [self._mlp(f"{prefix}experts.{expert}.") for expert in range(self.config.num_experts)]
+        return MoeWeights(
+            router=self._checkpoint.read(prefix + "gate.weight").float(),
+            correction_bias=self._checkpoint.read(prefix + "gate.e_score_correction_bias", torch.float32),
+            experts=MlpWeights(torch.stack([e.gate_up for e in experts]), torch.stack([e.down for e in experts])),
+            shared=self._mlp(prefix + "shared_experts."),
+        )
+
+    def _mlp(self, prefix: str) -> MlpWeights:
+        read = self._checkpoint.read
+        gate_up = torch.cat([read(prefix + "gate_proj.weight"), read(prefix + "up_proj.weight")])
+        return MlpWeights(gate_up, read(prefix + "down_proj.weight"))
+
+
+def shapes(config: GlmConfig) -> Shapes:
+    """Every tensor of the model without its MTP layers, with its shape."""
+    hidden = config.hidden_size
+    expected: Shapes = {EMBEDDING: (config.vocab_size, hidden)}
+    for layer, (full, moe) in enumerate(zip(config.full_layers, config.moe_layers, strict=True)):
+        expected |= _layer_shapes(config, f"model.layers.{layer}.", full=full, moe=moe)
+    return expected | {FINAL_NORM: (hidden,), HEAD: (config.vocab_size, hidden)}
+
+
+def mtp_shapes(config: GlmConfig, layer: int) -> Shapes:
+    """The tensors of an MTP layer: a mixture layer with an indexer of its own, and what joins it to the model."""
+    prefix, hidden = f"model.layers.{layer}.", config.hidden_size
+    expected = _layer_shapes(config, prefix, full=True, moe=True)
+    expected |= {prefix + name: (hidden,) for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")}
+    return expected | {prefix + "eh_proj.weight": (hidden, 2 * hidden)}
+
+
+def _layer_shapes(config: GlmConfig, prefix: str, *, full: bool, moe: bool) -> Shapes:
+    attention = _attention_shapes(config) | (_indexer_shapes(config) if full else {})
+    mlp = _moe_shapes(config) if moe else _mlp_shapes(config, config.intermediate_size)
+    norms = {f"{name}.weight": (config.hidden_size,) for name in ("input_layernorm", "post_attention_layernorm")}
+    return (
+        {f"{prefix}self_attn.{name}": shape for name, shape in attention.items()}
+        | {f"{prefix}mlp.{name}": shape for name, shape in mlp.items()}
+        | {prefix + name: shape for name, shape in norms.items()}
+    )
+
+
+def _attention_shapes(config: GlmConfig) -> Shapes:
+    heads, up = config.num_heads, config.qk_nope_head_dim + config.v_head_dim
+    return {
+        "q_a_proj.weight": (config.q_lora_rank, config.hidden_size),
+        "q_a_layernorm.weight": (config.q_lora_rank,),
+        "q_b_proj.weight": (heads * config.qk_head_dim, config.q_lora_rank),
+        "kv_a_proj_with_mqa.weight": (config.latent_dim, config.hidden_size),
+        "kv_a_layernorm.weight": (config.kv_lora_rank,),
+        "kv_b_proj.weight": (heads * up, config.kv_lora_rank),
+        "o_proj.weight": (config.hidden_size, heads * config.v_head_dim),
+    }
+
+
+def _indexer_shapes(config: GlmConfig) -> Shapes:
+    return {
+        "indexer.wq_b.weight": (config.index_num_heads * config.index_head_dim, config.q_lora_rank),
+        "indexer.wk.weight": (config.index_head_dim, config.hidden_size),
+        "indexer.k_norm.weight": (config.index_head_dim,),
+        "indexer.k_norm.bias": (config.index_head_dim,),
+        "indexer.weights_proj.weight": (config.index_num_heads, config.hidden_size),
+    }
+
+
+def _mlp_shapes(config: GlmConfig, inner: int) -> Shapes:
+    hidden = config.hidden_size
+    return {
+        "gate_proj.weight": (inner, hidden),
+        "up_proj.weight": (inner, hidden),
+        "down_proj.weight": (hidden, inner),
+    }
+
+
+def _moe_shapes(config: GlmConfig) -> Shapes:
+    inner = config.moe_intermediate_size
+    expected: Shapes = {}
+    for expert in range(config.num_experts):
+        expected |= {f"experts.{expert}.{name}": shape for name, shape in _mlp_shapes(config, inner).items()}
+    shared = _mlp_shapes(config, inner * config.num_shared_experts)
+    expected |= {f"shared_experts.{name}": shape for name, shape in shared.items()}
+    expected["gate.weight"] = (config.num_experts, config.hidden_size)
+    expected["gate.e_score_correction_bias"] = (config.num_experts,)
+    return expected
