@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shared.engine.kv.memory import PoolMemory
+from shared.errors import BadManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +22,11 @@ class RemotePool:
 
 
 class Peer(Protocol):
-    """A connected remote pool."""
+    """A connected remote pool. After a failed read it is dead: disconnect it and connect again."""
 
-    pool: RemotePool
+    @property
+    def pool(self) -> RemotePool:
+        """What was connected to."""
 
 
 class Transport(Protocol):
@@ -35,11 +38,21 @@ class Transport(Protocol):
     def metadata(self) -> bytes:
         """What a peer needs in order to connect."""
 
-    def connect(self, pool: RemotePool) -> Peer:
-        """Make a peer's pool readable. Raises TransferFailed (garbage metadata, unreachable) or Incompatible."""
+    def serve(self, seconds: float) -> None:
+        """Answer peers' connects and reads for this long from now; 0 stops. Each call replaces the one before.
+
+        Not every path is truly one-sided: where there is no shared memory the owner's CPU takes part in a READ. So an
+        owner serves while a lease of its own lives, and sleeps otherwise.
+        """
+
+    async def connect(self, pool: RemotePool, timeout_s: float) -> Peer:
+        """Make a peer's pool readable, and see that it is. The peer must be serving.
+
+        Raises TransferFailed (garbage metadata, unreachable), Incompatible (another page size) or DeadlineExceeded.
+        """
 
     def disconnect(self, peer: Peer) -> None:
-        """Forget a peer; unknown peers are ignored."""
+        """Forget a peer; unknown peers are ignored. Its reads in flight fail."""
 
     async def read(self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float) -> int:
         """Read the peer's pages `remote` into our pages `local`, in order; return bytes moved.
@@ -53,6 +66,15 @@ class Transport(Protocol):
         """End the agent. The pool stays where it is."""
 
 
+def check_page_ids(pool: RemotePool, remote: Sequence[int], num_local: int, local: Sequence[int]) -> None:
+    """Raise BadManifest unless the ids pair up and lie within their pools."""
+    if len(remote) != len(local):
+        raise BadManifest(f"{len(remote)} remote pages cannot fill {len(local)} local pages")
+    for ids, num_pages, whose in ((remote, pool.num_pages, pool.agent_name), (local, num_local, "this worker")):
+        if ids and not 0 <= min(ids) <= max(ids) < num_pages:
+            raise BadManifest(f"a page id among {min(ids)}..{max(ids)} is outside the {num_pages} pages of {whose}")
+
+
 def transport(name: str, memory: PoolMemory, agent_name: str) -> Transport:
     """The transport called `name` ("nixl" or "local") over `memory`."""
     if name == "nixl":
@@ -61,4 +83,4 @@ def transport(name: str, memory: PoolMemory, agent_name: str) -> Transport:
         return NixlTransport(memory, agent_name)
     from shared.engine.transfer.local import LocalTransport
 
-    return LocalTransport(memory, agent_name)
+    return LocalTransport(memory, agent_name, {})

@@ -1,0 +1,83 @@
+"""How fast pages move between two processes of this host, by page size.
+
+    python -m bench.transfer [--transport-tls tcp] [--total-mib 64]
+
+Prints, for each page size, the median and best of a few READs of pages that lie in a row and of pages that do not.
+"""
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+
+from shared.engine.kv.memory import HostMemory
+from shared.engine.transfer.api import Peer, RemotePool
+from shared.engine.transfer.nixl import NixlTransport
+
+PAGE_KIB = (16, 64, 256, 360, 1024, 4096)
+REPEATS = 7
+
+
+async def read_gb_s(reader: NixlTransport, peer: Peer, remote: list[int], local: list[int]) -> tuple[float, float]:
+    """Median and best rate in GB/s; the first READ, which touches new memory, does not count."""
+    rates = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        num_bytes = await reader.read(peer, remote, local, 30.0)
+        rates.append(num_bytes / (time.perf_counter() - start) / 1e9)
+    return statistics.median(rates[1:]), max(rates[1:])
+
+
+def start_owner(page_bytes: int, num_pages: int) -> tuple["subprocess.Popen[str]", RemotePool]:
+    name = f"bench-{page_bytes}"
+    command = [sys.executable, "-m", "tests.conformance.nixl_peer", name, str(num_pages), str(page_bytes), "1"]
+    owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    said = json.loads(next(line for line in owner.stdout if line.startswith("{")))
+    metadata = base64.b64decode(said["metadata"])
+    return owner, RemotePool(name, metadata, said["address"], num_pages, page_bytes, "DRAM", 0)
+
+
+async def measure(page_bytes: int, num_pages: int) -> str:
+    owner, pool = start_owner(page_bytes, num_pages)
+    reader = NixlTransport(HostMemory(num_pages, page_bytes), f"bench-reader-{page_bytes}")
+    try:
+        start = time.perf_counter()
+        peer = await reader.connect(pool, 30.0)
+        connect_ms = (time.perf_counter() - start) * 1e3
+        pages = list(range(num_pages))
+        shuffled = random.Random(0).sample(pages, num_pages)
+        row, row_best = await read_gb_s(reader, peer, pages, pages)
+        apart, apart_best = await read_gb_s(reader, peer, shuffled, pages)
+    finally:
+        reader.close()
+        owner.kill()
+        owner.communicate()
+    cells = (page_bytes >> 10, num_pages, f"{row:.2f} ({row_best:.2f})", f"{apart:.2f} ({apart_best:.2f})", connect_ms)
+    return "| {} | {} | {} | {} | {:.0f} |".format(*cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transport-tls", default="", help="UCX transports to allow, for example tcp; empty: all")
+    parser.add_argument("--total-mib", type=int, default=64, help="MiB moved per READ")
+    args = parser.parse_args()
+    if args.transport_tls:
+        os.environ["UCX_TLS"] = args.transport_tls
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    print(f"command: python -m bench.transfer {' '.join(sys.argv[1:])}")
+    print(f"commit: {commit.stdout.strip()}; hardware: {platform.machine()}, {os.cpu_count()} cores")
+    print("| page KiB | pages | in a row, GB/s (best) | scattered, GB/s (best) | connect, ms |\n|---|---|---|---|---|")
+    for kib in PAGE_KIB:
+        print(asyncio.run(measure(kib << 10, max(1, args.total_mib * 1024 // kib))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Pages by NIXL READ over UCX: shared memory, CUDA IPC, RDMA or TCP, whichever the two hosts have.
+
+Five facts about NIXL 1.5.1, found by trying (docs/LOG.md), shape this file and its two neighbours:
+
+- An agent makes progress only while it is polled, and is not safe for two threads: `nixl_thread.py` owns them all.
+- `transfer()` on a shared-memory path copies inside the call with the GIL released, which also wants a thread.
+- An owner must be polled for a peer's first READ (connection set-up), and for every READ over TCP: `serve`.
+- Releasing a handle does not stop a READ over TCP, nor does removing the remote agent: the bytes are still written
+  when they arrive. Only destroying the reading agent, or never polling it again, stops them. So each peer gets a
+  reading agent of its own (25 ms), and a READ that ends in any other way than done takes its agent with it.
+- Destroying it at once would be the death of an owner that was merely stopped: when it resumes and answers a GET whose
+  connection is gone, UCX aborts the process ("unexpected error: Endpoint timeout"). So such an agent is parked,
+  unpolled, until a later READ from that owner is done. Only where a NIC can write unpolled is it destroyed at once.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from shared.engine.kv.memory import PoolMemory
+from shared.engine.transfer.api import Peer, RemotePool, check_page_ids
+from shared.engine.transfer.nixl_link import Link, Read, new_agent
+from shared.engine.transfer.nixl_thread import NixlThread
+from shared.errors import Fault, Incompatible, TransferFailed
+
+
+class NixlTransport:
+    """Implements `Transport` with NIXL's UCX backend."""
+
+    name = "nixl"
+
+    def __init__(self, memory: PoolMemory, agent_name: str) -> None:
+        self.agent_name = agent_name
+        self._memory = memory
+        self._num_links = 0
+        self._thread = NixlThread()
+        self._thread.start()
+        try:
+            self._metadata: bytes = self._thread.call(self._open).result()
+        except Fault:
+            self._thread.close()
+            raise
+
+    def metadata(self) -> bytes:
+        """See `Transport.metadata`."""
+        return self._metadata
+
+    def serve(self, seconds: float) -> None:
+        """See `Transport.serve`."""
+        self._thread.serve_until = time.monotonic() + seconds
+        self._thread.call(lambda: None)
+
+    async def connect(self, pool: RemotePool, timeout_s: float) -> Link:
+        """See `Transport.connect`. Reads the head of the pool once, which also completes UCX's connection."""
+        if pool.page_bytes != self._memory.page_bytes:
+            raise Incompatible(f"pages of {pool.page_bytes} bytes do not fit pages of {self._memory.page_bytes}")
+        self._num_links += 1
+        link = Link(pool, self._memory, f"{self.agent_name}/{self._num_links}")
+        try:
+            await _outcome(self._thread.call(link.open))
+            await self._run(Read(link, link.probe, timeout_s))
+        except BaseException:
+            self.disconnect(link)
+            raise
+        return link
+
+    def disconnect(self, peer: Peer) -> None:
+        """See `Transport.disconnect`."""
+        if isinstance(peer, Link):
+            self._thread.call(lambda: self._thread.abandon(peer, TransferFailed("disconnected")))
+
+    async def read(self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float) -> int:
+        """See `Transport.read`."""
+        check_page_ids(peer.pool, remote, self._memory.num_pages, local)
+        if not isinstance(peer, Link):
+            raise TransferFailed("the peer belongs to another transport")
+        if remote:
+            await self._run(Read(peer, lambda: peer.request(remote, local), timeout_s))
+        return len(remote) * self._memory.page_bytes
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        self._thread.close()
+
+    def _open(self) -> bytes:
+        self._thread.server = new_agent(self.agent_name, self._memory)
+        return bytes(self._thread.server.get_agent_metadata())
+
+    async def _run(self, read: Read) -> None:
+        self._thread.call(lambda: self._thread.begin(read))
+        await _outcome(read.done, read.hurry)
+
+
+async def _outcome(future: Future[Any], on_cancel: Callable[[], None] = lambda: None) -> Any:
+    """The future's outcome; if cancelled, wait for it all the same and then be cancelled."""
+    waiter = asyncio.wrap_future(future)
+    try:
+        return await asyncio.shield(waiter)
+    except asyncio.CancelledError:
+        on_cancel()
+        while not waiter.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([waiter])
+        if not waiter.cancelled():
+            waiter.exception()
+        raise

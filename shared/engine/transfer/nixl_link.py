@@ -1,0 +1,124 @@
+"""One connection of NIXL: a reading agent and the one pool that it reads. Only the NIXL thread calls what is here."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.engine.kv.memory import HostMemory, PoolMemory
+from shared.engine.transfer.api import RemotePool
+from shared.errors import TransferFailed
+
+CANCEL_GRACE_S = 0.2
+PROBE_BYTES = 64
+ENVIRONMENT = {
+    # Without it READ between two GPUs of a host is emulated over TCP, 2,000 times slower.
+    "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "y",
+    # Hosts without CUDA do not know that variable.
+    "UCX_WARN_UNUSED_ENV_VARS": "n",
+    # Faults, and an agent destroyed with a READ in flight, are reported by us.
+    "UCX_LOG_LEVEL": "error",
+    "NIXL_LOG_LEVEL": "FATAL",
+}
+
+
+def new_agent(name: str, memory: PoolMemory) -> Any:
+    """A NIXL agent with a pool registered and no thread of its own. Sets the environment that UCX is to see."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import nixl_cu13._api as nixl
+
+    agent = nixl.nixl_agent(name, nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
+    agent.register_memory([_region(memory)], memory.kind)
+    return agent
+
+
+class Link:
+    """A peer's pool and the agent that reads it: open, then perhaps parked, then closed."""
+
+    def __init__(self, pool: RemotePool, memory: PoolMemory, agent_name: str) -> None:
+        self.pool = pool
+        self.parked = False
+        self._memory = memory
+        self._agent_name = agent_name
+        self._scratch = HostMemory(1, PROBE_BYTES)
+        self._agent: Any = None
+        self._handles: list[Any] = []
+
+    def open(self) -> None:
+        """Make the agent and prepare a descriptor for each page of both pools. Raises TransferFailed."""
+        agent = self._agent = new_agent(self._agent_name, self._memory)
+        agent.register_memory([_region(self._scratch)], self._scratch.kind)
+        found = agent.add_remote_agent(self.pool.agent_metadata)
+        if (found.decode() if isinstance(found, bytes) else found) != self.pool.agent_name:
+            raise TransferFailed(f"the metadata of {self.pool.agent_name} are of another agent")
+        ours, theirs = self._memory, self.pool
+        local = _pages(ours.address, ours.num_pages, ours.page_bytes, ours.device_id)
+        remote = _pages(theirs.base_address, theirs.num_pages, theirs.page_bytes, theirs.device_id)
+        self._handles.append(agent.prep_xfer_dlist("NIXL_INIT_AGENT", local, ours.kind))
+        self._handles.append(agent.prep_xfer_dlist(theirs.agent_name, remote, theirs.memory_kind))
+
+    @property
+    def agent(self) -> Any:
+        """The agent, for posting and polling. Raises TransferFailed unless the link is open."""
+        if self._agent is None or self.parked:
+            raise TransferFailed(f"the connection to {self.pool.agent_name} was closed")
+        return self._agent
+
+    def request(self, remote: Sequence[int], local: Sequence[int]) -> Any:
+        """A READ of whole pages, not yet posted. NIXL itself merges pages that are adjacent on both sides."""
+        agent = self.agent
+        ours, theirs = (np.asarray(ids, dtype=np.int32) for ids in (local, remote))
+        return agent.make_prepped_xfer("READ", self._handles[0], ours, self._handles[1], theirs, b"")
+
+    def probe(self) -> Any:
+        """A READ of the first bytes of the peer's pool into scratch memory, not yet posted."""
+        agent, pool = self.agent, self.pool
+        size = min(PROBE_BYTES, pool.page_bytes)
+        local = agent.get_xfer_descs([(self._scratch.address, size, 0)], self._scratch.kind)
+        remote = agent.get_xfer_descs([(pool.base_address, size, pool.device_id)], pool.memory_kind)
+        return agent.initialize_xfer("READ", local, remote, pool.agent_name)
+
+    def park(self, unfinished: Sequence[Any]) -> None:
+        """Poll no more, which stops every write that is not a NIC's, but keep the connection up."""
+        self.parked = True
+        self._handles.extend(unfinished)
+
+    def close(self) -> None:
+        """Destroy the agent, and with it every READ in flight."""
+        for handle in reversed(self._handles):
+            handle.release()
+        self._handles.clear()
+        self._agent = None
+
+
+class Read:
+    """One READ: `make` builds the request, `done` gets its outcome."""
+
+    def __init__(self, link: Link, make: Callable[[], Any], timeout_s: float) -> None:
+        self.link = link
+        self.make = make
+        self.timeout_s = timeout_s
+        self.ends_at = time.monotonic() + timeout_s
+        self.request: Any = None
+        self.done: Future[None] = Future()
+
+    def hurry(self) -> None:
+        """Nobody wants it any more: give it a moment to end cleanly, because its link is lost if it does not."""
+        self.ends_at = min(self.ends_at, time.monotonic() + CANCEL_GRACE_S)
+
+
+def _region(memory: PoolMemory) -> tuple[int, int, int, str]:
+    return (memory.address, memory.num_bytes, memory.device_id, "")
+
+
+def _pages(address: int, num_pages: int, page_bytes: int, device_id: int) -> npt.NDArray[np.uint64]:
+    """[num_pages, 3]: address, length, device."""
+    pages = np.empty((num_pages, 3), dtype=np.uint64)
+    pages[:, 0] = np.uint64(address) + np.arange(num_pages, dtype=np.uint64) * np.uint64(page_bytes)
+    pages[:, 1], pages[:, 2] = page_bytes, device_id
+    return pages

@@ -1,0 +1,151 @@
+"""The one thread of a process that calls NIXL: it posts, polls and gives up READs, and serves those of peers.
+
+It sleeps while nothing is in flight and nobody is served; it never spins.
+"""
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shared.engine.transfer.nixl_link import Link, Read
+from shared.errors import DeadlineExceeded, Fault, TransferFailed
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+FIRST_DELAY_S, LAST_DELAY_S = 50e-6, 1e-3
+# A NIC that writes without the help of a CPU.
+NICS = Path("/sys/class/infiniband")
+
+
+class NixlThread(threading.Thread):
+    """`server` is the agent that peers read from; it is polled until `serve_until` (time.monotonic)."""
+
+    def __init__(self) -> None:
+        super().__init__(name="nixl", daemon=True)
+        self.server: Any = None
+        self.serve_until = 0.0
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._reads: list[Read] = []
+        self._parked: list[Link] = []
+        self._nic_writes = any(NICS.glob("*"))
+        self._delay = FIRST_DELAY_S
+
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Do something on this thread; what NIXL raises becomes TransferFailed."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(_fault(error))
+
+        self._inbox.put(run)
+        return future
+
+    def close(self) -> None:
+        """Destroy all agents and end the thread."""
+        self._inbox.put(None)
+        self.join()
+
+    def run(self) -> None:
+        """Poll what is in flight or served; sleep otherwise."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                work = self._inbox.get(timeout=self._pause())
+                if work is None:
+                    break
+                work()
+                self._delay = FIRST_DELAY_S
+            self._poll()
+        for link in {read.link for read in self._reads}:
+            self._lose(link, TransferFailed("the transport was closed"))
+            link.close()
+        self._unpark(self._parked)
+        self.server = None
+
+    def begin(self, read: Read) -> None:
+        """Post a READ. A path through shared memory has done it all when this returns."""
+        try:
+            read.request = read.make()
+        except Exception as error:
+            read.done.set_exception(_fault(error))
+        else:
+            self._reads.append(read)
+            self._settle(read, *_state(read, post=True))
+
+    def abandon(self, link: Link, fault: Fault) -> None:
+        """Make sure that a link writes nothing more, and fail its READs. Their owner may still be alive."""
+        if any(read.link is link for read in self._reads) and not self._nic_writes:
+            self._parked.append(link)
+            link.park([read.request for read in self._reads if read.link is link])
+        elif not link.parked:
+            link.close()
+        self._lose(link, fault)
+
+    def _lose(self, link: Link, fault: Fault) -> None:
+        lost = [read for read in self._reads if read.link is link]
+        self._reads = [read for read in self._reads if read.link is not link]
+        for read in lost:
+            read.request = None
+            read.done.set_exception(fault)
+
+    def _unpark(self, links: list[Link]) -> None:
+        self._parked = [link for link in self._parked if link not in links]
+        for link in links:
+            link.close()
+
+    def _pause(self) -> float | None:
+        if self._reads:
+            self._delay = min(self._delay * 1.5, LAST_DELAY_S)
+            return self._delay
+        return LAST_DELAY_S if time.monotonic() < self.serve_until else None
+
+    def _poll(self) -> None:
+        if self.server is not None and time.monotonic() < self.serve_until:
+            try:
+                self.server.get_new_notifs()
+            except Exception as error:
+                log.debug("a reader went away: %s", error)
+        for read in list(self._reads):
+            if not read.done.done():
+                self._settle(read, *_state(read))
+
+    def _settle(self, read: Read, state: str, fault: Fault | None) -> None:
+        name = read.link.pool.agent_name
+        if state == "DONE":
+            self._finish(read)
+        elif state == "ERR":
+            self._lose(read.link, fault or TransferFailed(f"reading from {name} failed"))
+            read.link.close()
+        elif time.monotonic() > read.ends_at:
+            self.abandon(read.link, DeadlineExceeded(f"{name} did not answer a read within {read.timeout_s:.3f} s"))
+
+    def _finish(self, read: Read) -> None:
+        self._reads.remove(read)
+        read.request.release()
+        read.request = None
+        if self._parked:
+            self._unpark([link for link in self._parked if link.pool.agent_name == read.link.pool.agent_name])
+        read.done.set_result(None)
+
+
+def _state(read: Read, post: bool = False) -> tuple[str, Fault | None]:
+    """DONE, PROC or ERR. A function of its own, so that no traceback keeps alive the agent that we may then destroy."""
+    try:
+        agent = read.link.agent
+        return (agent.transfer(read.request) if post else agent.check_xfer_state(read.request)), None
+    except Exception as error:
+        return "ERR", _fault(error)
+
+
+def _fault(error: Exception) -> Fault:
+    return error if isinstance(error, Fault) else TransferFailed(f"{type(error).__name__}: {error}")

@@ -1,0 +1,197 @@
+"""What every transport must do. `local` is the in-process twin; `nixl-tcp` is NIXL without shared memory."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from shared.engine.transfer.api import Peer
+from shared.errors import BadManifest, DeadlineExceeded, Incompatible, TransferFailed
+from tests.conformance.worlds import NUM_PAGES, PAGE_BYTES, LocalWorld, NixlWorld, Owner, World, page_byte
+
+LONG_S = 20.0
+SHORT_S = 0.3
+
+
+@pytest.fixture(params=["local", "nixl", "nixl-tcp"])
+def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    if request.param == "nixl-tcp":
+        monkeypatch.setenv("UCX_TLS", "tcp")
+    tls = "tcp" if request.param == "nixl-tcp" else ""
+    made: World = LocalWorld() if request.param == "local" else NixlWorld(tls)
+    yield made
+    made.close()
+
+
+async def connected(world: World, seed: int = 1) -> tuple[Owner, Peer]:
+    owner = world.owner(f"owner-{seed}", seed)
+    return owner, await world.reader.connect(owner.pool, LONG_S)
+
+
+async def test_pages_arrive_whole_and_in_order(world: World) -> None:
+    _, peer = await connected(world)
+    for remote, local in (
+        ([5], [0]),
+        ([1, 2, 3], [4, 5, 6]),
+        ([9, 8, 7], [1, 2, 3]),
+        ([0, 23, 11, 12, 2], [23, 0, 7, 8, 9]),
+        ([3, 3], [10, 12]),
+        (list(range(NUM_PAGES)), list(reversed(range(NUM_PAGES)))),
+    ):
+        assert await world.reader.read(peer, remote, local, LONG_S) == len(remote) * PAGE_BYTES
+        assert [world.bytes_of(page) for page in local] == [{page_byte(1, page)} for page in remote]
+
+
+async def test_pages_that_were_not_asked_for_stay_as_they_were(world: World) -> None:
+    _, peer = await connected(world)
+    await world.reader.read(peer, [2, 4], [11, 13], LONG_S)
+    assert all(world.bytes_of(page) == {0} for page in range(NUM_PAGES) if page not in (11, 13))
+
+
+async def test_reading_nothing_reads_nothing(world: World) -> None:
+    _, peer = await connected(world)
+    assert await world.reader.read(peer, [], [], LONG_S) == 0
+
+
+async def test_many_reads_at_once_do_not_mix(world: World) -> None:
+    _, one = await connected(world, seed=1)
+    _, two = await connected(world, seed=2)
+    reads = [world.reader.read((one, two)[i % 2], [i + 3], [i], LONG_S) for i in range(16)]
+    await asyncio.gather(*reads)
+    assert [world.bytes_of(i) for i in range(16)] == [{page_byte(1 + i % 2, i + 3)} for i in range(16)]
+
+
+async def test_page_ids_outside_a_pool_are_refused(world: World) -> None:
+    _, peer = await connected(world)
+    n = NUM_PAGES
+    for remote, local in (([-1], [0]), ([n], [0]), ([0], [-1]), ([0], [n]), ([0, 1], [0]), ([], [3])):
+        with pytest.raises(BadManifest):
+            await world.reader.read(peer, remote, local, LONG_S)
+
+
+async def test_garbage_metadata_are_refused(world: World) -> None:
+    owner = world.owner("owner")
+    for metadata in (b"", b"garbage", owner.pool.agent_metadata[:-3], bytes(400)):
+        with pytest.raises(TransferFailed):
+            await world.reader.connect(replace(owner.pool, agent_metadata=metadata), LONG_S)
+
+
+async def test_metadata_of_another_agent_are_refused(world: World) -> None:
+    owner = world.owner("owner")
+    with pytest.raises(TransferFailed):
+        await world.reader.connect(replace(owner.pool, agent_name="somebody"), LONG_S)
+
+
+async def test_pages_of_another_size_are_refused(world: World) -> None:
+    owner = world.owner("owner", num_pages=3, page_bytes=PAGE_BYTES // 2)
+    with pytest.raises(Incompatible):
+        await world.reader.connect(owner.pool, LONG_S)
+
+
+async def test_a_killed_owner_fails_a_read(world: World) -> None:
+    owner, peer = await connected(world)
+    owner.kill()
+    with pytest.raises(TransferFailed):
+        await world.reader.read(peer, list(range(NUM_PAGES)), list(range(NUM_PAGES)), LONG_S)
+
+
+async def test_a_dead_owner_cannot_be_connected_to(world: World) -> None:
+    owner = world.owner("owner")
+    owner.kill()
+    with pytest.raises(TransferFailed):
+        await world.reader.connect(owner.pool, LONG_S)
+
+
+async def test_a_stopped_owner_cannot_hold_up_a_connect_past_its_time(world: World) -> None:
+    owner = world.owner("owner")
+    owner.stop()
+    with pytest.raises(DeadlineExceeded):
+        await world.reader.connect(owner.pool, SHORT_S)
+    owner.resume()
+    peer = await world.reader.connect(owner.pool, LONG_S)
+    assert await world.reader.read(peer, [1], [1], LONG_S) == PAGE_BYTES
+
+
+async def test_a_stopped_owner_cannot_hold_up_a_read_past_its_time(world: World) -> None:
+    owner, peer = await connected(world)
+    if not world.reads_need_owner:
+        pytest.skip("shared memory can be read without its owner")
+    owner.stop()
+    with pytest.raises(DeadlineExceeded):
+        await world.reader.read(peer, [1, 2], [1, 2], SHORT_S)
+
+
+async def test_a_read_that_timed_out_writes_nothing_later(world: World) -> None:
+    await assert_nothing_is_written_after(world, cancel=False)
+
+
+async def test_a_cancelled_read_writes_nothing_later(world: World) -> None:
+    await assert_nothing_is_written_after(world, cancel=True)
+
+
+async def assert_nothing_is_written_after(world: World, cancel: bool) -> None:
+    owner, peer = await connected(world)
+    _, other = await connected(world, seed=2)
+    owner.stop()
+    pages = list(range(NUM_PAGES))
+    read = asyncio.ensure_future(world.reader.read(peer, pages, pages, LONG_S if cancel else SHORT_S))
+    await asyncio.sleep(0.05)
+    if cancel:
+        read.cancel()
+    await asyncio.wait([read], timeout=LONG_S)
+    assert read.done()
+    assert read.cancelled() or read.exception() is not None or not world.reads_need_owner
+    for page in pages:
+        world.memory.page(page)[:] = bytes([255]) * PAGE_BYTES
+    owner.resume()
+    # The reader goes on working, which would also finish whatever was left in flight.
+    for _ in range(20):
+        await world.reader.read(other, [0], [0], LONG_S)
+        await asyncio.sleep(0.01)
+    assert all(world.bytes_of(page) == {255} for page in pages[1:])
+    assert owner.is_alive()
+
+
+async def test_an_owner_can_be_connected_to_again_after_it_failed_a_read(world: World) -> None:
+    owner, peer = await connected(world)
+    owner.stop()
+    with_timeout = world.reader.read(peer, [1], [1], SHORT_S)
+    if world.reads_need_owner:
+        with pytest.raises(DeadlineExceeded):
+            await with_timeout
+    else:
+        await with_timeout
+    world.reader.disconnect(peer)
+    owner.resume()
+    again = await world.reader.connect(owner.pool, LONG_S)
+    await world.reader.read(again, [7], [7], LONG_S)
+    assert world.bytes_of(7) == {page_byte(1, 7)}
+    await world.reader.read(again, [8], [8], LONG_S)
+    assert owner.is_alive()
+
+
+async def test_a_restarted_owner_is_read_with_its_new_metadata(world: World) -> None:
+    owner, peer = await connected(world)
+    owner.kill()
+    world.reader.disconnect(peer)
+    successor = world.owner("owner-1-reborn", seed=9)
+    again = await world.reader.connect(successor.pool, LONG_S)
+    await world.reader.read(again, [4], [4], LONG_S)
+    assert world.bytes_of(4) == {page_byte(9, 4)}
+
+
+async def test_a_disconnected_owner_cannot_be_read(world: World) -> None:
+    _, peer = await connected(world)
+    world.reader.disconnect(peer)
+    world.reader.disconnect(peer)
+    with pytest.raises(TransferFailed):
+        await world.reader.read(peer, [1], [1], LONG_S)
+
+
+async def test_two_connections_to_one_owner_live_apart(world: World) -> None:
+    owner, one = await connected(world)
+    two = await world.reader.connect(owner.pool, LONG_S)
+    world.reader.disconnect(one)
+    await world.reader.read(two, [6], [6], LONG_S)
+    assert world.bytes_of(6) == {page_byte(1, 6)}
