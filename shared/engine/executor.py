@@ -8,6 +8,7 @@ import torch
 
 from shared.engine.api import BatchItem, EngineSpec, SampledToken
 from shared.engine.batch import build
+from shared.engine.kernels.build import default_cache_dir
 from shared.engine.kv.layout import compatibility_hash
 from shared.engine.kv.memory import HostMemory
 from shared.engine.kv.view import pool_bytes
@@ -66,16 +67,18 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     pool_bytes: int = 0,
     max_model_len: int | None = None,
     kernels: str = "auto",
+    cache_dir: Path | None = None,
     sampler: Sampler = greedy,
 ) -> TorchExecutor:
     """The executor of a model directory, with a pool of `num_pages` pages, or of at most `pool_bytes` bytes.
 
-    `dtype` is "bfloat16" or "float32"; `max_model_len` at most, and by default, what the model was made for. Raises
+    `dtype` is "bfloat16" or "float32"; `max_model_len` at most, and by default, what the model was made for.
+    `kernels` is "auto", "native" or "torch"; compiled ones are kept in `cache_dir` (`$FOREBAY_CACHE`). Raises
     Unsupported for a model or dtype that cannot be served, and for a pool that holds no page.
     """
     if dtype not in DTYPES:
         raise Unsupported(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
-    model = registry.load(model_dir, Placement(DTYPES[dtype], num_threads, kernels))
+    model = registry.load(model_dir, Placement(DTYPES[dtype], num_threads, kernels, cache_dir or default_cache_dir()))
     layout = model.layout(page_size)
     num_pages = num_pages or pool_bytes // layout.page_bytes
     if num_pages < 1:

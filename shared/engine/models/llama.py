@@ -1,14 +1,17 @@
 """Dense decoders of the Llama kind: LlamaForCausalLM, and Qwen3ForCausalLM (RMSNorm on queries and keys besides)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from shared.engine.batch import Batch
+from shared.engine.kernels import build
 from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout, pack
+from shared.engine.layers import native_decoder
 from shared.engine.layers.decoder import TorchDecoder
 from shared.engine.models.api import Placement
 from shared.engine.models.checkpoint import Checkpoint
@@ -23,6 +26,9 @@ class Decoder(Protocol):
 
     def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
         """Compute a step."""
+
+
+Build = Callable[[DenseConfig, DenseWeights], Decoder]
 
 
 class Llama:
@@ -54,5 +60,18 @@ def load(model_dir: Path, placement: Placement) -> Llama:
     """The model in a directory. Raises Unsupported, naming every tensor that is missing, extra or misshapen."""
     config = read(model_dir)
     weights = DenseWeights(Checkpoint(model_dir, placement.dtype), config)
-    candidates = [Candidate("torch", None, TorchDecoder)]
+    candidates: list[Candidate[Build]] = [_native(config, placement), Candidate("torch", None, TorchDecoder)]
     return Llama(config, placement.dtype, choose(candidates, placement.kernels).built(config, weights))
+
+
+def _native(config: DenseConfig, placement: Placement) -> Candidate[Build]:
+    obstacle, library = native_decoder.obstacle(config), Path()
+    try:
+        library = library if obstacle else build.library(placement.cache_dir / "kernels")
+    except build.BuildError as error:
+        obstacle = str(error)
+    return Candidate(
+        "native",
+        obstacle,
+        lambda config, weights: native_decoder.NativeDecoder(config, weights, library, placement.num_threads),
+    )

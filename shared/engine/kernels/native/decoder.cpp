@@ -1,0 +1,242 @@
+// A whole step of a dense decoder in one call: one parallel region, a barrier between phases, nothing allocated.
+//
+// The residual stream is float32; what enters a matrix product is T. Structures and signatures are mirrored in
+// kernels/native.py.
+#include <omp.h>
+
+#include "attention.h"
+#include "rows.h"
+
+namespace forebay {
+
+struct Layer {
+    const float* input_norm;
+    Linear qkv;
+    const float *q_norm, *k_norm;  // or null
+    Linear output;
+    const float* post_norm;
+    Linear gate_up;  // a panel is 16 columns of gate, then the same 16 of up
+    Linear down;
+};
+
+struct Model {
+    int64_t hidden, num_heads, num_kv_heads, head_dim, inner, num_layers;
+    float eps;
+    const Layer* layers;
+    const float* final_norm;
+    Linear head;
+    const void* embedding;
+};
+
+struct Step {
+    int64_t num_tokens, num_sequences, num_sampled;
+    const int32_t *token_ids, *positions, *query_starts, *context_lens, *page_starts, *page_ids, *sampled_rows;
+    const float *cos, *sin;  // [T, head_dim / 2]
+    char* pool;              // keys of layer 0 in page 0
+    int64_t page_bytes, page_size;
+    float* logits;  // [R, panels of the head * 32]
+    char* workspace;
+};
+
+inline int64_t align(int64_t bytes) { return (bytes + 127) / 128 * 128; }
+inline int64_t panels_of(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+// Where the intermediate results of a step are.
+template <class T> struct Buffers {
+    float *x, *qkv;
+    T *normed, *q, *attended, *inner;
+    Scratch<T>* scratch;
+    int64_t num_bytes = 0;
+
+    template <class P> void place(P*& pointer, char* base, int64_t count) {
+        pointer = (P*)(base + num_bytes);
+        num_bytes += align(count * sizeof(P));
+    }
+    Buffers(const Model& m, int64_t tokens, int num_threads, char* base) {
+        const int64_t q_size = m.num_heads * m.head_dim;
+        place(scratch, base, num_threads);
+        place(x, base, tokens * panels_of(m.hidden));
+        place(qkv, base, tokens * panels_of(q_size + 2 * m.num_kv_heads * m.head_dim));
+        place(normed, base, tokens * (m.hidden + 1));
+        place(q, base, tokens * q_size);
+        place(attended, base, tokens * q_size);
+        place(inner, base, tokens * (m.inner + LANES));
+    }
+};
+
+// One thread's view of a step.
+template <class T> struct Worker {
+    const Model& m;
+    const Step& s;
+    Buffers<T> b;
+    int thread, num_threads;
+    // Rows of words: lengths in elements, made even for pairs.
+    long x_stride = panels_of(m.hidden), q_size = m.num_heads * m.head_dim, kv_size = m.num_kv_heads * m.head_dim;
+    long qkv_stride = panels_of(q_size + 2 * kv_size);
+    long normed_stride = words(m.hidden) * PER_WORD<T>, inner_stride = words(m.inner) * PER_WORD<T>;
+
+    static long words(long n) { return (n + PER_WORD<T> - 1) / PER_WORD<T>; }
+
+    template <class Body> void each(long count, Body body) const {
+        for (long i = count * thread / num_threads, end = count * (thread + 1) / num_threads; i < end; i++) body(i);
+    }
+
+    void embed() const {
+        each(s.num_tokens, [&](long t) {
+            convert((const T*)m.embedding + s.token_ids[t] * m.hidden, m.hidden, b.x + t * x_stride);
+        });
+    }
+
+    void norm(const float* weight, const int32_t* rows, long num_rows) const {
+        each(num_rows, [&](long i) {
+            T* out = b.normed + i * normed_stride;
+            if (m.hidden < normed_stride) memset(out + m.hidden, 0, sizeof(T));
+            rms_norm(b.x + (rows ? rows[i] : i) * x_stride, weight, m.hidden, m.eps, out);
+        });
+    }
+
+    // out = a w' + bias, float32.
+    void project(const T* a, long stride, long num_rows, const Linear& w, float* out, long out_stride) const {
+        multiply<T>((const uint32_t*)a, stride / PER_WORD<T>, num_rows, w, thread, num_threads,
+                    [=](long row, long column, const float* sums) {
+                        float* to = out + row * out_stride + column;
+                        for (int c = 0; c < PANEL; c += LANES) {
+                            f32x16 v = load<f32x16>(sums + c);
+                            if (w.bias) v += load<f32x16>(w.bias + column + c);
+                            store(to + c, v);
+                        }
+                    });
+    }
+
+    // x += a w' + bias.
+    void project_residual(const T* a, long stride, const Linear& w) const {
+        float* x = b.x;
+        const long out_stride = x_stride;
+        multiply<T>((const uint32_t*)a, stride / PER_WORD<T>, s.num_tokens, w, thread, num_threads,
+                    [=](long row, long column, const float* sums) {
+                        float* to = x + row * out_stride + column;
+                        for (int c = 0; c < PANEL; c += LANES) {
+                            f32x16 v = load<f32x16>(sums + c);
+                            if (w.bias) v += load<f32x16>(w.bias + column + c);
+                            store(to + c, load<f32x16>(to + c) + v);
+                        }
+                    });
+    }
+
+    // inner = silu(gate) * up.
+    void project_gated(const Linear& w) const {
+        multiply<T>((const uint32_t*)b.normed, normed_stride / PER_WORD<T>, s.num_tokens, w, thread, num_threads,
+                    [&](long row, long column, const float* sums) {
+                        f32x16 gate = load<f32x16>(sums), up = load<f32x16>(sums + LANES);
+                        if (w.bias) gate += load<f32x16>(w.bias + column), up += load<f32x16>(w.bias + column + LANES);
+                        const long first = column / 2, rest = inner_stride - first;
+                        T* to = b.inner + row * inner_stride + first;
+                        if (rest >= LANES) put(to, silu(gate) * up);
+                        else put_some(to, silu(gate) * up, (int)rest);
+                    });
+    }
+
+    // Queries to b.q as [Hkv][T][heads per KV head][D], keys and values to the pages.
+    void rotate_and_append(const Layer& layer, const Pages& pages) const {
+        const long group = m.num_heads / m.num_kv_heads, dim = m.head_dim, half = dim / 2;
+        long sequence = 0;
+        each(s.num_tokens, [&](long t) {
+            while (s.query_starts[sequence + 1] <= t) sequence++;
+            const int32_t* page_ids = s.page_ids + s.page_starts[sequence];
+            const float *row = b.qkv + t * qkv_stride, *cos = s.cos + t * half, *sin = s.sin + t * half;
+            for (long h = 0; h < m.num_heads; h++) {
+                T* out = b.q + ((h / group * s.num_tokens + t) * group + h % group) * dim;
+                norm_rotate(row + h * dim, layer.q_norm, m.eps, cos, sin, dim, out);
+            }
+            for (long h = 0; h < m.num_kv_heads; h++) {
+                T* key = pages.key<T>(page_ids, s.positions[t], h);
+                norm_rotate(row + q_size + h * dim, layer.k_norm, m.eps, cos, sin, dim, key);
+                convert(row + q_size + kv_size + h * dim, dim, key + pages.to_value());
+            }
+        });
+    }
+
+    // b.attended [T][H D]. Units go to threads in turn: later ones of a prompt see more context and cost more.
+    void attention(const Pages& pages) const {
+        const long group = m.num_heads / m.num_kv_heads, tile_tokens = MAX_QUERIES / group;
+        long unit = 0;
+        for (long q = 0; q < s.num_sequences; q++)
+            for (long t = s.query_starts[q]; t < s.query_starts[q + 1]; t += tile_tokens)
+                for (long h = 0; h < m.num_kv_heads; h++)
+                    if (unit++ % num_threads == thread) {
+                        const long left = s.query_starts[q + 1] - t;
+                        attend_tile(pages, q, h, t, left < tile_tokens ? left : tile_tokens);
+                    }
+    }
+
+    void attend_tile(const Pages& pages, long sequence, long head, long first, long num_tokens) const {
+        const long group = m.num_heads / m.num_kv_heads, dim = m.head_dim;
+        Scratch<T>& scratch = b.scratch[thread];
+        int32_t positions[MAX_QUERIES];
+        const int num_queries = (int)(num_tokens * group);
+        for (int i = 0; i < num_queries; i++) positions[i] = s.positions[first + i / group];
+        const T* q = b.q + (head * s.num_tokens + first) * group * dim;
+        attend<T>((const uint32_t*)q, positions, num_queries, s.context_lens[sequence],
+                  s.page_ids + s.page_starts[sequence], pages, head, scratch);
+        for (int i = 0; i < num_queries; i++) {
+            T* out = b.attended + (first + i / group) * q_size + (head * group + i % group) * dim;
+            const f32x16 scale = splat(1.0f / scratch.totals[i]);
+            for (long d = 0; d < dim; d += LANES)
+                put(out + d, load<f32x16>(scratch.attended + i * MAX_HEAD_DIM + d) * scale);
+        }
+    }
+
+    void layer(long index) const {
+        const Layer& layer = m.layers[index];
+        const long layer_bytes = 2 * m.num_kv_heads * s.page_size * m.head_dim * sizeof(T);
+        const Pages pages{s.pool + index * layer_bytes, s.page_bytes, s.page_size, m.num_kv_heads, m.head_dim};
+        norm(layer.input_norm, nullptr, s.num_tokens);
+#pragma omp barrier
+        project(b.normed, normed_stride, s.num_tokens, layer.qkv, b.qkv, qkv_stride);
+#pragma omp barrier
+        rotate_and_append(layer, pages);
+#pragma omp barrier
+        attention(pages);
+#pragma omp barrier
+        project_residual(b.attended, q_size, layer.output);
+#pragma omp barrier
+        norm(layer.post_norm, nullptr, s.num_tokens);
+#pragma omp barrier
+        project_gated(layer.gate_up);
+#pragma omp barrier
+        project_residual(b.inner, inner_stride, layer.down);
+#pragma omp barrier
+    }
+
+    void run() const {
+        memset(b.scratch[thread].zeros, 0, sizeof b.scratch[thread].zeros);
+        embed();
+#pragma omp barrier
+        for (long index = 0; index < m.num_layers; index++) layer(index);
+        norm(m.final_norm, s.sampled_rows, s.num_sampled);
+#pragma omp barrier
+        project(b.normed, normed_stride, s.num_sampled, m.head, s.logits, m.head.num_panels * PANEL);
+    }
+};
+
+template <class T> void forward(const Model& model, const Step& step, int num_threads) {
+    const Buffers<T> buffers(model, step.num_tokens, num_threads, step.workspace);
+#pragma omp parallel num_threads(num_threads)
+    Worker<T>{model, step, buffers, omp_get_thread_num(), omp_get_num_threads()}.run();
+}
+
+}  // namespace forebay
+
+using namespace forebay;
+
+extern "C" {
+
+int64_t forebay_workspace_bytes(const Model* model, int is_bf16, int64_t num_tokens, int num_threads) {
+    return is_bf16 ? Buffers<bf16>(*model, num_tokens, num_threads, nullptr).num_bytes
+                   : Buffers<float>(*model, num_tokens, num_threads, nullptr).num_bytes;
+}
+
+void forebay_forward(const Model* model, const Step* step, int is_bf16, int num_threads) {
+    is_bf16 ? forward<bf16>(*model, *step, num_threads) : forward<float>(*model, *step, num_threads);
+}
+}

@@ -1,0 +1,55 @@
+// What is done to each token's row by itself: norms, rotation, writing into pages.
+#pragma once
+#include "vec.h"
+
+namespace forebay {
+
+// x * weight / rms(x) over n values; in and out may be the same.
+template <class T> inline void rms_norm(const float* x, const float* weight, long n, float eps, T* out) {
+    f32x16 squares = {};
+    const long whole = n / LANES * LANES;
+    const int rest = (int)(n - whole);
+    for (long i = 0; i < whole; i += LANES) {
+        const f32x16 v = load<f32x16>(x + i);
+        squares += v * v;
+    }
+    if (rest) {
+        const f32x16 v = widen_some(x + whole, rest);
+        squares += v * v;
+    }
+    const f32x16 scale = splat(1.0f / sqrtf(sum(squares) / n + eps));
+    for (long i = 0; i < whole; i += LANES) put(out + i, load<f32x16>(x + i) * scale * load<f32x16>(weight + i));
+    if (rest) put_some(out + whole, widen_some(x + whole, rest) * scale * widen_some(weight + whole, rest), rest);
+}
+
+// Rotary embedding of one head, halves paired; head_dim is a multiple of 32 or exactly 16.
+template <class T> inline void rotate(const float* x, const float* cos, const float* sin, long head_dim, T* out) {
+    const long half = head_dim / 2;
+    for (long i = 0; i < half; i += LANES) {
+        const int n = (int)(half - i < LANES ? half - i : LANES);
+        const f32x16 first = widen_some(x + i, n), second = widen_some(x + half + i, n);
+        const f32x16 c = widen_some(cos + i, n), s = widen_some(sin + i, n);
+        put_some(out + i, first * c - second * s, n);
+        put_some(out + half + i, second * c + first * s, n);
+    }
+}
+
+// One head of queries or keys: normed if the model does that, then rotated.
+template <class T>
+inline void norm_rotate(const float* x, const float* norm, float eps, const float* cos, const float* sin, long head_dim,
+                        T* out) {
+    float normed[512];
+    if (norm) {
+        rms_norm(x, norm, head_dim, eps, normed);
+        x = normed;
+    }
+    rotate(x, cos, sin, head_dim, out);
+}
+
+template <class From, class To> inline void convert(const From* x, long n, To* out) {
+    const long whole = n / LANES * LANES;
+    for (long i = 0; i < whole; i += LANES) put(out + i, widen(x + i));
+    if (n > whole) put_some(out + whole, widen_some(x + whole, (int)(n - whole)), (int)(n - whole));
+}
+
+}  // namespace forebay
