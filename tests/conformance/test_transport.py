@@ -120,6 +120,29 @@ async def test_a_stopped_owner_cannot_hold_up_a_read_past_its_time(world: World)
     owner.stop()
     with pytest.raises(DeadlineExceeded):
         await world.reader.read(peer, [1, 2], [1, 2], SHORT_S)
+    await assert_it_reads_or_is_closed(world, owner, peer)
+
+
+async def assert_it_reads_or_is_closed(world: World, owner: Owner, peer: Peer) -> None:
+    owner.resume()
+    if peer.is_open:
+        await world.reader.read(peer, [1], [1], LONG_S)
+    else:
+        with pytest.raises(TransferFailed):
+            await world.reader.read(peer, [1], [1], LONG_S)
+
+
+async def test_a_cancelled_read_of_a_living_owner_leaves_it_readable(world: World) -> None:
+    _, peer = await connected(world)
+    pages = list(range(NUM_PAGES))
+    read = asyncio.ensure_future(world.reader.read(peer, pages, pages, LONG_S))
+    await asyncio.sleep(0)
+    read.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await read
+    assert peer.is_open
+    await world.reader.read(peer, [5], [6], LONG_S)
+    assert world.bytes_of(6) == {page_byte(1, 5)}
 
 
 async def test_a_read_that_timed_out_writes_nothing_later(world: World) -> None:
@@ -183,6 +206,7 @@ async def test_a_restarted_owner_is_read_with_its_new_metadata(world: World) -> 
 
 async def test_a_disconnected_owner_cannot_be_read(world: World) -> None:
     _, peer = await connected(world)
+    assert peer.is_open
     world.reader.disconnect(peer)
     world.reader.disconnect(peer)
     with pytest.raises(TransferFailed):

@@ -22,11 +22,15 @@ class RemotePool:
 
 
 class Peer(Protocol):
-    """A connected remote pool. After a failed read it is dead: disconnect it and connect again."""
+    """A connected remote pool."""
 
     @property
     def pool(self) -> RemotePool:
         """What was connected to."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be read. A failed read may close it: disconnect it then, and connect again."""
 
 
 class Transport(Protocol):
@@ -39,7 +43,8 @@ class Transport(Protocol):
         """What a peer needs in order to connect."""
 
     def serve(self, seconds: float) -> None:
-        """Answer peers' connects and reads for this long from now; 0 stops. Each call replaces the one before.
+        """Answer peers' connects and reads for this long from now, or a few seconds after the last call that asked for
+        more than 0: a peer may be connecting. Each call replaces the one before.
 
         Not every path is truly one-sided: where there is no shared memory the owner's CPU takes part in a READ. So an
         owner serves while a lease of its own lives, and sleeps otherwise.

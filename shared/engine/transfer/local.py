@@ -14,11 +14,12 @@ from shared.engine.transfer.api import Peer, RemotePool, check_page_ids
 from shared.errors import DeadlineExceeded, Incompatible, TransferFailed
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LocalPeer:
     """A pool of this process."""
 
     pool: RemotePool
+    is_open: bool = True
 
 
 class LocalTransport:
@@ -30,7 +31,6 @@ class LocalTransport:
         self.agent_name = agent_name
         self._memory = memory
         self._hub = hub
-        self._peers: set[LocalPeer] = set()
         self._answering = asyncio.Event()
         self._answering.set()
         hub[agent_name] = self
@@ -55,14 +55,12 @@ class LocalTransport:
             raise Incompatible(f"pages of {pool.page_bytes} bytes do not fit pages of {self._memory.page_bytes}")
         owner = self._owner(pool)
         await _within(timeout_s, owner._answering.wait())
-        peer = LocalPeer(pool)
-        self._peers.add(peer)
-        return peer
+        return LocalPeer(pool)
 
     def disconnect(self, peer: Peer) -> None:
         """See `Transport.disconnect`."""
         if isinstance(peer, LocalPeer):
-            self._peers.discard(peer)
+            peer.is_open = False
 
     async def read(self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float) -> int:
         """See `Transport.read`."""
@@ -78,7 +76,7 @@ class LocalTransport:
     async def _copy(self, peer: Peer, remote: Sequence[int], local: Sequence[int]) -> None:
         size = self._memory.page_bytes
         for source, target in zip(remote, local, strict=True):
-            if peer not in self._peers:
+            if not peer.is_open:
                 raise TransferFailed(f"{peer.pool.agent_name} is not connected")
             await self._owner(peer.pool)._answering.wait()
             ctypes.memmove(self._memory.address + target * size, peer.pool.base_address + source * size, size)

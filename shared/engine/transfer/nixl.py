@@ -26,6 +26,8 @@ from shared.engine.transfer.nixl_link import Link, Read, new_agent
 from shared.engine.transfer.nixl_thread import NixlThread
 from shared.errors import Fault, Incompatible, TransferFailed
 
+LINGER_S = 5.0
+
 
 class NixlTransport:
     """Implements `Transport` with NIXL's UCX backend."""
@@ -36,6 +38,7 @@ class NixlTransport:
         self.agent_name = agent_name
         self._memory = memory
         self._num_links = 0
+        self._linger_until = 0.0
         self._thread = NixlThread()
         self._thread.start()
         try:
@@ -50,7 +53,10 @@ class NixlTransport:
 
     def serve(self, seconds: float) -> None:
         """See `Transport.serve`."""
-        self._thread.serve_until = time.monotonic() + seconds
+        now = time.monotonic()
+        if seconds > 0:
+            self._linger_until = now + LINGER_S
+        self._thread.serve_until = max(now + seconds, self._linger_until)
         self._thread.call(lambda: None)
 
     async def connect(self, pool: RemotePool, timeout_s: float) -> Link:

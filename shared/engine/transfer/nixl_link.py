@@ -63,6 +63,11 @@ class Link:
         self._handles.append(agent.prep_xfer_dlist(theirs.agent_name, remote, theirs.memory_kind))
 
     @property
+    def is_open(self) -> bool:
+        """See `Peer.is_open`. May be asked from any thread."""
+        return self._agent is not None and not self.parked
+
+    @property
     def agent(self) -> Any:
         """The agent, for posting and polling. Raises TransferFailed unless the link is open."""
         if self._agent is None or self.parked:
