@@ -145,11 +145,13 @@ class Engine(Protocol):
     memory: PoolMemory
 
     def submit(self, request: EngineRequest, pages: PageTable | None = None) -> None:
-        """Queue a sequence. `pages` (from `kv.reserve`) pass into its ownership; their first `pages.num_tokens` tokens
-        are already computed. Raises InvalidRequest or ContextTooLong, and then leaves `pages` with the caller."""
+        """Queue a sequence. `pages` (from `kv.reserve`) pass into its ownership, and the caller's table is empty then;
+        their first `pages.num_tokens` tokens are already computed. Raises InvalidRequest or ContextTooLong, and then
+        leaves `pages` with the caller."""
 
     def cancel(self, request_id: str) -> None:
-        """End a sequence and free its pages; no event follows. Unknown ids are ignored."""
+        """End a sequence and free its pages; no event follows. Unknown ids are ignored. A prefill-only sequence keeps
+        its pages, so that they can be leased, until this is called, even after its last event."""
 
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
@@ -159,6 +161,9 @@ class Engine(Protocol):
 
     def load(self) -> EngineLoad:
         """Current facts."""
+
+    def is_short(self) -> bool:
+        """Whether a sequence of this engine waits for pages: newcomers should leave it what is freed next."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,184 @@
+"""An engine in a thread of its own, for asyncio code.
+
+All methods belong to the event loop that called `start`. The two sides meet in three places only: the thread-safe
+methods of the engine, an event that wakes the thread, and one `call_soon_threadsafe` per step with all its events.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+
+from shared.engine.api import Engine, EngineRequest, Event, Failed, TokensSampled
+from shared.engine.kv.store import PageTable
+from shared.errors import ContextTooLong, Draining, Fault, Internal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """Somebody who waits for pages."""
+
+    page_hashes: Sequence[bytes]
+    num_pages: int
+    pages: asyncio.Future[PageTable]
+
+
+class EngineLoop:
+    """Steps the engine while there is work, and sleeps while there is none.
+
+    Should the engine die, everybody who waits for it gets a fault, later calls too, and `on_death` is told.
+    """
+
+    def __init__(self, engine: Engine, on_death: Callable[[Fault], None] | None = None) -> None:
+        self.engine = engine
+        self._on_death = on_death
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._wake = threading.Event()
+        self._stopping = False
+        self._fault: Fault | None = None
+        self._streams: dict[str, asyncio.Queue[Event]] = {}
+        self._waiters: deque[Waiter] = deque()
+        self._numbers = count(1)
+
+    def start(self) -> None:
+        """Begin to step."""
+        self._loop = asyncio.get_running_loop()
+        self.engine.kv.on_capacity = self._on_capacity
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End after the step at hand. Streams and waiters that are left get Draining."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+        self.engine.kv.on_capacity = None
+        self._end(Draining("the engine was stopped"))
+
+    async def reserve(self, page_hashes: Sequence[bytes], num_pages: int) -> PageTable:
+        """As `KvStore.reserve`, but wait for room: first come, first served, and behind the sequences that have begun.
+
+        The caller's deadline is the limit of the wait. Raises ContextTooLong for more pages than there are.
+        """
+        self._require_alive()
+        if num_pages > self.engine.kv.num_pages:
+            raise ContextTooLong(f"{num_pages} pages do not fit a pool of {self.engine.kv.num_pages}", param="prompt")
+        waiter = Waiter(page_hashes, num_pages, self._loop.create_future())
+        self._waiters.append(waiter)
+        self._serve()
+        try:
+            return await waiter.pages
+        except asyncio.CancelledError:
+            if waiter.pages.done() and not waiter.pages.cancelled() and not waiter.pages.exception():
+                self.engine.kv.drop(waiter.pages.result())
+            raise
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+                self._serve()
+
+    async def generate(self, request: EngineRequest, pages: PageTable | None = None) -> AsyncIterator[Event]:
+        """Events of one sequence, to the last one; leaving early cancels it. `pages` are as in `Engine.submit`.
+
+        The engine knows each call under a name of its own, which the events carry: a request may come again while its
+        first try is still being cleared away. Pages of a prefill-only sequence stay held until the iterator is left.
+        Raises the fault of a sequence that failed; InvalidRequest or ContextTooLong at once, and `pages` stay with the
+        caller then.
+        """
+        self._require_alive()
+        request = replace(request, request_id=f"{request.request_id}#{next(self._numbers)}")
+        stream = self._streams[request.request_id] = asyncio.Queue()
+        try:
+            self.engine.submit(request, pages)
+            self._wake.set()
+            while True:
+                event = await stream.get()
+                if isinstance(event, Failed):
+                    raise event.fault
+                yield event
+                if isinstance(event, TokensSampled) and (event.finish_reason or request.prefill_only):
+                    return
+        finally:
+            del self._streams[request.request_id]
+            self.engine.cancel(request.request_id)
+            self._wake.set()
+
+    # In the engine's thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                if self.engine.has_work():
+                    self._post(self.engine.step())
+                else:
+                    # Whoever lacks pages that a lease has, lacks them no longer than that.
+                    self._wake.wait(self.engine.kv.next_lease_end_s())
+                    self.engine.kv.expire()
+        except BaseException as error:
+            log.critical("the engine died", exc_info=error)
+            fault = Internal(f"the engine died: {type(error).__name__}: {error}")
+            self._call(lambda: self._die(fault))
+
+    def _post(self, events: list[Event]) -> None:
+        if events or self._waiters:
+            self._call(lambda: self._deliver(events))
+
+    def _call(self, callback: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:
+            self._stopping = True  # the event loop is closed: nobody listens any more
+
+    # In the event loop ------------------------------------------------------------------------------------------------
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            if stream := self._streams.get(event.request_id):
+                stream.put_nowait(event)
+        self._serve()
+
+    def _on_capacity(self) -> None:
+        """From any thread: pages were freed."""
+        self._wake.set()
+        if self._waiters:
+            self._call(self._serve)
+
+    def _serve(self) -> None:
+        """Give pages to those who wait, in order, as far as they go."""
+        while self._waiters and not self.engine.is_short():
+            first = self._waiters[0]
+            if first.pages.done():  # cancelled, and about to leave by itself
+                self._waiters.popleft()
+                continue
+            num_spare = self.engine.load().num_running
+            pages = self.engine.kv.reserve(first.page_hashes, first.num_pages, num_spare)
+            if pages is None:
+                break
+            self._waiters.popleft()
+            first.pages.set_result(pages)
+        if self._waiters:
+            self._wake.set()  # the thread works out anew when the next lease ends
+
+    def _die(self, fault: Fault) -> None:
+        self._end(fault)
+        if self._on_death is not None:
+            self._on_death(fault)
+
+    def _end(self, fault: Fault) -> None:
+        self._fault = self._fault or fault
+        for request_id, stream in self._streams.items():
+            stream.put_nowait(Failed(request_id, self._fault))
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.pages.done():
+                waiter.pages.set_exception(self._fault)
+
+    def _require_alive(self) -> None:
+        if self._fault is not None:
+            raise self._fault

@@ -1,0 +1,150 @@
+"""Which sequences compute how many tokens in the next step, and who gets pages for it."""
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+
+from shared.engine.kv.store import KvStore
+from shared.engine.sequence import Sequence
+
+RANK = attrgetter("rank")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One sequence's part of a step: its tokens from `start`. Drafts to verify will be tokens like all others."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+
+class Scheduler:
+    """Sequences that run, sequences that wait, both in order of rank; for one thread.
+
+    There are no modes: a step is "sequence → number of tokens" under one budget. A sequence has pages for all its
+    tokens when it starts, and grows page by page as it generates. When pages run out, the youngest ones lose theirs and
+    wait to be computed again, mostly from the cache. Prefill-only sequences never grow, and never lose pages while they
+    run.
+
+    Nobody starves: ranks are fixed at arrival, the head of the queue is never overtaken by those who need pages, and of
+    those who run, the first by rank always makes progress.
+    """
+
+    def __init__(self, kv: KvStore, max_step_tokens: int, max_num_sequences: int) -> None:
+        if not 1 <= max_num_sequences <= max_step_tokens:
+            raise ValueError(f"{max_num_sequences} sequences cannot share a budget of {max_step_tokens} tokens a step")
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.num_preemptions = 0
+        self._kv = kv
+        self._max_step_tokens = max_step_tokens
+        self._max_num_sequences = max_num_sequences
+        self._short = False
+        self._stalled_at: int | None = None
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn."""
+        if sequence.num_uncomputed < 1:
+            self._kv.shrink(sequence.table, sequence.num_reusable)
+        insort(self.waiting, sequence, key=RANK)
+        self._stalled_at = None
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence; its pages stay with it."""
+        for queue in (self.running, self.waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+        self._stalled_at = None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a sequence went without pages when the last step was planned. Newcomers should leave it what is
+        freed next."""
+        return self._short and bool(self.running or self.waiting)
+
+    def has_work(self) -> bool:
+        """Whether `schedule` might plan anything: not if it could not, and no page was freed since."""
+        if not (self.running or self.waiting):
+            return False
+        return self._stalled_at is None or self._stalled_at != self._kv.num_freed()
+
+    def schedule(self) -> list[Part]:
+        """Plan a step: those that generate first, then prompts in order of rank, as far as the budget goes."""
+        num_freed, self._short = self._kv.num_freed(), False
+        decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
+        parts = [_part(sequence, 1) for sequence in decoding if self._grow(sequence)]
+        budget = self._max_step_tokens - len(parts)
+        for sequence in self._prompts():
+            parts.append(_part(sequence, budget))
+            budget -= parts[-1].num_tokens
+            if not budget:
+                break
+        self._stalled_at = None if parts else num_freed
+        return parts
+
+    def _prompts(self) -> Iterator[Sequence]:
+        yield from [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        while sequence := self._start_next():
+            yield sequence
+
+    def _start_next(self) -> Sequence | None:
+        """Start the first sequence that can. Past one that lacks pages only those go that have all of theirs already:
+        they take nothing from it, and give theirs back the sooner."""
+        if len(self.running) >= self._max_num_sequences:
+            return None
+        for sequence in self.waiting:
+            if not sequence.num_pages_missing or (not self._short and self._acquire(sequence)):
+                self.waiting.remove(sequence)
+                insort(self.running, sequence, key=RANK)
+                sequence.start()
+                return sequence
+            self._short = True
+        return None
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Get a running sequence its next page, if it is at the end of its last one."""
+        if not sequence.table.page_ids:
+            return False  # preempted a moment ago, by an older one of this step
+        while not self._kv.extend(sequence.table, sequence.num_pages_missing):
+            growing = [each for each in self.running if not each.request.prefill_only]
+            if not self._preempt_younger(sequence, growing + self.waiting):
+                self._short = True
+                return False
+        return True
+
+    def _acquire(self, sequence: Sequence) -> bool:
+        """Get a waiting sequence all its pages. If nobody runs who would free some, those behind it give theirs."""
+        while not self._hold(sequence):
+            if self.running or not self._preempt_younger(sequence, self.waiting):
+                return False
+        return True
+
+    def _hold(self, sequence: Sequence) -> bool:
+        if sequence.table.page_ids:
+            return self._kv.extend(sequence.table, sequence.num_pages_missing)
+        # Who runs may soon need a page more: without room for that, the newcomer would be the first to be preempted.
+        num_spare = sum(not each.request.prefill_only for each in self.running)
+        table = self._kv.reserve(sequence.reusable_hashes, sequence.num_pages_missing, num_spare)
+        if table is not None:
+            sequence.table = table
+        return table is not None
+
+    def _preempt_younger(self, sequence: Sequence, candidates: list[Sequence]) -> bool:
+        """Take the pages of the youngest candidate behind this sequence; False if none has any."""
+        younger = [each for each in candidates if each.table.page_ids and each.rank > sequence.rank]
+        if not younger:
+            return False
+        victim = max(younger, key=RANK)
+        self._kv.drop(victim.table)
+        victim.num_published = 0
+        self.num_preemptions += 1
+        if victim in self.running:
+            self.running.remove(victim)
+            insort(self.waiting, victim, key=RANK)
+        return True
+
+
+def _part(sequence: Sequence, budget: int) -> Part:
+    return Part(sequence, sequence.num_computed, min(sequence.num_uncomputed, budget))

@@ -1,0 +1,143 @@
+"""A request while the engine has it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from shared.engine.api import BatchItem, EngineRequest, FinishReason, SampledToken
+from shared.engine.kv.store import PageTable
+from shared.page_hash import chain
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What ends a sequence besides its own parameters.
+
+    `max_len` counts prompt and output: what the model's context, and the whole pool, can hold.
+    """
+
+    page_size: int
+    max_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a sequence ended; `stop_token_id` is the token that did it, if one did."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, and the pages that hold the KV of the first `num_computed` of them.
+
+    `rank` orders sequences: lower runs first. Only the engine's thread changes a sequence, but for `cancelled`.
+    """
+
+    request: EngineRequest
+    limits: Limits
+    rank: tuple[float, int]
+    table: PageTable
+    tokens: list[int] = field(init=False)
+    hashes: list[bytes] = field(init=False)
+    stop_token_ids: frozenset[int] = field(init=False)
+    num_cached_tokens: int = 0
+    num_published: int = 0
+    num_announced: int = 0
+    started: bool = False
+    cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.token_ids)
+        self.hashes = chain(self.request.hash_key, self.tokens, self.limits.page_size)
+        eos = () if self.request.sampling.ignore_eos else self.limits.eos_token_ids
+        self.stop_token_ids = frozenset((*self.request.sampling.stop_token_ids, *eos))
+
+    @property
+    def num_computed(self) -> int:
+        """Leading tokens whose KV is in the pages."""
+        return self.table.num_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens still to compute before the next one can be chosen; 1 while decoding."""
+        return len(self.tokens) - self.table.num_tokens
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens, those of an earlier worker included."""
+        return len(self.tokens) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_pages_missing(self) -> int:
+        """Pages to hold before all tokens have room."""
+        return max(0, -(-len(self.tokens) // self.limits.page_size) - len(self.table.page_ids))
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens whose KV may come from a cache: whole pages, but never the last token, whose logits are needed. Its
+        page is computed into a page of the sequence's own, so that a shared one is never written."""
+        return (len(self.tokens) - 1) // self.limits.page_size * self.limits.page_size
+
+    @property
+    def reusable_hashes(self) -> list[bytes]:
+        """Hashes of the pages that may come from a cache."""
+        return self.hashes[: self.num_reusable // self.limits.page_size]
+
+    def start(self) -> None:
+        """The sequence runs from now on. What it is said to have found cached is what it found the first time."""
+        if not self.started:
+            self.num_cached_tokens = min(self.num_computed, len(self.request.prompt_token_ids))
+        self.started = True
+
+    def part(self, start: int, num_tokens: int) -> BatchItem:
+        """The item of a step that computes `num_tokens` tokens from `start`. It shows the live lists, uncopied: they do
+        not change before the step is absorbed."""
+        end = start + num_tokens
+        return BatchItem(
+            request_id=self.request.request_id,
+            token_ids=self.tokens[start:end],
+            start=start,
+            page_ids=self.table.page_ids,
+            sample=end == len(self.tokens),
+            sampling=self.request.sampling,
+            output_start=len(self.request.prompt_token_ids),
+            history=self.tokens,
+        )
+
+    def unpublished(self) -> tuple[int, list[bytes]]:
+        """Full computed pages that were not made findable yet: index of the first one, and their hashes."""
+        first, page_size = self.num_published, self.limits.page_size
+        self.num_published = self.num_computed // page_size
+        known = len(self.hashes)
+        if known < self.num_published:
+            tail = self.tokens[known * page_size : self.num_published * page_size]
+            parent = self.hashes[-1] if self.hashes else b""
+            self.hashes += chain(self.request.hash_key, tail, page_size, parent)
+        return first, self.hashes[first : self.num_published]
+
+    def unannounced(self) -> tuple[int, list[int]]:
+        """Computed pages that no event has named yet: index of the first one, and their ids. The partly filled last
+        page comes with the last token."""
+        first, page_size = self.num_announced, self.limits.page_size
+        whole = self.num_computed // page_size
+        self.num_announced = whole if self.num_uncomputed else -(-self.num_computed // page_size)
+        return first, self.table.page_ids[first : self.num_announced]
+
+    def append(self, chosen: Iterable[SampledToken]) -> tuple[list[SampledToken], Ending | None]:
+        """Take chosen tokens in until one ends the sequence: those that were emitted, and how it ended, if it did."""
+        emitted: list[SampledToken] = []
+        for token in chosen:
+            if token.token_id in self.stop_token_ids and self.num_output >= self.request.sampling.min_tokens:
+                return emitted, Ending(FinishReason.STOP, token.token_id)
+            self.tokens.append(token.token_id)
+            emitted.append(token)
+            if self.is_full:
+                return emitted, Ending(FinishReason.LENGTH)
+        return emitted, None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the output or the context has no room for another token."""
+        return self.num_output >= self.request.sampling.max_tokens or len(self.tokens) >= self.limits.max_len
