@@ -1,0 +1,21 @@
+"""The command line: `forebay COMMAND`."""
+
+import typer
+
+from cli.chat import chat
+from cli.models import models
+from cli.status import status
+from cli.up import up
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Forebay serves large language models through separate prefill and decode workers.",
+)
+for command in (up, status, chat, models):
+    app.command()(command)
+
+if __name__ == "__main__":
+    app()

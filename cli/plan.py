@@ -1,0 +1,83 @@
+"""Which processes a cluster consists of, and with which flags: a pure function of what the user asked for."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cli import valkey
+from cli.process import ProcessSpec
+
+BLACKBOARD = "blackboard"
+WORKERS = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """What `forebay up` was asked for. `model` is a path or the name of a model in the cache; `redis_url` empty means
+    an embedded Valkey. Extra flags go to every process of a role, as they are."""
+
+    model: str
+    redis_url: str = ""
+    num_gateways: int = 1
+    num_routers: int = 1
+    num_prefill: int = 1
+    num_decode: int = 1
+    engine: str = "torch"
+    dtype: str = "bfloat16"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grace_ms: int = 10_000
+    log_level: str = "INFO"
+    num_cores: int = 1
+    gateway_flags: Sequence[str] = ()
+    router_flags: Sequence[str] = ()
+    worker_flags: Sequence[str] = ()
+
+
+def threads_per_worker(num_cores: int, num_workers: int) -> int:
+    """Compute threads of each worker, one at least.
+
+    Twice as many threads as cores in all: prefill and decode seldom compute at the same moment, and one that computes
+    alone should have the machine.
+    """
+    return max(1, min(num_cores, 2 * num_cores // max(1, num_workers)))
+
+
+def blackboard(host: str, port: int) -> ProcessSpec:
+    """The embedded Valkey."""
+    return ProcessSpec(BLACKBOARD, BLACKBOARD, valkey.command(host, port))
+
+
+def services(options: ClusterOptions, redis_url: str) -> list[ProcessSpec]:
+    """All processes but the blackboard, in the order in which they are to be stopped: who takes requests first."""
+    common = [
+        *("--host", options.host, "--redis-url", redis_url),
+        *("--drain-grace-ms", str(options.grace_ms), "--log-level", options.log_level),
+    ]
+    gateways = [
+        _service("gateway", number, [*common, "--http-port", str(_http_port(options, number)), *options.gateway_flags])
+        for number in range(options.num_gateways)
+    ]
+    routers = [_service("router", number, [*common, *options.router_flags]) for number in range(options.num_routers)]
+    return gateways + routers + _workers(options, common)
+
+
+def _workers(options: ClusterOptions, common: list[str]) -> list[ProcessSpec]:
+    threads = threads_per_worker(options.num_cores, options.num_prefill + options.num_decode)
+    flags = [*common, "--model", options.model, "--engine", options.engine, "--dtype", options.dtype]
+    flags += ["--num-threads", str(threads), *options.worker_flags]
+    # A thread that waits must not keep another worker's thread from its core.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+    decode = [_service("decode", number, flags, environment) for number in range(options.num_decode)]
+    prefill = [_service("prefill", number, flags, environment) for number in range(options.num_prefill)]
+    return decode + prefill
+
+
+def _http_port(options: ClusterOptions, number: int) -> int:
+    return options.port + number if options.port else 0
+
+
+def _service(role: str, number: int, flags: list[str], environment: dict[str, str] | None = None) -> ProcessSpec:
+    name = f"{role}-{number}"
+    command = (sys.executable, "-m", f"services.{role}", "--name", name, *flags)
+    return ProcessSpec(role, name, command, environment or {})

@@ -1,0 +1,172 @@
+"""One supervised process: started, watched, started again when it dies, ended; its output goes to a log file."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Ends the process when its supervisor dies, however it dies (prctl PR_SET_PDEATHSIG, on Linux). A launcher,
+# because code between fork and exec is unsafe in a process with threads.
+_LAUNCH = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the supervisor is gone")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+FIRST_BACKOFF_S = 0.1
+LONGEST_BACKOFF_S = 10.0
+# Where `python -m services.NAME` finds the services, installed or not.
+ROOT = Path(__file__).resolve().parents[1]
+# A process that ran this long was well: its next failure counts as the first.
+WELL_AFTER_S = 30.0
+# Logs of this many earlier starts are kept beside the current one.
+NUM_OLD_LOGS = 4
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """What to run. `name` is unique in a cluster."""
+
+    role: str
+    name: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Supervised:
+    """Runs one process until told to stop. `on_change` is called after each start and each end.
+
+    `echo`, if given, gets each line of the output as well. Use it within one event loop.
+    """
+
+    def __init__(
+        self,
+        spec: ProcessSpec,
+        folder: Path,
+        *,
+        on_change: Callable[[], None] = lambda: None,
+        echo: Callable[[str, str], None] | None = None,
+        first_backoff_s: float = FIRST_BACKOFF_S,
+    ) -> None:
+        self.spec = spec
+        self.num_starts = 0
+        self.last_exit = ""
+        self.died = asyncio.Event()
+        """Set when the process has ended without being told to, at least once."""
+        self._folder, self._on_change, self._echo = folder, on_change, echo
+        self._first_backoff_s = first_backoff_s
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id while it runs."""
+        return self._process.pid if self._process and self._process.returncode is None else None
+
+    @property
+    def num_restarts(self) -> int:
+        """How often it was started again."""
+        return max(0, self.num_starts - 1)
+
+    @property
+    def log_path(self) -> Path:
+        """Output of the current start."""
+        return self._folder / f"{self.spec.name}.log"
+
+    async def start(self) -> None:
+        """Start it, and keep it running from now on. Raises OSError if the command cannot be run."""
+        ended = await self._spawn()
+        self._task = asyncio.create_task(self._keep_running(ended))
+
+    def signal(self, number: int) -> None:
+        """Send a signal to it and, except for SIGTERM, to whatever it started."""
+        if self.pid is not None:
+            with suppress(ProcessLookupError):
+                (os.kill if number == signal.SIGTERM else os.killpg)(self.pid, number)
+
+    async def stop(self, grace_s: float) -> None:
+        """End it by SIGTERM, or by SIGKILL after `grace_s`."""
+        self._stopping.set()
+        self.signal(signal.SIGTERM)
+        if self._task is not None:
+            _, late = await asyncio.wait([self._task], timeout=grace_s)
+            if late:
+                self.signal(signal.SIGKILL)
+            await self._task
+
+    def last_lines(self, number: int = 15) -> list[str]:
+        """The end of its output."""
+        with suppress(OSError):
+            return self.log_path.read_text(errors="replace").splitlines()[-number:]
+        return []
+
+    async def _keep_running(self, ended: asyncio.Task[int]) -> None:
+        backoff_s = self._first_backoff_s
+        while True:
+            started = time.monotonic()
+            self.last_exit = _describe(await ended)
+            self._on_change()
+            if self._stopping.is_set():
+                return
+            self.died.set()
+            if time.monotonic() - started > WELL_AFTER_S:
+                backoff_s = self._first_backoff_s
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), backoff_s)
+                return
+            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+            ended = await self._spawn()
+
+    async def _spawn(self) -> asyncio.Task[int]:
+        rotate(self.log_path, NUM_OLD_LOGS)
+        with self.log_path.open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-ISc", _LAUNCH, str(os.getpid()), *self.spec.command),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if self._echo else log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self.spec.environment,
+                cwd=ROOT,
+                start_new_session=True,  # Ctrl-C reaches the supervisor alone, which then stops all in order
+            )
+        self._process = process
+        self.num_starts += 1
+        self._on_change()
+        return asyncio.create_task(self._watch(process))
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> int:
+        if process.stdout is not None and self._echo is not None:
+            with self.log_path.open("ab") as log:
+                async for line in process.stdout:
+                    log.write(line)
+                    log.flush()
+                    self._echo(self.spec.name, line.decode(errors="replace").rstrip())
+        code = await process.wait()
+        with suppress(ProcessLookupError, PermissionError):  # what it may have started and left
+            os.killpg(process.pid, signal.SIGKILL)
+        return code
+
+
+def rotate(path: Path, num_kept: int) -> None:
+    """Rename NAME.log to NAME.1.log, NAME.1.log to NAME.2.log and so on; the oldest is dropped."""
+    for age in range(num_kept, 0, -1):
+        older = path.with_suffix(f".{age}{path.suffix}")
+        newer = path.with_suffix(f".{age - 1}{path.suffix}") if age > 1 else path
+        if newer.exists():
+            newer.replace(older)
+
+
+def _describe(code: int) -> str:
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit status {code}"

@@ -1,0 +1,41 @@
+"""Which cluster a command talks to: the one it was told, else the one that runs on this machine."""
+
+from typing import NoReturn
+
+import httpx
+import typer
+
+from cli import state
+from shared.models.store import default_cache
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+CONNECT_TIMEOUT_S = 5.0
+
+
+def url_of(given: str) -> str:
+    """The URL of the gateway to talk to."""
+    if given:
+        return given.rstrip("/")
+    run = state.find(default_cache())
+    return run.url if run and run.url else DEFAULT_URL
+
+
+def client(url: str, timeout_s: float) -> httpx.Client:
+    """A client that waits at most `timeout_s` for each part of an answer."""
+    return httpx.Client(base_url=url, timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S), trust_env=False)
+
+
+def model_names(http: httpx.Client) -> list[str]:
+    """The models that the cluster serves; ends the command with a message if it cannot be asked."""
+    try:
+        answer = http.get("/v1/models")
+        answer.raise_for_status()
+    except httpx.HTTPError as error:
+        fail(f"no answer from {http.base_url}: {error}; is a cluster up? `forebay up` starts one")
+    return [model["id"] for model in answer.json()["data"]]
+
+
+def fail(message: str) -> NoReturn:
+    """End the command with a message."""
+    typer.secho(message, fg="red", err=True)
+    raise typer.Exit(1)

@@ -1,0 +1,132 @@
+"""`forebay up`: a cluster in the foreground, from the first process to the last file removed."""
+
+import asyncio
+import os
+import shlex
+import signal
+import sys
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from cli.cluster import Cluster, StartFailed
+from cli.plan import ClusterOptions
+from cli.state import RunDirectory
+from shared.errors import Fault
+from shared.models import store
+from shared.models.catalogue import DEFAULT_MODEL
+
+START_DEADLINE_S = 120.0
+
+
+def up(  # noqa: PLR0913, PLR0917 - one argument a flag
+    model: Annotated[str, typer.Option(help="Model directory, .gguf file, or name in the catalogue.")] = DEFAULT_MODEL,
+    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers; with 0, decode workers prefill.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
+    gateways: Annotated[int, typer.Option(min=1, help="Gateways, on consecutive ports.")] = 1,
+    routers: Annotated[int, typer.Option(min=1, help="Routers.")] = 1,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the first gateway; 0: any.")] = 8000,
+    host: Annotated[str, typer.Option(help="Interface that everything listens on.")] = "127.0.0.1",
+    engine: Annotated[str, typer.Option(help="torch computes; sim only pretends to.")] = "torch",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    redis: Annotated[str, typer.Option(metavar="URL", help="Redis to use instead of an embedded Valkey.")] = "",
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that running requests have to end at Ctrl-C.")] = 10.0,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds to come up in.")] = START_DEADLINE_S,
+    gateway_flags: Annotated[str, typer.Option(help="More flags for gateways, in one string.")] = "",
+    router_flags: Annotated[str, typer.Option(help="More flags for routers, in one string.")] = "",
+    worker_flags: Annotated[str, typer.Option(help="More flags for workers, in one string.")] = "",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what all processes log.")] = False,
+) -> None:
+    """Start a cluster on this machine and run it until Ctrl-C."""
+    options = ClusterOptions(
+        model=model,
+        redis_url=redis,
+        num_gateways=gateways,
+        num_routers=routers,
+        num_prefill=prefill,
+        num_decode=decode,
+        engine=engine,
+        dtype=dtype,
+        host=host,
+        port=port,
+        grace_ms=int(grace * 1000),
+        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        gateway_flags=shlex.split(gateway_flags),
+        router_flags=shlex.split(router_flags),
+        worker_flags=shlex.split(worker_flags),
+    )
+    try:
+        asyncio.run(run(_with_model(options), store.served_name(model), deadline, verbose))
+    except (Fault, StartFailed, OSError) as error:
+        typer.secho(f"Forebay did not start: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
+async def run(options: ClusterOptions, model: str, deadline_s: float, verbose: bool) -> None:
+    """Run a cluster until SIGINT or SIGTERM; a second one ends it at once. Raises StartFailed."""
+    directory = RunDirectory.create(store.default_cache())
+    cluster = Cluster(options, directory, _echo if verbose else None)
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        starting = asyncio.create_task(cluster.start(os.getpid(), model, deadline_s))
+        if await _first(starting, stop):
+            typer.echo(_welcome(cluster.state.url, model))
+            await stop.wait()
+        typer.echo("stopping; Ctrl-C again ends everything at once", err=True)
+    finally:
+        stop.set()
+        await _stop(cluster, options.grace_ms / 1000, hurry)
+        directory.remove()
+
+
+async def _first(work: asyncio.Task[None], event: asyncio.Event) -> bool:
+    """Whether the work was done before the event; it is cancelled otherwise."""
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if work.done():
+        work.result()
+        return True
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
+    return False
+
+
+async def _stop(cluster: Cluster, grace_s: float, hurry: asyncio.Event) -> None:
+    stopping = asyncio.create_task(cluster.stop(grace_s))
+    waiting = asyncio.create_task(hurry.wait())
+    await asyncio.wait([stopping, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not stopping.done():
+        cluster.kill()
+    await stopping
+
+
+def _with_model(options: ClusterOptions) -> ClusterOptions:
+    """The options with the model as a directory on this machine, fetched if need be."""
+    return replace(options, model=str(store.resolve(options.model)))
+
+
+def _echo(name: str, line: str) -> None:
+    sys.stderr.write(f"{name:<12} {line}\n")
+
+
+def _welcome(url: str, model: str) -> str:
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    return f"""
+Forebay serves {model} at {url}
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'
+
+  forebay chat      talk to it
+  forebay status    see every process
+  Ctrl-C            stop everything
+"""

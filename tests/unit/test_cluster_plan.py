@@ -1,0 +1,49 @@
+"""What `forebay up` decides to start."""
+
+import pytest
+
+from cli import plan
+from cli.plan import ClusterOptions
+
+URL = "redis://127.0.0.1:1/0"
+
+
+def _flag(command: tuple[str, ...], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_those_who_take_requests_are_stopped_before_those_who_serve_them() -> None:
+    names = [spec.name for spec in plan.services(ClusterOptions(model="m"), URL)]
+    assert names == ["gateway-0", "router-0", "decode-0", "prefill-0"]
+
+
+def test_each_process_has_a_name_of_its_own() -> None:
+    options = ClusterOptions(model="m", num_gateways=2, num_routers=2, num_prefill=3, num_decode=2)
+    specs = plan.services(options, URL)
+    assert len({spec.name for spec in specs}) == len(specs) == 9
+    assert all(_flag(spec.command, "--name") == spec.name for spec in specs)
+
+
+def test_every_process_is_told_the_same_blackboard() -> None:
+    assert {_flag(spec.command, "--redis-url") for spec in plan.services(ClusterOptions(model="m"), URL)} == {URL}
+
+
+@pytest.mark.parametrize(("port", "expected"), [(8000, ["8000", "8001"]), (0, ["0", "0"])])
+def test_gateways_listen_on_consecutive_ports_or_on_any(port: int, expected: list[str]) -> None:
+    specs = plan.services(ClusterOptions(model="m", port=port, num_gateways=2), URL)
+    assert [_flag(spec.command, "--http-port") for spec in specs if spec.role == "gateway"] == expected
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "num_workers", "expected"), [(2, 2, 2), (2, 1, 2), (8, 2, 8), (8, 4, 4), (2, 8, 1), (1, 2, 1)]
+)
+def test_workers_share_the_cores(num_cores: int, num_workers: int, expected: int) -> None:
+    assert plan.threads_per_worker(num_cores, num_workers) == expected
+
+
+def test_extra_flags_go_to_the_role_they_are_meant_for() -> None:
+    options = ClusterOptions(model="m", worker_flags=["--page-size", "32"], router_flags=["--r"], gateway_flags=["--g"])
+    for spec in plan.services(options, URL):
+        assert ("--page-size" in spec.command) == (spec.role in plan.WORKERS)
+        assert ("--r" in spec.command) == (spec.role == "router")
+        assert ("--g" in spec.command) == (spec.role == "gateway")
