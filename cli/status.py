@@ -16,6 +16,7 @@ from shared.errors import BlackboardLost
 from shared.models.store import default_cache
 
 Row = dict[str, Any]
+COLUMNS = ("process", "state", "pid", "address", "epoch", "pages free/cached/leased/held", "running", "restarts")
 
 
 def status(
