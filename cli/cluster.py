@@ -42,8 +42,9 @@ class Cluster:
         redis_url = options.redis_url or f"redis://{options.host}:{port}/0"
         self.state = RunState(supervisor_pid=0, started_unix_ms=now_ms(), redis_url=redis_url)
 
-    async def start(self, supervisor_pid: int, model: str, deadline_s: float) -> None:
+    async def start(self, supervisor_pid: int, deadline_s: float) -> None:
         """Start all and return when the gateway lists the model. Raises StartFailed."""
+        model = self._options.served_model_name
         self.state = self.state.model_copy(update={"supervisor_pid": supervisor_pid, "model": model})
         _refuse_taken_ports(self._options)
         board = Blackboard(self.state.redis_url)

@@ -13,10 +13,11 @@ WORKERS = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """What `forebay up` was asked for. `model` is a path or the name of a model in the cache; `redis_url` empty means
-    an embedded Valkey. Extra flags go to every process of a role, as they are."""
+    """What `forebay up` was asked for. `model` is a path or the name of a model in the cache, `served_model_name` what
+    clients call it; `redis_url` empty means an embedded Valkey. Extra flags go to every process of a role."""
 
     model: str
+    served_model_name: str = ""
     redis_url: str = ""
     num_gateways: int = 1
     num_routers: int = 1
@@ -64,8 +65,9 @@ def services(options: ClusterOptions, redis_url: str) -> list[ProcessSpec]:
 
 def _workers(options: ClusterOptions, common: list[str]) -> list[ProcessSpec]:
     threads = threads_per_worker(options.num_cores, options.num_prefill + options.num_decode)
-    flags = [*common, "--model", options.model, "--engine", options.engine, "--dtype", options.dtype]
-    flags += ["--num-threads", str(threads), *options.worker_flags]
+    flags = [*common, "--model", options.model, "--served-model-name", options.served_model_name]
+    flags += ["--engine", options.engine, "--dtype", options.dtype, "--num-threads", str(threads)]
+    flags += options.worker_flags
     # A thread that waits must not keep another worker's thread from its core.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"}
     decode = [_service("decode", number, flags, environment) for number in range(options.num_decode)]

@@ -6,14 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 # Ends the process when its supervisor dies, however it dies (prctl PR_SET_PDEATHSIG, on Linux). A launcher,
 # because code between fork and exec is unsafe in a process with threads.
-_LAUNCH = """
+_LAUNCHER = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -131,7 +131,7 @@ class Supervised:
         rotate(self.log_path, NUM_OLD_LOGS)
         with self.log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-ISc", _LAUNCH, str(os.getpid()), *self.spec.command),
+                *bound_to_me(self.spec.command),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if self._echo else log,
                 stderr=subprocess.STDOUT,
@@ -155,6 +155,11 @@ class Supervised:
         with suppress(ProcessLookupError, PermissionError):  # what it may have started and left
             os.killpg(process.pid, signal.SIGKILL)
         return code
+
+
+def bound_to_me(command: Sequence[str]) -> list[str]:
+    """The command line that runs `command` and ends it (SIGTERM) when this process dies, however it dies."""
+    return [sys.executable, "-ISc", _LAUNCHER, str(os.getpid()), *command]
 
 
 def rotate(path: Path, num_kept: int) -> None:

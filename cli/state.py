@@ -69,8 +69,16 @@ class RunDirectory:
 
 def find(cache: Path) -> RunState | None:
     """The cluster that runs on this machine, the newest if there are several; None if there is none."""
-    states = [state for path in _runs(cache) if (state := _read(path)) and _lives(state.supervisor_pid)]
+    states = [state for path in _runs(cache) if (state := read(cache, int(path.name))) and _lives(state.supervisor_pid)]
     return max(states, key=lambda state: state.started_unix_ms, default=None)
+
+
+def read(cache: Path, supervisor_pid: int) -> RunState | None:
+    """The cluster of one supervisor; None while it has not written its state."""
+    try:
+        return RunState.model_validate_json((cache / "run" / str(supervisor_pid) / "state.json").read_text())
+    except (OSError, ValidationError):
+        return None
 
 
 def now_ms() -> int:
@@ -80,13 +88,6 @@ def now_ms() -> int:
 
 def _runs(cache: Path) -> list[Path]:
     return [path for path in (cache / "run").glob("*") if path.name.isdecimal()]
-
-
-def _read(path: Path) -> RunState | None:
-    try:
-        return RunState.model_validate_json((path / "state.json").read_text())
-    except (OSError, ValidationError):
-        return None
 
 
 def _lives(pid: int) -> bool:

@@ -40,7 +40,8 @@ def up(  # noqa: PLR0913, PLR0917 - one argument a flag
 ) -> None:
     """Start a cluster on this machine and run it until Ctrl-C."""
     options = ClusterOptions(
-        model=model,
+        model="sim" if engine == "sim" else model,
+        served_model_name="sim" if engine == "sim" else store.served_name(model),
         redis_url=redis,
         num_gateways=gateways,
         num_routers=routers,
@@ -57,13 +58,13 @@ def up(  # noqa: PLR0913, PLR0917 - one argument a flag
         worker_flags=shlex.split(worker_flags),
     )
     try:
-        asyncio.run(run(_with_model(options), store.served_name(model), deadline, verbose))
+        asyncio.run(run(_with_model(options), deadline, verbose))
     except (Fault, StartFailed, OSError) as error:
         typer.secho(f"Forebay did not start: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
 
 
-async def run(options: ClusterOptions, model: str, deadline_s: float, verbose: bool) -> None:
+async def run(options: ClusterOptions, deadline_s: float, verbose: bool) -> None:
     """Run a cluster until SIGINT or SIGTERM; a second one ends it at once. Raises StartFailed."""
     directory = RunDirectory.create(store.default_cache())
     cluster = Cluster(options, directory, _echo if verbose else None)
@@ -76,9 +77,9 @@ async def run(options: ClusterOptions, model: str, deadline_s: float, verbose: b
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, on_signal)
     try:
-        starting = asyncio.create_task(cluster.start(os.getpid(), model, deadline_s))
+        starting = asyncio.create_task(cluster.start(os.getpid(), deadline_s))
         if await _first(starting, stop):
-            typer.echo(_welcome(cluster.state.url, model))
+            typer.echo(_welcome(cluster.state.url, cluster.state.model))
             await stop.wait()
         typer.echo("stopping; Ctrl-C again ends everything at once", err=True)
     finally:
@@ -111,7 +112,9 @@ async def _stop(cluster: Cluster, grace_s: float, hurry: asyncio.Event) -> None:
 
 
 def _with_model(options: ClusterOptions) -> ClusterOptions:
-    """The options with the model as a directory on this machine, fetched if need be."""
+    """The options with the model as a directory on this machine, fetched if need be; the sim engine needs none."""
+    if options.engine == "sim":
+        return options
     return replace(options, model=str(store.resolve(options.model)))
 
 

@@ -1,0 +1,141 @@
+"""A real cluster for tests: `forebay up` as a user runs it, in a process of its own."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cli import state
+from cli.process import ROOT, bound_to_me
+from cli.state import RunState
+from cli.status import join
+from shared.blackboard.board import Blackboard
+from shared.blackboard.records import Role
+from shared.models.store import default_cache
+
+START_DEADLINE_S = 90.0
+STOP_DEADLINE_S = 30.0
+DEADLINE_S = 30.0
+Row = dict[str, Any]
+
+
+class RunningCluster:
+    """What a test may know of a cluster and do to it. `run` is its state as of the start; `state()` as of now."""
+
+    def __init__(self, supervisor: "subprocess.Popen[bytes]", run: RunState) -> None:
+        self.supervisor, self.run = supervisor, run
+
+    @property
+    def url(self) -> str:
+        """Of the first gateway's REST interface."""
+        return self.run.url
+
+    @property
+    def model(self) -> str:
+        """Name of the served model."""
+        return self.run.model
+
+    @property
+    def redis_url(self) -> str:
+        """Of the blackboard."""
+        return self.run.redis_url
+
+    def state(self) -> RunState:
+        """What the supervisor knows now."""
+        current = state.read(default_cache(), self.supervisor.pid)
+        assert current is not None, "the supervisor is gone"
+        return current
+
+    def pid(self, name: str) -> int | None:
+        """Process id of decode-0, router-0, blackboard …; None while it does not run."""
+        return next(process.pid for process in self.state().processes if process.name == name)
+
+    def log(self, name: str) -> str:
+        """Output of the current start of a process."""
+        return Path(next(process.log for process in self.state().processes if process.name == name)).read_text()
+
+    def signal(self, name: str, number: int) -> int:
+        """Send a signal to a process; return the process id it had."""
+        pid = self.pid(name)
+        assert pid is not None, f"{name} does not run"
+        os.kill(pid, number)
+        return pid
+
+    def kill(self, name: str) -> int:
+        """SIGKILL; the supervisor starts the process again."""
+        return self.signal(name, signal.SIGKILL)
+
+    async def status(self) -> dict[str, Row]:
+        """What `forebay status --json` says of each process, by name."""
+        board = Blackboard(self.redis_url)
+        try:
+            return {row["name"]: row for row in join(self.state(), await board.processes(*Role))}
+        finally:
+            await board.close()
+
+    async def address(self, name: str) -> str:
+        """host:port of a process' gRPC server."""
+        return str((await self.status())[name]["address"])
+
+    async def until(self, condition: Callable[[dict[str, Row]], object], deadline_s: float = DEADLINE_S) -> None:
+        """Wait until the status is as the condition wants it; fails with the last status."""
+        end = time.monotonic() + deadline_s
+        while not condition(rows := await self.status()):
+            assert time.monotonic() < end, f"not in {deadline_s} s; last: {rows}"
+            await asyncio.sleep(0.05)
+
+    async def until_restarted(self, name: str, old_pid: int, deadline_s: float = DEADLINE_S) -> None:
+        """Wait until a process serves again after it was killed."""
+        await self.until(lambda rows: rows[name]["state"] == "serving" and rows[name]["pid"] != old_pid, deadline_s)
+
+    async def until_pages_are_free(self, deadline_s: float = DEADLINE_S) -> None:
+        """Wait until no page of any worker is held by a sequence or leased."""
+        await self.until(lambda rows: not any(map(_num_pages_in_use, rows.values())), deadline_s)
+
+
+@contextmanager
+def running(*flags: str) -> Iterator[RunningCluster]:
+    """A cluster started by `forebay up FLAGS`, on ports of its own; stopped by Ctrl-C afterwards.
+
+    Fails if it does not come up, or does not end in time and in order.
+    """
+    with tempfile.TemporaryFile() as output:
+        command = [sys.executable, "-m", "cli.main", "up", "--port", "0", "--grace", "5", *flags]
+        supervisor = subprocess.Popen(bound_to_me(command), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            yield RunningCluster(supervisor, _wait_until_ready(supervisor, output))
+            assert supervisor.poll() is None, f"the supervisor ended by itself:\n{_text(output)}"
+        finally:
+            supervisor.send_signal(signal.SIGINT)
+            try:
+                code = supervisor.wait(STOP_DEADLINE_S)
+            finally:
+                supervisor.kill()
+        assert code == 0, _text(output)
+
+
+def _num_pages_in_use(row: Row) -> int:
+    return int(row["pages"]["held"] + row["pages"]["leased"]) if row["pages"] else 0
+
+
+def _wait_until_ready(supervisor: "subprocess.Popen[bytes]", output: Any) -> RunState:
+    end = time.monotonic() + START_DEADLINE_S
+    while True:
+        run = state.read(default_cache(), supervisor.pid)
+        if run is not None and run.url:
+            return run
+        assert supervisor.poll() is None, f"forebay up failed:\n{_text(output)}"
+        assert time.monotonic() < end, f"forebay up is not ready in time:\n{_text(output)}"
+        time.sleep(0.05)
+
+
+def _text(output: Any) -> str:
+    output.seek(0)
+    return str(output.read().decode(errors="replace"))
