@@ -1,0 +1,80 @@
+"""Chooses the next token of every sequence in a step."""
+
+from collections.abc import Sequence
+
+import torch
+
+from shared.engine.api import BatchItem, SampledToken, SamplingParams
+from shared.engine.sampling import distribution, logits
+from shared.engine.sampling.uniform import CHOICE, uniform
+
+# A smaller temperature is none: dividing by it would only overflow.
+MIN_TEMPERATURE = 1e-5
+
+
+class Sampler:
+    """Satisfies `shared.engine.executor.Sampler` for one model."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = tuple(eos_token_ids)
+
+    def __call__(self, rows: torch.Tensor, items: Sequence[BatchItem], /) -> list[SampledToken]:
+        """One token per row. `rows` are logits float32 [R, vocab_size or, padded, more] of the R `items`."""
+        rows = rows[:, : self._vocab_size]
+        plain = rows.argmax(dim=-1).tolist()  # of equals the first, which has the lowest id
+        return [
+            SampledToken(greedy) if self._is_plain(item) else self._choose(row, item)
+            for greedy, row, item in zip(plain, rows, items, strict=True)
+        ]
+
+    def _is_plain(self, item: BatchItem) -> bool:
+        """Whether the largest logit is the answer, and all of it."""
+        params = item.sampling
+        return (
+            params.temperature < MIN_TEMPERATURE
+            and params.num_logprobs is None
+            and not params.logit_bias
+            and not logits.has_penalties(params)
+            and not self._stops_forbidden(item)
+        )
+
+    def _choose(self, row: torch.Tensor, item: BatchItem) -> SampledToken:
+        params, position = item.sampling, _position(item)
+        adjusted = self._adjust(row, item)
+        best = int(adjusted.argmax())
+        if params.temperature < MIN_TEMPERATURE or adjusted[best] == -torch.inf:  # every token may be forbidden
+            token_id = best
+        else:
+            weight = distribution.weights(adjusted, params)
+            token_id = distribution.pick(weight, uniform(params.seed, position, CHOICE))
+        return _with_logprobs(token_id, row, params)
+
+    def _adjust(self, row: torch.Tensor, item: BatchItem) -> torch.Tensor:
+        params = item.sampling
+        if logits.has_penalties(params):
+            row = logits.penalized(row, params, item.history, item.output_start)
+        if params.logit_bias:
+            row = logits.biased(row, params.logit_bias)
+        forbidden = self._stops_forbidden(item)
+        return logits.without(row, forbidden) if forbidden else row
+
+    def _stops_forbidden(self, item: BatchItem) -> tuple[int, ...]:
+        """The tokens that would end the sequence before its least length."""
+        params = item.sampling
+        if _position(item) - item.output_start >= params.min_tokens:
+            return ()
+        return params.stop_token_ids + (() if params.ignore_eos else self._eos_token_ids)
+
+
+def _position(item: BatchItem) -> int:
+    """The index in the sequence of the token to choose."""
+    return item.start + len(item.token_ids)
+
+
+def _with_logprobs(token_id: int, row: torch.Tensor, params: SamplingParams) -> SampledToken:
+    """Report `token_id` by the model's own distribution, before penalties and temperature."""
+    if params.num_logprobs is None:
+        return SampledToken(token_id)
+    logprobs = torch.log_softmax(row, dim=-1)
+    return SampledToken(token_id, float(logprobs[token_id]), distribution.most_likely(logprobs, params.num_logprobs))

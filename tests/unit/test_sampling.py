@@ -1,0 +1,274 @@
+"""Choosing tokens, against plain numpy in float64."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shared.engine.api import BatchItem, SampledToken, SamplingParams
+from shared.engine.sampling import distribution
+from shared.engine.sampling.sampler import Sampler
+from shared.engine.sampling.uniform import uniform
+
+VOCAB, EOS = 97, 5
+
+
+def rows(count: int, vocab: int = VOCAB, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(count, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def item(history: Sequence[int] = (1, 2, 3), output_start: int = 3, **params: Any) -> BatchItem:
+    """A sequence that has computed all of `history` and wants its next token."""
+    last = len(history) - 1
+    return BatchItem("r", history[-1:], last, (0,), True, SamplingParams(**params), output_start, tuple(history))
+
+
+def choose(logits: torch.Tensor, *items: BatchItem) -> list[SampledToken]:
+    return Sampler(VOCAB, (EOS,))(logits, items)
+
+
+def plain_distribution(row: torch.Tensor, params: SamplingParams) -> Any:
+    """Temperature, min_p, top_k, top_p, straight from their definitions."""
+    logits = row.double().numpy() / params.temperature
+    p = np.exp(logits - logits.max())
+    p[p < params.min_p] = 0
+    order = sorted(range(len(p)), key=lambda token: (-p[token], token))
+    if params.top_k:
+        p[order[params.top_k :]] = 0
+    p /= p.sum()
+    kept, mass = [], 0.0
+    for token in order:
+        kept.append(token)
+        mass += p[token]
+        if mass >= params.top_p:
+            break
+    p[[token for token in order if token not in kept]] = 0
+    p /= p.sum()
+    return p
+
+
+CUTS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 2.5},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 1000},
+    {"top_p": 0.9},
+    {"top_p": 0.05},
+    {"top_p": 0.999},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"min_p": 0.02, "top_k": 20, "top_p": 0.7, "temperature": 1.3},
+]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_the_distribution_is_that_of_the_definitions(cut: dict[str, Any]) -> None:
+    params = SamplingParams(**({"temperature": 1.0} | cut))
+    for row in rows(20):
+        weight = distribution.weights(row, params).double().numpy()
+        np.testing.assert_allclose(weight / weight.sum(), plain_distribution(row, params), rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_the_choice_is_where_the_uniform_number_falls(cut: dict[str, Any]) -> None:
+    for position, row in enumerate(rows(20)):
+        asked = item(range(position + 1), 1, **({"temperature": 1.0, "seed": position} | cut))
+        cumulative = plain_distribution(row, asked.sampling).cumsum()
+        expected = int((cumulative > uniform(position, position + 1, 0)).argmax())
+        assert choose(row[None], asked)[0].token_id == expected
+
+
+def test_equally_likely_tokens_are_cut_from_the_highest_id() -> None:
+    row = torch.zeros(10)
+    kept = distribution.weights(row, SamplingParams(temperature=1.0, top_k=3))
+    assert kept.nonzero().flatten().tolist() == [0, 1, 2]
+    kept = distribution.weights(row, SamplingParams(temperature=1.0, top_p=0.35))
+    assert kept.nonzero().flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_greedy_takes_the_lowest_of_equal_tokens() -> None:
+    for size in (VOCAB, 1000, 49152):
+        row = torch.zeros(1, size)
+        row[0, [size - 1, size // 2, 33]] = 1.0
+        assert Sampler(size, ())(row, [item()])[0] == SampledToken(33)
+
+
+def test_a_padded_vocabulary_is_never_chosen() -> None:
+    padded = torch.zeros(2, VOCAB + 31)
+    padded[:, VOCAB:] = 9.0
+    for sampled in choose(padded, item(), item(temperature=5.0)):
+        assert sampled.token_id < VOCAB
+
+
+@pytest.mark.parametrize("uniform_number", [0.0, 0.5, 1 - 2.0**-53])
+def test_a_token_without_weight_is_never_picked(uniform_number: float) -> None:
+    weight = torch.zeros(1000)
+    weight[3:7] = 0.1
+    assert 3 <= distribution.pick(weight, uniform_number) <= 6
+
+
+def test_samples_follow_the_distribution() -> None:
+    """Chi-square over 4,000 draws: 99.9 % of fair samplers stay below the bound."""
+    params: dict[str, Any] = {"temperature": 1.0, "top_k": 12, "seed": 11}
+    row = rows(1, seed=4, scale=1.0)
+    num_draws = 4_000
+    drawn = Counter(choose(row, item([0] * n, 1, **params))[0].token_id for n in range(1, num_draws + 1))
+    expected = plain_distribution(row[0], SamplingParams(**params)) * num_draws
+    assert set(drawn) == set(expected.nonzero()[0].tolist())
+    chi_square = sum((drawn[token] - expected[token]) ** 2 / expected[token] for token in drawn)
+    assert chi_square < 31.3  # 11 degrees of freedom
+
+
+def test_uniform_numbers_are_what_they_always_were() -> None:
+    """A change would tear sequences that are continued by a newer worker."""
+    assert uniform(0, 0, 0) == 0.7233099876869074
+    assert uniform(2**64 - 1, 100_000, 7) == 0.9403787020126165
+    counter = bytes([1]) + bytes(7) + bytes([2]) + bytes(7) + bytes([3]) + bytes(7)
+    digest = blake2b(counter, digest_size=8, person=b"forebay uniform").digest()
+    assert uniform(1, 2, 3) == (int.from_bytes(digest, "little") // 2**11) / 2**53
+
+
+def test_uniform_numbers_differ_in_seed_position_and_stream() -> None:
+    numbers = {uniform(seed, position, stream) for seed in range(10) for position in range(50) for stream in range(3)}
+    assert len(numbers) == 1500
+    assert all(0 <= number < 1 for number in numbers)
+    assert uniform(2**64 + 5, 1, 0) == uniform(5, 1, 0)
+    counts = np.histogram([uniform(7, position, 0) for position in range(10_000)], bins=10, range=(0, 1))[0]
+    assert ((counts - 1000) ** 2 / 1000).sum() < 27.9  # 9 degrees of freedom, 99.9 %
+
+
+MIXED: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.8, "seed": 1},
+    {"temperature": 1.0, "top_p": 0.9, "seed": 2},
+    {"temperature": 1.0, "top_k": 5, "num_logprobs": 3},
+    {"num_logprobs": 0, "frequency_penalty": 0.4},
+    {"temperature": 1.2, "repetition_penalty": 1.3, "min_p": 0.05, "seed": 9},
+    {"min_tokens": 5},
+    {"logit_bias": ((7, 50.0),)},
+]
+
+
+def test_a_choice_does_not_depend_on_the_batch() -> None:
+    torch.set_num_threads(1)
+    logits = rows(len(MIXED), 49152)
+    items = [item((1, 2, 3, 4, 5, 4), 3, **params) for params in MIXED]
+    sampler = Sampler(49152, (EOS,))
+    alone = [sampler(logits[index : index + 1].clone(), [items[index]])[0] for index in range(len(items))]
+    assert sampler(logits, items) == alone
+    assert sampler(logits.flip(0), items[::-1]) == alone[::-1]
+
+
+def test_the_logits_are_left_as_they_were() -> None:
+    logits = rows(len(MIXED))
+    before = logits.clone()
+    choose(logits, *(item(**params) for params in MIXED))
+    assert torch.equal(logits, before)
+
+
+def test_the_seed_and_the_position_determine_the_choice() -> None:
+    row = torch.zeros(1, VOCAB)
+    asked = [item([0] * n, 1, temperature=1.0, seed=seed) for n in (4, 9) for seed in (1, 2)]
+    first = [choose(row, each)[0] for each in asked]
+    assert [choose(row, each)[0] for each in asked] == first
+    assert len(set(first)) == 4
+
+
+HISTORY, OUTPUT_START = (4, 8, 8, 15, 15, 15, 16), 3
+
+
+def adjusted_argmax(row: torch.Tensor, params: SamplingParams) -> int:
+    logits = row.double().numpy().copy()
+    for token in set(HISTORY):
+        logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
+    for token, count in Counter(HISTORY[OUTPUT_START:]).items():
+        logits[token] -= params.presence_penalty + count * params.frequency_penalty
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+    return int(logits.argmax())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"repetition_penalty": 1.5},
+        {"repetition_penalty": 0.5},
+        {"presence_penalty": 1.5},
+        {"presence_penalty": -2.0},
+        {"frequency_penalty": 0.7},
+        {"frequency_penalty": -1.0, "presence_penalty": 0.5, "repetition_penalty": 1.1},
+        {"logit_bias": ((8, 2.0), (90, -3.0))},
+    ],
+    ids=str,
+)
+def test_penalties_and_bias_change_the_logits_as_defined(change: dict[str, Any]) -> None:
+    logits = rows(200, scale=1.0)
+    logits[:, [4, 8, 15, 16]] += 1.5
+    asked = item(HISTORY, OUTPUT_START, **change)
+    found = [sampled.token_id for sampled in choose(logits, *[asked] * 200)]
+    assert found == [adjusted_argmax(row, asked.sampling) for row in logits]
+    assert found != logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("num_output", "change", "expected"),
+    [
+        (0, {"min_tokens": 2}, 6),
+        (1, {"min_tokens": 2}, 6),
+        (2, {"min_tokens": 2}, EOS),
+        (0, {"min_tokens": 0}, EOS),
+        (0, {"min_tokens": 2, "ignore_eos": True}, EOS),
+        (0, {"min_tokens": 2, "stop_token_ids": (6, 10**6, -1)}, 7),
+        (0, {"min_tokens": 2, "stop_token_ids": (6,), "ignore_eos": True}, EOS),
+    ],
+)
+def test_stop_tokens_cannot_be_chosen_before_the_least_length(
+    temperature: float, num_output: int, change: dict[str, Any], expected: int
+) -> None:
+    row = torch.full((1, VOCAB), -100.0)
+    row[0, EOS], row[0, 6], row[0, 7] = 100, 50, 0
+    asked = item([1] * (3 + num_output), 3, temperature=temperature, **change)
+    assert choose(row, asked)[0].token_id == expected
+
+
+def test_a_token_is_chosen_even_if_every_one_is_forbidden() -> None:
+    asked = item(temperature=1.0, min_tokens=9, stop_token_ids=tuple(range(VOCAB)))
+    assert choose(rows(1), asked)[0].token_id == 0
+
+
+def test_logprobs_are_the_models_own() -> None:
+    row = rows(1)
+    asked = item((1, 2, 9), 2, temperature=0.1, logit_bias=((9, 100.0),), presence_penalty=1.0, num_logprobs=4)
+    sampled = choose(row, asked)[0]
+    logprobs = row[0].double() - row[0].double().logsumexp(0)
+    expected = sorted(range(VOCAB), key=lambda token: (-float(logprobs[token]), token))[:4]
+    assert sampled.token_id == 9
+    assert sampled.logprob == pytest.approx(float(logprobs[9]), abs=1e-5)
+    assert [token for token, _ in sampled.top] == expected
+    assert [value for _, value in sampled.top] == pytest.approx([float(logprobs[t]) for t in expected], abs=1e-5)
+
+
+@pytest.mark.parametrize(("asked", "num_top"), [(None, 0), (0, 0), (1, 1), (VOCAB, VOCAB), (VOCAB + 9, VOCAB)])
+def test_as_many_logprobs_are_given_as_were_asked_for(asked: int | None, num_top: int) -> None:
+    sampled = choose(rows(1), item(num_logprobs=asked))[0]
+    assert (sampled.logprob is None, len(sampled.top)) == (asked is None, num_top)
+
+
+def test_equal_logprobs_are_listed_by_id() -> None:
+    sampled = choose(torch.zeros(1, VOCAB), item(num_logprobs=5))[0]
+    assert [token for token, _ in sampled.top] == [0, 1, 2, 3, 4]
+    assert sampled.logprob == pytest.approx(-math.log(VOCAB))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-4, 1e9])
+def test_extreme_temperatures_choose_a_token(temperature: float) -> None:
+    sampled = choose(rows(1, scale=1e4), item(temperature=temperature))[0]
+    assert 0 <= sampled.token_id < VOCAB
