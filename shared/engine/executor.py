@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -15,33 +14,20 @@ from shared.engine.kv.view import pool_bytes
 from shared.engine.models import registry
 from shared.engine.models.api import Model, Placement
 from shared.engine.models.checkpoint import revision
+from shared.engine.sampling.sampler import Sampler
 from shared.errors import Unsupported
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-class Sampler(Protocol):
-    """Chooses tokens: logits float32 [R, vocab_size], and the R items they belong to."""
-
-    def __call__(self, logits: torch.Tensor, items: Sequence[BatchItem], /) -> list[SampledToken]:
-        """One token per row."""
-
-
-def greedy(logits: torch.Tensor, _items: Sequence[BatchItem]) -> list[SampledToken]:
-    """The most likely token of every row."""
-    return [SampledToken(token_id) for token_id in logits.argmax(dim=-1).tolist()]
-
-
 class TorchExecutor:
     """Satisfies `shared.engine.api.Executor`."""
 
-    def __init__(
-        self, model: Model, spec: EngineSpec, memory: HostMemory, num_threads: int, sampler: Sampler = greedy
-    ) -> None:
+    def __init__(self, model: Model, spec: EngineSpec, memory: HostMemory, num_threads: int) -> None:
         self.spec = spec
         self.memory = memory
         self._model = model
-        self._sampler = sampler
+        self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids)
         self._num_threads = num_threads
         self._pool = pool_bytes(memory)
 
@@ -68,7 +54,6 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     max_model_len: int | None = None,
     kernels: str = "auto",
     cache_dir: Path | None = None,
-    sampler: Sampler = greedy,
 ) -> TorchExecutor:
     """The executor of a model directory, with a pool of `num_pages` pages, or of at most `pool_bytes` bytes.
 
@@ -92,4 +77,4 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
         num_pages=num_pages,
         compatibility_hash=compatibility_hash(model_name, revision(model_dir), layout),
     )
-    return TorchExecutor(model, spec, HostMemory(num_pages, layout.page_bytes), num_threads, sampler)
+    return TorchExecutor(model, spec, HostMemory(num_pages, layout.page_bytes), num_threads)

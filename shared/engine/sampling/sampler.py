@@ -13,7 +13,7 @@ MIN_TEMPERATURE = 1e-5
 
 
 class Sampler:
-    """Satisfies `shared.engine.executor.Sampler` for one model."""
+    """Chooses for one model; everything it depends on comes with the call."""
 
     def __init__(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._vocab_size = vocab_size
