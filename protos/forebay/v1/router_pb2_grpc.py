@@ -52,7 +52,8 @@ class RouterServiceServicer(object):
     """
 
     def Route(self, request, context):
-        """Chooses the workers for one request. Faults: MODEL_NOT_FOUND, NO_WORKER, OVERLOADED, DEADLINE, BLACKBOARD_LOST.
+        """Chooses the workers for one request. Faults: INVALID_REQUEST, CONTEXT_TOO_LONG, MODEL_NOT_FOUND, NO_WORKER,
+        OVERLOADED, DEADLINE, BLACKBOARD_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -25,7 +25,9 @@ class RouterServiceStub:
         protos.forebay.v1.router_pb2.RouteRequest,
         protos.forebay.v1.router_pb2.RouteResponse,
     ]
-    """Chooses the workers for one request. Faults: MODEL_NOT_FOUND, NO_WORKER, OVERLOADED, DEADLINE, BLACKBOARD_LOST."""
+    """Chooses the workers for one request. Faults: INVALID_REQUEST, CONTEXT_TOO_LONG, MODEL_NOT_FOUND, NO_WORKER,
+    OVERLOADED, DEADLINE, BLACKBOARD_LOST.
+    """
 
     Explain: grpc.UnaryUnaryMultiCallable[
         protos.forebay.v1.router_pb2.ExplainRequest,
@@ -40,7 +42,9 @@ class RouterServiceAsyncStub:
         protos.forebay.v1.router_pb2.RouteRequest,
         protos.forebay.v1.router_pb2.RouteResponse,
     ]
-    """Chooses the workers for one request. Faults: MODEL_NOT_FOUND, NO_WORKER, OVERLOADED, DEADLINE, BLACKBOARD_LOST."""
+    """Chooses the workers for one request. Faults: INVALID_REQUEST, CONTEXT_TOO_LONG, MODEL_NOT_FOUND, NO_WORKER,
+    OVERLOADED, DEADLINE, BLACKBOARD_LOST.
+    """
 
     Explain: grpc.aio.UnaryUnaryMultiCallable[
         protos.forebay.v1.router_pb2.ExplainRequest,
@@ -57,7 +61,9 @@ class RouterServiceServicer(metaclass=abc.ABCMeta):
         request: protos.forebay.v1.router_pb2.RouteRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.forebay.v1.router_pb2.RouteResponse, collections.abc.Awaitable[protos.forebay.v1.router_pb2.RouteResponse]]:
-        """Chooses the workers for one request. Faults: MODEL_NOT_FOUND, NO_WORKER, OVERLOADED, DEADLINE, BLACKBOARD_LOST."""
+        """Chooses the workers for one request. Faults: INVALID_REQUEST, CONTEXT_TOO_LONG, MODEL_NOT_FOUND, NO_WORKER,
+        OVERLOADED, DEADLINE, BLACKBOARD_LOST.
+        """
 
     @abc.abstractmethod
     def Explain(

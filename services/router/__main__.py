@@ -1,0 +1,93 @@
+"""`python -m services.router`: register, serve, and drain on SIGTERM."""
+
+import asyncio
+import os
+import signal
+import socket
+
+import uvloop
+
+from protos.forebay.v1 import router_pb2, router_pb2_grpc
+from services.router.config import RouterConfig
+from services.router.fleet import Fleet
+from services.router.servicer import RouterServicer
+from shared import rpc, telemetry
+from shared.blackboard.board import Blackboard
+from shared.blackboard.heartbeat import Heartbeat, await_epoch
+from shared.blackboard.records import Registration, Role
+from shared.telemetry import Telemetry
+
+SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
+
+
+async def main(config: RouterConfig) -> None:
+    """Run a router until SIGTERM or SIGINT."""
+    name = config.name or f"router-{socket.gethostname()}"
+    ended = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, ended.set)
+    observed, metrics_port = telemetry.start("router", name, config)
+    board = Blackboard(config.redis_url)
+    try:
+        await serve(config, name, board, observed, metrics_port, ended)
+    finally:
+        await board.close()
+        observed.close()
+
+
+async def serve(
+    config: RouterConfig, name: str, board: Blackboard, observed: Telemetry, metrics_port: int, ended: asyncio.Event
+) -> None:
+    """Serve until `ended`, then drain: leave the blackboard first, so that nobody comes, then finish what runs."""
+    weights = config.weights()
+    fleet = Fleet(board, weights, heartbeat_ms=config.heartbeat_ms, ttl_ms=config.registration_ttl_ms)
+    server = rpc.Server(observed, [SERVICE])
+    servicer = RouterServicer(fleet, board.index, weights, observed, config.index_timeout_ms)
+    router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server.grpc)
+    watching = asyncio.create_task(fleet.run())
+    watching.add_done_callback(lambda _: ended.set())  # a defect there must not leave a router that sees nothing
+    port = await server.start(config.host, config.port)
+    heartbeat = await _register(config, name, board, port, metrics_port, ended)
+    await ended.wait()
+    if heartbeat:
+        await heartbeat.stop()
+    await server.stop(config.drain_grace_ms / 1000)
+    fleet.stop()
+    watching.cancel()
+    await asyncio.wait({watching})
+
+
+async def _register(
+    config: RouterConfig, name: str, board: Blackboard, port: int, metrics_port: int, ended: asyncio.Event
+) -> Heartbeat | None:
+    """Start the heartbeat; None if the process is to end before Redis could be reached."""
+    waiting, ending = (
+        asyncio.create_task(await_epoch(board, name, config.heartbeat_ms)),
+        asyncio.create_task(ended.wait()),
+    )
+    await asyncio.wait({waiting, ending}, return_when=asyncio.FIRST_COMPLETED)
+    ending.cancel()
+    if not waiting.done():
+        waiting.cancel()
+        return None
+    registration = Registration(
+        role=Role.ROUTER,
+        name=name,
+        epoch=waiting.result(),
+        pid=os.getpid(),
+        address=f"{config.host}:{port}",
+        metrics_address=f"{config.host}:{metrics_port}",
+    )
+    heartbeat = Heartbeat(
+        board,
+        lambda: registration,
+        interval_ms=config.heartbeat_ms,
+        ttl_ms=config.registration_ttl_ms,
+        on_replaced=ended.set,
+    )
+    heartbeat.start()
+    return heartbeat
+
+
+if __name__ == "__main__":
+    uvloop.run(main(RouterConfig.load()))

@@ -1,0 +1,139 @@
+"""What the policy weighs: a query, workers as the router sees them, and candidates with their costs."""
+
+from dataclasses import dataclass, replace
+
+from shared.blackboard.records import ModelCard, Registration, Role
+
+Terms = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What the policy is told by configuration; each field is described in `services/router/config.py`."""
+
+    local_prefill_max_tokens: int = 128
+    min_pull_tokens: int = 256
+    chunk_tokens: int = 512
+    max_waiting: int = 256
+    transfer_gb_per_s: float = 1.0
+    handoff_ms: float = 3.0
+    missing_page_ms: float = 20.0
+    default_prefill_ms_per_token: float = 0.5
+    default_decode_step_ms: float = 20.0
+    load_weight: float = 1.0
+    stall_weight: float = 1.0
+    eviction_weight: float = 0.1
+    tie_ms: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A request to place. `affinity` is equal for prompts that begin alike."""
+
+    request_id: str
+    model: str
+    num_prompt_tokens: int
+    affinity: bytes = b""
+    excluded: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker at this moment: what it reported, and what was placed on it since."""
+
+    registration: Registration
+    card: ModelCard
+    num_cached_pages: int = 0
+    queue_ms: float = 0.0
+    num_decoding: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its stable name."""
+        return self.registration.name
+
+    @property
+    def role(self) -> Role:
+        """Prefill or decode."""
+        return self.registration.role
+
+    @property
+    def group(self) -> str:
+        """Workers of one group can exchange pages."""
+        return self.card.compatibility_hash
+
+    def prefill_ms_per_token(self, weights: Weights) -> float:
+        """Measured rate, or the default before anything was measured."""
+        return self.registration.load.prefill_ms_per_token or weights.default_prefill_ms_per_token
+
+    def decode_step_ms(self, weights: Weights) -> float:
+        """Measured time of a step, or the default before anything was measured."""
+        return self.registration.load.decode_step_ms or weights.default_decode_step_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One worker's part in a placement, and what it costs."""
+
+    worker: Worker
+    terms: Terms
+    num_cached_tokens: int
+    num_computed_tokens: int
+    source: Worker | None
+
+    @property
+    def cost_ms(self) -> float:
+        """Sum of the terms."""
+        return sum(cost for _, cost in self.terms)
+
+    def plus(self, terms: Terms) -> "Side":
+        """The same worker taking another part, too."""
+        return replace(self, terms=self.terms + terms)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A placement with its cost, or with the reason why it cannot be."""
+
+    decode: Worker | None
+    prefill: Worker | None
+    source: Worker | None
+    terms: Terms
+    num_cached_tokens: int = 0
+    num_computed_tokens: int = 0
+    rejection: str = ""
+
+    @staticmethod
+    def local(side: Side, rejection: str = "") -> "Candidate":
+        """Prefill on the decode worker."""
+        return Candidate(
+            side.worker, None, side.source, side.terms, side.num_cached_tokens, side.num_computed_tokens, rejection
+        )
+
+    @staticmethod
+    def pair(prefill: Side, decode: Side, rejection: str = "") -> "Candidate":
+        """Prefill elsewhere; a rejected pair's cost is not known."""
+        terms = () if rejection else prefill.terms + decode.terms
+        cached, computed = prefill.num_cached_tokens, prefill.num_computed_tokens
+        return Candidate(decode.worker, prefill.worker, prefill.source, terms, cached, computed, rejection)
+
+    @staticmethod
+    def rejected(worker: Worker, reason: str) -> "Candidate":
+        """A worker that can take no part at all."""
+        is_decode = worker.role is Role.DECODE
+        return Candidate(worker if is_decode else None, None if is_decode else worker, None, (), rejection=reason)
+
+    @property
+    def cost_ms(self) -> float:
+        """Sum of the terms."""
+        return sum(cost for _, cost in self.terms)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Decode and prefill worker; an empty name where there is none."""
+        return (self.decode.name if self.decode else "", self.prefill.name if self.prefill else "")
+
+    @property
+    def computing(self) -> Worker | None:
+        """The worker that computes the prompt."""
+        return self.prefill or self.decode

@@ -1,0 +1,39 @@
+"""Configuration of the router."""
+
+from pydantic import Field
+
+from services.router.candidate import Weights
+from shared.config import ServiceConfig
+
+
+class RouterConfig(ServiceConfig):
+    """The router: places each request on workers."""
+
+    index_timeout_ms: int = Field(
+        100, ge=1, description="Time that a prefix lookup may take; after it a request is placed by load alone."
+    )
+    local_prefill_max_tokens: int = Field(
+        128, ge=0, description="A prompt with at most this many uncached tokens is prefilled on its decode worker."
+    )
+    min_pull_tokens: int = Field(
+        256, ge=1, description="A prefix is pulled from a peer only if it is longer than ours by this many tokens."
+    )
+    chunk_tokens: int = Field(512, ge=1, description="Tokens of a prefill chunk, whose transfer no computation hides.")
+    max_waiting: int = Field(256, ge=1, description="A worker with this many waiting sequences is full.")
+    transfer_gb_per_s: float = Field(1.0, gt=0, description="Rate at which workers read pages from each other.")
+    handoff_ms: float = Field(3.0, ge=0, description="Fixed cost of a handoff or a pull.")
+    missing_page_ms: float = Field(20.0, ge=0, description="Cost of each page that must be waited for.")
+    default_prefill_ms_per_token: float = Field(0.5, gt=0, description="Assumed until a worker has measured it.")
+    default_decode_step_ms: float = Field(20.0, gt=0, description="Assumed until a worker has measured it.")
+    load_weight: float = Field(1.0, ge=0, description="Weight of the sequences that share a decode worker's steps.")
+    stall_weight: float = Field(
+        1.0, ge=0, description="Weight of the time for which a local prefill stalls running decodes."
+    )
+    eviction_weight: float = Field(
+        0.1, ge=0, description="Weight of the time to recompute the pages that must be evicted."
+    )
+    tie_ms: float = Field(1.0, ge=0, description="Costs that differ by no more than this are equal.")
+
+    def weights(self) -> Weights:
+        """The policy's part."""
+        return Weights(**{name: getattr(self, name) for name in Weights.__dataclass_fields__})

@@ -1,0 +1,150 @@
+"""The fleet: an in-memory view of all workers, refreshed by heartbeats and at once when one comes, goes or drains.
+
+Redis may be away: the last view is used then, and for one registration lifetime after it is back, because workers need
+a moment to register again.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from services.router.candidate import Candidate, Weights, Worker
+from shared.blackboard.board import Blackboard
+from shared.blackboard.records import ModelCard, Registration, Role
+from shared.errors import BlackboardLost
+
+log = logging.getLogger(__name__)
+
+# A placed sequence counts as running until the worker has surely reported it: this many heartbeats.
+UNREPORTED_HEARTBEATS = 2
+
+
+@dataclass(slots=True)
+class Member:
+    """One incarnation of a worker. `busy_until` is a virtual clock: when, as far as reports and placements tell, its
+    queued prompts will be computed. Placing a prompt moves it on, time catches up with it, and a report of a longer
+    queue moves it further; so a burst does not herd before load reports arrive, and nothing has to be taken back."""
+
+    registration: Registration
+    card: ModelCard
+    busy_until: float = 0.0
+    unreported: deque[float] = field(default_factory=deque)
+
+
+class Fleet:
+    """Everything the router knows of workers. Belongs to one event loop; only `run` waits."""
+
+    def __init__(
+        self,
+        board: Blackboard,
+        weights: Weights,
+        *,
+        heartbeat_ms: int,
+        ttl_ms: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._board, self._weights, self._clock = board, weights, clock
+        self._heartbeat_s, self._ttl_s = heartbeat_ms / 1000, ttl_ms / 1000
+        self._members: dict[tuple[Role, str], Member] = {}
+        self._models: set[str] = set()
+        self._keep_missing_until = 0.0
+        self._stopping = False
+        self.is_known = False
+        """Whether the blackboard was ever read."""
+        self.is_current = False
+        """Whether the blackboard could be read last time."""
+
+    async def run(self) -> None:
+        """Keep the view up to date until `stop`."""
+        while not self._stopping:
+            try:
+                async with self._board.changes() as changes:
+                    while not self._stopping:
+                        self.observe(await self._board.processes(Role.PREFILL, Role.DECODE))
+                        await changes.wait(self._heartbeat_s)
+            except BlackboardLost as fault:
+                self.lose(fault.message)
+                await asyncio.sleep(self._heartbeat_s)
+
+    def stop(self) -> None:
+        """Let `run` end; its task is to be cancelled as well."""
+        self._stopping = True
+
+    def lose(self, why: str) -> None:
+        """The blackboard cannot be read: keep the view."""
+        if self.is_current or not self.is_known:
+            log.warning("the fleet is not refreshed: %s", why)
+        self.is_current = False
+
+    def observe(self, registrations: Iterable[Registration]) -> None:
+        """Make the view equal to what the blackboard lists."""
+        now = self._clock()
+        if self.is_known and not self.is_current:
+            self._keep_missing_until = now + self._ttl_s
+        self.is_known = self.is_current = True
+        members = {(r.role, r.name): self._member(r, r.card, now) for r in registrations if r.card is not None}
+        if now < self._keep_missing_until:
+            members = self._members | members
+        self._log_changes(members)
+        self._members = members
+        self._models |= {member.card.model for member in members.values()}
+
+    def _member(self, registration: Registration, card: ModelCard, now: float) -> Member:
+        rate = registration.load.prefill_ms_per_token or self._weights.default_prefill_ms_per_token
+        reported = now + registration.load.num_queued_tokens * rate / 1000
+        old = self._members.get((registration.role, registration.name))
+        if old is None or old.registration.epoch != registration.epoch:
+            return Member(registration, card, reported)
+        if old.registration.load == registration.load:
+            reported = 0.0  # nothing new: do not start its queue over again
+        return Member(registration, card, max(old.busy_until, reported), old.unreported)
+
+    def _log_changes(self, members: dict[tuple[Role, str], Member]) -> None:
+        before = {(key, member.registration.epoch) for key, member in self._members.items()}
+        after = {(key, member.registration.epoch) for key, member in members.items()}
+        for (role, name), epoch in sorted(after - before):
+            log.info("%s worker %s, epoch %d, joined the fleet", role, name, epoch)
+        for (role, name), epoch in sorted(before - after):
+            log.info("%s worker %s, epoch %d, left the fleet", role, name, epoch)
+
+    def knows(self, model: str) -> bool:
+        """Whether any worker ever served this model."""
+        return model in self._models
+
+    def members(self, model: str) -> list[Member]:
+        """Workers of a model, by role and name."""
+        return [member for _, member in sorted(self._members.items()) if member.card.model == model]
+
+    def at_this_moment(self, members: Sequence[Member], num_cached_pages: Sequence[int]) -> list[Worker]:
+        """What the policy may know of them; `num_cached_pages` in the same order."""
+        now = self._clock()
+        return [_worker(member, pages, now) for member, pages in zip(members, num_cached_pages, strict=True)]
+
+    def record(self, placed: Candidate) -> None:
+        """Remember a placement that no report shows yet."""
+        now = self._clock()
+        if placed.computing and (member := self._incarnation(placed.computing)):
+            cost_s = placed.num_computed_tokens * placed.computing.prefill_ms_per_token(self._weights) / 1000
+            member.busy_until = max(now, member.busy_until) + cost_s
+        if placed.decode and (member := self._incarnation(placed.decode)):
+            member.unreported.append(now + UNREPORTED_HEARTBEATS * self._heartbeat_s)
+
+    def _incarnation(self, worker: Worker) -> Member | None:
+        member = self._members.get((worker.role, worker.name))
+        return member if member and member.registration.epoch == worker.registration.epoch else None
+
+
+def _worker(member: Member, num_cached_pages: int, now: float) -> Worker:
+    while member.unreported and member.unreported[0] <= now:
+        member.unreported.popleft()
+    load = member.registration.load
+    return Worker(
+        member.registration,
+        member.card,
+        num_cached_pages,
+        queue_ms=max(0.0, member.busy_until - now) * 1000,
+        num_decoding=load.num_running + load.num_waiting + len(member.unreported),
+    )

@@ -1,0 +1,230 @@
+"""Where a request goes: pure functions from a request and the workers of its model to a placement.
+
+Filter, score, pick. The score is a time in milliseconds, a sum of named terms:
+
+    computing worker (prefill, or decode if it prefills itself)
+      queue      its queued prompt tokens at its measured rate, ours that it has not reported yet included
+      prefill    prompt tokens that it has to compute
+      pull       reading a prefix from a peer's cache, if that is cheaper than computing it
+      stall      running decodes that wait while it computes (decode worker only)
+    decode worker
+      load       sequences that share its steps
+      kv         pages that must be evicted, or waited for
+      transfer   reading the last chunk of pages, the only one that no computation hides
+
+The terms of a pair belong to one of its two workers each, so the best pair is the best of each role: choosing costs
+O(workers), not O(pairs).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from services.router.candidate import Candidate, Query, Side, Weights, Worker
+from shared.blackboard.records import Role
+from shared.errors import ContextTooLong, Fault, NoWorker, Overloaded
+
+MIN_RETRY_MS, MAX_RETRY_MS = 100, 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Workers that may take part, by part; pairs need one of `prefills` and one of `decodes` that can exchange KV."""
+
+    prefills: list[Side]
+    decodes: list[Side]
+    locals: list[Side]
+
+
+# Filter ---------------------------------------------------------------------------------------------------------------
+
+
+def refusal(query: Query, worker: Worker, weights: Weights) -> Fault | None:
+    """Why a worker cannot take a request now; None if it can."""
+    card, pages, load = worker.card, worker.registration.pages, worker.registration.load
+    if worker.name in query.excluded:
+        return NoWorker("already failed this request")
+    if worker.registration.draining:
+        return NoWorker("draining")
+    if query.num_prompt_tokens >= card.max_model_len:
+        return ContextTooLong(f"{query.num_prompt_tokens} prompt tokens, context of {card.max_model_len}")
+    if pages.total and num_pages(query, worker) > pages.total:
+        return ContextTooLong(f"{num_pages(query, worker)} pages needed, pool of {pages.total}")
+    if load.num_waiting >= weights.max_waiting:
+        return Overloaded(f"{load.num_waiting} sequences are waiting")
+    return None
+
+
+def num_pages(query: Query, worker: Worker) -> int:
+    """Pages that the prompt and the first token take."""
+    return query.num_prompt_tokens // worker.card.page_size + 1
+
+
+def only_locally(query: Query, worker: Worker, weights: Weights) -> bool:
+    """Whether so little of the prompt is missing on this decode worker that a handoff is not worth it."""
+    return query.num_prompt_tokens - cached_tokens(query, worker) <= weights.local_prefill_max_tokens
+
+
+# Score ----------------------------------------------------------------------------------------------------------------
+
+
+def cached_tokens(query: Query, worker: Worker) -> int:
+    """Prompt tokens that a worker need not compute; at least one is always computed."""
+    return min(worker.num_cached_pages * worker.card.page_size, query.num_prompt_tokens - 1)
+
+
+def transfer_ms(num_tokens: int, worker: Worker, weights: Weights) -> float:
+    """Time to read the KV of some tokens from a peer."""
+    return weights.handoff_ms + num_tokens * worker.card.kv_bytes_per_token / (weights.transfer_gb_per_s * 1e6)
+
+
+def compute_side(query: Query, worker: Worker, peers: Sequence[Worker], weights: Weights) -> Side:
+    """Computing the prompt on this worker."""
+    rate = worker.prefill_ms_per_token(weights)
+    cached, source, pull_ms = cached_tokens(query, worker), None, 0.0
+    if peer := longest_peer(query, worker, peers):
+        gain = cached_tokens(query, peer) - cached
+        pull_ms = transfer_ms(gain, worker, weights)
+        if gain >= weights.min_pull_tokens and pull_ms < gain * rate:
+            cached, source = cached + gain, peer
+    num_computed = query.num_prompt_tokens - cached
+    decoding = worker.num_decoding if worker.role is Role.DECODE else 0
+    terms = (
+        ("queue", worker.queue_ms),
+        ("prefill", num_computed * rate),
+        ("pull", pull_ms if source else 0.0),
+        ("stall", weights.stall_weight * decoding * num_computed * rate),
+    )
+    return Side(worker, terms, cached, num_computed, source)
+
+
+def longest_peer(query: Query, worker: Worker, peers: Iterable[Worker]) -> Worker | None:
+    """The compatible worker with the longest cached prefix; the first by name of several."""
+    others = (peer for peer in peers if peer is not worker and peer.group == worker.group)
+    longest = min(others, key=lambda peer: (-peer.num_cached_pages, peer.name), default=None)
+    return longest if longest and cached_tokens(query, longest) > cached_tokens(query, worker) else None
+
+
+def decode_terms(query: Query, worker: Worker, weights: Weights) -> tuple[tuple[str, float], ...]:
+    """Generating the output on this worker."""
+    pages = worker.registration.pages
+    needed = num_pages(query, worker) - min(worker.num_cached_pages, num_pages(query, worker))
+    evictable = max(0, pages.cached - worker.num_cached_pages)
+    evicted = min(max(0, needed - pages.free), evictable)
+    missing = max(0, needed - pages.free - evictable) if pages.total else 0
+    evicted_ms = evicted * worker.card.page_size * worker.prefill_ms_per_token(weights)
+    return (
+        ("load", weights.load_weight * worker.num_decoding * worker.decode_step_ms(weights)),
+        ("kv", weights.eviction_weight * evicted_ms + missing * weights.missing_page_ms),
+    )
+
+
+def remote_decode_side(query: Query, worker: Worker, weights: Weights) -> Side:
+    """Generating on this worker what another one prefilled. Its own queued prompts delay the start, too."""
+    exposed = min(query.num_prompt_tokens - cached_tokens(query, worker), weights.chunk_tokens)
+    transfer = ("transfer", transfer_ms(exposed, worker, weights))
+    terms = (*decode_terms(query, worker, weights), ("decode_queue", worker.queue_ms), transfer)
+    return Side(worker, terms, 0, 0, None)
+
+
+def sides(query: Query, workers: Sequence[Worker], weights: Weights) -> Sides:
+    """Score every worker that may take part, in each part that it may take."""
+    fit = [worker for worker in workers if refusal(query, worker, weights) is None]
+    sources = _sources(query, workers)
+    prefills = [compute_side(query, worker, sources, weights) for worker in fit if worker.role is Role.PREFILL]
+    groups = {side.worker.group for side in prefills}
+    remote, local = [], []
+    for worker in fit:
+        if worker.role is Role.DECODE:
+            if worker.group in groups and not only_locally(query, worker, weights):
+                remote.append(remote_decode_side(query, worker, weights))
+            else:
+                side = compute_side(query, worker, sources, weights)
+                local.append(side.plus(decode_terms(query, worker, weights)))
+    return Sides(prefills, remote, local)
+
+
+def _sources(query: Query, workers: Iterable[Worker]) -> list[Worker]:
+    """Workers to pull a prefix from: also full or draining ones."""
+    return [worker for worker in workers if worker.name not in query.excluded]
+
+
+# Pick -----------------------------------------------------------------------------------------------------------------
+
+
+def place(query: Query, workers: Sequence[Worker], weights: Weights) -> Candidate:
+    """The cheapest placement. Raises NoWorker, Overloaded (with retry_after_ms) or ContextTooLong."""
+    scored = sides(query, workers, weights)
+    best = [Candidate.local(side) for side in _pick(query, scored.locals, weights)]
+    for group in sorted({side.worker.group for side in scored.decodes}):
+        prefill = _pick(query, (side for side in scored.prefills if side.worker.group == group), weights)
+        decode = _pick(query, (side for side in scored.decodes if side.worker.group == group), weights)
+        best += [Candidate.pair(p, d) for p in prefill for d in decode]
+    if not best:
+        raise nobody(query, workers, weights)
+    return min(best, key=lambda candidate: (candidate.cost_ms, candidate.names))
+
+
+def _pick(query: Query, among: Iterable[Side], weights: Weights) -> list[Side]:
+    """The cheapest side, or none. Costs within `tie_ms` are equal; a rendezvous hash of the prompt's first page spreads
+    them, so that routers agree and prompts that begin alike meet on one worker."""
+    all_sides = list(among)
+    lowest = min((side.cost_ms for side in all_sides), default=0.0)
+    tied = [side for side in all_sides if side.cost_ms <= lowest + weights.tie_ms]
+    return sorted(tied, key=lambda side: rendezvous(query.affinity, side.worker.name))[:1] if len(tied) > 1 else tied
+
+
+def rendezvous(affinity: bytes, name: str) -> bytes:
+    """Rank of a worker for a prompt: removing a worker moves only its own prompts (Thaler and Ravishankar, 1998)."""
+    return blake2b(affinity + name.encode(), digest_size=8).digest()
+
+
+def nobody(query: Query, workers: Sequence[Worker], weights: Weights) -> Fault:
+    """The fault that says why no worker can take the request; full workers come first, because waiting helps them."""
+    decodes = [worker for worker in workers if worker.role is Role.DECODE]
+    refusals = {worker.name: refusal(query, worker, weights) for worker in decodes}
+    reasons = "; ".join(f"{name}: {fault.message}" for name, fault in sorted(refusals.items()) if fault)
+    message = f"no decode worker for model {query.model!r} ({reasons or 'none is registered'})"
+    full = [worker for worker in decodes if isinstance(refusals[worker.name], Overloaded)]
+    if full:
+        wait_ms = min(max(min(worker.queue_ms for worker in full), MIN_RETRY_MS), MAX_RETRY_MS)
+        return Overloaded(message, metadata={"retry_after_ms": str(round(wait_ms))})
+    if any(isinstance(fault, ContextTooLong) for fault in refusals.values()):
+        return ContextTooLong(message)
+    return NoWorker(message)
+
+
+# Explain --------------------------------------------------------------------------------------------------------------
+
+
+def explain(query: Query, workers: Sequence[Worker], weights: Weights) -> list[Candidate]:
+    """Every candidate with its terms: what `place` would choose first, then the cheapest, the rejected ones last."""
+    scored = sides(query, workers, weights)
+    possible = [Candidate.local(side) for side in scored.locals]
+    possible += [
+        Candidate.pair(p, d) for p in scored.prefills for d in scored.decodes if p.worker.group == d.worker.group
+    ]
+    chosen = place(query, workers, weights).names if possible else ()
+    possible.sort(key=lambda candidate: (candidate.names != chosen, candidate.cost_ms, candidate.names))
+    return possible + list(_rejected(query, workers, weights, scored))
+
+
+def _rejected(query: Query, workers: Sequence[Worker], weights: Weights, scored: Sides) -> Iterator[Candidate]:
+    for worker in workers:
+        if fault := refusal(query, worker, weights):
+            yield Candidate.rejected(worker, fault.message)
+    for side in scored.decodes:
+        local = compute_side(query, side.worker, _sources(query, workers), weights).plus(
+            decode_terms(query, side.worker, weights)
+        )
+        reason = f"{local.num_computed_tokens} tokens to compute: over local_prefill_max_tokens"
+        yield Candidate.local(local, reason)
+    for prefill in scored.prefills:
+        for side in scored.locals:
+            yield Candidate.pair(prefill, side, _why_no_pair(prefill, side, only_locally(query, side.worker, weights)))
+
+
+def _why_no_pair(prefill: Side, decode: Side, short: bool) -> str:
+    if prefill.worker.group != decode.worker.group:
+        return "compatibility hashes differ"
+    return "little to compute: prefilled on the decode worker" if short else "no handoff"

@@ -1,0 +1,147 @@
+"""RouterService: reads the request, looks up prefixes, asks the policy, and answers."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from grpc.aio import ServicerContext
+
+from protos.forebay.v1 import decode_pb2, kv_pb2, router_pb2, router_pb2_grpc
+from services.router import policy
+from services.router.candidate import Candidate, Query, Weights, Worker
+from services.router.fleet import Fleet, Member
+from shared import rpc
+from shared.blackboard.index import PrefixIndex
+from shared.errors import BlackboardLost, DeadlineExceeded, Fault, InvalidRequest, ModelNotFound, NoWorker
+from shared.page_hash import HASH_BYTES
+from shared.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+RouteContext = ServicerContext[router_pb2.RouteRequest, router_pb2.RouteResponse]
+ExplainContext = ServicerContext[router_pb2.ExplainRequest, router_pb2.ExplainResponse]
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
+    """Places requests on the workers of a fleet."""
+
+    def __init__(
+        self, fleet: Fleet, index: PrefixIndex, weights: Weights, telemetry: Telemetry, index_timeout_ms: int
+    ) -> None:
+        self._fleet, self._index, self._weights = fleet, index, weights
+        self._index_timeout_s = index_timeout_ms / 1000
+        self._routes = telemetry.meter.create_counter("forebay_routes", description="Routes by outcome")
+        self._seconds = telemetry.meter.create_histogram(
+            "forebay_route_seconds", unit="s", description="Time to decide on a route"
+        )
+
+    async def Route(self, request: router_pb2.RouteRequest, context: RouteContext) -> router_pb2.RouteResponse:  # noqa: ARG002
+        """Place a request."""
+        started, outcome = time.perf_counter(), "ok"
+        try:
+            query, workers = await self._survey(request)
+            chosen = policy.place(query, workers, self._weights)
+        except Fault as fault:
+            outcome = fault.reason
+            raise
+        finally:
+            self._routes.add(1, {"outcome": outcome})
+            self._seconds.record(time.perf_counter() - started)
+        self._fleet.record(chosen)
+        return router_pb2.RouteResponse(placement=_placement(chosen), num_cached_tokens=chosen.num_cached_tokens)
+
+    async def Explain(self, request: router_pb2.ExplainRequest, context: ExplainContext) -> router_pb2.ExplainResponse:  # noqa: ARG002
+        """Say what Route would answer, and why."""
+        query, workers = await self._survey(request.request)
+        candidates = policy.explain(query, workers, self._weights)
+        if not candidates or candidates[0].rejection:
+            summary = str(policy.nobody(query, workers, self._weights))
+        else:
+            summary = summarize(query, candidates[0], len(candidates))
+        return router_pb2.ExplainResponse(candidates=[_candidate(c) for c in candidates], summary=summary)
+
+    async def _survey(self, request: router_pb2.RouteRequest) -> tuple[Query, list[Worker]]:
+        """The query, and the workers of its model with what they have of its prompt."""
+        query = parse(request)
+        remaining = rpc.time_remaining()
+        if remaining is not None and remaining <= 0:
+            raise DeadlineExceeded("the deadline passed before the request could be placed")
+        if not self._fleet.is_known:
+            raise BlackboardLost("the router has not seen the fleet yet: Redis cannot be reached")
+        members = self._fleet.members(query.model)
+        if not members:
+            kind = NoWorker if self._fleet.knows(query.model) else ModelNotFound
+            raise kind(f"no worker serves the model {query.model!r}", param="model")
+        runs = await self._leading_runs(request.page_hashes, members, remaining)
+        return query, self._fleet.at_this_moment(members, runs)
+
+    async def _leading_runs(self, page_hashes: bytes, members: Sequence[Member], remaining: float | None) -> list[int]:
+        """Pages that each member has; none, as far as is known, while Redis is away or too slow."""
+        limit = self._index_timeout_s if remaining is None else min(self._index_timeout_s, remaining)
+        if self._fleet.is_current:
+            try:
+                async with asyncio.timeout(limit):
+                    workers = [(member.registration.name, member.registration.epoch) for member in members]
+                    return await self._index.leading_runs(page_hashes, workers)
+            except (BlackboardLost, TimeoutError) as error:
+                log.warning("placed by load alone: no answer from the prefix index (%s)", error or "too slow")
+        return [0] * len(members)
+
+
+def parse(request: router_pb2.RouteRequest) -> Query:
+    """What the policy needs of a request. Raises InvalidRequest."""
+    if not request.model:
+        raise InvalidRequest("model is empty", param="model")
+    if not request.num_prompt_tokens:
+        raise InvalidRequest("num_prompt_tokens is 0", param="num_prompt_tokens")
+    num_hashes, broken = divmod(len(request.page_hashes), HASH_BYTES)
+    if broken:
+        raise InvalidRequest(
+            f"{len(request.page_hashes)} bytes are not whole page hashes of {HASH_BYTES}", param="page_hashes"
+        )
+    if num_hashes > request.num_prompt_tokens:
+        raise InvalidRequest(
+            f"{num_hashes} page hashes for {request.num_prompt_tokens} prompt tokens", param="page_hashes"
+        )
+    return Query(
+        request.request_id,
+        request.model,
+        request.num_prompt_tokens,
+        affinity=request.page_hashes[:HASH_BYTES] or request.request_id.encode(),
+        excluded=frozenset(request.excluded_worker_ids),
+    )
+
+
+def summarize(query: Query, chosen: Candidate, num_candidates: int) -> str:
+    """A decision in one line."""
+    decode, prefill = chosen.names
+    where = f"prefill on {prefill}, decode on {decode}" if prefill else f"prefill and decode on {decode}"
+    source = f", prefix pulled from {chosen.source.name}" if chosen.source else ""
+    dearest = max(chosen.terms, key=lambda term: term[1])
+    return (
+        f"{where}{source}: {chosen.cost_ms:.1f} ms, most of it {dearest[0]} ({dearest[1]:.1f} ms); "
+        f"{chosen.num_cached_tokens} of {query.num_prompt_tokens} prompt tokens cached; {num_candidates} candidates"
+    )
+
+
+def _placement(candidate: Candidate) -> decode_pb2.Placement:
+    return decode_pb2.Placement(
+        decode=_ref(candidate.decode), prefill=_ref(candidate.prefill), kv_source=_ref(candidate.source)
+    )
+
+
+def _ref(worker: Worker | None) -> kv_pb2.WorkerRef | None:
+    if worker is None:
+        return None
+    return kv_pb2.WorkerRef(worker_id=worker.name, epoch=worker.registration.epoch, address=worker.registration.address)
+
+
+def _candidate(candidate: Candidate) -> router_pb2.Candidate:
+    return router_pb2.Candidate(
+        placement=_placement(candidate),
+        terms=[router_pb2.CostTerm(name=name, cost_ms=cost) for name, cost in candidate.terms],
+        cost_ms=candidate.cost_ms,
+        num_cached_tokens=candidate.num_cached_tokens,
+        rejection=candidate.rejection,
+    )

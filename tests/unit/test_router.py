@@ -1,0 +1,293 @@
+"""The router on a real Redis and behind real gRPC: its view of the fleet, Route and Explain."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from protos.forebay.v1 import router_pb2, router_pb2_grpc
+from services.router.__main__ import SERVICE
+from services.router.candidate import Weights
+from services.router.fleet import Fleet
+from services.router.servicer import RouterServicer
+from shared import rpc
+from shared.blackboard.board import Blackboard
+from shared.errors import (
+    BlackboardLost,
+    ContextTooLong,
+    DeadlineExceeded,
+    Fault,
+    InvalidRequest,
+    ModelNotFound,
+    NoWorker,
+    Overloaded,
+)
+from shared.telemetry import Telemetry
+from tests.unit.fleets import registration
+from tests.unit.test_router_policy import FULL
+from tests.valkey import ValkeyProcess
+
+TTL_MS = 60_000
+HASHES = [bytes([number]) * 16 for number in range(62)]
+WEIGHTS = Weights()
+
+
+class Router:
+    """A router in this process, its clients' channel, and the workers that a test registers."""
+
+    def __init__(self, url: str, heartbeat_ms: int = 20, ttl_ms: int = TTL_MS) -> None:
+        self.board = Blackboard(url)
+        self.telemetry = Telemetry("router", "r1")
+        self.fleet = Fleet(self.board, WEIGHTS, heartbeat_ms=heartbeat_ms, ttl_ms=ttl_ms)
+        self.server = rpc.Server(self.telemetry, [SERVICE])
+        servicer = RouterServicer(self.fleet, self.board.index, WEIGHTS, self.telemetry, index_timeout_ms=5_000)
+        router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, self.server.grpc)
+        self.channels = rpc.Channels()
+
+    async def start(self) -> None:
+        self.watching = asyncio.create_task(self.fleet.run())
+        port = await self.server.start("127.0.0.1", 0)
+        self.channel = self.channels.to(f"127.0.0.1:{port}")
+        self.stub: Any = router_pb2_grpc.RouterServiceStub(self.channel)
+
+    async def stop(self) -> None:
+        self.fleet.stop()
+        self.watching.cancel()
+        await asyncio.wait({self.watching})
+        await self.channels.close()
+        await self.server.stop(0)
+        await self.board.close()
+        self.telemetry.close()
+
+    async def join(self, name: str, epoch: int = 1, **changes: Any) -> None:
+        await self.board.register(registration(name, epoch, **changes), TTL_MS, announce=True)
+
+    async def until(self, true: Callable[[list[tuple[str, int]]], bool]) -> None:
+        """Wait for the view to be as the test wants it."""
+        async with asyncio.timeout(15):
+            while not (self.fleet.is_current and true(self.seen())):  # noqa: ASYNC110 - the view has no event
+                await asyncio.sleep(0.005)
+
+    def seen(self) -> list[tuple[str, int]]:
+        return [(member.registration.name, member.registration.epoch) for member in self.fleet.members("m")]
+
+    async def fleet_of(self, *names: str, **changes: Any) -> None:
+        for name in names:
+            await self.join(name, **changes)
+        await self.until(lambda seen: len(seen) == len(names))
+
+    async def route(self, timeout_s: float | None = 10, **changes: Any) -> router_pb2.RouteResponse:
+        answer: router_pb2.RouteResponse = await rpc.call(self.stub.Route, request(**changes), timeout_s)
+        return answer
+
+    async def explain(self, **changes: Any) -> router_pb2.ExplainResponse:
+        asked = router_pb2.ExplainRequest(request=request(**changes))
+        answer: router_pb2.ExplainResponse = await rpc.call(self.stub.Explain, asked, 10)
+        return answer
+
+
+def request(**changes: Any) -> router_pb2.RouteRequest:
+    fields: dict[str, Any] = {"request_id": "r", "model": "m", "num_prompt_tokens": 1_000}
+    return router_pb2.RouteRequest(**fields | {"page_hashes": b"".join(HASHES)} | changes)
+
+
+@pytest.fixture
+async def router(valkey_url: str) -> AsyncIterator[Router]:
+    router = Router(valkey_url)
+    await router.start()
+    yield router
+    await router.stop()
+
+
+# The view -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_new_worker_is_seen_long_before_the_next_refresh(valkey_url: str) -> None:
+    router = Router(valkey_url, heartbeat_ms=3_600_000)
+    await router.start()
+    await router.until(lambda seen: seen == [])
+    await router.join("d1")
+    await router.until(lambda seen: seen == [("d1", 1)])
+    await router.stop()
+
+
+async def test_a_worker_that_stops_registering_leaves(router: Router) -> None:
+    await router.fleet_of("d1", "d2")
+    await router.board.register(registration("d1"), ttl_ms=30)
+    await router.until(lambda seen: seen == [("d2", 1)])
+
+
+async def test_a_restarted_worker_is_seen_as_its_new_epoch_without_its_old_pages(router: Router) -> None:
+    await router.fleet_of("d1")
+    await router.board.index.replace("d1", 1, HASHES, TTL_MS)
+    assert (await router.route()).num_cached_tokens == 992
+    await router.join("d1", epoch=2)
+    await router.until(lambda seen: seen == [("d1", 2)])
+    placed = await router.route()
+    assert (placed.placement.decode.epoch, placed.num_cached_tokens) == (2, 0)
+
+
+async def test_a_draining_worker_gets_nothing_more(router: Router) -> None:
+    await router.fleet_of("d1", "d2")
+    await router.join("d1", draining=True)
+    await router.until(lambda _: any(member.registration.draining for member in router.fleet.members("m")))
+    for number in range(10):
+        assert (await router.route(page_hashes=bytes([number]) * 16)).placement.decode.worker_id == "d2"
+
+
+async def test_the_view_is_kept_while_redis_is_away_and_rebuilt_when_it_is_back(valkey: ValkeyProcess) -> None:
+    router = Router(valkey.url, ttl_ms=300)
+    await router.start()
+    await router.fleet_of("d1", "d2")
+    valkey.stop()
+    async with asyncio.timeout(10):
+        while router.fleet.is_current:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    assert (await router.route()).placement.decode.worker_id
+    valkey.start()
+    await router.until(lambda seen: len(seen) == 2)
+    await router.join("d2")
+    await router.until(lambda seen: seen == [("d2", 1)])
+    await router.stop()
+
+
+async def test_before_the_fleet_was_ever_seen_the_fault_names_redis(valkey: ValkeyProcess) -> None:
+    valkey.stop()
+    router = Router(valkey.url)
+    await router.start()
+    with pytest.raises(BlackboardLost):
+        await router.route()
+    valkey.start()
+    await router.fleet_of("d1")
+    assert (await router.route()).placement.decode.worker_id == "d1"
+    await router.stop()
+
+
+# Route ----------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_placement_names_address_and_epoch(router: Router) -> None:
+    await router.fleet_of("p1", "d1", epoch=7)
+    placement = (await router.route()).placement
+    assert (placement.decode.worker_id, placement.decode.epoch) == ("d1", 7)
+    assert placement.decode.address == registration("d1").address
+    assert (placement.prefill.worker_id, placement.prefill.epoch) == ("p1", 7)
+    assert not placement.HasField("kv_source")
+
+
+async def test_the_prefix_index_decides_among_idle_workers(router: Router) -> None:
+    await router.fleet_of("p1", "p2", "d1")
+    for name in ("p1", "p2"):
+        await router.board.index.replace(name, 1, HASHES[: 40 if name == "p2" else 2], TTL_MS)
+    placed = await router.route()
+    assert (placed.placement.prefill.worker_id, placed.num_cached_tokens) == ("p2", 640)
+
+
+async def test_a_prefix_of_a_peer_is_named_as_source(router: Router) -> None:
+    await router.fleet_of("p1", "d1")
+    await router.board.index.replace("d1", 1, HASHES[:30], TTL_MS)
+    placement = (await router.route()).placement
+    assert (placement.prefill.worker_id, placement.kv_source.worker_id) == ("p1", "d1")
+
+
+async def test_a_burst_of_equal_prompts_does_not_herd(router: Router) -> None:
+    await router.fleet_of("p1", "p2", "d1", "d2")
+    answers = await asyncio.gather(*(router.route() for _ in range(20)))
+    for role in ("prefill", "decode"):
+        chosen = [getattr(answer.placement, role).worker_id for answer in answers]
+        assert {chosen.count(name) for name in set(chosen)} <= {9, 10, 11}
+        assert len(set(chosen)) == 2
+
+
+async def test_two_routers_agree(router: Router, valkey_url: str) -> None:
+    other = Router(valkey_url)
+    await other.start()
+    await router.fleet_of("p1", "p2", "p3", "d1", "d2", "d3")
+    await other.until(lambda seen: len(seen) == 6)
+    for number in range(10):
+        asked = {"page_hashes": os.urandom(16), "request_id": str(number)}
+        mine, theirs = await router.explain(**asked), await other.explain(**asked)
+        assert mine.candidates[0].placement == theirs.candidates[0].placement
+    await other.stop()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault", "param"),
+    [
+        ({"page_hashes": b"x" * 17}, InvalidRequest, "page_hashes"),
+        ({"page_hashes": b"x" * 32, "num_prompt_tokens": 1}, InvalidRequest, "page_hashes"),
+        ({"num_prompt_tokens": 0}, InvalidRequest, "num_prompt_tokens"),
+        ({"model": ""}, InvalidRequest, "model"),
+        ({"model": "nobody's"}, ModelNotFound, "model"),
+        ({"num_prompt_tokens": 9_000}, ContextTooLong, None),
+        ({"excluded_worker_ids": ["d1"]}, NoWorker, None),
+    ],
+    ids=["broken hash", "too many hashes", "no tokens", "no model", "unknown model", "too long", "all excluded"],
+)
+async def test_a_request_that_cannot_be_placed_is_told_why(
+    router: Router, changes: dict[str, Any], fault: type[Fault], param: str | None
+) -> None:
+    await router.fleet_of("d1")
+    with pytest.raises(fault) as caught:
+        await router.route(**changes)
+    assert caught.value.param == param
+
+
+async def test_a_full_fleet_answers_when_to_retry(router: Router) -> None:
+    await router.fleet_of("d1", load=FULL)
+    with pytest.raises(Overloaded) as caught:
+        await router.route()
+    assert int(caught.value.metadata["retry_after_ms"]) >= 100
+
+
+async def test_a_model_whose_workers_are_gone_is_unavailable_and_not_unknown(router: Router) -> None:
+    await router.fleet_of("d1")
+    await router.board.deregister(registration("d1"))
+    await router.until(lambda seen: seen == [])
+    with pytest.raises(NoWorker):
+        await router.route()
+
+
+async def test_a_passed_deadline_is_a_fault(router: Router) -> None:
+    await router.fleet_of("d1")
+    with pytest.raises(DeadlineExceeded):
+        await router.route(timeout_s=0.000001)
+
+
+# Explain --------------------------------------------------------------------------------------------------------------
+
+
+async def test_explaining_reserves_nothing_and_says_what_route_then_answers(router: Router) -> None:
+    await router.fleet_of("p1", "p2", "d1", "d2")
+    first, second = await router.explain(), await router.explain()
+    assert first == second
+    assert (await router.route()).placement == first.candidates[0].placement
+
+
+async def test_costs_are_the_sums_of_their_terms_and_the_summary_names_the_choice(router: Router) -> None:
+    await router.fleet_of("p1", "d1", "d2")
+    answer = await router.explain()
+    for candidate in answer.candidates:
+        assert candidate.cost_ms == pytest.approx(sum(term.cost_ms for term in candidate.terms))
+    assert answer.candidates[0].placement.decode.worker_id in answer.summary
+    assert "prefill on p1" in answer.summary
+
+
+async def test_explaining_a_refusal_gives_the_reasons_instead_of_a_fault(router: Router) -> None:
+    await router.fleet_of("d1", draining=True)
+    answer = await router.explain()
+    assert [candidate.rejection for candidate in answer.candidates] == ["draining"]
+    assert "d1: draining" in answer.summary
+
+
+async def test_reflection_shows_the_router(router: Router) -> None:
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(router.channel)
+
+    async def requests() -> AsyncIterator[Any]:
+        yield reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE)
+
+    async for answer in stub.ServerReflectionInfo(requests()):
+        assert answer.file_descriptor_response.file_descriptor_proto

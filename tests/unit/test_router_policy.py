@@ -1,0 +1,288 @@
+"""The router's policy, as sentences about hand-made fleets."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from services.router.candidate import Candidate, Query, Weights, Worker
+from services.router.config import RouterConfig
+from services.router.policy import explain, place
+from shared.blackboard.records import Load, Pages
+from shared.errors import ContextTooLong, NoWorker, Overloaded
+from tests.unit.fleets import card, query, worker
+
+WEIGHTS = Weights()
+FULL = Load(num_waiting=WEIGHTS.max_waiting)
+
+
+def where(workers: list[Worker], asked: Query | None = None, **weights: Any) -> tuple[str, str]:
+    """Names of the chosen decode and prefill worker."""
+    return place(asked or query(), workers, Weights(**weights)).names
+
+
+def terms(candidate: Candidate) -> dict[str, float]:
+    return dict(candidate.terms)
+
+
+# Which kind of placement ----------------------------------------------------------------------------------------------
+
+
+def test_a_long_prompt_is_prefilled_on_a_prefill_worker() -> None:
+    assert where([worker("p1"), worker("d1")]) == ("d1", "p1")
+
+
+def test_a_short_prompt_is_prefilled_on_its_decode_worker() -> None:
+    limit = WEIGHTS.local_prefill_max_tokens
+    assert where([worker("p1"), worker("d1")], query(limit)) == ("d1", "")
+    assert where([worker("p1"), worker("d1")], query(limit + 1)) == ("d1", "p1")
+
+
+def test_only_the_uncached_part_counts_as_long() -> None:
+    assert where([worker("p1"), worker("d1", cached=60)], query(1_000)) == ("d1", "")
+
+
+def test_the_threshold_is_configurable() -> None:
+    fleet = [worker("p1"), worker("d1")]
+    assert where(fleet, query(10), local_prefill_max_tokens=0) == ("d1", "p1")
+    assert where(fleet, query(5_000), local_prefill_max_tokens=8_000) == ("d1", "")
+
+
+def test_without_prefill_workers_decode_workers_prefill() -> None:
+    assert where([worker("d1")]) == ("d1", "")
+
+
+def test_when_every_prefill_worker_is_refused_decode_workers_prefill() -> None:
+    fleet = [worker("p1", draining=True), worker("p2", load=FULL), worker("p3"), worker("d1")]
+    assert where(fleet, query(excluded=("p3",))) == ("d1", "")
+
+
+def test_workers_that_cannot_exchange_pages_are_never_paired() -> None:
+    other = card(compatibility_hash="other")
+    assert where([worker("p1", model=other), worker("d1")]) == ("d1", "")
+    mixed = [
+        worker("p1", model=other),
+        worker("p2", queue_ms=5_000),
+        worker("d1"),
+        worker("d2", model=other, decoding=1),
+    ]
+    assert where(mixed) == ("d2", "p1")
+
+
+# Who may take part ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"draining": True}, {"load": FULL}], ids=["draining", "full"])
+def test_a_worker_that_takes_no_work_gets_none(changes: dict[str, Any]) -> None:
+    assert where([worker("d1", **changes), worker("d2", decoding=50)]) == ("d2", "")
+
+
+def test_a_worker_that_failed_the_request_is_not_asked_again() -> None:
+    assert where([worker("d1"), worker("d2", decoding=50)], query(excluded=("d1",))) == ("d2", "")
+
+
+def test_a_worker_whose_whole_pool_is_too_small_is_not_asked() -> None:
+    small = worker("d1", pages=Pages(free=10, total=10))
+    assert where([small, worker("d2", decoding=50)]) == ("d2", "")
+    assert where([small], query(10 * 16 - 1)) == ("d1", "")
+    with pytest.raises(ContextTooLong):
+        where([small], query(10 * 16))
+
+
+def test_a_prompt_longer_than_every_context_is_the_requests_fault() -> None:
+    assert where([worker("d1", model=card(max_model_len=1_001))]) == ("d1", "")
+    with pytest.raises(ContextTooLong):
+        where([worker("d1", model=card(max_model_len=1_000))])
+
+
+def test_prefill_workers_alone_are_no_fleet() -> None:
+    with pytest.raises(NoWorker, match="no decode worker"):
+        where([worker("p1")])
+
+
+def test_the_fault_names_every_reason() -> None:
+    with pytest.raises(NoWorker, match=r"d1: draining; d2: already failed this request"):
+        where([worker("d1", draining=True), worker("d2")], query(excluded=("d2",)))
+
+
+@pytest.mark.parametrize(("queue_ms", "retry_after"), [(740.4, "740"), (0.0, "100"), (1e9, "10000")])
+def test_a_full_fleet_says_when_to_come_back(queue_ms: float, retry_after: str) -> None:
+    fleet = [
+        worker("d1", load=FULL, queue_ms=queue_ms),
+        worker("d2", load=FULL, queue_ms=2e9),
+        worker("d3", draining=True),
+    ]
+    with pytest.raises(Overloaded) as caught:
+        where(fleet)
+    assert caught.value.metadata == {"retry_after_ms": retry_after}
+
+
+# Which worker ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_longest_cached_prefix_wins_among_idle_workers() -> None:
+    assert where([worker("d1", cached=5), worker("d2", cached=40), worker("d3")]) == ("d2", "")
+    assert where([worker("p1", cached=5), worker("p2", cached=40), worker("d1")]) == ("d1", "p2")
+
+
+def test_a_queue_that_takes_longer_than_the_cached_prefix_saves_loses() -> None:
+    saved_ms = 40 * 16 * 0.5
+    for queue_ms, winner in ((saved_ms - 50, "p1"), (saved_ms + 50, "p2")):
+        fleet = [worker("p1", cached=40, queue_ms=queue_ms), worker("p2"), worker("d1")]
+        assert where(fleet, min_pull_tokens=10_000) == ("d1", winner)
+
+
+def test_measured_rates_decide_between_fast_and_slow_workers() -> None:
+    slow, fast = Load(prefill_ms_per_token=0.5), Load(prefill_ms_per_token=0.1)
+    assert where([worker("p1", load=slow), worker("p2", load=fast, queue_ms=300), worker("d1")]) == ("d1", "p2")
+
+
+def test_decodes_go_where_fewer_sequences_run() -> None:
+    assert where([worker("p1"), worker("d1", decoding=3), worker("d2", decoding=2)]) == ("d2", "p1")
+
+
+def test_a_local_prefill_avoids_the_decodes_it_would_stall() -> None:
+    busy, idle = worker("d1", decoding=4), worker("d2", decoding=0, queue_ms=60)
+    assert where([busy, idle], query(100)) == ("d2", "")
+    assert where([busy, idle], query(100), stall_weight=0.0, load_weight=0.0) == ("d1", "")
+
+
+def test_a_worker_with_room_is_preferred_to_one_that_must_evict_or_wait() -> None:
+    evicting = worker("d1", pages=Pages(free=0, cached=1_000, total=1_000))
+    waiting = worker("d2", pages=Pages(free=0, held=1_000, total=1_000))
+    roomy = worker("d3")
+    costs = [terms(place(query(), [each], WEIGHTS))["kv"] for each in (roomy, evicting, waiting)]
+    assert costs == sorted(set(costs))
+    assert costs[0] == 0
+
+
+def test_pages_that_the_prompt_will_reuse_are_not_evicted() -> None:
+    cached = worker("d1", cached=62, pages=Pages(free=1, cached=62, total=100))
+    assert terms(place(query(), [cached], WEIGHTS))["kv"] == 0
+
+
+def test_only_the_last_chunk_of_a_transfer_costs_anything() -> None:
+    short, long = (terms(place(query(tokens), [worker("p1"), worker("d1")], WEIGHTS)) for tokens in (600, 6_000))
+    assert short["transfer"] == long["transfer"] == WEIGHTS.handoff_ms + WEIGHTS.chunk_tokens * 1_000 / 1e6
+
+
+def test_equal_workers_share_the_requests() -> None:
+    fleet = [worker(f"d{number}") for number in range(4)]
+    chosen = Counter(where(fleet, query(affinity=bytes([number])))[0] for number in range(200))
+    assert set(chosen) == {"d0", "d1", "d2", "d3"}
+    assert min(chosen.values()) > 25
+
+
+def test_prompts_that_begin_alike_meet_on_one_worker_whatever_the_order_of_the_fleet() -> None:
+    fleet = [worker(f"d{number}") for number in range(4)]
+    assert len({where(fleet[turn:] + fleet[:turn]) for turn in range(4)}) == 1
+
+
+def test_losing_a_worker_moves_only_its_own_prompts() -> None:
+    fleet = [worker(f"d{number}") for number in range(4)]
+    for number in range(50):
+        before = where(fleet, query(affinity=bytes([number])))
+        after = where(fleet[1:], query(affinity=bytes([number])))
+        assert before in (after, ("d0", ""))
+
+
+# Pulling a prefix from a peer -----------------------------------------------------------------------------------------
+
+
+def pulled_from(workers: list[Worker], **weights: Any) -> str:
+    source = place(query(), workers, Weights(**weights)).source
+    return source.name if source else ""
+
+
+def test_a_long_prefix_that_only_the_decode_worker_has_is_pulled_by_the_prefill_worker() -> None:
+    assert pulled_from([worker("p1"), worker("d1", cached=30)]) == "d1"
+
+
+def test_a_prefix_is_pulled_from_a_worker_that_is_too_busy_to_compute() -> None:
+    assert pulled_from([worker("p1", cached=50, queue_ms=9_000), worker("p2"), worker("d1")]) == "p1"
+
+
+def test_a_pulled_prefix_counts_as_cached() -> None:
+    assert place(query(), [worker("p1"), worker("d1", cached=30)], WEIGHTS).num_cached_tokens == 30 * 16
+
+
+@pytest.mark.parametrize(
+    ("source", "weights"),
+    [
+        (worker("d1", cached=15), {}),
+        (worker("d1", cached=30), {"transfer_gb_per_s": 0.001}),
+        (worker("d9", cached=50, model=card(compatibility_hash="other")), {}),
+    ],
+    ids=["hardly longer", "slower than computing", "incompatible"],
+)
+def test_a_prefix_that_is_not_worth_it_is_not_pulled(source: Worker, weights: dict[str, Any]) -> None:
+    assert pulled_from([worker("p1"), worker("d1"), source], **weights) == ""
+
+
+def test_nothing_is_pulled_from_a_worker_that_failed_the_request() -> None:
+    fleet = [worker("p1", cached=50), worker("p2"), worker("d1")]
+    assert place(query(excluded=("p1",)), fleet, WEIGHTS).source is None
+
+
+# Counting -------------------------------------------------------------------------------------------------------------
+
+
+def test_at_least_one_token_is_computed() -> None:
+    placed = place(query(160), [worker("d1", cached=10)], WEIGHTS)
+    assert (placed.num_cached_tokens, placed.num_computed_tokens) == (159, 1)
+
+
+def test_a_worker_that_has_measured_nothing_is_given_the_default_rates() -> None:
+    assert terms(place(query(100), [worker("d1", load=Load())], WEIGHTS))["prefill"] == 50.0
+
+
+# Explaining -----------------------------------------------------------------------------------------------------------
+
+FLEETS = {
+    "pairs": [worker("p1", queue_ms=70), worker("p2", cached=9), worker("d1", decoding=2), worker("d2")],
+    "mixed": [worker("p1"), worker("d1", cached=60), worker("d2"), worker("d3", draining=True)],
+    "equal": [worker(name) for name in ("p1", "p2", "p3", "d1", "d2", "d3")],
+    "local": [worker("d1"), worker("d2", queue_ms=3)],
+    "incompatible": [worker("p1", model=card(compatibility_hash="x")), worker("d1"), worker("d2", load=FULL)],
+}
+
+
+@pytest.mark.parametrize("fleet", FLEETS.values(), ids=FLEETS)
+def test_explaining_puts_what_place_chooses_first(fleet: list[Worker]) -> None:
+    for number in range(20):
+        asked = query(affinity=bytes([number]))
+        assert explain(asked, fleet, WEIGHTS)[0] == place(asked, fleet, WEIGHTS)
+
+
+@pytest.mark.parametrize("fleet", FLEETS.values(), ids=FLEETS)
+def test_nothing_possible_is_cheaper_than_what_is_chosen(fleet: list[Worker]) -> None:
+    possible = [candidate for candidate in explain(query(), fleet, WEIGHTS) if not candidate.rejection]
+    assert possible[0].cost_ms <= min(candidate.cost_ms for candidate in possible) + 2 * WEIGHTS.tie_ms
+
+
+@pytest.mark.parametrize("fleet", FLEETS.values(), ids=FLEETS)
+def test_every_worker_is_explained_and_the_rejected_come_last(fleet: list[Worker]) -> None:
+    found = explain(query(), fleet, WEIGHTS)
+    named = {worker.name for candidate in found for worker in (candidate.decode, candidate.prefill) if worker}
+    assert named == {worker.name for worker in fleet}
+    rejected = [bool(candidate.rejection) for candidate in found]
+    assert rejected == sorted(rejected)
+
+
+def test_rejections_have_reasons() -> None:
+    fleet = [worker("p1"), worker("d1", cached=60), worker("d2"), worker("d3", draining=True)]
+    found = explain(query(), fleet, WEIGHTS)
+    reasons = {candidate.names: candidate.rejection for candidate in found if candidate.rejection}
+    assert reasons[("d3", "")] == "draining"
+    assert "local_prefill_max_tokens" in reasons[("d2", "")]
+    assert "little to compute" in reasons[("d1", "p1")]
+
+
+def test_a_fleet_that_can_do_nothing_is_still_explained() -> None:
+    assert [candidate.rejection for candidate in explain(query(), [worker("d1", draining=True)], WEIGHTS)] == [
+        "draining"
+    ]
+
+
+def test_configuration_and_policy_have_the_same_defaults() -> None:
+    assert RouterConfig.load([]).weights() == WEIGHTS
