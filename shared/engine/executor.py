@@ -9,7 +9,7 @@ from shared.engine.api import BatchItem, EngineSpec, SampledToken
 from shared.engine.batch import build
 from shared.engine.kernels.build import default_cache_dir
 from shared.engine.kv.layout import compatibility_hash
-from shared.engine.kv.memory import HostMemory
+from shared.engine.kv.memory import HostMemory, PoolMemory
 from shared.engine.kv.view import pool_bytes
 from shared.engine.models import registry
 from shared.engine.models.api import Model, Placement
@@ -25,7 +25,7 @@ class TorchExecutor:
 
     def __init__(self, model: Model, spec: EngineSpec, memory: HostMemory, num_threads: int) -> None:
         self.spec = spec
-        self.memory = memory
+        self.memory: PoolMemory = memory
         self._model = model
         self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids)
         self._num_threads = num_threads
