@@ -84,11 +84,12 @@ inline void pack_values(const float* const rows[SPAN], long head_dim, uint32_t* 
             store(panels + (d / PANEL * SPAN + i) * PANEL + d % PANEL, load<f32x16>(rows[i] + d));
 }
 inline void pack_values(const bf16* const rows[SPAN], long head_dim, uint32_t* panels) {
-    for (long d = 0; d < head_dim; d += LANES)
-        for (int i = 0; i < SPAN / 2; i++) {
-            const u32x16 even = __builtin_convertvector(load<u16x16>(rows[2 * i] + d), u32x16);
-            const u32x16 odd = __builtin_convertvector(load<u16x16>(rows[2 * i + 1] + d), u32x16);
-            store(panels + (d / PANEL * (SPAN / 2) + i) * PANEL + d % PANEL, even | odd << 16);
+    for (int i = 0; i < SPAN / 2; i++)
+        for (long d = 0; d < head_dim; d += LANES) {
+            const u16x16 even = load<u16x16>(rows[2 * i] + d), odd = load<u16x16>(rows[2 * i + 1] + d);
+            const u16x32 pairs = __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            store(panels + (d / PANEL * (SPAN / 2) + i) * PANEL + d % PANEL, pairs);
         }
 }
 
@@ -101,7 +102,7 @@ inline float soften(float* scores, float scale, long num_visible, float& maximum
     low = lane < (int32_t)num_visible ? low : never;
     high = lane + LANES < (int32_t)num_visible ? high : never;
     const float before = maximum;
-    const float best = largest(low > high ? low : high);
+    const float best = largest(greater(low, high));
     maximum = best > before ? best : before;
     low = exponential(low - maximum);
     high = exponential(high - maximum);
@@ -110,6 +111,44 @@ inline float soften(float* scores, float scale, long num_visible, float& maximum
     const float factor = before == maximum ? 1.0f : exponential(splat(before - maximum))[0];
     total = total * factor + sum(low + high);
     return factor;
+}
+
+// Where the keys and values of a span are. What lies behind the context in its last page may be anything: `zeros` instead.
+template <class T>
+inline void find_span(const Pages& pages, const int32_t* page_ids, long head, long start, long context, const T* zeros,
+                      const T* keys[SPAN], const T* values[SPAN]) {
+    long left_in_page = 0;
+    for (int i = 0; i < SPAN; i++) {
+        if (start + i >= context) {
+            keys[i] = values[i] = zeros;
+            continue;
+        }
+        if (left_in_page == 0) {
+            left_in_page = pages.page_size - (start + i) % pages.page_size;
+            keys[i] = pages.key<T>(page_ids, start + i, head);
+        } else {
+            keys[i] = keys[i - 1] + pages.head_dim;
+        }
+        left_in_page--;
+        values[i] = keys[i] + pages.to_value();
+    }
+}
+
+// Pages are scattered, which the processor cannot foresee: ask for the next span while this one is computed.
+template <class T>
+inline void prefetch_span(const Pages& pages, const int32_t* page_ids, long head, long start, long end) {
+    const long stop = start + SPAN < end ? start + SPAN : end;
+    for (long position = start; position < stop;) {
+        const long offset = position % pages.page_size;
+        long count = pages.page_size - offset < stop - position ? pages.page_size - offset : stop - position;
+        const char* keys = (const char*)pages.key<T>(page_ids, position, head);
+        const long num_bytes = count * pages.head_dim * sizeof(T);
+        for (long at = 0; at < num_bytes; at += 64) {
+            __builtin_prefetch(keys + at, 0, 2);
+            __builtin_prefetch(keys + pages.to_value() * sizeof(T) + at, 0, 2);
+        }
+        position += count;
+    }
 }
 
 // Attention of `num_queries` rows (words of T, head_dim each, `q_rows` their places) at `positions`, into s.attended.
@@ -123,15 +162,8 @@ inline void attend(const uint32_t* q, const int32_t* positions, int num_queries,
     for (int i = 0; i < num_queries; i++) s.maxima[i] = -INFINITY, s.totals[i] = 0;
     for (long start = 0; start < end; start += SPAN) {
         const T *keys[SPAN], *values[SPAN];
-        for (int i = 0; i < SPAN; i++) {
-            if (start + i >= context) {  // what lies behind the context in its last page may be anything
-                keys[i] = values[i] = s.zeros;
-                continue;
-            }
-            const bool same_page = i && (start + i) % pages.page_size;
-            keys[i] = same_page ? keys[i - 1] + head_dim : pages.key<T>(page_ids, start + i, head);
-            values[i] = keys[i] + pages.to_value();
-        }
+        find_span(pages, page_ids, head, start, context, s.zeros, keys, values);
+        prefetch_span<T>(pages, page_ids, head, start + SPAN, end);
         pack_keys(keys, head_dim, s.keys);
         pack_values(values, head_dim, s.values);
         for (int row = 0; row < num_queries; row += TILE_ROWS) {

@@ -1,11 +1,15 @@
-// A whole step of a dense decoder in one call: one parallel region, a barrier between phases, nothing allocated.
+// A whole step of a dense decoder in one call: one parallel region, nothing allocated.
 //
 // The residual stream is float32; what enters a matrix product is T. Structures and signatures are mirrored in
 // kernels/native.py.
 #include <omp.h>
 
+#include <algorithm>
+#include <new>
+
 #include "attention.h"
 #include "rows.h"
+#include "share.h"
 
 namespace forebay {
 
@@ -41,11 +45,14 @@ struct Step {
 inline int64_t align(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 inline int64_t panels_of(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
+inline int64_t num_phases(const Model& m) { return 8 * m.num_layers + 3; }
+
 // Where the intermediate results of a step are.
 template <class T> struct Buffers {
     float *x, *qkv;
     T *normed, *q, *attended, *inner;
     Scratch<T>* scratch;
+    Phase* phases;
     int64_t num_bytes = 0;
 
     template <class P> void place(P*& pointer, char* base, int64_t count) {
@@ -55,6 +62,7 @@ template <class T> struct Buffers {
     Buffers(const Model& m, int64_t tokens, int num_threads, char* base) {
         const int64_t q_size = m.num_heads * m.head_dim;
         place(scratch, base, num_threads);
+        place(phases, base, num_phases(m));
         place(x, base, tokens * panels_of(m.hidden));
         place(qkv, base, tokens * panels_of(q_size + 2 * m.num_kv_heads * m.head_dim));
         place(normed, base, tokens * (m.hidden + 1));
@@ -70,6 +78,7 @@ template <class T> struct Worker {
     const Step& s;
     Buffers<T> b;
     int thread, num_threads;
+    Phase* phase = b.phases;
     // Rows of words: lengths in elements, made even for pairs.
     long x_stride = panels_of(m.hidden), q_size = m.num_heads * m.head_dim, kv_size = m.num_kv_heads * m.head_dim;
     long qkv_stride = panels_of(q_size + 2 * kv_size);
@@ -77,17 +86,29 @@ template <class T> struct Worker {
 
     static long words(long n) { return (n + PER_WORD<T> - 1) / PER_WORD<T>; }
 
-    template <class Body> void each(long count, Body body) const {
-        for (long i = count * thread / num_threads, end = count * (thread + 1) / num_threads; i < end; i++) body(i);
+    // body(i) for every i < count, divided among the threads.
+    template <class Body> void each(long count, Body body) {
+        share(*phase++, (int)count, (int)std::max(1L, count / (4 * num_threads)), [&](int first, int last) {
+            for (int i = first; i < last; i++) body(i);
+        });
     }
 
-    void embed() const {
+    // The product of rows of `a` with `w`, divided among the threads.
+    template <class Finish> void product(const T* a, long stride, long num_rows, const Linear& w, Finish finish) {
+        const long blocks = num_blocks(num_rows), count = w.num_panels * blocks;
+        const long chunk = std::clamp(count / (4 * num_threads) / 4 * 4, 4L, std::max(16L, blocks));
+        share(*phase++, (int)count, (int)chunk, [&](int first, int last) {
+            multiply<T>((const uint32_t*)a, stride / PER_WORD<T>, num_rows, w, first, last, finish);
+        });
+    }
+
+    void embed() {
         each(s.num_tokens, [&](long t) {
             convert((const T*)m.embedding + s.token_ids[t] * m.hidden, m.hidden, b.x + t * x_stride);
         });
     }
 
-    void norm(const float* weight, const int32_t* rows, long num_rows) const {
+    void norm(const float* weight, const int32_t* rows, long num_rows) {
         each(num_rows, [&](long i) {
             T* out = b.normed + i * normed_stride;
             if (m.hidden < normed_stride) memset(out + m.hidden, 0, sizeof(T));
@@ -96,48 +117,45 @@ template <class T> struct Worker {
     }
 
     // out = a w' + bias, float32.
-    void project(const T* a, long stride, long num_rows, const Linear& w, float* out, long out_stride) const {
-        multiply<T>((const uint32_t*)a, stride / PER_WORD<T>, num_rows, w, thread, num_threads,
-                    [=](long row, long column, const float* sums) {
-                        float* to = out + row * out_stride + column;
-                        for (int c = 0; c < PANEL; c += LANES) {
-                            f32x16 v = load<f32x16>(sums + c);
-                            if (w.bias) v += load<f32x16>(w.bias + column + c);
-                            store(to + c, v);
-                        }
-                    });
+    void project(const T* a, long stride, long num_rows, const Linear& w, float* out, long out_stride) {
+        product(a, stride, num_rows, w, [=](long row, long column, const float* sums) {
+            float* to = out + row * out_stride + column;
+            for (int c = 0; c < PANEL; c += LANES) {
+                f32x16 v = load<f32x16>(sums + c);
+                if (w.bias) v += load<f32x16>(w.bias + column + c);
+                store(to + c, v);
+            }
+        });
     }
 
     // x += a w' + bias.
-    void project_residual(const T* a, long stride, const Linear& w) const {
+    void project_residual(const T* a, long stride, const Linear& w) {
         float* x = b.x;
         const long out_stride = x_stride;
-        multiply<T>((const uint32_t*)a, stride / PER_WORD<T>, s.num_tokens, w, thread, num_threads,
-                    [=](long row, long column, const float* sums) {
-                        float* to = x + row * out_stride + column;
-                        for (int c = 0; c < PANEL; c += LANES) {
-                            f32x16 v = load<f32x16>(sums + c);
-                            if (w.bias) v += load<f32x16>(w.bias + column + c);
-                            store(to + c, load<f32x16>(to + c) + v);
-                        }
-                    });
+        product(a, stride, s.num_tokens, w, [=](long row, long column, const float* sums) {
+            float* to = x + row * out_stride + column;
+            for (int c = 0; c < PANEL; c += LANES) {
+                f32x16 v = load<f32x16>(sums + c);
+                if (w.bias) v += load<f32x16>(w.bias + column + c);
+                store(to + c, load<f32x16>(to + c) + v);
+            }
+        });
     }
 
     // inner = silu(gate) * up.
-    void project_gated(const Linear& w) const {
-        multiply<T>((const uint32_t*)b.normed, normed_stride / PER_WORD<T>, s.num_tokens, w, thread, num_threads,
-                    [&](long row, long column, const float* sums) {
-                        f32x16 gate = load<f32x16>(sums), up = load<f32x16>(sums + LANES);
-                        if (w.bias) gate += load<f32x16>(w.bias + column), up += load<f32x16>(w.bias + column + LANES);
-                        const long first = column / 2, rest = inner_stride - first;
-                        T* to = b.inner + row * inner_stride + first;
-                        if (rest >= LANES) put(to, silu(gate) * up);
-                        else put_some(to, silu(gate) * up, (int)rest);
-                    });
+    void project_gated(const Linear& w) {
+        product(b.normed, normed_stride, s.num_tokens, w, [&](long row, long column, const float* sums) {
+            f32x16 gate = load<f32x16>(sums), up = load<f32x16>(sums + LANES);
+            if (w.bias) gate += load<f32x16>(w.bias + column), up += load<f32x16>(w.bias + column + LANES);
+            const long first = column / 2, rest = inner_stride - first;
+            T* to = b.inner + row * inner_stride + first;
+            if (rest >= LANES) put(to, silu(gate) * up);
+            else put_some(to, silu(gate) * up, (int)rest);
+        });
     }
 
     // Queries to b.q as [Hkv][T][heads per KV head][D], keys and values to the pages.
-    void rotate_and_append(const Layer& layer, const Pages& pages) const {
+    void rotate_and_append(const Layer& layer, const Pages& pages) {
         const long group = m.num_heads / m.num_kv_heads, dim = m.head_dim, half = dim / 2;
         long sequence = 0;
         each(s.num_tokens, [&](long t) {
@@ -156,17 +174,21 @@ template <class T> struct Worker {
         });
     }
 
-    // b.attended [T][H D]. Units go to threads in turn: later ones of a prompt see more context and cost more.
-    void attention(const Pages& pages) const {
-        const long group = m.num_heads / m.num_kv_heads, tile_tokens = MAX_QUERIES / group;
-        long unit = 0;
-        for (long q = 0; q < s.num_sequences; q++)
-            for (long t = s.query_starts[q]; t < s.query_starts[q + 1]; t += tile_tokens)
-                for (long h = 0; h < m.num_kv_heads; h++)
-                    if (unit++ % num_threads == thread) {
-                        const long left = s.query_starts[q + 1] - t;
-                        attend_tile(pages, q, h, t, left < tile_tokens ? left : tile_tokens);
-                    }
+    // b.attended [T][H D]. A unit is a KV head of a tile of tokens.
+    void attention(const Pages& pages) {
+        const long heads = m.num_kv_heads, tile_tokens = MAX_QUERIES / (m.num_heads / heads);
+        const auto tiles_of = [&](long q) {
+            return (s.query_starts[q + 1] - s.query_starts[q] + tile_tokens - 1) / tile_tokens;
+        };
+        long count = 0, sequence = 0, before = 0;
+        for (long q = 0; q < s.num_sequences; q++) count += tiles_of(q);
+        share(*phase++, (int)(count * heads), 1, [&](int unit, int) {
+            const long tile = unit / heads;
+            while (tile >= before + tiles_of(sequence)) before += tiles_of(sequence++);
+            const long first = s.query_starts[sequence] + (tile - before) * tile_tokens;
+            const long left = s.query_starts[sequence + 1] - first;
+            attend_tile(pages, sequence, unit % heads, first, std::min(left, tile_tokens));
+        });
     }
 
     void attend_tile(const Pages& pages, long sequence, long head, long first, long num_tokens) const {
@@ -186,43 +208,34 @@ template <class T> struct Worker {
         }
     }
 
-    void layer(long index) const {
+    void layer(long index) {
         const Layer& layer = m.layers[index];
         const long layer_bytes = 2 * m.num_kv_heads * s.page_size * m.head_dim * sizeof(T);
         const Pages pages{s.pool + index * layer_bytes, s.page_bytes, s.page_size, m.num_kv_heads, m.head_dim};
         norm(layer.input_norm, nullptr, s.num_tokens);
-#pragma omp barrier
         project(b.normed, normed_stride, s.num_tokens, layer.qkv, b.qkv, qkv_stride);
-#pragma omp barrier
         rotate_and_append(layer, pages);
-#pragma omp barrier
         attention(pages);
-#pragma omp barrier
         project_residual(b.attended, q_size, layer.output);
-#pragma omp barrier
         norm(layer.post_norm, nullptr, s.num_tokens);
-#pragma omp barrier
         project_gated(layer.gate_up);
-#pragma omp barrier
         project_residual(b.inner, inner_stride, layer.down);
-#pragma omp barrier
     }
 
-    void run() const {
+    void run() {
         memset(b.scratch[thread].zeros, 0, sizeof b.scratch[thread].zeros);
         embed();
-#pragma omp barrier
         for (long index = 0; index < m.num_layers; index++) layer(index);
         norm(m.final_norm, s.sampled_rows, s.num_sampled);
-#pragma omp barrier
         project(b.normed, normed_stride, s.num_sampled, m.head, s.logits, m.head.num_panels * PANEL);
     }
 };
 
 template <class T> void forward(const Model& model, const Step& step, int num_threads) {
     const Buffers<T> buffers(model, step.num_tokens, num_threads, step.workspace);
+    for (int64_t i = 0; i < num_phases(model); i++) new (buffers.phases + i) Phase;
 #pragma omp parallel num_threads(num_threads)
-    Worker<T>{model, step, buffers, omp_get_thread_num(), omp_get_num_threads()}.run();
+    Worker<T>{model, step, buffers, omp_get_thread_num(), num_threads}.run();
 }
 
 }  // namespace forebay

@@ -17,9 +17,10 @@ constexpr int TILE_ROWS = 3;
 constexpr int BLOCK_ROWS = 4 * TILE_ROWS;  // rows that share one pass over a panel
 constexpr int PREFETCH_BYTES = 2048;
 
-// Sums of ROWS rows with GROUP panels. `a` rows are `stride` words apart; out is [ROWS, GROUP * PANEL].
+// Sums of ROWS rows with GROUP panels. `a` rows are `stride` words apart; out is [ROWS, GROUP * PANEL]. Not inlined:
+// the caller's variables would take registers from the sums.
 template <class T, int ROWS, int GROUP>
-inline void tile(const uint32_t* a, long stride, const uint32_t* w, long num_words, float* out) {
+__attribute__((noinline)) void tile(const uint32_t* a, long stride, const uint32_t* w, long num_words, float* out) {
     f32x16 sums[ROWS][2 * GROUP] = {};
     const long panel_words = num_words * PANEL;
     for (long k = 0; k < num_words; k++) {
@@ -96,26 +97,26 @@ struct Linear {
     int64_t num_words;
 };
 
-// This thread's share of rows x panels; `finish(row, column, sums)` gets 32 columns of a row at a time.
+// Units of a product: panels x blocks of rows, a panel's blocks in a row.
+inline long num_blocks(long num_rows) { return (num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+
+// The units [first, last) of a w'; `finish(row, column, sums)` gets 32 columns of a row at a time.
 template <class T, class Finish>
-inline void multiply(const uint32_t* a, long stride, long num_rows, const Linear& w, int thread, int num_threads,
+inline void multiply(const uint32_t* a, long stride, long num_rows, const Linear& w, long first, long last,
                      Finish finish) {
-    const long num_blocks = (num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const long num_units = w.num_panels * num_blocks;
-    const long first = num_units * thread / num_threads, last = num_units * (thread + 1) / num_threads;
+    const long blocks = num_blocks(num_rows);
     alignas(64) float sums[12 * PANEL];  // 12 rows of 1 panel, 6 of 2 or 2 of 4
     for (long unit = first; unit < last;) {
-        const long panel = unit / num_blocks, block = unit % num_blocks;
-        const long start = block * BLOCK_ROWS, end = start + BLOCK_ROWS < num_rows ? start + BLOCK_ROWS : num_rows;
-        int group = num_blocks == 1 ? group_for((int)(end - start)) : 1;
+        const long panel = unit / blocks, start = unit % blocks * BLOCK_ROWS;
+        const long end = start + BLOCK_ROWS < num_rows ? start + BLOCK_ROWS : num_rows;
+        int group = blocks == 1 ? group_for((int)(end - start)) : 1;
         while (group > last - unit) group /= 2;
         const uint32_t* panels = w.panels + panel * w.num_words * PANEL;
         for (long row = start; row < end; row += TILE_ROWS) {
             const int rows = (int)(end - row < TILE_ROWS ? end - row : TILE_ROWS);
             tile_group<T>(group, rows, a + row * stride, stride, panels, w.num_words, sums);
             for (int r = 0; r < rows; r++)
-                for (int g = 0; g < group; g++)
-                    finish(row + r, (panel + g) * PANEL, sums + (r * group + g) * PANEL);
+                for (int g = 0; g < group; g++) finish(row + r, (panel + g) * PANEL, sums + (r * group + g) * PANEL);
         }
         unit += group;
     }

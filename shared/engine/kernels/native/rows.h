@@ -22,15 +22,20 @@ template <class T> inline void rms_norm(const float* x, const float* weight, lon
     if (rest) put_some(out + whole, widen_some(x + whole, rest) * scale * widen_some(weight + whole, rest), rest);
 }
 
-// Rotary embedding of one head, halves paired; head_dim is a multiple of 32 or exactly 16.
+// Rotary embedding of one head, halves paired.
 template <class T> inline void rotate(const float* x, const float* cos, const float* sin, long head_dim, T* out) {
-    const long half = head_dim / 2;
-    for (long i = 0; i < half; i += LANES) {
-        const int n = (int)(half - i < LANES ? half - i : LANES);
-        const f32x16 first = widen_some(x + i, n), second = widen_some(x + half + i, n);
-        const f32x16 c = widen_some(cos + i, n), s = widen_some(sin + i, n);
-        put_some(out + i, first * c - second * s, n);
-        put_some(out + half + i, second * c + first * s, n);
+    const long half = head_dim / 2, whole = half / LANES * LANES;
+    for (long i = 0; i < whole; i += LANES) {
+        const f32x16 first = load<f32x16>(x + i), second = load<f32x16>(x + half + i);
+        const f32x16 c = load<f32x16>(cos + i), s = load<f32x16>(sin + i);
+        put(out + i, first * c - second * s);
+        put(out + half + i, second * c + first * s);
+    }
+    if (const int rest = (int)(half - whole)) {
+        const f32x16 first = widen_some(x + whole, rest), second = widen_some(x + half + whole, rest);
+        const f32x16 c = widen_some(cos + whole, rest), s = widen_some(sin + whole, rest);
+        put_some(out + whole, first * c - second * s, rest);
+        put_some(out + half + whole, second * c + first * s, rest);
     }
 }
 

@@ -17,6 +17,7 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint16_t u16x32 __attribute__((vector_size(64)));
 
 struct bf16 {
     uint16_t bits;
@@ -84,16 +85,20 @@ template <class T> inline void put_some(T* to, f32x16 v, int count) {
     memcpy(to, lanes, count * sizeof(T));
 }
 
+inline f32x16 greater(f32x16 a, f32x16 b) { return a > b ? a : b; }
+
+// Lanes folded in halves: four steps instead of sixteen.
+template <class Op> inline float fold(f32x16 v, Op op) {
+    v = op(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
+    v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+    v = op(v, __builtin_shufflevector(v, v, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0));
+    return v[0];
+}
 inline float sum(f32x16 v) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += v[lane];
-    return total;
+    return fold(v, [](f32x16 a, f32x16 b) { return a + b; });
 }
-inline float largest(f32x16 v) {
-    float best = v[0];
-    for (int lane = 1; lane < LANES; lane++) best = v[lane] > best ? v[lane] : best;
-    return best;
-}
+inline float largest(f32x16 v) { return fold(v, greater); }
 
 // e^x for x <= 0 or moderate x > 0, about 2 ulp (the range reduction and polynomial of Cephes' expf). Below -87: 0.
 inline f32x16 exponential(f32x16 x) {
