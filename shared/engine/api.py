@@ -188,7 +188,10 @@ class Executor(Protocol):
     """Computes steps: `shared.engine.executor.TorchExecutor`, or `shared.engine.sim.SimExecutor` without a model."""
 
     spec: EngineSpec
-    memory: PoolMemory
+
+    @property
+    def memory(self) -> PoolMemory:
+        """The pages."""
 
     def forward(self, batch: Sequence[BatchItem]) -> list[SampledToken | None]:
         """Write the KV of every item's tokens into its pages; return the chosen token of each item with `sample`."""

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -82,7 +82,7 @@ class EngineLoop:
                 self._waiters.remove(waiter)
                 self._serve()
 
-    async def generate(self, request: EngineRequest, pages: PageTable | None = None) -> AsyncIterator[Event]:
+    async def generate(self, request: EngineRequest, pages: PageTable | None = None) -> AsyncGenerator[Event, None]:
         """Events of one sequence, to the last one; leaving early cancels it. `pages` are as in `Engine.submit`.
 
         The engine knows each call under a name of its own, which the events carry: a request may come again while its

@@ -140,10 +140,11 @@ class PagePool:
 
     def _settle(self, page_ids: Sequence[int]) -> None:
         """Put pages that nobody uses any more where they belong, and their prefixes behind them in the queue."""
-        touched: set[int] = set()
-        for page_id in reversed(page_ids):
+        for page_id in page_ids:
             if not self.is_used(page_id):
                 self._retire(page_id)
+        touched: set[int] = set()
+        for page_id in reversed(page_ids):
             if page_id not in touched:
                 touched.update(self._touch(page_id))
 

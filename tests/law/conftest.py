@@ -1,0 +1,61 @@
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from shared.engine.api import EngineRequest, Executor, SamplingParams
+from shared.engine.sim import SimExecutor, SimModel
+from shared.page_hash import tenant_key
+from tests.law.worker import Worker
+
+MakeExecutor = Callable[[int], Executor]
+NUM_TOKENS = 24
+
+
+def sim(num_pages: int) -> Executor:
+    return SimExecutor(SimModel(vocab_size=211, eos_token_ids=()), num_pages, sleep=lambda seconds: None)
+
+
+def tiny_model(variant: str, path: Path) -> MakeExecutor:
+    from shared.engine.executor import load_executor
+    from tests.oracle import tiny_models
+
+    tiny_models.write(variant, path)
+    return lambda num_pages: load_executor(
+        path, model_name="tiny", dtype="float32", page_size=16, num_threads=1, num_pages=num_pages
+    )
+
+
+@dataclass(frozen=True)
+class Law:
+    """One model and one way to choose tokens. Tokens that end a sequence are ignored: all have something to compare."""
+
+    make_executor: MakeExecutor
+    sampling: SamplingParams
+
+    def worker(self, num_pages: int = 64, max_step_tokens: int = 512) -> Worker:
+        return Worker(self.make_executor(num_pages), max_step_tokens)
+
+    def prompt(self, length: int, seed: int = 0) -> list[int]:
+        return random.Random(seed * 1000 + length).choices(range(3, 211), k=length)
+
+    def request(self, prompt: list[int], name: str = "r", output: list[int] | None = None) -> EngineRequest:
+        return EngineRequest(name, tuple(prompt), self.sampling, tuple(output or ()), tenant_key("law"))
+
+    def tokens(self, prompt: list[int]) -> list[int]:
+        """The output of a prompt that has an engine to itself and is computed whole."""
+        return self.worker().run(self.request(prompt))
+
+
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+SAMPLED = SamplingParams(0.9, top_p=0.95, seed=7, max_tokens=NUM_TOKENS, ignore_eos=True)
+CASES = {"sim": GREEDY, "sim-sampled": SAMPLED, "llama": GREEDY, "qwen3": GREEDY}
+
+
+@pytest.fixture(scope="session", params=CASES)
+def law(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Law:
+    variant = request.param.split("-")[0]
+    make_executor = sim if variant == "sim" else tiny_model(variant, tmp_path_factory.mktemp("law"))
+    return Law(make_executor, CASES[request.param])
