@@ -215,9 +215,9 @@ class Usage(google.protobuf.message.Message):
     num_output_tokens: builtins.int
     """Tokens of the output."""
     num_cached_local: builtins.int
-    """Prompt tokens whose KV was cached on the worker that ran the prefill."""
+    """Prompt tokens whose KV was cached on the decode worker, which ran the prefill itself."""
     num_cached_remote: builtins.int
-    """Prompt tokens whose KV the decode worker had and a remote prefill therefore skipped."""
+    """Prompt tokens whose KV was cached on the prefill worker."""
     num_cached_transferred: builtins.int
     """Prompt tokens whose KV was pulled from another worker's cache instead of being computed."""
     num_draft_tokens: builtins.int

@@ -143,13 +143,16 @@ class PrefillFinished(google.protobuf.message.Message):
     DRAFT_TOKEN_IDS_FIELD_NUMBER: builtins.int
     NUM_PAGES_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
+    STOP_TOKEN_ID_FIELD_NUMBER: builtins.int
     finish_reason: protos.forebay.v1.generation_pb2.FinishReason.ValueType
     """Set if that token ended the request; no pages are worth reading then."""
     num_pages: builtins.int
     """Pages handed over by the whole stream; the caller must have seen exactly these."""
+    stop_token_id: builtins.int
+    """The stop token that ended the request, if one did; tokens is absent then."""
     @property
     def tokens(self) -> protos.forebay.v1.generation_pb2.TokenChunk:
-        """The first token."""
+        """The first token; absent if it was a stop token."""
 
     @property
     def draft_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -167,8 +170,10 @@ class PrefillFinished(google.protobuf.message.Message):
         draft_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         num_pages: builtins.int = ...,
         usage: protos.forebay.v1.generation_pb2.Usage | None = ...,
+        stop_token_id: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["tokens", b"tokens", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["draft_token_ids", b"draft_token_ids", "finish_reason", b"finish_reason", "num_pages", b"num_pages", "tokens", b"tokens", "usage", b"usage"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "stop_token_id", b"stop_token_id", "tokens", b"tokens", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "draft_token_ids", b"draft_token_ids", "finish_reason", b"finish_reason", "num_pages", b"num_pages", "stop_token_id", b"stop_token_id", "tokens", b"tokens", "usage", b"usage"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_stop_token_id", b"_stop_token_id"]) -> typing.Literal["stop_token_id"] | None: ...
 
 global___PrefillFinished = PrefillFinished

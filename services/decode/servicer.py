@@ -1,0 +1,183 @@
+"""DecodeService: generates tokens, behind a prefill of its own or of another worker."""
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, prefill_pb2, prefill_pb2_grpc
+from services.decode.handoff import Handoff
+from shared import rpc
+from shared.engine.api import EngineRequest, Failed, TokensSampled
+from shared.engine.kv.store import PageTable
+from shared.errors import BadManifest, Cancelled, ContextTooLong, DeadlineExceeded, Fault, Internal, InvalidRequest
+from shared.worker import wire
+from shared.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+Responses = AsyncGenerator[decode_pb2.GenerateResponse, None]
+# What a prefill worker refuses for a reason that holds here too.
+OUR_FAULTS = (InvalidRequest, ContextTooLong, DeadlineExceeded, Cancelled)
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
+    """See protos/forebay/v1/decode.proto."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    async def Generate(self, request: decode_pb2.GenerateRequest, _context: Any) -> Responses:
+        """Generate the output of one request; see the protocol."""
+        worker = self._worker
+        worker.identity.require(request.placement.decode.epoch, request.model)
+        with worker.admission.request():
+            worker.measures.requests.add(1)
+            generation = Generation(worker, request)
+            async with aclosing(generation.run()) as responses:
+                async for response in responses:
+                    yield response
+
+
+class Generation:
+    """One request on its way through this worker."""
+
+    def __init__(self, worker: Worker, request: decode_pb2.GenerateRequest) -> None:
+        self._worker, self._request = worker, request
+        self._job = wire.engine_request(request)
+        self._usage = generation_pb2.Usage(
+            num_prompt_tokens=len(request.prompt_token_ids), num_output_tokens=len(request.output_token_ids)
+        )
+        self._started = time.monotonic()
+        self._emitted = False
+
+    async def run(self) -> Responses:
+        """Prefill where the placement says, then decode here."""
+        worker, hashes, num_pages = self._worker, *self._worker.pages_for(self._job)
+        table = await worker.loop.reserve(hashes, num_pages)
+        try:
+            if self._request.placement.HasField("prefill"):
+                run = self._behind_remote_prefill(table)
+            else:
+                await self._pull(hashes, table)
+                run = self._decode(self._job, table)
+            async with aclosing(run) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            worker.engine.kv.drop(table)  # empty, unless the engine never took it
+
+    async def _pull(self, hashes: Sequence[bytes], table: PageTable) -> None:
+        self._usage.num_cached_local = table.num_tokens
+        if self._request.placement.HasField("kv_source"):
+            source, request_id = self._request.placement.kv_source, self._request.request_id
+            pull = self._worker.puller.pull_prefix(source, request_id, hashes, table)
+            self._usage.num_cached_transferred = await pull
+
+    async def _behind_remote_prefill(self, table: PageTable) -> Responses:
+        """The first token goes out as soon as it is known, while the last pages are still being read.
+
+        Whatever goes wrong over there, the prompt is computed here instead; tokens that are out already stay right,
+        because equal sequences get equal tokens everywhere.
+        """
+        layout, prefill = self._worker.engine.spec.layout, self._request.placement.prefill
+        num_held = table.num_tokens // layout.page_size
+        handoff = Handoff(self._worker.puller, layout, prefill, table, num_held)
+        first: list[int] = []
+        try:
+            finished = None
+            async with aclosing(self._prefill_events(num_held)) as events:
+                async for event in events:
+                    if event.HasField("pages_ready"):
+                        handoff.announce(event.pages_ready)
+                    else:
+                        finished = event.finished
+            if finished is None:
+                raise BadManifest("the prefill worker ended its stream without a token")
+            self._take_usage(finished.usage)
+            if finished.HasField("tokens"):
+                first = list(finished.tokens.token_ids)
+                yield self._tokens(finished.tokens)
+            if finished.finish_reason:
+                await handoff.abandon()
+                yield self._finished(finished.finish_reason, _stop_token(finished))
+                return
+            await handoff.complete(finished.num_pages, len(self._job.token_ids))
+        except Fault as fault:
+            await handoff.abandon()
+            if isinstance(fault, OUR_FAULTS):
+                raise
+            self._note_fallback(fault)
+        except BaseException:
+            await handoff.abandon()
+            raise
+        job = wire.engine_request(self._request, more_output=first)
+        async with aclosing(self._decode(job, table)) as responses:
+            async for response in responses:
+                yield response
+
+    def _prefill_events(self, num_held: int) -> Any:
+        placement = self._request.placement
+        stub: Any = prefill_pb2_grpc.PrefillServiceStub(self._worker.channels.to(placement.prefill.address))
+        request = prefill_pb2.PrefillRequest(
+            request_id=self._request.request_id,
+            model=self._request.model,
+            prompt_token_ids=self._request.prompt_token_ids,
+            output_token_ids=self._request.output_token_ids,
+            sampling=self._request.sampling,
+            hash_key=self._request.hash_key,
+            num_pages_held=num_held,
+            epoch=placement.prefill.epoch,
+            kv_source=placement.kv_source if placement.HasField("kv_source") else None,
+            priority=self._request.priority,
+        )
+        return rpc.stream(stub.Prefill, request)
+
+    async def _decode(self, job: EngineRequest, table: PageTable) -> Responses:
+        async with aclosing(self._worker.loop.generate(job, table)) as events:
+            async for event in events:
+                match event:
+                    case TokensSampled():
+                        if event.tokens:
+                            yield self._tokens(wire.token_chunk(event.tokens))
+                        if event.finish_reason is not None:
+                            yield self._finished(wire.finish_reason(event.finish_reason), event.stop_token_id)
+                            return
+                    case Failed():
+                        raise event.fault
+        raise Internal("the engine ended a sequence without a reason")
+
+    def _tokens(self, chunk: generation_pb2.TokenChunk) -> decode_pb2.GenerateResponse:
+        measures = self._worker.measures
+        if not self._emitted:
+            self._emitted = True
+            measures.first_token.record(time.monotonic() - self._started)
+        measures.output_tokens.add(len(chunk.token_ids))
+        self._usage.num_output_tokens += len(chunk.token_ids)
+        return decode_pb2.GenerateResponse(tokens=chunk)
+
+    def _finished(
+        self, reason: generation_pb2.FinishReason.ValueType, stop_token_id: int | None
+    ) -> decode_pb2.GenerateResponse:
+        usage = self._usage
+        cached = usage.num_cached_local + usage.num_cached_remote + usage.num_cached_transferred
+        self._worker.measures.cached_tokens.add(cached)
+        finished = decode_pb2.GenerateFinished(reason=reason, usage=usage, stop_token_id=stop_token_id)
+        return decode_pb2.GenerateResponse(finished=finished)
+
+    def _take_usage(self, usage: generation_pb2.Usage) -> None:
+        self._usage.num_cached_remote = usage.num_cached_remote
+        self._usage.num_cached_transferred = usage.num_cached_transferred
+
+    def _note_fallback(self, fault: Fault) -> None:
+        prefill = self._request.placement.prefill
+        log.warning("computing here: prefill on %s: %s %s", prefill.worker_id, fault.reason, fault.message)
+        self._worker.measures.prefill_fallbacks.add(1, {"reason": fault.reason})
+        if not self._emitted:
+            self._usage.ClearField("num_cached_remote")
+            self._usage.ClearField("num_cached_transferred")
+
+
+def _stop_token(finished: prefill_pb2.PrefillFinished) -> int | None:
+    return finished.stop_token_id if finished.HasField("stop_token_id") else None

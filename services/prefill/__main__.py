@@ -1,0 +1,22 @@
+"""A prefill worker: `python -m services.prefill --help`."""
+
+import sys
+
+import uvloop
+
+from protos.forebay.v1 import prefill_pb2_grpc
+from services.prefill.servicer import PrefillServicer
+from shared import rpc
+from shared.blackboard.records import Role
+from shared.worker import process
+from shared.worker.config import WorkerConfig
+from shared.worker.worker import Worker
+
+
+def _add(worker: Worker, server: rpc.Server) -> None:
+    prefill_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(worker), server.grpc)
+
+
+if __name__ == "__main__":
+    config = WorkerConfig.load()
+    sys.exit(uvloop.run(process.serve(Role.PREFILL, config, {"forebay.v1.PrefillService": _add})))

@@ -1,0 +1,130 @@
+"""PrefillService: computes prompts and hands their pages over, chunk by chunk."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+from protos.forebay.v1 import generation_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
+from shared.engine.api import EngineRequest, Failed, PagesComputed, TokensSampled
+from shared.engine.kv.store import PageTable
+from shared.errors import Internal
+from shared.worker import manifests, wire
+from shared.worker.worker import Worker
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
+    """See protos/forebay/v1/prefill.proto.
+
+    All pages of a prompt are reserved and leased before it is computed, so that no page can become somebody else's
+    between the step that completes it and the reader's READ; only pages named in a manifest are complete.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    async def Prefill(
+        self, request: prefill_pb2.PrefillRequest, _context: Any
+    ) -> AsyncGenerator[prefill_pb2.PrefillResponse, None]:
+        """Compute a prompt; see the protocol."""
+        worker = self._worker
+        worker.identity.require(request.epoch, request.model)
+        with worker.admission.request():
+            worker.measures.requests.add(1)
+            job = wire.engine_request(request, prefill_only=True)
+            table, usage = await self._reserve(job, request)
+            with self._lease(table, request.num_pages_held) as handed:
+                async with aclosing(self._compute(job, table, handed, usage)) as responses:
+                    async for response in responses:
+                        yield response
+
+    async def _reserve(
+        self, job: EngineRequest, request: prefill_pb2.PrefillRequest
+    ) -> tuple[PageTable, generation_pb2.Usage]:
+        """Pages for the whole prompt, with what is cached here, or can be pulled from a peer, in them."""
+        hashes, num_pages = self._worker.pages_for(job)
+        table = await self._worker.loop.reserve(hashes, num_pages)
+        usage = generation_pb2.Usage(
+            num_prompt_tokens=len(job.prompt_token_ids), num_output_tokens=1, num_cached_remote=table.num_tokens
+        )
+        try:
+            if request.HasField("kv_source"):
+                pull = self._worker.puller.pull_prefix(request.kv_source, job.request_id, hashes, table)
+                usage.num_cached_transferred = await pull
+        except BaseException:
+            self._worker.engine.kv.drop(table)
+            raise
+        return table, usage
+
+    @contextmanager
+    def _lease(self, table: PageTable, num_pages_held: int) -> Iterator["_Handover"]:
+        """A lease on the pages that the reader lacks, kept alive while inside; ended early if the reader goes away."""
+        worker = self._worker
+        lease_id = worker.engine.kv.grant(table.page_ids[num_pages_held:])
+        handed = _Handover(worker.kv_servicer.lease(lease_id), num_pages_held)
+        renewal = asyncio.create_task(self._renew(lease_id))
+        try:
+            yield handed
+        finally:
+            renewal.cancel()
+            if handed.complete:
+                worker.engine.kv.renew(lease_id)
+            else:
+                worker.engine.kv.release(lease_id)
+                worker.engine.kv.drop(table)  # ours still if the engine never took it
+
+    async def _renew(self, lease_id: int) -> None:
+        while self._worker.engine.kv.renew(lease_id):
+            self._worker.kv_servicer.serve()
+            await asyncio.sleep(self._worker.engine.kv.lease_ttl_ms / 3000)
+
+    async def _compute(
+        self, job: EngineRequest, table: PageTable, handed: "_Handover", usage: generation_pb2.Usage
+    ) -> AsyncGenerator[prefill_pb2.PrefillResponse, None]:
+        layout = self._worker.engine.spec.layout
+        async with aclosing(self._worker.loop.generate(job, table)) as events:
+            async for event in events:
+                match event:
+                    case PagesComputed():
+                        if ready := handed.ready(layout, event):
+                            yield prefill_pb2.PrefillResponse(pages_ready=ready)
+                    case TokensSampled():
+                        handed.complete = True
+                        yield prefill_pb2.PrefillResponse(finished=handed.finished(event, usage))
+                        return
+                    case Failed():
+                        raise event.fault
+        raise Internal("the engine ended a prompt without a token")
+
+
+class _Handover:
+    """What has been handed over so far of one prompt, and under which lease."""
+
+    def __init__(self, lease: kv_pb2.Lease, num_pages_held: int) -> None:
+        self.complete = False
+        self._lease = lease
+        self._next_page = self._first_page = num_pages_held
+
+    def ready(self, layout: Any, event: PagesComputed) -> prefill_pb2.PagesReady | None:
+        """The pages of an event that the reader lacks."""
+        skipped = max(0, self._next_page - event.first_page)
+        page_ids = event.page_ids[skipped:]
+        if not page_ids:
+            return None
+        # A chunk may end within a page that is announced only when it is full, or is the last.
+        num_tokens = min(event.num_tokens - self._next_page * layout.page_size, len(page_ids) * layout.page_size)
+        manifest = manifests.manifest(layout, self._next_page, page_ids, num_tokens)
+        self._next_page += len(page_ids)
+        return prefill_pb2.PagesReady(lease=self._lease, manifest=manifest)
+
+    def finished(self, event: TokensSampled, usage: generation_pb2.Usage) -> prefill_pb2.PrefillFinished:
+        """The last message."""
+        message = prefill_pb2.PrefillFinished(
+            finish_reason=wire.finish_reason(event.finish_reason),
+            num_pages=self._next_page - self._first_page,
+            usage=usage,
+            stop_token_id=event.stop_token_id,
+        )
+        if event.tokens:
+            message.tokens.CopyFrom(wire.token_chunk(event.tokens))
+        return message

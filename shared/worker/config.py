@@ -1,0 +1,32 @@
+"""Configuration of a prefill or decode worker."""
+
+from pydantic import Field
+
+from shared.config import ServiceConfig
+
+
+class WorkerConfig(ServiceConfig):
+    """What both kinds of worker have."""
+
+    model: str = Field("SmolLM2-135M-Instruct", description="Model to serve: a known name, or a model directory.")
+    served_model_name: str = Field("", description="Name that clients ask for; empty takes the model's.")
+    engine: str = Field("torch", pattern="^(torch|sim)$", description="torch computes; sim computes no model.")
+    dtype: str = Field("bfloat16", pattern="^(bfloat16|float32)$", description="Type of weights, activations and KV.")
+    num_threads: int = Field(0, ge=0, description="Threads that compute; 0 takes all cores.")
+    kernels: str = Field("auto", description="Kernel set; auto takes the best that fits.")
+    page_size: int = Field(16, ge=1, le=1024, description="Tokens per KV page.")
+    kv_cache_mb: int = Field(1024, ge=1, description="Memory for KV pages, in MiB.")
+    num_pages: int = Field(0, ge=0, description="Number of KV pages; 0 takes as many as kv_cache_mb has room for.")
+    max_model_len: int = Field(0, ge=0, description="Longest sequence; 0 takes what the model was made for.")
+    max_step_tokens: int = Field(512, ge=1, description="Tokens computed in one step, at most.")
+    max_num_sequences: int = Field(64, ge=1, description="Sequences that run at once, at most.")
+    lease_ttl_ms: int = Field(10_000, ge=100, description="Life of a lease on KV pages unless renewed.")
+    transport: str = Field(
+        "nixl",
+        pattern="^(nixl|local)$",
+        description="How KV pages move between workers; local moves none, for a worker alone.",
+    )
+    index_interval_ms: int = Field(50, ge=1, description="Time between two updates of the prefix index.")
+    sim_prefill_ms_per_token: float = Field(0.2, ge=0, description="Speed of the sim engine's prefill.")
+    sim_decode_ms: float = Field(10.0, ge=0, description="Time of the sim engine's decode step.")
+    sim_decode_ms_per_sequence: float = Field(0.5, ge=0, description="What each sequence adds to such a step.")

@@ -1,0 +1,64 @@
+"""What a worker measures, as OpenTelemetry instruments."""
+
+from collections.abc import Callable, Iterable
+
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
+
+from shared.engine.api import Engine
+
+
+class Measures:
+    """The instruments of one worker."""
+
+    def __init__(self, meter: Meter, engine: Engine) -> None:
+        self._engine = engine
+        self.requests = meter.create_counter("forebay_requests", description="Requests taken")
+        self.output_tokens = meter.create_counter("forebay_output_tokens", description="Tokens emitted")
+        self.cached_tokens = meter.create_counter("forebay_cached_tokens", description="Prompt tokens not computed")
+        self.prefill_fallbacks = meter.create_counter(
+            "forebay_prefill_fallbacks", description="Prompts computed here because a remote prefill failed"
+        )
+        self.stale_releases = meter.create_counter(
+            "forebay_stale_releases", description="Leases that had ended when their reader released them"
+        )
+        self.first_token = meter.create_histogram(
+            "forebay_first_token_seconds", unit="s", description="Time from a request's arrival here to its first token"
+        )
+        self._transfer_bytes = meter.create_counter("forebay_transfer_bytes", description="KV bytes read from peers")
+        self._transfer_seconds = meter.create_histogram(
+            "forebay_transfer_seconds", unit="s", description="Time of one read of KV pages"
+        )
+        meter.create_observable_gauge("forebay_pages", [self._pages], description="KV pages by state")
+        for name, read in self._load_facts().items():
+            meter.create_observable_gauge(f"forebay_{name}", [_observe(read)], description=f"Engine: {name}")
+
+    def transferred(self, num_bytes: int, seconds: float) -> None:
+        """One read of KV pages."""
+        self._transfer_bytes.add(num_bytes)
+        self._transfer_seconds.record(seconds)
+
+    def _pages(self, _: CallbackOptions) -> Iterable[Observation]:
+        counts = self._engine.kv.counts()
+        for state in ("free", "cached", "leased", "held"):
+            yield Observation(getattr(counts, state), {"state": state})
+
+    def _load_facts(self) -> dict[str, Callable[[], float]]:
+        engine = self._engine
+        return {
+            "running_sequences": lambda: engine.load().num_running,
+            "waiting_sequences": lambda: engine.load().num_waiting,
+            "queued_tokens": lambda: engine.load().num_queued_tokens,
+            "decode_step_ms": lambda: engine.load().decode_step_ms,
+            "preemptions": lambda: engine.load().num_preemptions,
+            "page_faults": lambda: _page_faults(engine),
+        }
+
+
+def _page_faults(engine: Engine) -> int:
+    """Pages that are in no state or in two: 0 unless there is a leak."""
+    counts = engine.kv.counts()
+    return counts.total - counts.free - counts.cached - counts.leased - counts.held
+
+
+def _observe(read: Callable[[], float]) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    return lambda _: [Observation(read())]

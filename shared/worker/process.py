@@ -1,0 +1,181 @@
+"""The main program of a worker: from configuration to a registered, serving process, and back."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+from protos.forebay.v1 import kv_pb2_grpc
+from shared import rpc, telemetry
+from shared.blackboard.board import Blackboard
+from shared.blackboard.heartbeat import Heartbeat, await_epoch
+from shared.blackboard.records import Load, ModelCard, Pages, Registration, Role
+from shared.engine.loop import EngineLoop
+from shared.engine.transfer.api import Transport, transport
+from shared.errors import Fault
+from shared.telemetry import Telemetry
+from shared.worker.assembly import Assembled, assemble
+from shared.worker.config import WorkerConfig
+from shared.worker.identity import Admission, Identity
+from shared.worker.index_writer import IndexWriter
+from shared.worker.kv_servicer import KvServicer
+from shared.worker.measures import Measures
+from shared.worker.puller import Puller
+from shared.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+# A service's name, and what adds its servicer to a server.
+Services = dict[str, Callable[[Worker, rpc.Server], None]]
+CLOSE_GRACE_S = 1.0
+
+
+async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
+    """Run a worker until SIGTERM or SIGINT; return the exit status. Raises a Fault if it cannot be set up."""
+    name = config.name or f"{role}-{socket.gethostname()}-{os.getpid()}"
+    stop = _stop_signal()
+    async with AsyncExitStack() as stack:
+        measured, metrics_port = telemetry.start(role, name, config)
+        stack.callback(measured.close)
+        assembled = await asyncio.to_thread(assemble, config)
+        board = Blackboard(config.redis_url)
+        stack.push_async_callback(board.close)
+        identity = Identity(name, await await_epoch(board, name, config.heartbeat_ms), assembled.engine.spec.model)
+        process = _Process(role, config, identity, assembled, measured, stop)
+        await process.start(stack, board, services, metrics_port)
+        log.info("%s serves %s at %s", name, identity.model, process.address)
+        await stop.wait()
+        await process.drain()
+    return process.status
+
+
+class _Process:
+    """The parts of a running worker."""
+
+    def __init__(
+        self,
+        role: Role,
+        config: WorkerConfig,
+        identity: Identity,
+        assembled: Assembled,
+        measured: Telemetry,
+        stop: asyncio.Event,
+    ) -> None:
+        self.status = 0
+        self.address = ""
+        self._role, self._config, self._identity, self._assembled = role, config, identity, assembled
+        self._telemetry, self._stop = measured, stop
+        self._admission = Admission()
+        self._metrics_address = ""
+
+    async def start(self, stack: AsyncExitStack, board: Blackboard, services: Services, metrics_port: int) -> None:
+        """Listen, register, and stay registered; `stack` undoes it in reverse order."""
+        config, engine, name = self._config, self._assembled.engine, self._identity.name
+        loop = EngineLoop(engine, self._on_death)
+        loop.start()
+        stack.push_async_callback(loop.stop)
+        moves = transport(config.transport, engine.memory, f"{name}-{self._identity.epoch}")
+        stack.callback(moves.close)
+        self.server = rpc.Server(self._telemetry, [*services, "forebay.v1.KvService"])
+        stack.push_async_callback(self.server.stop, CLOSE_GRACE_S)
+        worker = self._worker(stack, loop, moves)
+        kv_pb2_grpc.add_KvServiceServicer_to_server(worker.kv_servicer, self.server.grpc)
+        for add in services.values():
+            add(worker, self.server)
+        self.address = f"{config.host}:{await self.server.start(config.host, config.port)}"
+        self._metrics_address = f"{config.host}:{metrics_port}"
+        await self._register(stack, board)
+
+    def _worker(self, stack: AsyncExitStack, loop: EngineLoop, moves: Transport) -> Worker:
+        engine, channels = self._assembled.engine, rpc.Channels()
+        stack.push_async_callback(channels.close)
+        measures = Measures(self._telemetry.meter, engine)
+        puller = Puller(channels, moves, engine.spec, measures)
+        stack.callback(puller.close)
+        kv_servicer = KvServicer(self._identity, engine, moves)
+        return Worker(self._identity, self._admission, engine, loop, kv_servicer, puller, channels, measures)
+
+    async def _register(self, stack: AsyncExitStack, board: Blackboard) -> None:
+        config, identity, kv = self._config, self._identity, self._assembled.engine.kv
+        ttl_ms = config.registration_ttl_ms
+        index = IndexWriter(board, kv, identity.name, identity.epoch, config.index_interval_ms, ttl_ms)
+        self.heartbeat = Heartbeat(
+            board,
+            self._registration,
+            interval_ms=config.heartbeat_ms,
+            ttl_ms=ttl_ms,
+            on_replaced=self._on_replaced,
+            on_index_lost=index.replace,
+        )
+        self.heartbeat.start()
+        stack.push_async_callback(self.heartbeat.stop)
+        index.start()
+        stack.push_async_callback(index.stop)
+
+    async def drain(self) -> None:
+        """Take no more work, say so, and let what is running finish; after the grace it is ended."""
+        self._admission.draining = True
+        self.heartbeat.announce()
+        await self.server.set_serving(False)
+        grace_s = self._config.drain_grace_ms / 1000
+        log.info("draining %d requests for at most %.0f s", self._admission.num_active, grace_s)
+        if not await self._admission.drained(grace_s):
+            log.warning("%d requests are ended at the end of the grace time", self._admission.num_active)
+        else:
+            await self._leases_end(grace_s)
+
+    async def _leases_end(self, grace_s: float) -> None:
+        """Peers may still be reading what they were promised."""
+        end = asyncio.get_running_loop().time() + grace_s
+        while (left := self._assembled.engine.kv.next_lease_end_s()) is not None:
+            if asyncio.get_running_loop().time() + min(left, 0.05) > end:
+                return
+            await asyncio.sleep(min(left, 0.05))
+
+    def _registration(self) -> Registration:
+        engine, spec = self._assembled.engine, self._assembled.engine.spec
+        layout, load, counts = spec.layout, engine.load(), engine.kv.counts()
+        return Registration(
+            role=self._role,
+            name=self._identity.name,
+            epoch=self._identity.epoch,
+            pid=os.getpid(),
+            address=self.address,
+            metrics_address=self._metrics_address,
+            draining=self._admission.draining,
+            card=ModelCard(
+                model=spec.model,
+                max_model_len=spec.max_model_len,
+                page_size=layout.page_size,
+                vocab_size=spec.vocab_size,
+                eos_token_ids=spec.eos_token_ids,
+                compatibility_hash=spec.compatibility_hash,
+                kv_bytes_per_token=layout.page_bytes // layout.page_size,
+                model_path=self._assembled.model_path,
+            ),
+            load=Load(**{name: getattr(load, name) for name in Load.model_fields}),
+            pages=Pages(**{name: getattr(counts, name) for name in Pages.model_fields}),
+        )
+
+    def _on_death(self, fault: Fault) -> None:
+        log.error("the engine died: %s", fault.message)
+        self._end(1)
+
+    def _on_replaced(self) -> None:
+        self._end(1)
+
+    def _end(self, status: int) -> None:
+        """End the process: it cannot go on, and a new one can."""
+        self.status = status
+        self._config = self._config.model_copy(update={"drain_grace_ms": 0})
+        self._stop.set()
+
+
+def _stop_signal() -> asyncio.Event:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop

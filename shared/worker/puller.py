@@ -1,0 +1,194 @@
+"""Reading other workers' pages: connect, acquire, read, release."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from protos.forebay.v1 import kv_pb2, kv_pb2_grpc
+from shared import page_hash, rpc
+from shared.engine.api import EngineSpec
+from shared.engine.kv.store import PageTable
+from shared.engine.transfer.api import Peer, RemotePool, Transport
+from shared.errors import Fault, Incompatible, TransferFailed
+from shared.worker import manifests
+from shared.worker.measures import Measures
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 2.0
+READ_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A connected worker. Only its epoch can be read from."""
+
+    worker_id: str
+    epoch: int
+    peer: Peer
+
+
+class Puller:
+    """Connections to the workers that this one reads from, made when first needed."""
+
+    def __init__(self, channels: rpc.Channels, transport: Transport, spec: EngineSpec, measures: Measures) -> None:
+        self._channels, self._transport = channels, transport
+        self._spec, self._measures = spec, measures
+        self._sources: dict[str, asyncio.Task[Source]] = {}
+        self._farewells: set[asyncio.Task[None]] = set()
+
+    async def source(self, ref: kv_pb2.WorkerRef) -> Source:
+        """The connection to one incarnation of a worker; everybody who asks meanwhile shares the attempt.
+
+        Raises StaleEpoch, Incompatible, WorkerLost, TransferFailed or DeadlineExceeded.
+        """
+        task = self._sources.get(ref.worker_id)
+        if task is not None and task.done() and not (_connected(task) and task.result().epoch >= ref.epoch):
+            self.forget(ref.worker_id)
+            task = None
+        if task is None:
+            task = self._sources[ref.worker_id] = asyncio.create_task(self._connect(ref))
+        source = await asyncio.shield(task)
+        if source.epoch != ref.epoch:
+            raise TransferFailed(f"{ref.worker_id} is connected at epoch {source.epoch}, not {ref.epoch}")
+        return source
+
+    async def _connect(self, ref: kv_pb2.WorkerRef) -> Source:
+        request = kv_pb2.ConnectRequest(compatibility_hash=self._spec.compatibility_hash, epoch=ref.epoch)
+        with rpc.no_deadline():  # others may be waiting for this, with later deadlines
+            answer: kv_pb2.ConnectResponse = await rpc.call(self._stub(ref).Connect, request, CONNECT_TIMEOUT_S)
+        pool = self._pool(answer)
+        return Source(ref.worker_id, ref.epoch, await self._transport.connect(pool, CONNECT_TIMEOUT_S))
+
+    def _stub(self, ref: kv_pb2.WorkerRef) -> Any:
+        return kv_pb2_grpc.KvServiceStub(self._channels.to(ref.address))
+
+    def _pool(self, answer: kv_pb2.ConnectResponse) -> RemotePool:
+        """The peer's pool, if it is what we can read. Raises Incompatible."""
+        if answer.compatibility_hash != self._spec.compatibility_hash or len(answer.shards) != 1:
+            raise Incompatible("the peer's pages are not ours")
+        (shard,) = answer.shards
+        if shard.layout != manifests.wire_layout(self._spec.layout) or shard.transport != self._transport.name:
+            raise Incompatible(f"the peer lays out pages differently, or moves them by {shard.transport!r}")
+        return RemotePool(
+            agent_name=shard.agent_name,
+            agent_metadata=shard.agent_metadata,
+            base_address=shard.base_address,
+            num_pages=shard.num_pages,
+            page_bytes=shard.layout.page_bytes,
+            memory_kind=shard.memory_kind,
+            device_id=shard.device_id,
+        )
+
+    def forget(self, worker_id: str, source: Source | None = None) -> None:
+        """Disconnect a worker, or only this connection to it; the next read connects anew."""
+        task = self._sources.get(worker_id)
+        if task is None or (source is not None and not (_connected(task) and task.result() is source)):
+            return
+        del self._sources[worker_id]
+        if not task.done():
+            task.cancel()
+        elif _connected(task):
+            self._transport.disconnect(task.result().peer)
+
+    async def read(self, source: Source, remote: Sequence[int], local: Sequence[int]) -> None:
+        """Read pages. A source whose read failed is disconnected. Raises as `Transport.read`."""
+        started = asyncio.get_running_loop().time()
+        timeout_s = min(READ_TIMEOUT_S, rpc.time_remaining() or READ_TIMEOUT_S)
+        try:
+            num_bytes = await self._transport.read(source.peer, remote, local, timeout_s)
+        finally:
+            if not source.peer.is_open:
+                self.forget(source.worker_id, source)
+        self._measures.transferred(num_bytes, asyncio.get_running_loop().time() - started)
+
+    async def release(self, ref: kv_pb2.WorkerRef, lease: kv_pb2.Lease) -> bool:
+        """Give a lease back; whether what was read under it may be used. Raises what the call raises."""
+        answer = await self._release(ref, lease)
+        valid = answer.status == kv_pb2.RELEASE_STATUS_VALID and lease.epoch == ref.epoch
+        if not valid:
+            self._measures.stale_releases.add(1)
+        return valid
+
+    async def _release(self, ref: kv_pb2.WorkerRef, lease: kv_pb2.Lease) -> kv_pb2.ReleaseResponse:
+        request = kv_pb2.ReleaseRequest(lease_id=lease.lease_id, epoch=lease.epoch)
+        answer: kv_pb2.ReleaseResponse = await rpc.call(self._stub(ref).Release, request, CALL_TIMEOUT_S)
+        return answer
+
+    def give_up(self, ref: kv_pb2.WorkerRef, lease: kv_pb2.Lease) -> None:
+        """Have a lease given back whose pages are not wanted any more; waits for nothing.
+
+        If the owner cannot be told, the lease lapses.
+        """
+        task = asyncio.create_task(self._give_up(ref, lease))
+        self._farewells.add(task)
+        task.add_done_callback(self._farewells.discard)
+
+    async def _give_up(self, ref: kv_pb2.WorkerRef, lease: kv_pb2.Lease) -> None:
+        with suppress(Fault), rpc.no_deadline():
+            await self._release(ref, lease)
+
+    @asynccontextmanager
+    async def renewed(self, ref: kv_pb2.WorkerRef, lease: kv_pb2.Lease) -> AsyncIterator[None]:
+        """Keep a lease alive while inside."""
+        task = asyncio.create_task(self._renew(ref, lease))
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def _renew(self, ref: kv_pb2.WorkerRef, lease: kv_pb2.Lease) -> None:
+        request = kv_pb2.RenewRequest(lease_id=lease.lease_id, epoch=lease.epoch)
+        with suppress(Fault):  # a lease that cannot be renewed shows at its release
+            while True:
+                await asyncio.sleep(lease.ttl_ms / 3000)
+                await rpc.call(self._stub(ref).Renew, request, CALL_TIMEOUT_S)
+
+    async def pull_prefix(
+        self, ref: kv_pb2.WorkerRef, request_id: str, page_hashes: Sequence[bytes], table: PageTable
+    ) -> int:
+        """Read what a peer has cached of a prefix behind what `table` has, into the table's pages.
+
+        Returns the tokens gained, which `table.num_tokens` then counts; 0 if the peer has nothing more, or anything
+        went wrong: a prefix that cannot be pulled is computed. Returns only when no byte is written any more.
+        """
+        try:
+            num_tokens = await self._pull(ref, request_id, page_hashes, table)
+        except Fault as fault:
+            log.warning("cannot pull a prefix from %s: %s %s", ref.worker_id, fault.reason, fault.message)
+            return 0
+        gained = max(0, num_tokens - table.num_tokens)
+        table.num_tokens += gained
+        return gained
+
+    async def _pull(
+        self, ref: kv_pb2.WorkerRef, request_id: str, page_hashes: Sequence[bytes], table: PageTable
+    ) -> int:
+        source = await self.source(ref)
+        wanted = kv_pb2.AcquireRequest(request_id=request_id, epoch=ref.epoch, page_hashes=page_hash.join(page_hashes))
+        answer: kv_pb2.AcquireResponse = await rpc.call(self._stub(ref).Acquire, wanted, CALL_TIMEOUT_S)
+        if not answer.HasField("lease"):
+            return 0
+        try:
+            manifests.check(answer.manifest, self._spec.layout, 0)
+            first = table.num_tokens // self._spec.layout.page_size
+            remote = answer.manifest.page_ids[first : len(page_hashes)]
+            async with self.renewed(ref, answer.lease):
+                await self.read(source, remote, table.page_ids[first : first + len(remote)])
+        except BaseException:
+            self.give_up(ref, answer.lease)
+            raise
+        return answer.manifest.num_tokens if await self.release(ref, answer.lease) else 0
+
+    def close(self) -> None:
+        """Disconnect all."""
+        for worker_id in list(self._sources):
+            self.forget(worker_id)
+
+
+def _connected(task: asyncio.Task[Source]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None

@@ -1,0 +1,67 @@
+"""The engine's objects as protobuf messages and back. The wire stops here: the engine never sees protobuf."""
+
+from collections.abc import Iterable, Sequence
+
+from protos.forebay.v1 import decode_pb2, generation_pb2, prefill_pb2
+from shared.engine.api import EngineRequest, FinishReason, SampledToken, SamplingParams
+
+_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+
+
+def sampling_params(message: generation_pb2.SamplingParams) -> SamplingParams:
+    """SamplingParams of a message. Values are checked by the engine."""
+    return SamplingParams(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=message.repetition_penalty,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        seed=message.seed,
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
+    )
+
+
+def engine_request(
+    message: decode_pb2.GenerateRequest | prefill_pb2.PrefillRequest,
+    *,
+    prefill_only: bool = False,
+    more_output: Iterable[int] = (),
+) -> EngineRequest:
+    """The sequence that a message asks for, with `more_output` behind the output that it has already."""
+    return EngineRequest(
+        request_id=message.request_id,
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        sampling=sampling_params(message.sampling),
+        output_token_ids=(*message.output_token_ids, *more_output),
+        hash_key=message.hash_key,
+        prefill_only=prefill_only,
+        priority=message.priority,
+    )
+
+
+def token_chunk(tokens: Sequence[SampledToken]) -> generation_pb2.TokenChunk:
+    """A chunk of tokens, with log-probabilities if the tokens have them."""
+    chunk = generation_pb2.TokenChunk(token_ids=[token.token_id for token in tokens])
+    for token in tokens:
+        if token.logprob is not None:
+            chunk.logprobs.add(
+                logprob=token.logprob,
+                top_token_ids=[token_id for token_id, _ in token.top],
+                top_logprobs=[logprob for _, logprob in token.top],
+            )
+    return chunk
+
+
+def finish_reason(reason: FinishReason | None) -> generation_pb2.FinishReason.ValueType:
+    """The reason's number on the wire; 0 for a sequence that goes on."""
+    return generation_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _REASONS[reason]

@@ -1,0 +1,34 @@
+"""A worker: an engine, its pages, and the ways to other workers."""
+
+from dataclasses import dataclass
+
+from shared import page_hash, rpc
+from shared.engine.api import Engine, EngineRequest
+from shared.engine.loop import EngineLoop
+from shared.worker.identity import Admission, Identity
+from shared.worker.kv_servicer import KvServicer
+from shared.worker.measures import Measures
+from shared.worker.puller import Puller
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """What the servicers of one process share."""
+
+    identity: Identity
+    admission: Admission
+    engine: Engine
+    loop: EngineLoop
+    kv_servicer: KvServicer
+    puller: Puller
+    channels: rpc.Channels
+    measures: Measures
+
+    def pages_for(self, job: EngineRequest) -> tuple[list[bytes], int]:
+        """Hashes of a sequence's pages as far as they may come out of a cache, and how many pages it needs.
+
+        The last token is always computed, since its logits choose the next one: a page that ends with it is no use.
+        """
+        layout = self.engine.spec.layout
+        hashes = page_hash.chain(job.hash_key, job.token_ids[:-1], layout.page_size)
+        return hashes, layout.num_pages(len(job.token_ids))
