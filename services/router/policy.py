@@ -36,6 +36,20 @@ class Sides:
     locals: list[Side]
 
 
+class Sources:
+    """Who has the most of the prompt, in each group: also workers that are full or draining, but none that failed."""
+
+    def __init__(self, query: Query, workers: Iterable[Worker]) -> None:
+        self._longest: dict[str, list[Worker]] = {}
+        for worker in sorted(workers, key=lambda worker: (-worker.num_cached_pages, worker.name)):
+            if worker.num_cached_pages and worker.name not in query.excluded:
+                self._longest.setdefault(worker.group, []).append(worker)
+
+    def other_than(self, worker: Worker) -> Worker | None:
+        """The peer of a worker with the longest cached prefix; the first by name of several."""
+        return next((peer for peer in self._longest.get(worker.group, ()) if peer is not worker), None)
+
+
 # Filter ---------------------------------------------------------------------------------------------------------------
 
 
@@ -78,12 +92,11 @@ def transfer_ms(num_tokens: int, worker: Worker, weights: Weights) -> float:
     return weights.handoff_ms + num_tokens * worker.card.kv_bytes_per_token / (weights.transfer_gb_per_s * 1e6)
 
 
-def compute_side(query: Query, worker: Worker, peers: Sequence[Worker], weights: Weights) -> Side:
+def compute_side(query: Query, worker: Worker, sources: "Sources", weights: Weights) -> Side:
     """Computing the prompt on this worker."""
     rate = worker.prefill_ms_per_token(weights)
     cached, source, pull_ms = cached_tokens(query, worker), None, 0.0
-    if peer := longest_peer(query, worker, peers):
-        gain = cached_tokens(query, peer) - cached
+    if (peer := sources.other_than(worker)) and (gain := cached_tokens(query, peer) - cached) > 0:
         pull_ms = transfer_ms(gain, worker, weights)
         if gain >= weights.min_pull_tokens and pull_ms < gain * rate:
             cached, source = cached + gain, peer
@@ -96,13 +109,6 @@ def compute_side(query: Query, worker: Worker, peers: Sequence[Worker], weights:
         ("stall", weights.stall_weight * decoding * num_computed * rate),
     )
     return Side(worker, terms, cached, num_computed, source)
-
-
-def longest_peer(query: Query, worker: Worker, peers: Iterable[Worker]) -> Worker | None:
-    """The compatible worker with the longest cached prefix; the first by name of several."""
-    others = (peer for peer in peers if peer is not worker and peer.group == worker.group)
-    longest = min(others, key=lambda peer: (-peer.num_cached_pages, peer.name), default=None)
-    return longest if longest and cached_tokens(query, longest) > cached_tokens(query, worker) else None
 
 
 def decode_terms(query: Query, worker: Worker, weights: Weights) -> tuple[tuple[str, float], ...]:
@@ -130,7 +136,7 @@ def remote_decode_side(query: Query, worker: Worker, weights: Weights) -> Side:
 def sides(query: Query, workers: Sequence[Worker], weights: Weights) -> Sides:
     """Score every worker that may take part, in each part that it may take."""
     fit = [worker for worker in workers if refusal(query, worker, weights) is None]
-    sources = _sources(query, workers)
+    sources = Sources(query, workers)
     prefills = [compute_side(query, worker, sources, weights) for worker in fit if worker.role is Role.PREFILL]
     groups = {side.worker.group for side in prefills}
     remote, local = [], []
@@ -142,11 +148,6 @@ def sides(query: Query, workers: Sequence[Worker], weights: Weights) -> Sides:
                 side = compute_side(query, worker, sources, weights)
                 local.append(side.plus(decode_terms(query, worker, weights)))
     return Sides(prefills, remote, local)
-
-
-def _sources(query: Query, workers: Iterable[Worker]) -> list[Worker]:
-    """Workers to pull a prefix from: also full or draining ones."""
-    return [worker for worker in workers if worker.name not in query.excluded]
 
 
 # Pick -----------------------------------------------------------------------------------------------------------------
@@ -213,10 +214,9 @@ def _rejected(query: Query, workers: Sequence[Worker], weights: Weights, scored:
     for worker in workers:
         if fault := refusal(query, worker, weights):
             yield Candidate.rejected(worker, fault.message)
+    sources = Sources(query, workers)
     for side in scored.decodes:
-        local = compute_side(query, side.worker, _sources(query, workers), weights).plus(
-            decode_terms(query, side.worker, weights)
-        )
+        local = compute_side(query, side.worker, sources, weights).plus(decode_terms(query, side.worker, weights))
         reason = f"{local.num_computed_tokens} tokens to compute: over local_prefill_max_tokens"
         yield Candidate.local(local, reason)
     for prefill in scored.prefills:

@@ -68,14 +68,16 @@ class Blackboard:
         return bool(complete)
 
     async def deregister(self, registration: Registration) -> None:
-        """Remove a process and its index, and announce it."""
+        """Remove a process and its index, and announce it. A newer incarnation of the same name stays."""
         role, name = registration.role, registration.name
         pipeline = self._redis.pipeline()
-        pipeline.delete(keys.process(role, name))
-        pipeline.zrem(keys.members(role), name)
         pipeline.unlink(keys.index(name, registration.epoch))
-        pipeline.publish(keys.CHANGES, name)
         with faults():
+            current = _parse(await self._redis.get(keys.process(role, name)))
+            if current is None or current.epoch <= registration.epoch:
+                pipeline.delete(keys.process(role, name))
+                pipeline.zrem(keys.members(role), name)
+                pipeline.publish(keys.CHANGES, name)
             await pipeline.execute()
 
     async def processes(self, *roles: Role) -> list[Registration]:
@@ -116,7 +118,7 @@ class Changes:
         return False
 
 
-def _parse(raw: bytes | None) -> Registration | None:
+def _parse(raw: bytes | str | None) -> Registration | None:
     if raw is None:
         return None
     try:

@@ -22,22 +22,22 @@ MAX_LOOKUP_HASHES = 4_096
 # Redis, because decoding one integer per worker and page costs the router 50 ms for 16 workers and 1,000 pages, against
 # 0.5 ms this way. Chunks grow, so that a worker without the first page costs next to nothing.
 _LEADING_RUNS = f"""
-local size, runs = {HASH_BYTES}, {{}}
+local size, runs, hashes = {HASH_BYTES}, {{}}, {{}}
 local total = math.floor(#ARGV[1] / size)
 for worker, key in ipairs(KEYS) do
   local run, width = 0, 8
   while run < total do
-    local chunk = {{}}
-    for page = run, math.min(run + width, total) - 1 do
-      chunk[#chunk + 1] = string.sub(ARGV[1], page * size + 1, (page + 1) * size)
+    local last, hits = math.min(run + width, total), 0
+    for page = #hashes, last - 1 do
+      hashes[page + 1] = string.sub(ARGV[1], page * size + 1, (page + 1) * size)
     end
-    local hits = 0
-    for _, found in ipairs(redis.call('SMISMEMBER', key, unpack(chunk))) do
+    for _, found in ipairs(redis.call('SMISMEMBER', key, unpack(hashes, run + 1, last))) do
       if found == 0 then break end
       hits = hits + 1
     end
+    local whole = run + hits == last
     run, width = run + hits, math.min(width * 2, 256)
-    if hits < #chunk then break end
+    if not whole then break end
   end
   runs[worker] = run
 end

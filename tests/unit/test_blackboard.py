@@ -77,6 +77,12 @@ async def test_deregistering_removes_a_process_and_its_index(board: Blackboard, 
     assert not raw.exists(keys.index("d1", 1), keys.members(Role.DECODE))
 
 
+async def test_an_incarnation_that_leaves_late_does_not_take_the_new_one_along(board: Blackboard) -> None:
+    await board.register(worker(epoch=2), TTL_MS)
+    await board.deregister(worker(epoch=1))
+    assert await board.processes(Role.DECODE) == [worker(epoch=2)]
+
+
 async def test_every_key_but_epochs_and_members_expires(board: Blackboard, raw: "redis.Redis") -> None:
     await board.next_epoch("d1")
     await board.register(worker(), TTL_MS, announce=True)
