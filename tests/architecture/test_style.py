@@ -58,11 +58,6 @@ def test_every_setting_of_a_process_is_explained(config: type[ServiceConfig]) ->
     assert [field for field, info in config.model_fields.items() if not (info.description or "").endswith(".")] == []
 
 
-def test_every_service_has_a_configuration() -> None:
-    roles = {path.parent.name for path in sources("services") if path.parent != ROOT / "services"}
-    assert {f"{role.capitalize()}Config" for role in roles} <= {config.__name__ for config in _configs()}
-
-
 def test_the_statistics_of_functions_are_of_many() -> None:
     assert len(list(functions())) > 100
 
