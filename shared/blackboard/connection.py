@@ -3,13 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import RedisError
 
 from shared.errors import BlackboardLost
+
+# Commands beyond this many at once wait for a connection.
+MAX_CONNECTIONS = 32
 
 
 def connect(url: str, timeout_ms: int) -> Redis:
@@ -18,14 +21,17 @@ def connect(url: str, timeout_ms: int) -> Redis:
     A command on a connection that Redis has closed meanwhile is sent once more: all commands of ours may be repeated.
     Raises ValueError if the url is malformed.
     """
-    return Redis.from_url(
+    pool = BlockingConnectionPool.from_url(
         url,
+        max_connections=MAX_CONNECTIONS,
+        timeout=timeout_ms / 1000,
         socket_timeout=timeout_ms / 1000,
         socket_connect_timeout=timeout_ms / 1000,
         retry=Retry(NoBackoff(), 1, supported_errors=(LostConnection,)),
         decode_responses=False,
         protocol=2,
     )
+    return Redis.from_pool(pool)
 
 
 @contextmanager

@@ -153,6 +153,12 @@ async def test_leading_runs_end_at_the_first_missing_page(board: Blackboard) -> 
     }  # fmt: skip
 
 
+async def test_a_burst_of_lookups_waits_for_connections_instead_of_failing(board: Blackboard) -> None:
+    await board.index.replace("d1", 1, [b"h" * 16], TTL_MS)
+    runs = await asyncio.gather(*(board.index.leading_runs(b"h" * 16, [("d1", 1)]) for _ in range(500)))
+    assert runs == [[1]] * 500
+
+
 async def test_a_lookup_is_bounded(board: Blackboard) -> None:
     hashes = some_hashes(MAX_LOOKUP_HASHES + 10)
     await board.index.replace("d1", 1, hashes, TTL_MS)

@@ -2,10 +2,11 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, cast
 
 import pytest
+import redis.asyncio
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
@@ -15,6 +16,7 @@ from services.router.fleet import Fleet
 from services.router.servicer import RouterServicer
 from shared import rpc
 from shared.blackboard.board import Blackboard
+from shared.blackboard.index import PrefixIndex
 from shared.errors import (
     BlackboardLost,
     ContextTooLong,
@@ -255,6 +257,20 @@ async def test_a_passed_deadline_is_a_fault(router: Router) -> None:
     await router.fleet_of("d1")
     with pytest.raises(DeadlineExceeded):
         await router.route(timeout_s=0.000001)
+
+
+async def test_a_prefix_index_that_does_not_answer_in_time_costs_only_that_time(router: Router) -> None:
+    class Silent(PrefixIndex):
+        async def leading_runs(self, page_hashes: bytes, workers: Sequence[tuple[str, int]]) -> list[int]:
+            await asyncio.Event().wait()
+            return []
+
+    await router.fleet_of("d1")
+    silent = Silent(redis.asyncio.Redis())
+    servicer = RouterServicer(router.fleet, silent, WEIGHTS, router.telemetry, index_timeout_ms=10)
+    async with asyncio.timeout(10):
+        placed = await servicer.Route(request(), cast("Any", None))
+    assert (placed.placement.decode.worker_id, placed.num_cached_tokens) == ("d1", 0)
 
 
 # Explain --------------------------------------------------------------------------------------------------------------

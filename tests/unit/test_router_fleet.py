@@ -1,0 +1,147 @@
+"""The router's view of workers between two reports, with a clock that the test moves."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import pytest
+
+from services.router.candidate import Weights, Worker
+from services.router.fleet import UNREPORTED_HEARTBEATS, Fleet
+from services.router.policy import place
+from shared.blackboard.board import Blackboard
+from shared.blackboard.records import Load, Registration
+from tests.unit.fleets import query, registration
+
+WEIGHTS = Weights()
+NO_BOARD = cast("Blackboard", None)
+HEARTBEAT_MS, TTL_MS = 500, 2_000
+
+
+@dataclass
+class World:
+    """A fleet whose time and reports the test makes."""
+
+    now: float = 1_000.0
+
+    def __post_init__(self) -> None:
+        self.fleet = Fleet(NO_BOARD, WEIGHTS, heartbeat_ms=HEARTBEAT_MS, ttl_ms=TTL_MS, clock=lambda: self.now)
+
+    def observe(self, *registrations: Registration) -> None:
+        self.fleet.observe(registrations)
+
+    def worker(self, name: str = "d1") -> Worker:
+        return next(worker for worker in self.workers() if worker.name == name)
+
+    def workers(self) -> list[Worker]:
+        members = self.fleet.members("m")
+        return self.fleet.at_this_moment(members, [0] * len(members))
+
+    def place(self, num_tokens: int) -> None:
+        self.fleet.record(place(query(num_tokens), self.workers(), WEIGHTS))
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def queued(num_tokens: int, num_steps: int = 0) -> Load:
+    return Load(num_queued_tokens=num_tokens, prefill_ms_per_token=0.5, decode_step_ms=20.0, num_steps=num_steps)
+
+
+def test_a_reported_queue_is_a_wait_that_passes_with_time(world: World) -> None:
+    world.observe(registration("d1", load=queued(400)))
+    assert world.worker().queue_ms == pytest.approx(200)
+    world.now += 0.15
+    assert world.worker().queue_ms == pytest.approx(50)
+    world.now += 1
+    assert world.worker().queue_ms == 0
+
+
+def test_reading_the_same_report_again_does_not_start_its_queue_over(world: World) -> None:
+    world.observe(registration("d1", load=queued(400)))
+    world.now += 0.15
+    world.observe(registration("d1", load=queued(400)))
+    assert world.worker().queue_ms == pytest.approx(50)
+
+
+def test_a_new_report_of_the_same_queue_starts_it_over(world: World) -> None:
+    world.observe(registration("d1", load=queued(400, num_steps=1)))
+    world.now += 0.15
+    world.observe(registration("d1", load=queued(400, num_steps=2)))
+    assert world.worker().queue_ms == pytest.approx(200)
+
+
+def test_a_placement_counts_before_any_report_shows_it(world: World) -> None:
+    world.observe(registration("d1"))
+    world.place(100)
+    world.place(100)
+    assert world.worker().queue_ms == pytest.approx(100)
+    assert world.worker().num_decoding == 2
+
+
+def test_a_worker_that_has_had_time_for_its_placements_is_idle_again(world: World) -> None:
+    world.observe(registration("d1"))
+    world.place(100)
+    world.now += 0.06
+    assert world.worker().queue_ms == 0
+
+
+def test_a_placed_sequence_is_left_to_the_reports_after_two_heartbeats(world: World) -> None:
+    world.observe(registration("d1"))
+    world.place(100)
+    world.now += UNREPORTED_HEARTBEATS * HEARTBEAT_MS / 1000
+    assert world.worker().num_decoding == 0
+
+
+def test_a_placement_on_a_pair_counts_on_both_workers(world: World) -> None:
+    world.observe(registration("p1"), registration("d1"))
+    world.place(1_000)
+    assert [world.worker(name).queue_ms for name in ("p1", "d1")] == [pytest.approx(500), 0]
+    assert (world.worker("p1").num_decoding, world.worker("d1").num_decoding) == (0, 1)
+
+
+def test_a_restarted_worker_has_no_queue_of_its_former_life(world: World) -> None:
+    world.observe(registration("d1", epoch=1))
+    placed = place(query(100), world.workers(), WEIGHTS)
+    world.fleet.record(placed)
+    world.observe(registration("d1", epoch=2))
+    world.fleet.record(placed)
+    assert (world.worker().queue_ms, world.worker().num_decoding) == (0, 0)
+
+
+def test_missing_workers_are_kept_for_one_registration_lifetime_after_a_loss(world: World) -> None:
+    world.observe(registration("d1"), registration("d2"))
+    world.fleet.lose("gone")
+    world.now += 60
+    assert len(world.workers()) == 2
+    world.observe(registration("d2"))
+    assert [worker.name for worker in world.workers()] == ["d1", "d2"]
+    world.now += TTL_MS / 1000
+    world.observe(registration("d2"))
+    assert [worker.name for worker in world.workers()] == ["d2"]
+
+
+def test_without_a_loss_a_missing_worker_leaves_at_once(world: World) -> None:
+    world.observe(registration("d1"), registration("d2"))
+    world.observe(registration("d2"))
+    assert [worker.name for worker in world.workers()] == ["d2"]
+
+
+def test_a_process_without_a_model_card_is_no_worker(world: World) -> None:
+    world.observe(registration("d1", card=None))
+    assert world.workers() == []
+
+
+def test_a_conversations_next_turn_goes_where_its_prefix_is_though_it_was_placed_there_just_now(
+    world: World,
+) -> None:
+    world.observe(registration("d1"), registration("d2"))
+    first = place(query(100), world.workers(), WEIGHTS)
+    world.fleet.record(first)
+    assert first.decode is not None
+    world.now += 0.06
+    members = world.fleet.members("m")
+    cached = [6 if member.registration.name == first.decode.name else 0 for member in members]
+    second = place(query(110), world.fleet.at_this_moment(members, cached), WEIGHTS)
+    assert second.names == first.names
