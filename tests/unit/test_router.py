@@ -35,6 +35,7 @@ from tests.valkey import ValkeyProcess
 TTL_MS = 60_000
 HASHES = [bytes([number]) * 16 for number in range(62)]
 WEIGHTS = Weights()
+NO_CONTEXT = cast("Any", None)
 
 
 class Router:
@@ -45,8 +46,8 @@ class Router:
         self.telemetry = Telemetry("router", "r1")
         self.fleet = Fleet(self.board, WEIGHTS, heartbeat_ms=heartbeat_ms, ttl_ms=ttl_ms)
         self.server = rpc.Server(self.telemetry, [SERVICE])
-        servicer = RouterServicer(self.fleet, self.board.index, WEIGHTS, self.telemetry, index_timeout_ms=5_000)
-        router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, self.server.grpc)
+        self.servicer = RouterServicer(self.fleet, self.board.index, WEIGHTS, self.telemetry, index_timeout_ms=5_000)
+        router_pb2_grpc.add_RouterServiceServicer_to_server(self.servicer, self.server.grpc)
         self.channels = rpc.Channels()
 
     async def start(self) -> None:
@@ -81,8 +82,8 @@ class Router:
             await self.join(name, **changes)
         await self.until(lambda seen: len(seen) == len(names))
 
-    async def route(self, timeout_s: float | None = 10, **changes: Any) -> router_pb2.RouteResponse:
-        answer: router_pb2.RouteResponse = await rpc.call(self.stub.Route, request(**changes), timeout_s)
+    async def route(self, **changes: Any) -> router_pb2.RouteResponse:
+        answer: router_pb2.RouteResponse = await rpc.call(self.stub.Route, request(**changes), 10)
         return answer
 
     async def explain(self, **changes: Any) -> router_pb2.ExplainResponse:
@@ -255,8 +256,8 @@ async def test_a_model_whose_workers_are_gone_is_unavailable_and_not_unknown(rou
 
 async def test_a_passed_deadline_is_a_fault(router: Router) -> None:
     await router.fleet_of("d1")
-    with pytest.raises(DeadlineExceeded):
-        await router.route(timeout_s=0.000001)
+    with rpc.deadline(-1.0), pytest.raises(DeadlineExceeded):
+        await router.servicer.Route(request(), NO_CONTEXT)
 
 
 async def test_a_prefix_index_that_does_not_answer_in_time_costs_only_that_time(router: Router) -> None:
@@ -269,7 +270,7 @@ async def test_a_prefix_index_that_does_not_answer_in_time_costs_only_that_time(
     silent = Silent(redis.asyncio.Redis())
     servicer = RouterServicer(router.fleet, silent, WEIGHTS, router.telemetry, index_timeout_ms=10)
     async with asyncio.timeout(10):
-        placed = await servicer.Route(request(), cast("Any", None))
+        placed = await servicer.Route(request(), NO_CONTEXT)
     assert (placed.placement.decode.worker_id, placed.num_cached_tokens) == ("d1", 0)
 
 
