@@ -1,6 +1,6 @@
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -51,7 +51,8 @@ class Law:
 
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
 SAMPLED = SamplingParams(0.9, top_p=0.95, seed=7, max_tokens=NUM_TOKENS, ignore_eos=True)
-CASES = {"sim": GREEDY, "sim-sampled": SAMPLED, "llama": GREEDY, "qwen3": GREEDY}
+PENALIZED = replace(SAMPLED, top_k=50, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1)
+CASES = {"sim": GREEDY, "sim-sampled": SAMPLED, "llama": GREEDY, "llama-sampled": PENALIZED, "qwen3": GREEDY}
 
 
 @pytest.fixture(scope="session", params=CASES)
