@@ -2,6 +2,7 @@
 
 import typer
 
+from cli import bench
 from cli.chat import chat
 from cli.models import models
 from cli.status import status
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 for command in (up, status, chat, models):
     app.command()(command)
+app.add_typer(bench.app, name="bench")
 
 if __name__ == "__main__":
     app()

@@ -4,24 +4,19 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cli import state
-from cli.process import ROOT, bound_to_me
+from cli import background, state
 from cli.state import RunState
 from cli.status import join
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Role
 from shared.models.store import default_cache
 
-START_DEADLINE_S = 90.0
-STOP_DEADLINE_S = 30.0
 DEADLINE_S = 30.0
 Row = dict[str, Any]
 
@@ -102,40 +97,13 @@ class RunningCluster:
 
 @contextmanager
 def running(*flags: str) -> Iterator[RunningCluster]:
-    """A cluster started by `forebay up FLAGS`, on ports of its own; stopped by Ctrl-C afterwards.
+    """A cluster started by `forebay up FLAGS`, stopped by Ctrl-C afterwards.
 
     Fails if it does not come up, or does not end in time and in order.
     """
-    with tempfile.TemporaryFile() as output:
-        command = [sys.executable, "-m", "cli.main", "up", "--port", "0", "--grace", "5", *flags]
-        supervisor = subprocess.Popen(bound_to_me(command), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            yield RunningCluster(supervisor, _wait_until_ready(supervisor, output))
-            assert supervisor.poll() is None, f"the supervisor ended by itself:\n{_text(output)}"
-        finally:
-            supervisor.send_signal(signal.SIGINT)
-            try:
-                code = supervisor.wait(STOP_DEADLINE_S)
-            finally:
-                supervisor.kill()
-        assert code == 0, _text(output)
+    with background.cluster("--grace", "5", *flags) as started:
+        yield RunningCluster(started.supervisor, started.run)
 
 
 def _num_pages_in_use(row: Row) -> int:
     return int(row["pages"]["held"] + row["pages"]["leased"]) if row["pages"] else 0
-
-
-def _wait_until_ready(supervisor: "subprocess.Popen[bytes]", output: Any) -> RunState:
-    end = time.monotonic() + START_DEADLINE_S
-    while True:
-        run = state.read(default_cache(), supervisor.pid)
-        if run is not None and run.url:
-            return run
-        assert supervisor.poll() is None, f"forebay up failed:\n{_text(output)}"
-        assert time.monotonic() < end, f"forebay up is not ready in time:\n{_text(output)}"
-        time.sleep(0.05)
-
-
-def _text(output: Any) -> str:
-    output.seek(0)
-    return str(output.read().decode(errors="replace"))

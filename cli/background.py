@@ -1,0 +1,69 @@
+"""`forebay up` in a process of its own, for as long as something else needs a cluster: a benchmark, a test."""
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO
+
+from cli import state
+from cli.cluster import StartFailed
+from cli.process import ROOT, bound_to_me
+from cli.state import RunState
+from shared.models.store import default_cache
+
+START_DEADLINE_S = 120.0
+STOP_DEADLINE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Background:
+    """A running cluster and its supervisor. `run` is the state when it became ready."""
+
+    supervisor: "subprocess.Popen[bytes]"
+    run: RunState
+
+
+@contextmanager
+def cluster(*flags: str, start_deadline_s: float = START_DEADLINE_S) -> Iterator[Background]:
+    """A cluster started by `forebay up FLAGS` on ports of its own; stopped as by Ctrl-C afterwards.
+
+    Raises StartFailed if it does not come up, RuntimeError if it ended by itself or did not end well.
+    """
+    with tempfile.TemporaryFile() as output:
+        command = [sys.executable, "-m", "cli.main", "up", "--port", "0", *flags]
+        supervisor = subprocess.Popen(bound_to_me(command), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            yield Background(supervisor, _wait_until_ready(supervisor, output, start_deadline_s))
+            if supervisor.poll() is not None:
+                raise RuntimeError(f"the cluster ended by itself:\n{_text(output)}")
+        finally:
+            supervisor.send_signal(signal.SIGINT)
+            try:
+                code = supervisor.wait(STOP_DEADLINE_S)
+            finally:
+                supervisor.kill()
+        if code != 0:
+            raise RuntimeError(f"forebay up ended with {code}:\n{_text(output)}")
+
+
+def _wait_until_ready(supervisor: "subprocess.Popen[bytes]", output: IO[bytes], deadline_s: float) -> RunState:
+    end = time.monotonic() + deadline_s
+    while True:
+        run = state.read(default_cache(), supervisor.pid)
+        if run is not None and run.url:
+            return run
+        if supervisor.poll() is not None:
+            raise StartFailed(_text(output))
+        if time.monotonic() > end:
+            raise StartFailed(f"not ready after {deadline_s:g} s:\n{_text(output)}")
+        time.sleep(0.05)
+
+
+def _text(output: IO[bytes]) -> str:
+    output.seek(0)
+    return output.read().decode(errors="replace").strip()
