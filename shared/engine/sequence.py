@@ -126,10 +126,11 @@ class Sequence:
         return first, self.table.page_ids[first : self.num_announced]
 
     def append(self, chosen: Iterable[SampledToken]) -> tuple[list[SampledToken], Ending | None]:
-        """Take chosen tokens in until one ends the sequence: those that were emitted, and how it ended, if it did."""
+        """Take chosen tokens in until one ends the sequence: those that were emitted, and how it ended, if it did. No
+        stop token is ever chosen before `min_tokens` are there: that is the executor's part."""
         emitted: list[SampledToken] = []
         for token in chosen:
-            if token.token_id in self.stop_token_ids and self.num_output >= self.request.sampling.min_tokens:
+            if token.token_id in self.stop_token_ids:
                 return emitted, Ending(FinishReason.STOP, token.token_id)
             self.tokens.append(token.token_id)
             emitted.append(token)

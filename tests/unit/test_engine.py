@@ -1,160 +1,17 @@
 import threading
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from shared.engine.api import (
-    BatchItem,
-    EngineRequest,
-    Event,
-    Failed,
-    FinishReason,
-    PagesComputed,
-    SampledToken,
-    SamplingParams,
-    TokensSampled,
-)
-from shared.engine.engine import Engine
-from shared.engine.kv.store import KvStore, PageTable
-from shared.engine.sim import SimExecutor, SimModel
+from shared.engine.api import Failed, FinishReason, PagesComputed, TokensSampled
 from shared.errors import ContextTooLong, Fault, Internal, InvalidRequest
-
-MODEL = SimModel(vocab_size=500, max_model_len=200, eos_token_ids=(2,))
-
-
-class Spy(SimExecutor):
-    """Records every batch; can be told to do something in the middle of a step."""
-
-    def __init__(self, model: SimModel, num_pages: int) -> None:
-        super().__init__(model, num_pages, sleep=lambda seconds: None)
-        self.batches: list[dict[str, int]] = []
-        self.during: Callable[[], None] = lambda: None
-
-    def forward(self, batch: Sequence[BatchItem]) -> list[SampledToken | None]:
-        self.batches.append({item.request_id: len(item.token_ids) for item in batch})
-        self.during()
-        return super().forward(batch)
-
-
-class Rig:
-    def __init__(
-        self, num_pages: int = 32, max_step_tokens: int = 64, max_num_sequences: int = 8, model: SimModel = MODEL
-    ) -> None:
-        self.now = 0.0
-        self.executor = Spy(model, num_pages)
-        self.kv = KvStore(num_pages, 16, 10_000, clock=lambda: self.now)
-        self.engine = Engine(
-            self.executor,
-            self.kv,
-            max_step_tokens=max_step_tokens,
-            max_num_sequences=max_num_sequences,
-            clock=lambda: self.now,
-        )
-
-    def submit(self, name: str, num_tokens: int = 20, pages: PageTable | None = None, **fields: Any) -> None:
-        self.now += 0.001
-        self.engine.submit(request(name, num_tokens, **fields), pages)
-
-    def finish(self, max_steps: int = 1000) -> list[Event]:
-        events: list[Event] = []
-        for _ in range(max_steps):
-            if not self.engine.has_work():
-                return events
-            events += self.engine.step()
-            assert self.kv.check() == []
-        raise AssertionError("the engine does not come to an end")
-
-    @property
-    def batches(self) -> list[dict[str, int]]:
-        return self.executor.batches
-
-
-def request(name: str, num_tokens: int = 20, **fields: Any) -> EngineRequest:
-    own = {field: fields.pop(field) for field in ("output_token_ids", "prefill_only", "priority") if field in fields}
-    prompt = tuple(3 + (sum(map(ord, name)) + index) % 400 for index in range(num_tokens))
-    return EngineRequest(name, prompt, SamplingParams(**{"max_tokens": 4, "ignore_eos": True} | fields), **own)
-
-
-def output(events: list[Event], name: str) -> list[int]:
-    return [
-        token.token_id
-        for event in events
-        if isinstance(event, TokensSampled) and event.request_id == name
-        for token in event.tokens
-    ]
-
-
-def last(events: list[Event], name: str) -> TokensSampled:
-    event = [event for event in events if event.request_id == name][-1]
-    assert isinstance(event, TokensSampled)
-    return event
-
-
-def order_of_ends(events: list[Event]) -> list[str]:
-    return [event.request_id for event in events if isinstance(event, TokensSampled) and event.finish_reason]
+from tests.unit.engine_rig import MODEL, Rig, last, order_of_ends, output, request
 
 
 @pytest.fixture
 def rig() -> Rig:
     return Rig()
-
-
-# Steps ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_step_serves_those_that_generate_first_and_then_prompts_in_order_of_arrival(rig: Rig) -> None:
-    rig.submit("a", 10)
-    rig.engine.step()
-    rig.submit("b", 100)
-    rig.submit("c", 30)
-    rig.engine.step()
-    rig.engine.step()
-    assert rig.batches[1:] == [{"a": 1, "b": 63}, {"a": 1, "b": 37, "c": 26}]
-
-
-def test_no_step_exceeds_its_budget(rig: Rig) -> None:
-    for index in range(12):
-        rig.submit(f"r{index}", 5 + 13 * index)
-    rig.finish()
-    assert max(sum(batch.values()) for batch in rig.batches) <= 64
-
-
-def test_no_more_sequences_run_than_are_allowed() -> None:
-    rig = Rig(max_num_sequences=2)
-    for name in "abcde":
-        rig.submit(name, 5)
-    events = rig.finish()
-    assert max(map(len, rig.batches)) == 2
-    assert order_of_ends(events) == list("abcde")
-
-
-def test_a_higher_priority_goes_first() -> None:
-    rig = Rig(max_num_sequences=1)
-    rig.submit("running")
-    rig.engine.step()
-    rig.submit("low", priority=-1)
-    rig.submit("usual")
-    rig.submit("high", priority=1)
-    assert order_of_ends(rig.finish()) == ["running", "high", "usual", "low"]
-
-
-def test_a_low_priority_is_not_starved_by_those_that_come_much_later() -> None:
-    rig = Rig(max_num_sequences=1)
-    rig.submit("low", priority=-1)
-    rig.now += 11.0
-    rig.submit("late")
-    assert order_of_ends(rig.finish()) == ["low", "late"]
-
-
-def test_a_long_prompt_is_not_overtaken_by_short_ones_while_it_waits_for_pages() -> None:
-    rig = Rig(num_pages=8)
-    rig.submit("running", 60, max_tokens=20)
-    rig.engine.step()
-    rig.submit("long", 90)
-    rig.submit("short", 5)
-    assert order_of_ends(rig.finish())[:2] == ["running", "long"]
 
 
 # Ends -----------------------------------------------------------------------------------------------------------------
@@ -317,85 +174,6 @@ def test_two_sequences_of_one_name_are_refused(rig: Rig) -> None:
         rig.submit("r")
 
 
-# Pages ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_sequence_grows_page_by_page(rig: Rig) -> None:
-    held = []
-    rig.submit("r", 15, max_tokens=20)
-    while rig.engine.has_work():
-        rig.engine.step()
-        held.append(rig.kv.counts().held)
-    assert held == [1] * 2 + [2] * 16 + [3] + [0]
-
-
-def test_the_youngest_gives_its_pages_to_the_oldest() -> None:
-    rig = Rig(num_pages=6)
-    rig.submit("old", 30, max_tokens=40)
-    rig.submit("young", 30, max_tokens=40)
-    events = rig.finish()
-    assert rig.engine.load().num_preemptions > 0
-    assert order_of_ends(events) == ["old", "young"]
-    assert [len(output(events, name)) for name in ("old", "young")] == [40, 40]
-
-
-def test_a_prefill_only_sequence_is_never_preempted() -> None:
-    rig = Rig(num_pages=9, max_step_tokens=3, max_num_sequences=2)
-    rig.submit("growing", 62, max_tokens=60)
-    rig.submit("prefill", 60, prefill_only=True)
-    events = rig.finish()
-    computed = [event.num_tokens for event in events if isinstance(event, PagesComputed)]
-    assert computed[-1] == 60
-    assert rig.kv.counts().free + rig.kv.counts().cached == 0
-    rig.engine.cancel("prefill")
-    events += rig.finish()
-    assert len(output(events, "growing")) == 60
-    assert rig.engine.load().num_preemptions == 0
-
-
-def test_a_sequence_without_room_sleeps_until_pages_are_freed(rig: Rig) -> None:
-    others = rig.kv.reserve([], 31)
-    assert others is not None
-    rig.submit("r", 40)
-    rig.engine.step()
-    assert not rig.engine.has_work()
-    assert rig.engine.is_short()
-    rig.kv.drop(others)
-    assert rig.engine.has_work()
-    assert order_of_ends(rig.finish()) == ["r"]
-    assert not rig.engine.is_short()
-
-
-def test_a_sequence_without_room_gets_the_pages_of_a_lease_that_lapsed(rig: Rig) -> None:
-    others = rig.kv.reserve([], 31)
-    assert others is not None
-    rig.kv.grant(others.page_ids)
-    rig.kv.drop(others)
-    rig.submit("r", 40)
-    assert rig.finish() == []
-    rig.now += 10.0
-    assert order_of_ends(rig.finish()) == ["r"]
-
-
-def test_sequences_that_wait_with_pages_never_lock_each_other_out() -> None:
-    rig = Rig(num_pages=8)
-    rig.submit("first", 70)
-    for name in ("b", "c"):
-        pages = rig.kv.reserve([], 3)
-        assert pages is not None
-        rig.submit(name, 60, pages=pages)
-    assert sorted(order_of_ends(rig.finish())) == ["b", "c", "first"]
-
-
-def test_a_handed_over_table_is_empty_for_the_one_who_handed_it_over(rig: Rig) -> None:
-    pages = rig.kv.reserve([], 2)
-    assert pages is not None
-    rig.submit("r", pages=pages)
-    rig.kv.drop(pages)
-    assert rig.kv.counts().held == 2
-    assert order_of_ends(rig.finish()) == ["r"]
-
-
 # Prefill for others ---------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +233,13 @@ def test_the_load_is_measured_by_the_engine_itself(rig: Rig) -> None:
     assert load.decode_step_ms == pytest.approx(10.0)
 
 
-def test_a_budget_that_is_too_small_for_its_sequences_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot share"):
-        Rig(max_step_tokens=4, max_num_sequences=8)
+def test_a_prompt_is_charged_with_what_its_step_took_longer_than_a_step_that_only_generates(rig: Rig) -> None:
+    def take_time() -> None:
+        rig.now += 0.01 + 0.001 * sum(num_tokens for num_tokens in rig.batches[-1].values() if num_tokens > 1)
+
+    rig.executor.during = take_time
+    rig.submit("a", 1, max_tokens=20)
+    rig.engine.step()
+    rig.submit("b", 50)
+    rig.engine.step()
+    assert rig.engine.load().prefill_ms_per_token == pytest.approx(1.0)

@@ -193,6 +193,17 @@ async def test_room_that_was_given_to_one_who_gave_up_meanwhile_is_not_lost(rig:
     assert rig.kv.counts().free == NUM_PAGES
 
 
+async def test_room_that_comes_just_after_somebody_gave_up_is_not_lost(rig: Rig) -> None:
+    pages = await rig.loop.reserve([], NUM_PAGES)
+    task = asyncio.create_task(rig.loop.reserve([], 1))
+    await asyncio.sleep(0)
+    rig.kv.drop(pages)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len((await rig.loop.reserve([], NUM_PAGES)).page_ids) == NUM_PAGES
+
+
 async def test_room_comes_with_the_end_of_a_lease() -> None:
     rig = Rig(lease_ttl_ms=20)
     rig.loop.start()
@@ -223,6 +234,16 @@ async def test_those_who_wait_for_room_stand_behind_sequences_that_lack_pages(ri
     assert not newcomer.done()
     rig.kv.drop(held)
     assert len(await stream) == 4
+    assert len((await newcomer).page_ids) == 1
+
+
+async def test_those_who_wait_for_room_move_up_when_a_sequence_that_lacks_pages_is_cancelled(rig: Rig) -> None:
+    await rig.loop.reserve([], 14)
+    stream = asyncio.create_task(collect(rig, request(num_tokens=60)))
+    await rig.until(rig.engine.is_short)
+    newcomer = asyncio.create_task(rig.loop.reserve([], 1))
+    await asyncio.sleep(0)
+    stream.cancel()
     assert len((await newcomer).page_ids) == 1
 
 

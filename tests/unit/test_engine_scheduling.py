@@ -1,0 +1,193 @@
+"""Who computes what in which step, and who gets the pages."""
+
+import pytest
+
+from shared.engine.api import PagesComputed
+from shared.page_hash import chain
+from tests.unit.engine_rig import Rig, order_of_ends, output, request
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+# Steps ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_serves_those_that_generate_first_and_then_prompts_in_order_of_arrival(rig: Rig) -> None:
+    rig.submit("a", 10)
+    rig.engine.step()
+    rig.submit("b", 100)
+    rig.submit("c", 30)
+    rig.engine.step()
+    rig.engine.step()
+    assert rig.batches[1:] == [{"a": 1, "b": 63}, {"a": 1, "b": 37, "c": 26}]
+
+
+def test_no_step_exceeds_its_budget(rig: Rig) -> None:
+    for index in range(12):
+        rig.submit(f"r{index}", 5 + 13 * index)
+    rig.finish()
+    assert max(sum(batch.values()) for batch in rig.batches) <= 64
+
+
+def test_no_more_sequences_run_than_are_allowed() -> None:
+    rig = Rig(max_num_sequences=2)
+    for name in "abcde":
+        rig.submit(name, 5)
+    events = rig.finish()
+    assert max(map(len, rig.batches)) == 2
+    assert order_of_ends(events) == list("abcde")
+
+
+def test_a_higher_priority_goes_first() -> None:
+    rig = Rig(max_num_sequences=1)
+    rig.submit("running")
+    rig.engine.step()
+    rig.submit("low", priority=-1)
+    rig.submit("usual")
+    rig.submit("high", priority=1)
+    assert order_of_ends(rig.finish()) == ["running", "high", "usual", "low"]
+
+
+def test_a_low_priority_is_not_starved_by_those_that_come_much_later() -> None:
+    rig = Rig(max_num_sequences=1)
+    rig.submit("low", priority=-1)
+    rig.now += 11.0
+    rig.submit("late")
+    assert order_of_ends(rig.finish()) == ["low", "late"]
+
+
+def test_a_long_prompt_is_not_overtaken_by_short_ones_while_it_waits_for_pages() -> None:
+    rig = Rig(num_pages=8)
+    rig.submit("running", 60, max_tokens=20)
+    rig.engine.step()
+    rig.submit("long", 90)
+    rig.submit("short", 5)
+    assert order_of_ends(rig.finish())[:2] == ["running", "long"]
+
+
+# Pages ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sequence_grows_page_by_page(rig: Rig) -> None:
+    held = []
+    rig.submit("r", 15, max_tokens=20)
+    while rig.engine.has_work():
+        rig.engine.step()
+        held.append(rig.kv.counts().held)
+    assert held == [1] * 2 + [2] * 16 + [3] + [0]
+
+
+def test_the_youngest_gives_its_pages_to_the_oldest() -> None:
+    rig = Rig(num_pages=6)
+    rig.submit("old", 30, max_tokens=40)
+    rig.submit("young", 30, max_tokens=40)
+    events = rig.finish()
+    assert rig.engine.load().num_preemptions > 0
+    assert order_of_ends(events) == ["old", "young"]
+    assert [len(output(events, name)) for name in ("old", "young")] == [40, 40]
+
+
+def test_a_prefill_only_sequence_is_never_preempted() -> None:
+    rig = Rig(num_pages=9, max_step_tokens=3, max_num_sequences=2)
+    rig.submit("growing", 62, max_tokens=60)
+    rig.submit("prefill", 60, prefill_only=True)
+    events = rig.finish()
+    computed = [event.num_tokens for event in events if isinstance(event, PagesComputed)]
+    assert computed[-1] == 60
+    assert rig.kv.counts().free + rig.kv.counts().cached == 0
+    rig.engine.cancel("prefill")
+    events += rig.finish()
+    assert len(output(events, "growing")) == 60
+    assert rig.engine.load().num_preemptions == 0
+
+
+def test_a_newcomer_leaves_room_for_those_that_run_to_grow() -> None:
+    rig = Rig(num_pages=5)
+    rig.submit("growing", 47, max_tokens=10)
+    rig.engine.step()
+    rig.submit("newcomer", 30)
+    rig.finish()
+    assert rig.engine.load().num_preemptions == 0
+
+
+def test_a_sequence_is_in_a_step_once_even_if_room_comes_the_moment_it_was_preempted() -> None:
+    rig = Rig(num_pages=12)
+    others = rig.kv.reserve([], 6)
+    assert others is not None
+    rig.submit("old", 30, max_tokens=40)
+    rig.submit("young", 30, max_tokens=40)
+    while rig.engine.load().num_preemptions == 0:
+        rig.kv.on_capacity = lambda: rig.kv.drop(others)
+        rig.engine.step()
+    assert sorted(order_of_ends(rig.finish())) == ["old", "young"]
+
+
+def test_pages_computed_again_after_a_preemption_are_findable_again() -> None:
+    rig = Rig(num_pages=6)
+    rig.submit("old", 30, max_tokens=40)
+    rig.submit("young", 30, max_tokens=40)
+    tokens = [*request("young", 30).prompt_token_ids, *output(rig.finish(), "young")]
+    assert rig.engine.load().num_preemptions > 0
+    assert rig.kv.match(chain(b"", tokens, 16)) == 4
+
+
+def test_one_that_has_all_its_pages_need_not_wait_for_one_that_lacks_some(rig: Rig) -> None:
+    others = rig.kv.reserve([], 20)
+    rig.submit("running", 20, max_tokens=50)
+    rig.engine.step()
+    rig.submit("large", 180)
+    rig.submit("ready", 20, pages=rig.kv.reserve([], 2))
+    rig.engine.step()
+    assert rig.batches[-1] == {"running": 1, "ready": 20}
+    assert others is not None
+
+
+def test_a_sequence_without_room_sleeps_until_pages_are_freed(rig: Rig) -> None:
+    others = rig.kv.reserve([], 31)
+    assert others is not None
+    rig.submit("r", 40)
+    rig.engine.step()
+    assert not rig.engine.has_work()
+    assert rig.engine.is_short()
+    rig.kv.drop(others)
+    assert rig.engine.has_work()
+    assert order_of_ends(rig.finish()) == ["r"]
+    assert not rig.engine.is_short()
+
+
+def test_a_sequence_without_room_gets_the_pages_of_a_lease_that_lapsed(rig: Rig) -> None:
+    others = rig.kv.reserve([], 31)
+    assert others is not None
+    rig.kv.grant(others.page_ids)
+    rig.kv.drop(others)
+    rig.submit("r", 40)
+    assert rig.finish() == []
+    rig.now += 10.0
+    assert order_of_ends(rig.finish()) == ["r"]
+
+
+def test_sequences_that_wait_with_pages_never_lock_each_other_out() -> None:
+    rig = Rig(num_pages=8)
+    rig.submit("first", 70)
+    for name in ("b", "c"):
+        pages = rig.kv.reserve([], 3)
+        assert pages is not None
+        rig.submit(name, 60, pages=pages)
+    assert sorted(order_of_ends(rig.finish())) == ["b", "c", "first"]
+
+
+def test_a_handed_over_table_is_empty_for_the_one_who_handed_it_over(rig: Rig) -> None:
+    pages = rig.kv.reserve([], 2)
+    assert pages is not None
+    rig.submit("r", pages=pages)
+    rig.kv.drop(pages)
+    assert rig.kv.counts().held == 2
+    assert order_of_ends(rig.finish()) == ["r"]
+
+
+def test_a_budget_that_is_too_small_for_its_sequences_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot share"):
+        Rig(max_step_tokens=4, max_num_sequences=8)
