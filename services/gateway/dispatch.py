@@ -1,0 +1,124 @@
+"""From a choice to its tokens: ask a router for workers, stream from the decode worker, start over if one is lost."""
+
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, router_pb2, router_pb2_grpc
+from services.gateway.directory import Directory
+from services.gateway.request import Choice
+from shared import rpc
+from shared.errors import Draining, Fault, NoWorker, Overloaded, StaleEpoch, WorkerLost
+
+log = logging.getLogger(__name__)
+
+# A worker may be at fault for these; another one may do better.
+_WORKER_FAULTS = (WorkerLost, StaleEpoch, Draining, Overloaded)
+MAX_ATTEMPTS = 4
+# While no router answers: time between two tries, unless the blackboard announces one earlier.
+ROUTER_RETRY_S = 0.25
+
+
+class Dispatcher:
+    """Sends choices to workers. Calls end by the deadline of the work at hand (`rpc.deadline`)."""
+
+    def __init__(self, directory: Directory, channels: rpc.Channels, router_wait_ms: int) -> None:
+        self._directory, self._channels = directory, channels
+        self._router_wait_s = router_wait_ms / 1000
+        self._turn = 0
+
+    async def generate(self, choice: Choice) -> AsyncGenerator[decode_pb2.GenerateResponse, None]:
+        """What the decode worker sends, up to and with GenerateFinished. Raises any Fault.
+
+        Leaving the iterator early cancels the request everywhere.
+        """
+        attempt = _Attempt(choice)
+        while True:
+            attempt.place(await self._route(attempt))
+            try:
+                async with aclosing(self._stream(attempt)) as responses:
+                    async for response in responses:
+                        attempt.note(response)
+                        yield response
+                if attempt.finished:
+                    return
+                raise WorkerLost("the stream ended without its last message")
+            except _WORKER_FAULTS as fault:
+                attempt.fail(fault)
+                if isinstance(fault, StaleEpoch):  # the router will hear of the worker's new epoch any moment
+                    await self._directory.changed(ROUTER_RETRY_S)
+
+    def _stream(self, attempt: "_Attempt") -> AsyncGenerator[decode_pb2.GenerateResponse, None]:
+        stub: Any = decode_pb2_grpc.DecodeServiceStub(self._channels.to(attempt.request.placement.decode.address))
+        return rpc.stream(stub.Generate, attempt.request)
+
+    async def _route(self, attempt: "_Attempt") -> router_pb2.RouteResponse:
+        give_up = time.monotonic() + self._router_wait_s
+        while True:
+            try:
+                return await self._ask_routers(attempt.route)
+            except NoWorker as fault:
+                raise (attempt.fault or fault) from None
+            except (WorkerLost, Draining) as fault:
+                left = give_up - time.monotonic()
+                if left <= 0:
+                    raise NoWorker(f"no router answers: {fault.message}") from None
+            await self._directory.changed(min(left, ROUTER_RETRY_S, rpc.time_remaining() or left))
+
+    async def _ask_routers(self, route: router_pb2.RouteRequest) -> router_pb2.RouteResponse:
+        """Ask one after the other, a different one first each time, until one answers."""
+        routers = self._directory.routers
+        self._turn += 1
+        fault: Fault = WorkerLost("none is registered")
+        for i in range(len(routers)):
+            router = routers[(self._turn + i) % len(routers)]
+            stub: Any = router_pb2_grpc.RouterServiceStub(self._channels.to(router.address))
+            try:
+                return await rpc.call(stub.Route, route)
+            except (WorkerLost, Draining) as error:
+                log.info("router %s does not answer: %s", router.name, error.message)
+                fault = error
+        raise fault
+
+
+class _Attempt:
+    """Where a choice stands: the workers that failed it and the tokens the client has.
+
+    The tokens are what another worker needs to continue (GenerateRequest.output_token_ids).
+    """
+
+    def __init__(self, choice: Choice) -> None:
+        self.route, self.request = router_pb2.RouteRequest(), decode_pb2.GenerateRequest()
+        self.route.CopyFrom(choice.route)
+        self.request.CopyFrom(choice.generate)
+        self.token_ids: list[int] = []
+        self.finished = False
+        self.fault: Fault | None = None
+        self._num_failures = 0
+
+    def place(self, response: router_pb2.RouteResponse) -> None:
+        """Take the router's decision."""
+        self.request.placement.CopyFrom(response.placement)
+
+    def note(self, response: decode_pb2.GenerateResponse) -> None:
+        """Remember what the client got."""
+        self.token_ids.extend(response.tokens.token_ids)
+        self.finished = response.HasField("finished")
+
+    def fail(self, fault: Fault) -> None:
+        """Go on without the worker that failed, unless it only restarted. Raises the fault if there is no going on."""
+        worker = self.request.placement.decode.worker_id
+        log.warning("worker %s failed %s: %s", worker, self.route.request_id, fault.message)
+        if self.token_ids:
+            raise WorkerLost(
+                f"decode worker {worker} was lost after {len(self.token_ids)} tokens: {fault.message}",
+                metadata={"worker": worker, "num_tokens": str(len(self.token_ids))},
+            ) from None
+        self.fault = fault
+        self._num_failures += 1
+        if self._num_failures >= MAX_ATTEMPTS:
+            raise fault
+        if not isinstance(fault, StaleEpoch):
+            self.route.excluded_worker_ids.append(worker)

@@ -1,0 +1,59 @@
+"""What a gateway measures."""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from opentelemetry.metrics import Meter
+
+from services.gateway.output import Delta
+from services.gateway.request import Job
+from shared.errors import Cancelled, Fault
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class Meters:
+    """Instruments of one process."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._requests = meter.create_counter("forebay_gateway_requests", description="Requests by model and outcome.")
+        self._running = meter.create_up_down_counter("forebay_gateway_running", description="Requests being answered.")
+        self._prompt = meter.create_counter("forebay_gateway_prompt_tokens", description="Tokens of prompts.")
+        self._output = meter.create_counter("forebay_gateway_output_tokens", description="Tokens of outputs.")
+        self._first = meter.create_histogram(
+            "forebay_gateway_first_token",
+            unit="s",
+            description="Time from request to first token.",
+            explicit_bucket_boundaries_advisory=_SECONDS,
+        )
+        self._whole = meter.create_histogram(
+            "forebay_gateway_request",
+            unit="s",
+            description="Time from request to last token.",
+            explicit_bucket_boundaries_advisory=_SECONDS,
+        )
+
+    async def measure(self, job: Job, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
+        """Pass deltas on, and count the request when they end, however they end."""
+        labels, begin, first = {"model": job.model.name}, time.perf_counter(), True
+        num_tokens, outcome = [0] * len(job.choices), Cancelled.reason
+        self._running.add(1, labels)
+        self._prompt.add(sum(len(prompt.token_ids) for prompt in job.prompts), labels)
+        try:
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    if first:
+                        first = False
+                        self._first.record(time.perf_counter() - begin, labels)
+                    num_tokens[delta.index] = delta.num_output_tokens
+                    yield delta
+            outcome = "OK"
+        except Fault as fault:
+            outcome = fault.reason
+            raise
+        finally:
+            self._running.add(-1, labels)
+            self._output.add(sum(num_tokens), labels)
+            self._requests.add(1, labels | {"outcome": outcome})
+            self._whole.record(time.perf_counter() - begin, labels)

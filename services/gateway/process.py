@@ -1,0 +1,186 @@
+"""A gateway process: both faces on one event loop, from start to the end of its drain."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import uvicorn
+
+from protos.forebay.v1 import gateway_pb2_grpc
+from services.gateway.config import GatewayConfig
+from services.gateway.core import Core
+from services.gateway.directory import Directory, follow
+from services.gateway.dispatch import Dispatcher
+from services.gateway.meters import Meters
+from services.gateway.rest import Rest
+from services.gateway.servicer import SERVICE, GatewayServicer
+from shared import rpc, telemetry
+from shared.blackboard.board import Blackboard
+from shared.blackboard.heartbeat import Heartbeat, await_epoch
+from shared.blackboard.records import Registration, Role
+from shared.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+
+async def run(config: GatewayConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises OSError if a port is taken, ValueError for a wrong option."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    name = config.name or f"gateway-{socket.gethostname()}-{config.http_port}"
+    telemetry_, metrics_port = telemetry.start("gateway", name, config)
+    async with AsyncExitStack() as stack:
+        stack.callback(telemetry_.close)
+        board = Blackboard(config.redis_url)
+        stack.push_async_callback(board.close)
+        channels = rpc.Channels()
+        stack.push_async_callback(channels.close)
+        directory = Directory(model_paths(config.model))
+        dispatcher = Dispatcher(directory, channels, config.router_wait_ms)
+        core = Core(directory, dispatcher, Meters(telemetry_.meter), config.max_choices)
+        await _serve(config, name, metrics_port, core, telemetry_, board, stop)
+
+
+async def _serve(
+    config: GatewayConfig,
+    name: str,
+    metrics_port: int,
+    core: Core,
+    telemetry_: Telemetry,
+    board: Blackboard,
+    stop: asyncio.Event,
+) -> None:
+    http, http_port = rest_server(config, core, telemetry_)
+    grpc_server = rpc.Server(telemetry_, [SERVICE])
+    servicer = GatewayServicer(core, config.request_timeout_ms)
+    gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, grpc_server.grpc)
+    grpc_port = await grpc_server.start(config.host, config.port)
+    serving = asyncio.create_task(http.serve())
+    following = asyncio.create_task(follow(board, core.directory, config.blackboard_interval_ms))
+    log.info("serving REST at http://%s:%d and gRPC at %s:%d", config.host, http_port, config.host, grpc_port)
+    epoch = asyncio.create_task(await_epoch(board, name, config.heartbeat_ms))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({epoch, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    heartbeat = None
+    if epoch.done():
+
+        def describe() -> Registration:
+            return Registration(
+                role=Role.GATEWAY,
+                name=name,
+                epoch=epoch.result(),
+                pid=os.getpid(),
+                address=f"{config.host}:{grpc_port}",
+                metrics_address=f"{config.host}:{metrics_port}",
+                http_address=f"{config.host}:{http_port}",
+                draining=core.draining,
+            )
+
+        heartbeat = Heartbeat(
+            board,
+            describe,
+            interval_ms=config.heartbeat_ms,
+            ttl_ms=config.registration_ttl_ms,
+            on_replaced=stop.set,
+        )
+        heartbeat.start()
+        await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+    await _drain(config, core, heartbeat)
+    http.should_exit = True
+    await grpc_server.stop(0)
+    for task in (epoch, stopping, following):
+        task.cancel()
+    await asyncio.gather(serving, epoch, stopping, following, return_exceptions=True)
+    if heartbeat is not None:
+        await heartbeat.stop()
+
+
+async def _drain(config: GatewayConfig, core: Core, heartbeat: Heartbeat | None) -> None:
+    core.drain()
+    if heartbeat is not None:
+        heartbeat.announce()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(core.idle(), config.drain_grace_ms / 1000)
+    log.info("drained")
+
+
+def rest_server(config: GatewayConfig, core: Core, telemetry_: Telemetry) -> tuple["RestServer", int]:
+    """The REST server, listening but not yet serving, and its port. Raises OSError if the port is taken."""
+    rest = Rest(
+        core,
+        telemetry_,
+        tenants=dict(_split("api-key", pair) for pair in config.api_key),
+        timeout_ms=config.request_timeout_ms,
+        max_body_bytes=config.max_body_bytes,
+    )
+    listener = listen(config.host, config.http_port)
+    settings = uvicorn.Config(
+        rest.app(),
+        loop="none",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=1,
+    )
+    return RestServer(settings, listener), int(listener.getsockname()[1])
+
+
+class RestServer(uvicorn.Server):
+    """uvicorn on a socket that is already bound, leaving signals to this process."""
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        super().__init__(config)
+        self._listener = listener
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until `should_exit` is set."""
+        await super().serve(sockets or [self._listener])
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the process's."""
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket whose connections send at once: small chunks must not wait for acknowledgements."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    listener.setblocking(False)
+    return listener
+
+
+def model_paths(models: list[str]) -> dict[str, Path]:
+    """Directories by model name, from NAME=PATH or PATH. Raises ValueError for one that is no directory."""
+    named = [_split("model", model) if "=" in model else (Path(model).name, model) for model in models]
+    paths = {name: Path(path).expanduser() for name, path in named}
+    for path in paths.values():
+        if not path.is_dir():
+            raise ValueError(f"--model: {path} is not a directory")
+    return paths
+
+
+def _split(flag: str, pair: str) -> tuple[str, str]:
+    left, separator, right = pair.partition("=")
+    if not separator or not left:
+        raise ValueError(f"--{flag}: {pair!r} has no '='")
+    return left, right

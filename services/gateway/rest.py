@@ -1,0 +1,206 @@
+"""The REST face: OpenAI's protocol."""
+
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+import orjson
+from opentelemetry import propagate, trace
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.gateway.core import Core
+from services.gateway.models import ServedModel
+from services.gateway.request import Caller, Job
+from services.gateway.rest_answer import Answer
+from services.gateway.rest_body import read_object
+from services.gateway.rest_errors import HttpFault, response_of
+from shared import telemetry
+from shared.errors import Fault, Internal, InvalidRequest
+from shared.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = "x-request-id"
+TENANT = "x-forebay-tenant"
+TIMEOUT = "x-forebay-timeout-ms"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_PAGE = Path(__file__).with_name("page.html")
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Rest:
+    """The routes. `tenants` by API key; empty lets everybody in, and the header tells the tenant."""
+
+    def __init__(
+        self,
+        core: Core,
+        telemetry: Telemetry,
+        *,
+        tenants: Mapping[str, str],
+        timeout_ms: int,
+        max_body_bytes: int,
+    ) -> None:
+        self._core, self._telemetry, self._tenants = core, telemetry, dict(tenants)
+        self._timeout_ms, self._max_body_bytes = timeout_ms, max_body_bytes
+        self._page = _PAGE.read_bytes()
+
+    def app(self) -> ASGIApp:
+        """The ASGI application."""
+        routes = [
+            Route("/v1/chat/completions", self._guard(self._chat), methods=["POST"]),
+            Route("/v1/completions", self._guard(self._complete), methods=["POST"]),
+            Route("/v1/models", self._guard(self._models), methods=["GET"]),
+            Route("/v1/models/{name:path}", self._guard(self._model), methods=["GET"]),
+            Route("/health", self._health, methods=["GET"]),
+            Route("/metrics", self._metrics, methods=["GET"]),
+            Route("/", self._chat_page, methods=["GET"]),
+        ]
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+        app.router.redirect_slashes = False
+        return _WithRequestId(app)
+
+    def _guard(self, endpoint: Endpoint) -> Endpoint:
+        """Authenticate; turn faults and defects into responses."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                self._authenticate(request)
+                return await endpoint(request)
+            except Fault as fault:
+                log.info("fault %s: %s", fault.reason, fault.message)
+                return response_of(fault)
+            except Exception:
+                log.exception("defect in %s", request.url.path)
+                return response_of(Internal("internal error; the log of the gateway has the details"))
+
+        return guarded
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._generate(request, self._core.chat)
+
+    async def _complete(self, request: Request) -> Response:
+        return await self._generate(request, self._core.complete)
+
+    async def _generate(
+        self, request: Request, make_job: Callable[[Mapping[str, object], Caller], Awaitable[Job]]
+    ) -> Response:
+        caller = Caller(telemetry.request_id.get(), self._tenant(request), self._timeout_s(request))
+        raw = await read_object(request, self._max_body_bytes)
+        job = await make_job(raw, caller)
+        return _Served(Answer(job, self._core.run), self._core, self._telemetry, request)
+
+    async def _models(self, _request: Request) -> Response:
+        return _json({"object": "list", "data": [_describe(model) for model in self._core.directory.models]})
+
+    async def _model(self, request: Request) -> Response:
+        return _json(_describe(self._core.directory.model(request.path_params["name"])))
+
+    async def _health(self, _request: Request) -> Response:
+        problem = "draining" if self._core.draining else self._core.directory.problem()
+        if problem:
+            return _json({"status": "unavailable", "reason": problem}, 503)
+        return _json({"status": "ok", "models": [model.name for model in self._core.directory.models]})
+
+    async def _metrics(self, _request: Request) -> Response:
+        return Response(generate_latest(self._telemetry.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def _chat_page(self, _request: Request) -> Response:
+        return Response(self._page, media_type="text/html")
+
+    def _authenticate(self, request: Request) -> None:
+        if not self._tenants:
+            return
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or key.strip() not in self._tenants:
+            message = "send a valid API key as 'Authorization: Bearer KEY'"
+            raise HttpFault(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+
+    def _tenant(self, request: Request) -> str:
+        if self._tenants:
+            return self._tenants[request.headers["authorization"].partition(" ")[2].strip()]
+        tenant = request.headers.get(TENANT, "")
+        if len(tenant) > 256:
+            raise InvalidRequest("the X-Forebay-Tenant header must have at most 256 characters", param=TENANT)
+        return tenant
+
+    def _timeout_s(self, request: Request) -> float:
+        raw = request.headers.get(TIMEOUT)
+        if raw is None:
+            return self._timeout_ms / 1000
+        if not raw.isascii() or not raw.isdigit() or len(raw) > 9 or int(raw) == 0:
+            raise InvalidRequest("the X-Forebay-Timeout-Ms header must be a whole number above 0", param=TIMEOUT)
+        return min(int(raw), self._timeout_ms) / 1000
+
+
+class _Served(Response):
+    """An answer that counts as running, inside a span that continues the client's trace."""
+
+    def __init__(self, answer: Answer, core: Core, telemetry: Telemetry, request: Request) -> None:
+        super().__init__()
+        self._answer, self._core, self._telemetry, self._request = answer, core, telemetry, request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        parent = propagate.extract(dict(self._request.headers))
+        name, kind = f"POST {self._request.url.path}", trace.SpanKind.SERVER
+        try:
+            with self._core.admitted(), self._telemetry.tracer.start_as_current_span(name, parent, kind):
+                await self._answer(scope, receive, send)
+        except Fault as fault:
+            await response_of(fault)(scope, receive, send)
+
+
+class _WithRequestId:
+    """Gives each request an id, the client's own if it sent one, and returns it with every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        wanted = dict(scope["headers"]).get(REQUEST_ID.encode(), b"").decode("latin-1")
+        request_id = wanted if _REQUEST_ID.fullmatch(wanted) else uuid.uuid4().hex
+        telemetry.request_id.set(request_id)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Starlette's own errors: no such route, no such method."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        message = f"{request.method} is not allowed on {request.url.path}"
+        return response_of(HttpFault(405, message, "method_not_allowed", error.headers))
+    if error.status_code == 404:
+        return response_of(HttpFault(404, f"there is no {request.url.path}", "not_found"))
+    return response_of(HttpFault(error.status_code, error.detail, "http_error", error.headers))
+
+
+def _describe(model: ServedModel) -> dict[str, object]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "forebay",
+        "max_model_len": model.card.max_model_len,
+    }
+
+
+def _json(body: object, status: int = 200) -> Response:
+    return Response(orjson.dumps(body), status, media_type="application/json")

@@ -1,0 +1,104 @@
+"""Answering a job over HTTP: whole or as server-sent events, for as long as the client listens."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from services.gateway.output import Delta
+from services.gateway.request import Job
+from services.gateway.rest_bodies import DONE, Bodies, Total, event
+from services.gateway.rest_errors import body_of, response_of
+from shared import rpc
+from shared.errors import Fault, Internal
+
+log = logging.getLogger(__name__)
+
+_EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class Answer(Response):
+    """An ASGI response that runs a job. The status is sent with the first token, so that earlier faults have theirs."""
+
+    def __init__(self, job: Job, run: Callable[[Job], AsyncGenerator[Delta, None]]) -> None:
+        super().__init__()
+        self._job, self._run = job, run
+        self._bodies = Bodies(job)
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; cancel everything if the client goes away."""
+        await while_connected(receive, self._answer(scope, receive, send))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        fault: Fault
+        try:
+            with rpc.deadline(self._job.caller.timeout_s):
+                await (self._stream(send) if self._job.options.stream else self._whole(scope, receive, send))
+            return
+        except Fault as error:
+            log.info("fault %s: %s", error.reason, error.message)
+            fault = error
+        except Exception:
+            log.exception("defect while answering")
+            fault = Internal("internal error; the log of the gateway has the details")
+        if self._started:
+            await _send_last(send, event(body_of(fault)) + DONE)
+        else:
+            await response_of(fault)(scope, receive, send)
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        totals = [Total() for _ in self._job.choices]
+        async with aclosing(self._run(self._job)) as deltas:
+            async for delta in deltas:
+                self._bodies.note(delta)
+                _add(totals[delta.index], delta)
+        await Response(self._bodies.whole(totals), media_type="application/json")(scope, receive, send)
+
+    async def _stream(self, send: Send) -> None:
+        async with aclosing(self._run(self._job)) as deltas:
+            async for delta in deltas:
+                self._bodies.note(delta)
+                if not self._started:
+                    self._started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_STREAM)})
+                await send({"type": "http.response.body", "body": self._bodies.chunk(delta), "more_body": True})
+        usage = self._bodies.usage_chunk() if self._job.options.include_usage else b""
+        await _send_last(send, usage + DONE)
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do the work; cancel it when the client disconnects. The request's body must have been read."""
+    working = asyncio.create_task(work)
+    listening = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait({working, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            log.info("the client went away")
+    finally:
+        listening.cancel()
+        working.cancel()
+        await asyncio.gather(listening, working, return_exceptions=True)
+    if not working.cancelled():
+        working.result()
+
+
+async def _disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _send_last(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _add(total: Total, delta: Delta) -> None:
+    total.text += delta.text
+    total.token_ids += delta.token_ids
+    total.logprobs += delta.logprobs
+    if delta.finish_reason:
+        total.end = delta

@@ -1,0 +1,167 @@
+"""Response bodies of the REST face: whole, and as the chunks of a stream."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from protos.forebay.v1 import generation_pb2
+from services.gateway import logprobs
+from services.gateway.logprobs import TokenNames
+from services.gateway.output import Delta
+from services.gateway.request import Job
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(body: object) -> bytes:
+    """One server-sent event."""
+    return b"data: " + orjson.dumps(body) + b"\n\n"
+
+
+@dataclass(slots=True)
+class Progress:
+    """One choice so far."""
+
+    num_tokens: int = 0
+    num_chars: int = 0
+    begun: bool = False
+    usage: generation_pb2.Usage | None = None
+
+
+@dataclass(slots=True)
+class Total:
+    """One choice, all of it."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[generation_pb2.TokenLogprobs] = field(default_factory=list)
+    end: Delta | None = None
+
+
+class Bodies:
+    """Writes the answers to one job, and counts what they used."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._options = job, job.options
+        self._wants_logprobs = job.options.sampling.HasField("num_logprobs")
+        self._names = TokenNames(job.model.text.tokenizer, job.options.tokens_as_ids)
+        self.progress = [Progress() for _ in job.choices]
+        prefix = "chatcmpl" if job.is_chat else "cmpl"
+        self._head: dict[str, Any] = {
+            "id": f"{prefix}-{job.caller.request_id}",
+            "object": "chat.completion" if job.is_chat else "text_completion",
+            "created": int(time.time()),
+            "model": job.model.name,
+            "system_fingerprint": job.model.fingerprint,
+        }
+
+    def note(self, delta: Delta) -> None:
+        """Count a delta."""
+        progress = self.progress[delta.index]
+        progress.num_tokens = delta.num_output_tokens
+        progress.usage = delta.usage or progress.usage
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts of the whole job. Prompts count once, however many outputs they have."""
+        num_prompt = sum(len(prompt.token_ids) for prompt in self._job.prompts)
+        num_output = sum(progress.num_tokens for progress in self.progress)
+        cached = sum(_num_cached(progress.usage) for progress in self.progress[:: self._options.n])
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def whole(self, totals: Sequence[Total]) -> bytes:
+        """The body of a request without streaming."""
+        choice = self._chat_choice if self._job.is_chat else self._text_choice
+        choices = [choice(i, total) for i, total in enumerate(totals)]
+        body = self._head | {"choices": choices, "usage": self.usage()}
+        if self._job.is_chat and self._options.return_token_ids:
+            body["prompt_token_ids"] = self._job.prompts[0].token_ids
+        return orjson.dumps(body)
+
+    def chunk(self, delta: Delta) -> bytes:
+        """The events for one delta."""
+        progress = self.progress[delta.index]
+        first, progress.begun = not progress.begun, True
+        choice = self._chat_delta(delta) if self._job.is_chat else self._text_delta(delta, first)
+        events = b""
+        if self._job.is_chat and first:
+            role = {"index": delta.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
+            prompt = {"prompt_token_ids": self._job.prompts[0].token_ids} if self._options.return_token_ids else {}
+            events = self._chunk(role | {"finish_reason": None}, prompt)
+        progress.num_chars += len(delta.text)
+        return events + self._chunk(choice, {})
+
+    def usage_chunk(self) -> bytes:
+        """The event with the counts, which has no choices."""
+        return event(self._chunk_head() | {"choices": [], "usage": self.usage()})
+
+    def _chunk_head(self) -> dict[str, Any]:
+        return self._head | {"object": "chat.completion.chunk"} if self._job.is_chat else self._head
+
+    def _chunk(self, choice: dict[str, Any], extra: dict[str, Any]) -> bytes:
+        body = self._chunk_head() | {"choices": [choice]} | extra
+        if self._options.include_usage:
+            body["usage"] = self.usage() if self._options.continuous_usage else None
+        return event(body)
+
+    def _chat_choice(self, index: int, total: Total) -> dict[str, Any]:
+        found = logprobs.for_chat(self._names, total.token_ids, total.logprobs) if self._wants_logprobs else None
+        message = {"role": "assistant", "content": total.text, "refusal": None}
+        choice = {"index": index, "message": message, "logprobs": found, **_end(total.end)}
+        return choice | ({"token_ids": total.token_ids} if self._options.return_token_ids else {})
+
+    def _chat_delta(self, delta: Delta) -> dict[str, Any]:
+        found = logprobs.for_chat(self._names, delta.token_ids, delta.logprobs) if self._wants_logprobs else None
+        content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
+        choice = {"index": delta.index, "delta": content, "logprobs": found, **_end(delta)}
+        return choice | ({"token_ids": delta.token_ids} if self._options.return_token_ids else {})
+
+    def _text_choice(self, index: int, total: Total) -> dict[str, Any]:
+        echo = self._echo(index)
+        found = None
+        if self._wants_logprobs:
+            found = logprobs.for_completion(self._names, total.token_ids, total.logprobs, len(echo))
+        choice = {"index": index, "text": echo + total.text, "logprobs": found, **_end(total.end)}
+        return choice | self._token_ids(index, total.token_ids, with_prompt=True)
+
+    def _text_delta(self, delta: Delta, first: bool) -> dict[str, Any]:
+        progress, found = self.progress[delta.index], None
+        if self._wants_logprobs:
+            found = logprobs.for_completion(self._names, delta.token_ids, delta.logprobs, progress.num_chars)
+        text = self._echo(delta.index) + delta.text if first else delta.text
+        choice = {"index": delta.index, "text": text, "logprobs": found, **_end(delta)}
+        return choice | self._token_ids(delta.index, delta.token_ids, with_prompt=first)
+
+    def _token_ids(self, index: int, token_ids: list[int], *, with_prompt: bool) -> dict[str, Any]:
+        if not self._options.return_token_ids:
+            return {}
+        prompt = {"prompt_token_ids": self._job.choices[index].prompt.token_ids} if with_prompt else {}
+        return {"token_ids": token_ids, **prompt}
+
+    def _echo(self, index: int) -> str:
+        if not self._job.echo:
+            return ""
+        prompt, tokenizer = self._job.choices[index].prompt, self._job.model.text.tokenizer
+        if prompt.text is not None:
+            return prompt.text
+        return tokenizer.decode(prompt.token_ids) if tokenizer else ""
+
+
+def _end(delta: Delta | None) -> dict[str, Any]:
+    if delta is None:
+        return {"finish_reason": None}
+    end: dict[str, Any] = {"finish_reason": delta.finish_reason}
+    return end | {"stop_reason": delta.stop_reason} if delta.finish_reason else end
+
+
+def _num_cached(usage: generation_pb2.Usage | None) -> int:
+    if usage is None:
+        return 0
+    return usage.num_cached_local + usage.num_cached_remote + usage.num_cached_transferred

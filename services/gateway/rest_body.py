@@ -1,0 +1,43 @@
+"""Reading the body of an HTTP request."""
+
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+
+from services.gateway.fields import name_of
+from services.gateway.rest_errors import HttpFault
+from shared.errors import InvalidRequest
+
+
+async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in the body. Raises InvalidRequest, HttpFault."""
+    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise HttpFault(
+            415, f"Content-Type must be application/json, not {content_type[:100]!r}", "unsupported_media_type"
+        )
+    raw = await _read(request, max_bytes)
+    if not raw.strip():
+        raise InvalidRequest("the body is empty; it must be a JSON object")
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {name_of(body)}")
+    return body
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    too_large = HttpFault(413, f"the body must have at most {max_bytes} bytes", "request_too_large")
+    if announced.isdigit() and int(announced) > max_bytes:
+        raise too_large
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > max_bytes:
+            raise too_large
+        parts.append(part)
+    return b"".join(parts)

@@ -1,0 +1,149 @@
+"""The gRPC face: the same requests and answers as the REST face, in protobuf."""
+
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from protos.forebay.v1 import gateway_pb2, gateway_pb2_grpc, generation_pb2
+from services.gateway.core import Core
+from services.gateway.output import Delta
+from services.gateway.request import Caller, Job
+from shared import rpc, telemetry
+
+SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
+
+_REASONS = {
+    "stop": generation_pb2.FINISH_REASON_STOP,
+    "length": generation_pb2.FINISH_REASON_LENGTH,
+    "tool_calls": generation_pb2.FINISH_REASON_TOOL_CALLS,
+}
+# Fields of GenerationOptions whose name and meaning are those of the REST face.
+_SAME = (
+    *("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("top_k", "max_tokens", "n"),
+)
+
+MakeJob = Callable[[Mapping[str, Any], Caller], Awaitable[Job]]
+Event = gateway_pb2.OutputDelta | gateway_pb2.StreamFinished
+
+
+class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
+    """Serves GatewayService. Faults are raised; `shared/rpc.py` puts them on the wire."""
+
+    def __init__(self, core: Core, timeout_ms: int) -> None:
+        self._core, self._timeout_s = core, timeout_ms / 1000
+
+    async def Chat(self, request: gateway_pb2.ChatRequest, _context: Any) -> AsyncIterator[gateway_pb2.ChatResponse]:
+        """See the protocol."""
+        raw = _options(request.options) | {"messages": [_message(message) for message in request.messages]}
+        if request.tools:
+            raw |= {"tools": [json_format.MessageToDict(tool) for tool in request.tools], "tool_choice": "none"}
+        if request.HasField("chat_template_kwargs"):
+            raw["chat_template_kwargs"] = json_format.MessageToDict(request.chat_template_kwargs)
+        if request.options.HasField("num_logprobs"):
+            raw |= {"logprobs": True, "top_logprobs": request.options.num_logprobs}
+        async with aclosing(self._run(self._core.chat, raw, request.options)) as events:
+            async for event in events:
+                if isinstance(event, gateway_pb2.OutputDelta):
+                    yield gateway_pb2.ChatResponse(delta=event)
+                else:
+                    yield gateway_pb2.ChatResponse(finished=event)
+
+    async def Complete(
+        self, request: gateway_pb2.CompleteRequest, _context: Any
+    ) -> AsyncIterator[gateway_pb2.CompleteResponse]:
+        """See the protocol."""
+        raw = _options(request.options)
+        match request.WhichOneof("prompt"):
+            case "text":
+                raw["prompt"] = request.text
+            case "token_ids":
+                raw["prompt"] = [list(request.token_ids.ids)]
+        if request.options.HasField("num_logprobs"):
+            raw["logprobs"] = request.options.num_logprobs
+        async with aclosing(self._run(self._core.complete, raw, request.options)) as events:
+            async for event in events:
+                if isinstance(event, gateway_pb2.OutputDelta):
+                    yield gateway_pb2.CompleteResponse(delta=event)
+                else:
+                    yield gateway_pb2.CompleteResponse(finished=event)
+
+    async def ListModels(
+        self, _request: gateway_pb2.ListModelsRequest, _context: Any
+    ) -> gateway_pb2.ListModelsResponse:
+        """See the protocol."""
+        models = self._core.directory.models
+        return gateway_pb2.ListModelsResponse(
+            models=[gateway_pb2.Model(id=model.name, max_model_len=model.card.max_model_len) for model in models]
+        )
+
+    async def _run(
+        self, make_job: MakeJob, raw: Mapping[str, Any], options: gateway_pb2.GenerationOptions
+    ) -> AsyncGenerator[Event, None]:
+        if not telemetry.request_id.get():
+            telemetry.request_id.set(uuid.uuid4().hex)
+        remaining = rpc.time_remaining()
+        timeout_s = self._timeout_s if remaining is None else min(remaining, self._timeout_s)
+        usages: dict[int, Delta] = {}
+        with self._core.admitted(), rpc.deadline(timeout_s):
+            job = await make_job(raw, Caller(telemetry.request_id.get(), options.tenant, timeout_s))
+            async with aclosing(self._core.run(job)) as deltas:
+                async for delta in deltas:
+                    yield _delta(delta, options.return_token_ids)
+                    usages[delta.index] = delta
+        yield gateway_pb2.StreamFinished(usage=_total(job, usages))
+
+
+def _options(options: gateway_pb2.GenerationOptions) -> dict[str, Any]:
+    given = {descriptor.name for descriptor, _ in options.ListFields()}
+    raw: dict[str, Any] = {name: getattr(options, name) for name in _SAME if name in given}
+    raw |= {
+        "model": options.model,
+        "min_tokens": options.min_tokens,
+        "stop": list(options.stop),
+        "stop_token_ids": list(options.stop_token_ids),
+        "ignore_eos": options.ignore_eos,
+        "logit_bias": {str(token_id): bias for token_id, bias in options.logit_bias.items()},
+        "priority": -options.priority,
+        "return_token_ids": options.return_token_ids,
+    }
+    if options.HasField("seed"):  # unsigned here, signed on the REST face: the same 64 bits
+        raw["seed"] = options.seed - (1 << 64) if options.seed >= 1 << 63 else options.seed
+    return raw
+
+
+def _message(message: gateway_pb2.ChatMessage) -> dict[str, Any]:
+    extra: Message = message.extra
+    return json_format.MessageToDict(extra) | {"role": message.role, "content": message.content}
+
+
+def _delta(delta: Delta, with_ids: bool) -> gateway_pb2.OutputDelta:
+    return gateway_pb2.OutputDelta(
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids if with_ids else (),
+        logprobs=delta.logprobs,
+        finish_reason=_REASONS.get(delta.finish_reason or "", generation_pb2.FINISH_REASON_UNSPECIFIED),
+    )
+
+
+def _total(job: Job, last: Mapping[int, Delta]) -> generation_pb2.Usage:
+    """Counts of all outputs together; prompts count once."""
+    total = generation_pb2.Usage(
+        num_prompt_tokens=sum(len(prompt.token_ids) for prompt in job.prompts),
+        num_output_tokens=sum(delta.num_output_tokens for delta in last.values()),
+    )
+    for index, delta in last.items():
+        if delta.usage is None:
+            continue
+        total.num_draft_tokens += delta.usage.num_draft_tokens
+        total.num_accepted_tokens += delta.usage.num_accepted_tokens
+        if index % job.options.n == 0:
+            total.num_cached_local += delta.usage.num_cached_local
+            total.num_cached_remote += delta.usage.num_cached_remote
+            total.num_cached_transferred += delta.usage.num_cached_transferred
+    return total

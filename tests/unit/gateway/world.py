@@ -1,0 +1,196 @@
+"""A whole gateway before a router and decode workers that do what a test tells them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from protos.forebay.v1 import (
+    decode_pb2,
+    decode_pb2_grpc,
+    gateway_pb2_grpc,
+    generation_pb2,
+    kv_pb2,
+    router_pb2,
+    router_pb2_grpc,
+)
+from services.gateway.core import Core
+from services.gateway.directory import Directory
+from services.gateway.dispatch import Dispatcher
+from services.gateway.meters import Meters
+from services.gateway.rest import Rest
+from services.gateway.servicer import SERVICE, GatewayServicer
+from services.gateway.tokenizer import Tokenizer
+from shared import rpc
+from shared.blackboard.records import ModelCard, Registration, Role
+from shared.errors import Fault, NoWorker
+from shared.telemetry import Telemetry
+from tests.unit.gateway.tiny_tokenizers import byte_level, write_model
+
+MODEL = "tiny"
+MAX_MODEL_LEN = 200
+Response = decode_pb2.GenerateResponse
+Script = Callable[[decode_pb2.GenerateRequest], AsyncIterator[Response]]
+
+
+def tokens(*token_ids: int, logprobs: bool = False) -> Response:
+    """One step's tokens; with log-probabilities, each has itself and token 0 as alternatives."""
+    found = [
+        generation_pb2.TokenLogprobs(logprob=-0.5, top_token_ids=[i, 0], top_logprobs=[-0.5, -2.0]) for i in token_ids
+    ]
+    return Response(tokens=generation_pb2.TokenChunk(token_ids=token_ids, logprobs=found if logprobs else []))
+
+
+def finished(reason: str = "STOP", stop_token_id: int | None = None, num_cached: int = 0) -> Response:
+    usage = generation_pb2.Usage(num_cached_local=num_cached)
+    value = generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason}")
+    return Response(finished=decode_pb2.GenerateFinished(reason=value, usage=usage, stop_token_id=stop_token_id))
+
+
+class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
+    """Answers each request by a script, and remembers requests and cancellations."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.requests: list[decode_pb2.GenerateRequest] = []
+        self.num_running = 0
+        self.idle, self.busy = asyncio.Event(), asyncio.Event()
+
+    async def Generate(self, request: decode_pb2.GenerateRequest, _context: Any) -> AsyncIterator[Response]:
+        self.requests.append(request)
+        self.num_running += 1
+        self.busy.set()
+        try:
+            async for response in self.script(request):
+                yield response
+        finally:
+            self.num_running -= 1
+            if not self.num_running:
+                self.idle.set()
+
+
+class FakeRouter(router_pb2_grpc.RouterServiceServicer):
+    """Places requests on the first worker that is not excluded."""
+
+    def __init__(self) -> None:
+        self.workers: list[kv_pb2.WorkerRef] = []
+        self.requests: list[router_pb2.RouteRequest] = []
+        self.fault: Fault | None = None
+
+    async def Route(self, request: router_pb2.RouteRequest, _context: Any) -> router_pb2.RouteResponse:
+        self.requests.append(request)
+        if self.fault is not None:
+            raise self.fault
+        for worker in self.workers:
+            if worker.worker_id not in request.excluded_worker_ids:
+                return router_pb2.RouteResponse(placement=decode_pb2.Placement(decode=worker))
+        raise NoWorker("all decode workers are excluded")
+
+    async def Explain(self, _request: Any, _context: Any) -> router_pb2.ExplainResponse:
+        raise NoWorker("not here")
+
+
+class World:
+    """Tests change scripts, workers and the directory as they need."""
+
+    def __init__(self, directory: Path, *, tokenizer: bool = True, tenants: dict[str, str] | None = None) -> None:
+        self.model_path = write_model(directory, byte_level() if tokenizer else None)
+        self.telemetry = Telemetry("gateway", "gateway-0")
+        self.channels = rpc.Channels()
+        self.servers: dict[str, rpc.Server] = {}
+        self.router, self.decodes = FakeRouter(), {"decode-0": FakeDecode(self.script)}
+        self.directory = Directory({})
+        self.dispatcher = Dispatcher(self.directory, self.channels, router_wait_ms=5_000)
+        self.core = Core(self.directory, self.dispatcher, Meters(self.telemetry.meter), max_choices=16)
+        rest = Rest(self.core, self.telemetry, tenants=tenants or {}, timeout_ms=30_000, max_body_bytes=100_000)
+        self.app = rest.app()
+        transport = httpx.ASGITransport(self.app)
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://gateway")
+        self.steps: list[Response] = []
+        self.registrations: list[Registration] = []
+
+    @property
+    def decode(self) -> FakeDecode:
+        return self.decodes["decode-0"]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = self.directory.models[0].text.tokenizer
+        assert tokenizer is not None
+        return tokenizer
+
+    async def script(self, request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        """The default: what `says` set."""
+        for step in self.steps:
+            yield step
+
+    async def says(self, text: str, *, logprobs: bool = False, **end: Any) -> list[int]:
+        """Make the model answer with a text, a token a step. Returns the token ids."""
+        ids = await self.tokenizer.encode(text, special=False)
+        self.steps = [*(tokens(token_id, logprobs=logprobs) for token_id in ids), finished(**end)]
+        return ids
+
+    async def start(self) -> None:
+        await self.start_router()
+        for name in self.decodes:
+            await self.start_decode(name)
+        await self.directory.update(self.registrations)
+        if self.directory.models[0].text.tokenizer is not None:
+            await self.says("hello world")
+
+    async def start_router(self, name: str = "router-0") -> None:
+        server = rpc.Server(self.telemetry, [])
+        router_pb2_grpc.add_RouterServiceServicer_to_server(self.router, server.grpc)
+        self._register(Role.ROUTER, name, await server.start("127.0.0.1", 0))
+        self.servers[name] = server
+
+    async def start_decode(self, name: str) -> None:
+        server = rpc.Server(self.telemetry, [])
+        fake = self.decodes.setdefault(name, FakeDecode(self.script))
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(fake, server.grpc)
+        port = await server.start("127.0.0.1", 0)
+        self._register(Role.DECODE, name, port)
+        self.router.workers.append(kv_pb2.WorkerRef(worker_id=name, epoch=1, address=f"127.0.0.1:{port}"))
+        self.servers[name] = server
+
+    async def stop(self, name: str) -> None:
+        """End a fake process at once."""
+        self.registrations = [r for r in self.registrations if r.name != name]
+        await self.servers.pop(name).stop(0)
+
+    async def start_grpc(self) -> str:
+        """Serve the gateway's gRPC face; returns its address."""
+        server = rpc.Server(self.telemetry, [SERVICE])
+        gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayServicer(self.core, 30_000), server.grpc)
+        self.servers["gateway"] = server
+        return f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
+
+    async def close(self) -> None:
+        await self.http.aclose()
+        await self.channels.close()
+        for server in self.servers.values():
+            await server.stop(0)
+        self.telemetry.close()
+
+    def _register(self, role: Role, name: str, port: int) -> None:
+        card = ModelCard(
+            model=MODEL,
+            max_model_len=MAX_MODEL_LEN,
+            page_size=4,
+            vocab_size=300,
+            eos_token_ids=(0,),
+            compatibility_hash="0123456789abcdef0123",
+            model_path=str(self.model_path),
+        )
+        self.registrations.append(
+            Registration(
+                role=role,
+                name=name,
+                epoch=1,
+                pid=1,
+                address=f"127.0.0.1:{port}",
+                card=card if role is Role.DECODE else None,
+            )
+        )
