@@ -7,7 +7,6 @@ import torch
 
 from shared.engine.api import BatchItem, EngineSpec, SampledToken
 from shared.engine.batch import build
-from shared.engine.kernels.build import default_cache_dir
 from shared.engine.kv.layout import compatibility_hash
 from shared.engine.kv.memory import HostMemory, PoolMemory
 from shared.engine.kv.view import pool_bytes
@@ -16,6 +15,7 @@ from shared.engine.models.api import Model, Placement
 from shared.engine.models.checkpoint import revision
 from shared.engine.sampling.sampler import Sampler
 from shared.errors import Unsupported
+from shared.models.store import default_cache
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -23,19 +23,18 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class TorchExecutor:
     """Satisfies `shared.engine.api.Executor`."""
 
-    def __init__(self, model: Model, spec: EngineSpec, memory: HostMemory, num_threads: int) -> None:
+    def __init__(self, model: Model, spec: EngineSpec, memory: HostMemory) -> None:
         self.spec = spec
         self.memory: PoolMemory = memory
         self._model = model
         self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids)
-        self._num_threads = num_threads
         self._pool = pool_bytes(memory)
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[BatchItem]) -> list[SampledToken | None]:
         """Write the KV of every item's tokens into its pages; return the chosen token of each item with `sample`."""
-        if torch.get_num_threads() != self._num_threads:
-            torch.set_num_threads(self._num_threads)  # OpenMP keeps it per calling thread
+        if torch.get_num_threads() != self._model.num_torch_threads:
+            torch.set_num_threads(self._model.num_torch_threads)  # OpenMP keeps it per calling thread
         logits = self._model.forward(build(batch, self.spec.layout.page_size), self._pool, self.spec.layout)
         sampled = [item for item in batch if item.sample]
         chosen = iter(self._sampler(logits, sampled) if sampled else ())
@@ -63,7 +62,7 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     """
     if dtype not in DTYPES:
         raise Unsupported(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
-    model = registry.load(model_dir, Placement(DTYPES[dtype], num_threads, kernels, cache_dir or default_cache_dir()))
+    model = registry.load(model_dir, Placement(DTYPES[dtype], num_threads, kernels, cache_dir or default_cache()))
     layout = model.layout(page_size)
     num_pages = num_pages or pool_bytes // layout.page_bytes
     if num_pages < 1:
@@ -77,4 +76,4 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
         num_pages=num_pages,
         compatibility_hash=compatibility_hash(model_name, revision(model_dir), layout),
     )
-    return TorchExecutor(model, spec, HostMemory(num_pages, layout.page_bytes), num_threads)
+    return TorchExecutor(model, spec, HostMemory(num_pages, layout.page_bytes))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from shared.engine.executor import TorchExecutor, load_executor
+from shared.engine.kernels import build
 from shared.errors import Unsupported
 from tests.oracle import driver, tiny_models
 
@@ -78,8 +79,13 @@ def test_a_part_that_is_not_the_last_chooses_no_token(model_dir: Path) -> None:
 
 
 def test_forward_computes_with_its_own_number_of_threads(model_dir: Path) -> None:
-    executor = load(model_dir, num_threads=2)
-    driver.generate(executor, [5, 6, 7], 1)
+    driver.generate(load(model_dir, num_threads=2, kernels="torch"), [5, 6, 7], 1)
     assert torch.get_num_threads() == 2
-    driver.generate(load(model_dir), [5, 6, 7], 1)
+    driver.generate(load(model_dir, num_threads=1, kernels="torch"), [5, 6, 7], 1)
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="needs g++")
+def test_torch_has_one_thread_beside_kernels_with_their_own(model_dir: Path) -> None:
+    driver.generate(load(model_dir, num_threads=2, kernels="native"), [5, 6, 7], 1)
     assert torch.get_num_threads() == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-pthread", "-shared", "-fPIC")
 TIMEOUT_S = 120
 
 
@@ -19,22 +19,13 @@ class BuildError(Exception):
     """The kernels cannot be compiled here; the message says why."""
 
 
-def default_cache_dir() -> Path:
-    """`$FOREBAY_CACHE`, or `~/.cache/forebay`."""
-    return Path(os.environ.get("FOREBAY_CACHE") or Path.home() / ".cache" / "forebay")
-
-
-def library(cache_dir: Path) -> Path:
-    """The compiled kernels, taken from `cache_dir` if they are there. Raises BuildError.
-
-    g++ alone is used: its OpenMP runtime is the one torch carries, and a second one beside it would spin against it.
-    """
-    found = compiler()
-    if found is None:
+def library(cache_dir: Path, gxx: str | None) -> Path:
+    """The kernels as the compiler `gxx` makes them, taken from `cache_dir` if they are there. Raises BuildError."""
+    if gxx is None:
         raise BuildError("no g++ found")
-    path = cache_dir / f"decoder-{_key(found)}.so"
+    path = cache_dir / f"decoder-{_key(gxx)}.so"
     if not path.exists():
-        _compile(found, path)
+        _compile(gxx, path)
     return path
 
 

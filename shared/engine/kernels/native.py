@@ -61,9 +61,13 @@ def load(path: Path) -> ctypes.CDLL:
     """The compiled kernels. Calls release the GIL. Raises OSError."""
     library = ctypes.CDLL(str(path))
     model = ctypes.POINTER(Model)
-    library.forebay_workspace_bytes.argtypes = (model, ctypes.c_int, Int, ctypes.c_int)
+    library.forebay_team_create.argtypes = (ctypes.c_int,)
+    library.forebay_team_create.restype = Pointer
+    library.forebay_team_destroy.argtypes = (Pointer,)
+    library.forebay_team_destroy.restype = None
+    library.forebay_workspace_bytes.argtypes = (model, Pointer, ctypes.c_int, Int)
     library.forebay_workspace_bytes.restype = Int
-    library.forebay_forward.argtypes = (model, ctypes.POINTER(Step), ctypes.c_int, ctypes.c_int)
+    library.forebay_forward.argtypes = (model, Pointer, ctypes.c_int, ctypes.POINTER(Step))
     library.forebay_forward.restype = None
     return library
 

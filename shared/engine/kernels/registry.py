@@ -13,7 +13,8 @@ Built = TypeVar("Built")
 
 @dataclass(frozen=True, slots=True)
 class Candidate(Generic[Built]):
-    """A way to compute something. `obstacle` says why it cannot be taken here; None: it can."""
+    """A way to compute something. `obstacle` says why it cannot be taken here (`built` then means nothing); None: it
+    can."""
 
     name: str
     obstacle: str | None

@@ -33,7 +33,8 @@ class DecoderLayer:
 class TorchDecoder:
     """Token ids to logits, in the dtype of the weights."""
 
-    def __init__(self, config: DenseConfig, weights: DenseWeights) -> None:
+    def __init__(self, config: DenseConfig, weights: DenseWeights, num_threads: int) -> None:
+        self.num_torch_threads = num_threads
         self.eps = config.rms_norm_eps
         self.frequencies = rope.inverse_frequencies(config)
         self.embedding, self.norm = weights.embedding(), weights.final_norm()

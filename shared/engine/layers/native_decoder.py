@@ -5,7 +5,7 @@ chunked, batched or cached.
 """
 
 import ctypes
-from pathlib import Path
+import weakref
 
 import torch
 
@@ -29,11 +29,14 @@ def obstacle(config: DenseConfig) -> str | None:
 
 
 class NativeDecoder:
-    """Token ids to logits."""
+    """Token ids to logits, on threads of its own; torch needs one beside them."""
 
-    def __init__(self, config: DenseConfig, weights: DenseWeights, library: Path, num_threads: int) -> None:
-        self._library = native.load(library)
-        self._num_threads = num_threads
+    num_torch_threads = 1
+
+    def __init__(self, library: ctypes.CDLL, config: DenseConfig, weights: DenseWeights, num_threads: int) -> None:
+        self._library = library
+        self._team = self._library.forebay_team_create(num_threads)
+        weakref.finalize(self, self._library.forebay_team_destroy, self._team)
         self._vocab_size = config.vocab_size
         self._frequencies = rope.inverse_frequencies(config)
         self._arena = native.Arena()
@@ -77,14 +80,12 @@ class NativeDecoder:
             *(kv.stride(0) * kv.itemsize, kv.shape[4]),
             *(logits.data_ptr(), self._workspace_for(batch.num_tokens)),
         )
-        self._library.forebay_forward(ctypes.byref(self._model), ctypes.byref(step), self._is_bf16, self._num_threads)
+        self._library.forebay_forward(ctypes.byref(self._model), self._team, self._is_bf16, ctypes.byref(step))
         return logits[:, : self._vocab_size]
 
     def _workspace_for(self, num_tokens: int) -> int:
         """The address of enough memory for a step; it grows and is kept."""
-        size = self._library.forebay_workspace_bytes(
-            ctypes.byref(self._model), self._is_bf16, num_tokens, self._num_threads
-        )
+        size = self._library.forebay_workspace_bytes(ctypes.byref(self._model), self._team, self._is_bf16, num_tokens)
         if len(self._workspace) < size:
             self._workspace = torch.empty(size, dtype=torch.uint8)
         return self._workspace.data_ptr()

@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 
 from shared.engine.batch import Batch
-from shared.engine.kernels.build import default_cache_dir
 from shared.engine.kv.layout import KvLayout
+from shared.models.store import default_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +19,17 @@ class Placement:
     dtype: torch.dtype
     num_threads: int
     kernels: str = "auto"
-    cache_dir: Path = field(default_factory=default_cache_dir)
+    cache_dir: Path = field(default_factory=default_cache)
 
 
 class Model(Protocol):
-    """A loaded model."""
+    """A loaded model. `num_torch_threads` is what torch may use during its steps, sampling included: one where kernels
+    bring threads of their own, which torch's would only spin against."""
 
     vocab_size: int
     max_position: int
     eos_token_ids: tuple[int, ...]
+    num_torch_threads: int
 
     def layout(self, page_size: int) -> KvLayout:
         """A page with every state class of the model."""

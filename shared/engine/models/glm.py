@@ -56,11 +56,12 @@ class Glm:
     [full layers, page_size, D]: layers that share a selection keep no index keys.
     """
 
-    def __init__(self, config: GlmConfig, dtype: torch.dtype, weights: GlmWeights) -> None:
+    def __init__(self, config: GlmConfig, placement: Placement, weights: GlmWeights) -> None:
         self.vocab_size = config.vocab_size
         self.max_position = config.max_position
         self.eos_token_ids = config.eos_token_ids
-        self._config, self._dtype = config, dtype
+        self.num_torch_threads = placement.num_threads
+        self._config, self._dtype = config, placement.dtype
         self._frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta)
         self._embedding, self._norm = weights.embedding(), weights.final_norm()
         self._layers = [GlmLayer(config, weights, layer) for layer in range(config.num_layers)]
@@ -96,4 +97,4 @@ def load(model_dir: Path, placement: Placement) -> Glm:
     if placement.kernels not in ("auto", "torch"):
         raise Unsupported(f"there are no {placement.kernels} kernels for this architecture")
     config = read(model_dir)
-    return Glm(config, placement.dtype, GlmWeights(Checkpoint(model_dir, placement.dtype), config))
+    return Glm(config, placement, GlmWeights(Checkpoint(model_dir, placement.dtype), config))

@@ -1,13 +1,14 @@
 """Dense decoders of the Llama kind: LlamaForCausalLM, and Qwen3ForCausalLM (RMSNorm on queries and keys besides)."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from shared.engine.batch import Batch
-from shared.engine.kernels import build
+from shared.engine.kernels import build, native
 from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout, pack
@@ -24,11 +25,13 @@ KV = "kv"
 class Decoder(Protocol):
     """(batch, kv [pages, layers, 2, Hkv, page_size, D]) -> logits float32 [R, vocab_size]."""
 
+    num_torch_threads: int
+
     def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
         """Compute a step."""
 
 
-Build = Callable[[DenseConfig, DenseWeights], Decoder]
+Build = Callable[[DenseConfig, DenseWeights, int], Decoder]
 
 
 class Llama:
@@ -38,6 +41,7 @@ class Llama:
         self.vocab_size = config.vocab_size
         self.max_position = config.max_position
         self.eos_token_ids = config.eos_token_ids
+        self.num_torch_threads = decoder.num_torch_threads
         self._config = config
         self._dtype = dtype
         self._decoder = decoder
@@ -61,17 +65,16 @@ def load(model_dir: Path, placement: Placement) -> Llama:
     config = read(model_dir)
     weights = DenseWeights(Checkpoint(model_dir, placement.dtype), config)
     candidates: list[Candidate[Build]] = [_native(config, placement), Candidate("torch", None, TorchDecoder)]
-    return Llama(config, placement.dtype, choose(candidates, placement.kernels).built(config, weights))
+    chosen = choose(candidates, placement.kernels)
+    return Llama(config, placement.dtype, chosen.built(config, weights, placement.num_threads))
 
 
 def _native(config: DenseConfig, placement: Placement) -> Candidate[Build]:
-    obstacle, library = native_decoder.obstacle(config), Path()
+    obstacle = native_decoder.obstacle(config)
+    if obstacle is not None:
+        return Candidate("native", obstacle, TorchDecoder)
     try:
-        library = library if obstacle else build.library(placement.cache_dir / "kernels")
-    except build.BuildError as error:
-        obstacle = str(error)
-    return Candidate(
-        "native",
-        obstacle,
-        lambda config, weights: native_decoder.NativeDecoder(config, weights, library, placement.num_threads),
-    )
+        library = native.load(build.library(placement.cache_dir / "kernels", build.compiler()))
+    except (build.BuildError, OSError) as error:
+        return Candidate("native", str(error), TorchDecoder)
+    return Candidate("native", None, partial(native_decoder.NativeDecoder, library))

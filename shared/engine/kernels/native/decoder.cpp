@@ -1,15 +1,13 @@
-// A whole step of a dense decoder in one call: one parallel region, nothing allocated.
+// A whole step of a dense decoder in one call: threads are called once, nothing is allocated.
 //
 // The residual stream is float32; what enters a matrix product is T. Structures and signatures are mirrored in
 // kernels/native.py.
-#include <omp.h>
-
 #include <algorithm>
 #include <new>
 
 #include "attention.h"
 #include "rows.h"
-#include "share.h"
+#include "team.h"
 
 namespace forebay {
 
@@ -231,11 +229,10 @@ template <class T> struct Worker {
     }
 };
 
-template <class T> void forward(const Model& model, const Step& step, int num_threads) {
-    const Buffers<T> buffers(model, step.num_tokens, num_threads, step.workspace);
+template <class T> void forward(const Model& model, const Step& step, Team& team) {
+    const Buffers<T> buffers(model, step.num_tokens, team.size, step.workspace);
     for (int64_t i = 0; i < num_phases(model); i++) new (buffers.phases + i) Phase;
-#pragma omp parallel num_threads(num_threads)
-    Worker<T>{model, step, buffers, omp_get_thread_num(), num_threads}.run();
+    team.run([&](int thread) { Worker<T>{model, step, buffers, thread, team.size}.run(); });
 }
 
 }  // namespace forebay
@@ -244,12 +241,16 @@ using namespace forebay;
 
 extern "C" {
 
-int64_t forebay_workspace_bytes(const Model* model, int is_bf16, int64_t num_tokens, int num_threads) {
-    return is_bf16 ? Buffers<bf16>(*model, num_tokens, num_threads, nullptr).num_bytes
-                   : Buffers<float>(*model, num_tokens, num_threads, nullptr).num_bytes;
+Team* forebay_team_create(int num_threads) { return new Team(num_threads); }
+
+void forebay_team_destroy(Team* team) { delete team; }
+
+int64_t forebay_workspace_bytes(const Model* model, const Team* team, int is_bf16, int64_t num_tokens) {
+    return is_bf16 ? Buffers<bf16>(*model, num_tokens, team->size, nullptr).num_bytes
+                   : Buffers<float>(*model, num_tokens, team->size, nullptr).num_bytes;
 }
 
-void forebay_forward(const Model* model, const Step* step, int is_bf16, int num_threads) {
-    is_bf16 ? forward<bf16>(*model, *step, num_threads) : forward<float>(*model, *step, num_threads);
+void forebay_forward(const Model* model, Team* team, int is_bf16, const Step* step) {
+    is_bf16 ? forward<bf16>(*model, *step, *team) : forward<float>(*model, *step, *team);
 }
 }

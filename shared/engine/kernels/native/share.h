@@ -22,12 +22,22 @@ inline void pause() {
 #endif
 }
 
-inline void await(std::atomic<int>& done, int count) {
+// Until `value` is not `seen`.
+inline void await_change(std::atomic<int>& value, int seen) {
     for (int spin = 0; spin < SPINS; spin++) {
-        if (done.load(std::memory_order_acquire) == count) return;
+        if (value.load(std::memory_order_acquire) != seen) return;
         pause();
     }
-    for (int seen; (seen = done.load(std::memory_order_acquire)) != count;) done.wait(seen);
+    value.wait(seen, std::memory_order_acquire);
+}
+
+// Until `value` is `wanted`; the change to it is notified, those on the way need not be.
+inline void await(std::atomic<int>& value, int wanted) {
+    for (int spin = 0; spin < SPINS; spin++) {
+        if (value.load(std::memory_order_acquire) == wanted) return;
+        pause();
+    }
+    for (int seen; (seen = value.load(std::memory_order_acquire)) != wanted;) value.wait(seen);
 }
 
 // Runs body(first, last) over parts of [0, count), `chunk` at a time, in rising order; returns when all of it is done.
