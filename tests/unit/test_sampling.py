@@ -272,3 +272,11 @@ def test_equal_logprobs_are_listed_by_id() -> None:
 def test_extreme_temperatures_choose_a_token(temperature: float) -> None:
     sampled = choose(rows(1, scale=1e4), item(temperature=temperature))[0]
     assert 0 <= sampled.token_id < VOCAB
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_computes_nonsense_still_gets_a_token_of_the_vocabulary(value: float) -> None:
+    row = rows(1)
+    row[0, 7] = value
+    for temperature in (0.0, 1.0):
+        assert choose(row, item(temperature=temperature, num_logprobs=1))[0].token_id == 7

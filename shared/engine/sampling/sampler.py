@@ -1,6 +1,7 @@
 """Chooses the next token of every sequence in a step."""
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 
@@ -43,8 +44,8 @@ class Sampler:
         params, position = item.sampling, _position(item)
         adjusted = self._adjust(row, item)
         best = int(adjusted.argmax())
-        if params.temperature < MIN_TEMPERATURE or adjusted[best] == -torch.inf:  # every token may be forbidden
-            token_id = best
+        if params.temperature < MIN_TEMPERATURE or not isfinite(adjusted[best]):
+            token_id = best  # not finite: every token is forbidden, or the model computes nonsense; both still get one
         else:
             weight = distribution.weights(adjusted, params)
             token_id = distribution.pick(weight, uniform(params.seed, position, CHOICE))
