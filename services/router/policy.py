@@ -16,7 +16,7 @@ The terms of a pair belong to one of its two workers each, so the best pair is t
 O(workers), not O(pairs).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -36,18 +36,14 @@ class Sides:
     locals: list[Side]
 
 
-class Sources:
-    """Who has the most of the prompt, in each group: also workers that are full or draining, but none that failed."""
-
-    def __init__(self, query: Query, workers: Iterable[Worker]) -> None:
-        self._longest: dict[str, list[Worker]] = {}
-        for worker in sorted(workers, key=lambda worker: (-worker.num_cached_pages, worker.name)):
-            if worker.num_cached_pages and worker.name not in query.excluded:
-                self._longest.setdefault(worker.group, []).append(worker)
-
-    def other_than(self, worker: Worker) -> Worker | None:
-        """The peer of a worker with the longest cached prefix; the first by name of several."""
-        return next((peer for peer in self._longest.get(worker.group, ()) if peer is not worker), None)
+def longest_prefixes(query: Query, workers: Iterable[Worker]) -> dict[str, Worker]:
+    """Who has the most of the prompt in each group, the last by name of several: also workers that are full or
+    draining, but none that failed the request."""
+    longest: dict[str, Worker] = {}
+    for worker in sorted(workers, key=lambda worker: (worker.num_cached_pages, worker.name), reverse=True):
+        if worker.num_cached_pages and worker.name not in query.excluded:
+            longest.setdefault(worker.group, worker)
+    return longest
 
 
 # Filter ---------------------------------------------------------------------------------------------------------------
@@ -92,11 +88,11 @@ def transfer_ms(num_tokens: int, worker: Worker, weights: Weights) -> float:
     return weights.handoff_ms + num_tokens * worker.card.kv_bytes_per_token / (weights.transfer_gb_per_s * 1e6)
 
 
-def compute_side(query: Query, worker: Worker, sources: "Sources", weights: Weights) -> Side:
+def compute_side(query: Query, worker: Worker, sources: Mapping[str, Worker], weights: Weights) -> Side:
     """Computing the prompt on this worker."""
     rate = worker.prefill_ms_per_token(weights)
     cached, source, pull_ms = cached_tokens(query, worker), None, 0.0
-    if (peer := sources.other_than(worker)) and (gain := cached_tokens(query, peer) - cached) > 0:
+    if (peer := sources.get(worker.group)) and (gain := cached_tokens(query, peer) - cached) > 0:
         pull_ms = transfer_ms(gain, worker, weights)
         if gain >= weights.min_pull_tokens and pull_ms < gain * rate:
             cached, source = cached + gain, peer
@@ -136,7 +132,7 @@ def remote_decode_side(query: Query, worker: Worker, weights: Weights) -> Side:
 def sides(query: Query, workers: Sequence[Worker], weights: Weights) -> Sides:
     """Score every worker that may take part, in each part that it may take."""
     fit = [worker for worker in workers if refusal(query, worker, weights) is None]
-    sources = Sources(query, workers)
+    sources = longest_prefixes(query, workers)
     prefills = [compute_side(query, worker, sources, weights) for worker in fit if worker.role is Role.PREFILL]
     groups = {side.worker.group for side in prefills}
     remote, local = [], []
@@ -214,7 +210,7 @@ def _rejected(query: Query, workers: Sequence[Worker], weights: Weights, scored:
     for worker in workers:
         if fault := refusal(query, worker, weights):
             yield Candidate.rejected(worker, fault.message)
-    sources = Sources(query, workers)
+    sources = longest_prefixes(query, workers)
     for side in scored.decodes:
         local = compute_side(query, side.worker, sources, weights).plus(decode_terms(query, side.worker, weights))
         reason = f"{local.num_computed_tokens} tokens to compute: over local_prefill_max_tokens"

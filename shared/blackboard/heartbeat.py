@@ -76,7 +76,7 @@ class Heartbeat:
                 await self._beat(announce)
             except BlackboardLost as fault:
                 log.warning("could not register: %s", fault.message)
-                self._announce = True
+                self._announce |= announce
             except StaleEpoch as fault:
                 log.error("%s", fault.message)
                 self._on_replaced()

@@ -126,6 +126,12 @@ async def test_fields_of_a_newer_version_are_ignored(board: Blackboard, raw: "re
     assert await board.processes(Role.DECODE) == [worker()]
 
 
+async def test_names_that_left_long_ago_are_forgotten(board: Blackboard, raw: "redis.Redis") -> None:
+    raw.zadd(keys.members(Role.DECODE), {"d0": 1_000})
+    await board.register(worker(), TTL_MS)
+    assert raw.zrange(keys.members(Role.DECODE), 0, -1) == [b"d1"]
+
+
 async def test_announcements_wake_listeners(board: Blackboard) -> None:
     async with board.changes() as changes:
         waiting = asyncio.create_task(changes.wait(10))
@@ -176,6 +182,14 @@ async def test_an_earlier_epoch_has_another_index(board: Blackboard) -> None:
     assert await board.index.leading_runs(b"".join(hashes), [("d1", 2)]) == [0]
 
 
+async def test_a_snapshot_that_was_left_half_written_is_not_mixed_into_the_next(
+    board: Blackboard, raw: "redis.Redis"
+) -> None:
+    raw.sadd(keys.index_snapshot("d1", 1), b"x" * 16)
+    await board.index.replace("d1", 1, [], TTL_MS)
+    assert raw.smembers(keys.index("d1", 1)) == {b""}
+
+
 async def test_updates_change_an_index(board: Blackboard) -> None:
     hashes = some_hashes(4)
     await board.index.replace("d1", 1, hashes[:2], TTL_MS)
@@ -221,6 +235,15 @@ async def test_without_redis_everything_is_a_fault_and_it_comes_back_by_itself(v
     valkey.start()
     await board.index.replace("d1", 1, hashes, TTL_MS)
     assert await board.index.leading_runs(hashes[0], [("d1", 1)]) == [1]
+    await board.close()
+
+
+async def test_a_restart_of_redis_between_two_commands_goes_unnoticed(valkey: ValkeyProcess) -> None:
+    board = Blackboard(valkey.url)
+    await board.register(worker(), TTL_MS)
+    valkey.stop()
+    valkey.start()
+    assert await board.processes(Role.DECODE) == []
     await board.close()
 
 

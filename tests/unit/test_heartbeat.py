@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 
 from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import Registration, Role
+from shared.errors import BlackboardLost
 from tests.valkey import ValkeyProcess
 
 TTL_MS = 60_000
@@ -96,6 +98,30 @@ async def test_a_replaced_process_is_told_to_end(board: Blackboard) -> None:
     await board.register(process.registration.model_copy(update={"epoch": 6}), TTL_MS)
     await asyncio.wait_for(process.replaced.wait(), 10)
     await heartbeat.stop()
+
+
+async def test_an_announcement_that_redis_missed_is_made_again() -> None:
+    class Flaky(Blackboard):
+        """Fails once; ends the test at the third heartbeat."""
+
+        announced: ClassVar[list[bool]] = []
+        third = asyncio.Event()
+
+        async def register(self, registration: Registration, ttl_ms: int, *, announce: bool = False) -> bool:
+            self.announced.append(announce)
+            if len(self.announced) == 1:
+                raise BlackboardLost("gone")
+            if len(self.announced) == 3:
+                self.third.set()
+            return True
+
+    board = Flaky("redis://127.0.0.1:1")
+    heartbeat = Process(board).heartbeat()
+    heartbeat.start()
+    await asyncio.wait_for(board.third.wait(), 10)
+    await heartbeat.stop()
+    assert board.announced[:3] == [True, True, False]
+    await board.close()
 
 
 async def test_stopping_without_redis_is_no_fault(board: Blackboard, valkey: ValkeyProcess) -> None:

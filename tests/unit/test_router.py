@@ -260,7 +260,10 @@ async def test_a_passed_deadline_is_a_fault(router: Router) -> None:
         await router.servicer.Route(request(), NO_CONTEXT)
 
 
-async def test_a_prefix_index_that_does_not_answer_in_time_costs_only_that_time(router: Router) -> None:
+@pytest.mark.parametrize(("index_timeout_ms", "deadline_s"), [(10, None), (3_600_000, 0.05)])
+async def test_a_prefix_index_that_does_not_answer_costs_neither_the_route_nor_its_deadline(
+    router: Router, index_timeout_ms: int, deadline_s: float | None
+) -> None:
     class Silent(PrefixIndex):
         async def leading_runs(self, page_hashes: bytes, workers: Sequence[tuple[str, int]]) -> list[int]:
             await asyncio.Event().wait()
@@ -268,8 +271,8 @@ async def test_a_prefix_index_that_does_not_answer_in_time_costs_only_that_time(
 
     await router.fleet_of("d1")
     silent = Silent(redis.asyncio.Redis())
-    servicer = RouterServicer(router.fleet, silent, WEIGHTS, router.telemetry, index_timeout_ms=10)
-    async with asyncio.timeout(10):
+    servicer = RouterServicer(router.fleet, silent, WEIGHTS, router.telemetry, index_timeout_ms)
+    with rpc.deadline(deadline_s):
         placed = await servicer.Route(request(), NO_CONTEXT)
     assert (placed.placement.decode.worker_id, placed.num_cached_tokens) == ("d1", 0)
 

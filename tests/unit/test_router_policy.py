@@ -144,7 +144,12 @@ def test_decodes_go_where_fewer_sequences_run() -> None:
 def test_a_local_prefill_avoids_the_decodes_it_would_stall() -> None:
     busy, idle = worker("d1", decoding=4), worker("d2", decoding=0, queue_ms=60)
     assert where([busy, idle], query(100)) == ("d2", "")
+    assert where([busy, idle], query(100), load_weight=0.0) == ("d2", "")
     assert where([busy, idle], query(100), stall_weight=0.0, load_weight=0.0) == ("d1", "")
+
+
+def test_a_remote_prefill_avoids_a_decode_worker_that_has_prompts_of_its_own_to_compute() -> None:
+    assert where([worker("p1"), worker("d1", queue_ms=30), worker("d2", decoding=1)]) == ("d2", "p1")
 
 
 def test_a_worker_with_room_is_preferred_to_one_that_must_evict_or_wait() -> None:
@@ -159,6 +164,13 @@ def test_a_worker_with_room_is_preferred_to_one_that_must_evict_or_wait() -> Non
 def test_pages_that_the_prompt_will_reuse_are_not_evicted() -> None:
     cached = worker("d1", cached=62, pages=Pages(free=1, cached=62, total=100))
     assert terms(place(query(), [cached], WEIGHTS))["kv"] == 0
+
+
+def test_pages_that_can_neither_be_reused_nor_evicted_must_be_waited_for() -> None:
+    full = worker("d1", cached=50, pages=Pages(free=0, cached=62, held=38, total=100))
+    evicted_ms = 12 * 16 * 0.5
+    kv_ms = terms(place(query(), [full], WEIGHTS))["kv"]
+    assert kv_ms == pytest.approx(WEIGHTS.eviction_weight * evicted_ms + WEIGHTS.missing_page_ms)
 
 
 def test_only_the_last_chunk_of_a_transfer_costs_anything() -> None:
@@ -200,6 +212,12 @@ def test_a_long_prefix_that_only_the_decode_worker_has_is_pulled_by_the_prefill_
 
 def test_a_prefix_is_pulled_from_a_worker_that_is_too_busy_to_compute() -> None:
     assert pulled_from([worker("p1", cached=50, queue_ms=9_000), worker("p2"), worker("d1")]) == "p1"
+
+
+def test_the_longest_of_several_prefixes_is_pulled() -> None:
+    assert (
+        pulled_from([worker("p1"), worker("d1", cached=30), worker("d2", cached=40), worker("d3", cached=20)]) == "d2"
+    )
 
 
 def test_a_pulled_prefix_counts_as_cached() -> None:
