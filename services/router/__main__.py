@@ -52,7 +52,6 @@ async def serve(
     if heartbeat:
         await heartbeat.stop()
     await server.stop(config.drain_grace_ms / 1000)
-    fleet.stop()
     watching.cancel()
     await asyncio.wait({watching})
 

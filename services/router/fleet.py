@@ -51,27 +51,22 @@ class Fleet:
         self._members: dict[tuple[Role, str], Member] = {}
         self._models: set[str] = set()
         self._keep_missing_until = 0.0
-        self._stopping = False
         self.is_known = False
         """Whether the blackboard was ever read."""
         self.is_current = False
         """Whether the blackboard could be read last time."""
 
     async def run(self) -> None:
-        """Keep the view up to date until `stop`."""
-        while not self._stopping:
+        """Keep the view up to date until cancelled."""
+        while True:
             try:
                 async with self._board.changes() as changes:
-                    while not self._stopping:
+                    while True:
                         self.observe(await self._board.processes(Role.PREFILL, Role.DECODE))
                         await changes.wait(self._heartbeat_s)
             except BlackboardLost as fault:
                 self.lose(fault.message)
                 await asyncio.sleep(self._heartbeat_s)
-
-    def stop(self) -> None:
-        """Let `run` end; its task is to be cancelled as well."""
-        self._stopping = True
 
     def lose(self, why: str) -> None:
         """The blackboard cannot be read: keep the view."""

@@ -99,7 +99,8 @@ class Blackboard:
                 await pubsub.subscribe(keys.CHANGES)
             yield Changes(pubsub)
         finally:
-            await pubsub.aclose()  # type: ignore[no-untyped-call]
+            with faults():
+                await pubsub.aclose()  # type: ignore[no-untyped-call]
 
 
 class Changes:

@@ -1,5 +1,6 @@
 """The connection to Redis: short timeouts, reconnecting by itself, and one fault for everything that can go wrong."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,8 +37,18 @@ def connect(url: str, timeout_ms: int) -> Redis:
 
 @contextmanager
 def faults() -> Iterator[None]:
-    """Turn every failure of Redis inside into BlackboardLost."""
+    """Turn every failure of Redis inside into BlackboardLost.
+
+    A cancellation that comes meanwhile always gets through: redis-py can swallow one while it tears a lost connection
+    down, and a loop around it would then never end.
+    """
+    task = asyncio.current_task()
+    earlier = task.cancelling() if task else 0
     try:
         yield
     except (RedisError, OSError, TimeoutError) as error:
+        if task and task.cancelling() > earlier:
+            raise asyncio.CancelledError from error
         raise BlackboardLost(f"Redis: {error or type(error).__name__}") from error
+    if task and task.cancelling() > earlier:
+        raise asyncio.CancelledError

@@ -44,7 +44,7 @@ class Heartbeat:
         self._interval_ms, self._ttl_ms = interval_ms, ttl_ms
         self._on_replaced, self._on_index_lost = on_replaced, on_index_lost
         self._wake = asyncio.Event()
-        self._announce, self._stopping = False, False
+        self._announce = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -59,17 +59,14 @@ class Heartbeat:
 
     async def stop(self) -> None:
         """Register no more and remove the registration. Never raises for Redis: the registration expires anyway."""
-        self._stopping = True
-        self._wake.set()
         if self._task is not None:
-            # A hint only: redis-py can swallow a cancellation while it tears a connection down. The flag decides.
             self._task.cancel()
             await asyncio.wait({self._task})
         with suppress(BlackboardLost):
             await self._board.deregister(self._describe())
 
     async def _run(self) -> None:
-        while not self._stopping:
+        while True:
             self._wake.clear()
             announce, self._announce = self._announce, False
             try:

@@ -3,12 +3,14 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 import redis
 
 from shared.blackboard import keys
 from shared.blackboard.board import Blackboard
+from shared.blackboard.connection import faults
 from shared.blackboard.index import HASHES_PER_COMMAND, MAX_LOOKUP_HASHES
 from shared.blackboard.records import Load, ModelCard, Registration, Role
 from shared.errors import BlackboardLost, StaleEpoch
@@ -267,3 +269,38 @@ async def test_a_server_that_accepts_and_never_answers_is_a_fault() -> None:
         with pytest.raises(BlackboardLost):
             await board.processes(Role.DECODE)
         await board.close()
+
+
+async def test_a_cancellation_that_the_client_library_swallows_gets_through() -> None:
+    async def swallowing() -> None:
+        with faults():
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise redis.ConnectionError("torn down") from None
+
+    async def swallowing_quietly() -> None:
+        with faults(), suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    for action in (swallowing, swallowing_quietly):
+        task = asyncio.create_task(action())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def test_a_task_that_is_being_cancelled_can_still_clean_up(board: Blackboard) -> None:
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await board.register(worker(), TTL_MS)
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await board.processes(Role.DECODE) == [worker()]
