@@ -12,6 +12,7 @@ is an error, loud and at once. Sampling parameters that shape probabilities have
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import log
 
 import numpy as np
@@ -22,6 +23,7 @@ from shared.engine.kv.layout import KvLayout, compatibility_hash, pack
 from shared.engine.kv.memory import HostMemory
 
 Words = NDArray[np.uint64]
+Ints = NDArray[np.int64]
 
 WORD_BYTES = 8
 GOLDEN = 0x9E3779B97F4A7C15
@@ -60,6 +62,20 @@ class SimModel:
         num_decodes = sum(len(item.token_ids) == 1 for item in batch)
         decode_ms = self.decode_ms + num_decodes * self.decode_ms_per_sequence
         return num_prompt_tokens * self.prefill_ms_per_token + (decode_ms if num_decodes else 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The tokens of a step that are checked or written, all S items laid end to end: N rows."""
+
+    items: Ints  # [N], whose row it is
+    positions: Ints  # [N]
+    tokens: Words  # [N]
+    pages: Ints  # [N]
+    slots: Ints  # [N], places within the pages
+    is_new: NDArray[np.bool_]  # [N], to be written; the others are context
+    ends: Ints  # [S], where the rows of each item end
+    pages_before: Ints  # [S], the page before the first row of each item, -1 if there is none
 
 
 class SimExecutor:
@@ -101,40 +117,44 @@ class SimExecutor:
         Raises WrongPages if a page does not hold what the item says was computed before.
         """
         started = self._clock()
-        chosen = [self._compute(item) for item in batch]
-        self._sleep(max(0.0, self._model.step_ms(batch) / 1000 - (self._clock() - started)))
-        return chosen
+        states = self._compute(batch)
+        seeds = [item.sampling.seed + 1 if item.sampling.temperature else 0 for item in batch]
+        salts = [(seed * GOLDEN + _end(item)) % 2**64 for seed, item in zip(seeds, batch, strict=True)]
+        draws = (_mix(states ^ np.array(salts, np.uint64)) % np.uint64(self._model.vocab_size)).tolist()
+        if (pause_s := self._model.step_ms(batch) / 1000 - (self._clock() - started)) > 0:
+            self._sleep(pause_s)
+        return [self._choose(item, draw) if item.sample else None for item, draw in zip(batch, draws, strict=True)]
 
-    def _compute(self, item: BatchItem) -> SampledToken | None:
-        before = self._check_context(item)
-        states = before + _sums(item.token_ids, item.start)
-        positions = np.arange(item.start, item.start + len(item.token_ids))
-        pages = np.asarray(item.page_ids)[positions // self._model.page_size]
-        self._words[pages, positions % self._model.page_size] = self._expand(states)
-        return self._choose(item, int(states[-1])) if item.sample else None
+    def _compute(self, batch: Sequence[BatchItem]) -> Words:
+        """Check the context of every item, and write its new tokens; the state [S] after each."""
+        rows = _lay_out(batch, [self._first_row(item) for item in batch], self._model.page_size)
+        sums = np.cumsum(
+            _mix(_mix(rows.tokens + np.uint64(1)) + rows.positions.astype(np.uint64) * np.uint64(GOLDEN)),
+            dtype=np.uint64,
+        )
+        sums_before = np.concatenate([np.zeros(1, np.uint64), sums[rows.ends[:-1] - 1]])
+        states = sums + (self._states_before(rows) - sums_before)[rows.items]
+        words = self._expand(states)
 
-    def _check_context(self, item: BatchItem) -> Words:
-        """The state [1] after the context, whose bytes are right.
+        found = self._words[rows.pages, rows.slots]
+        wrong = np.nonzero(~rows.is_new & (found != words).any(axis=1))[0]
+        if wrong.size:
+            name, position = batch[rows.items[wrong[0]]].request_id, rows.positions[wrong[0]]
+            raise WrongPages(f"{name}: page {rows.pages[wrong[0]]} does not hold token {position} of the sequence")
+        self._words[rows.pages[rows.is_new], rows.slots[rows.is_new]] = words[rows.is_new]
+        return np.asarray(states[rows.ends - 1], np.uint64)
 
-        All of it is checked at the beginning of each page and of each part of a prompt, the last page only in between:
-        that finds every wrong byte within a page of tokens, and keeps long contexts cheap.
-        """
+    def _first_row(self, item: BatchItem) -> int:
+        """From where the context of an item is checked: all of it at the beginning of each page and of each part of a
+        prompt, its last page only in between. So every wrong byte is found within a page of tokens, and long contexts
+        stay cheap."""
         page_size = self._model.page_size
         whole = len(item.token_ids) > 1 or item.start % page_size == 0
-        first_page = 0 if whole else item.start // page_size
-        first = first_page * page_size
-        state = self._words[item.page_ids[first_page - 1], -1, :1] if first_page else np.zeros(1, np.uint64)
-        if first == item.start:
-            return state
-        pages = item.page_ids[first_page : -(-item.start // page_size)]
-        found = self._words[np.asarray(pages)].reshape(-1, self._model.words_per_token)[: item.start - first]
-        states = state + _sums(item.history[first : item.start], first)
-        wrong = np.nonzero((found != self._expand(states)).any(axis=1))[0]
-        if wrong.size:
-            position = first + int(wrong[0])
-            page = item.page_ids[position // page_size]
-            raise WrongPages(f"{item.request_id}: page {page} does not hold token {position} of the sequence")
-        return states[-1:]
+        return 0 if whole else item.start // page_size * page_size
+
+    def _states_before(self, rows: Rows) -> Words:
+        """The state [S] before the first row of each item, as its pages have it."""
+        return np.where(rows.pages_before < 0, np.uint64(0), self._words[rows.pages_before, -1, 0])
 
     def _expand(self, states: Words) -> Words:
         """Page words [tokens, words_per_token] of states [tokens]."""
@@ -142,12 +162,9 @@ class SimExecutor:
         words[:, 0] = states
         return words
 
-    def _choose(self, item: BatchItem, state: int) -> SampledToken:
-        sampling, position = item.sampling, item.start + len(item.token_ids)
-        seed = sampling.seed + 1 if sampling.temperature else 0
-        salted = np.array([(state ^ (seed * GOLDEN + position)) % 2**64], np.uint64)
-        token = int(_mix(salted)[0]) % self._model.vocab_size
-        if position - item.output_start < sampling.min_tokens:
+    def _choose(self, item: BatchItem, token: int) -> SampledToken:
+        sampling = item.sampling
+        if _end(item) - item.output_start < sampling.min_tokens:
             stops = {*self._model.eos_token_ids, *sampling.stop_token_ids}
             token = next(other for other in self._from(token) if other not in stops)
         if sampling.num_logprobs is None:
@@ -160,11 +177,32 @@ class SimExecutor:
         return (other % self._model.vocab_size for other in range(token, token + self._model.vocab_size))
 
 
-def _sums(token_ids: Sequence[int], start: int) -> Words:
-    """Running sums [tokens] of the mixed tokens and positions, from 0."""
-    tokens = np.array(token_ids, np.uint64)
-    positions = np.arange(start, start + len(tokens), dtype=np.uint64)
-    return np.cumsum(_mix(_mix(tokens + np.uint64(1)) + positions * np.uint64(GOLDEN)), dtype=np.uint64)
+def _end(item: BatchItem) -> int:
+    return item.start + len(item.token_ids)
+
+
+def _lay_out(batch: Sequence[BatchItem], firsts: Sequence[int], page_size: int) -> Rows:
+    """Rows of each item from its `first`, which is where a page begins."""
+    lengths = np.array([_end(item) - first for item, first in zip(batch, firsts, strict=True)])
+    ends = np.cumsum(lengths)
+    items = np.repeat(np.arange(len(batch)), lengths)
+    positions = np.arange(len(items)) - (ends - lengths - np.array(firsts))[items]
+    tables = np.cumsum([0, *(len(item.page_ids) for item in batch[:-1])])
+    history = [(*item.history[first : item.start], *item.token_ids) for item, first in zip(batch, firsts, strict=True)]
+    return Rows(
+        items=items,
+        positions=positions,
+        tokens=np.array(list(chain.from_iterable(history)), np.uint64),
+        pages=np.array(list(chain.from_iterable(item.page_ids for item in batch)))[
+            tables[items] + positions // page_size
+        ],
+        slots=positions % page_size,
+        is_new=positions >= np.array([item.start for item in batch])[items],
+        ends=ends,
+        pages_before=np.array(
+            [item.page_ids[first // page_size - 1] if first else -1 for item, first in zip(batch, firsts, strict=True)]
+        ),
+    )
 
 
 def _mix(words: Words) -> Words:

@@ -61,6 +61,18 @@ def test_a_wrong_byte_in_the_last_page_is_found_while_generating(sim: Sim) -> No
         sim.executor.forward([sim.item(start=39)])
 
 
+def test_pages_that_nobody_wrote_are_an_error(sim: Sim) -> None:
+    with pytest.raises(WrongPages, match="token 0 "):
+        sim.executor.forward([sim.item(start=1, tokens=[0] * 40)])
+
+
+def test_items_of_one_step_do_not_touch_each_other(sim: Sim) -> None:
+    alone = sim.choose(sim.item())
+    other = replace(sim.item(tokens=PROMPT[::-1]), page_ids=[4, 5, 6])
+    assert sim.executor.forward([other, sim.item(), other])[1] == alone
+    sim.executor.forward([sim.item(start=33), replace(other, start=39, token_ids=other.token_ids[39:])])
+
+
 def test_pages_of_another_sequence_are_an_error(sim: Sim) -> None:
     sim.executor.forward([sim.item(32, tokens=[7, *PROMPT[1:]])])
     with pytest.raises(WrongPages, match="token 0 "):
