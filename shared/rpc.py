@@ -32,10 +32,13 @@ DOMAIN = "forebay"
 REQUEST_ID_KEY = "x-request-id"
 MAX_MESSAGE_BYTES = 64 << 20
 DETAILS_KEY = "grpc-status-details-bin"
-# A peer that stops answering is noticed within about two seconds; both sides must agree that pings are welcome.
+# A peer that stops answering is noticed within about three seconds; both sides must agree that pings are welcome. The
+# keepalive timeout alone does nothing for a process that is stopped, whose kernel still acknowledges what it receives:
+# the ping timeout (a minute unless set) is what counts then.
 KEEPALIVE = [
     ("grpc.keepalive_time_ms", 1_000),
-    ("grpc.keepalive_timeout_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.http2.ping_timeout_ms", 2_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]

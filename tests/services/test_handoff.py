@@ -1,7 +1,6 @@
 """Prefill on one worker, decode on another: equal tokens, nothing leaked, whatever goes wrong on the way."""
 
 import asyncio
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,21 +11,15 @@ from shared import page_hash, rpc
 from shared.engine.sim import SimModel
 from shared.errors import DeadlineExceeded, Draining, Fault, Incompatible, InvalidRequest, ModelNotFound, StaleEpoch
 from shared.worker import manifests
-from tests.services.workers import Fleet, fleet, generate, request
+from tests.services.workers import Fleet, generate, request, stream
 
 PROMPT = [token * 7 % 1000 for token in range(101)]
-
-
-@pytest.fixture
-async def world() -> AsyncGenerator[Fleet, None]:
-    async with fleet() as made:
-        yield made
 
 
 async def alone(world: Fleet, prompt: list[int], **sampling: Any) -> list[int]:
     """What a worker generates without any help."""
     running = await world.start("alone")
-    answer = await generate(world, request(prompt, running, **sampling), running)
+    answer = await generate(world, request(prompt, running, **sampling))
     await world.stop(running)
     return answer.tokens
 
@@ -36,7 +29,7 @@ async def test_a_handoff_changes_no_token(length: int, world: Fleet) -> None:
     prompt = PROMPT[:length]
     expected = await alone(world, prompt)
     p, d = await world.start("p"), await world.start("d")
-    answer = await generate(world, request(prompt, d, p), d)
+    answer = await generate(world, request(prompt, d, p))
     assert answer.tokens == expected
     assert (answer.usage.num_prompt_tokens, answer.usage.num_output_tokens) == (length, 12)
     assert p.worker.engine.load().num_steps > 0
@@ -48,7 +41,7 @@ async def test_a_handoff_changes_no_token(length: int, world: Fleet) -> None:
 async def test_a_request_may_end_with_its_first_token(max_tokens: int, world: Fleet) -> None:
     expected = await alone(world, PROMPT, max_tokens=max_tokens)
     p, d = await world.start("p"), await world.start("d")
-    assert (await generate(world, request(PROMPT, d, p, max_tokens=max_tokens), d)).tokens == expected
+    assert (await generate(world, request(PROMPT, d, p, max_tokens=max_tokens))).tokens == expected
     await p.idle()
     await d.idle()
 
@@ -57,7 +50,7 @@ async def test_a_stop_token_ends_a_request_on_either_side(world: Fleet) -> None:
     tokens = await alone(world, PROMPT)
     p, d = await world.start("p"), await world.start("d")
     for place in (0, 1, 5):
-        answer = await generate(world, request(PROMPT, d, p, stop_token_ids=[tokens[place]]), d)
+        answer = await generate(world, request(PROMPT, d, p, stop_token_ids=[tokens[place]]))
         assert answer.tokens == tokens[:place]
         assert answer.finished is not None
         assert answer.finished.stop_token_id == tokens[place]
@@ -67,10 +60,10 @@ async def test_a_stop_token_ends_a_request_on_either_side(world: Fleet) -> None:
 
 async def test_pages_that_the_decode_worker_has_are_not_moved_again(world: Fleet) -> None:
     p, d = await world.start("p"), await world.start("d")
-    first = await generate(world, request(PROMPT, d, p), d)
+    first = await generate(world, request(PROMPT, d, p))
     longer = [*PROMPT, *first.tokens, *range(40)]
     expected = await alone(world, longer)
-    answer = await generate(world, request(longer, d, p), d)
+    answer = await generate(world, request(longer, d, p))
     assert answer.tokens == expected
     assert answer.usage.num_cached_remote == 100
     await p.idle()
@@ -79,18 +72,18 @@ async def test_pages_that_the_decode_worker_has_are_not_moved_again(world: Fleet
 
 async def test_a_prompt_computed_where_it_is_cached_counts_as_local(world: Fleet) -> None:
     d = await world.start("d")
-    await generate(world, request(PROMPT, d), d)
-    assert (await generate(world, request(PROMPT, d), d)).usage.num_cached_local == 100
+    await generate(world, request(PROMPT, d))
+    assert (await generate(world, request(PROMPT, d))).usage.num_cached_local == 100
 
 
 async def test_a_prefix_is_pulled_from_the_peer_that_has_it(world: Fleet) -> None:
     expected = await alone(world, PROMPT)
     q, p, d = [await world.start(name) for name in "qpd"]
-    await generate(world, request(PROMPT, q), q)
-    answer = await generate(world, request(PROMPT, d, p, q), d)
+    await generate(world, request(PROMPT, q))
+    answer = await generate(world, request(PROMPT, d, p, q))
     assert answer.tokens == expected
     assert answer.usage.num_cached_transferred == 100
-    local = await generate(world, request(PROMPT[:90], d, None, q), d)
+    local = await generate(world, request(PROMPT[:90], d, None, q))
     assert local.usage.num_cached_local == 88
     for running in (q, p, d):
         await running.idle()
@@ -102,7 +95,7 @@ async def test_a_continued_request_emits_only_what_is_new(world: Fleet) -> None:
     for num_emitted in (1, 7, 11):
         message = request(PROMPT, d, p)
         message.output_token_ids.extend(expected[:num_emitted])
-        assert (await generate(world, message, d)).tokens == expected[num_emitted:]
+        assert (await generate(world, message)).tokens == expected[num_emitted:]
 
 
 async def test_a_dead_prefill_worker_is_replaced_by_computing_here(world: Fleet) -> None:
@@ -110,7 +103,7 @@ async def test_a_dead_prefill_worker_is_replaced_by_computing_here(world: Fleet)
     p, d = await world.start("p"), await world.start("d")
     message = request(PROMPT, d, p)
     await world.stop(p)
-    assert (await generate(world, message, d)).tokens == expected
+    assert (await generate(world, message)).tokens == expected
     await d.idle()
 
 
@@ -118,7 +111,7 @@ async def test_a_prefill_worker_that_dies_amid_a_prompt_costs_no_token(world: Fl
     slow = SimModel(page_size=4, prefill_ms_per_token=4.0, decode_ms=1.0)
     expected = await alone(world, PROMPT)
     p, d = await world.start("p", model=slow), await world.start("d")
-    answer = asyncio.create_task(generate(world, request(PROMPT, d, p), d))
+    answer = asyncio.create_task(generate(world, request(PROMPT, d, p)))
     await p.comes_true(lambda: p.worker.engine.load().num_steps >= 2)
     await world.stop(p)
     assert (await answer).tokens == expected
@@ -130,7 +123,7 @@ async def test_pages_read_under_a_lease_that_lapsed_are_not_used(world: Fleet) -
     p, d = await world.start("p"), await world.start("d")
     p.worker.engine.kv.release = lambda lease_id: False  # type: ignore[method-assign]
     stale = d.worker.engine.load().num_steps
-    assert (await generate(world, request(PROMPT, d, p), d)).tokens == expected
+    assert (await generate(world, request(PROMPT, d, p))).tokens == expected
     assert d.worker.engine.load().num_steps > stale
     await d.idle()
 
@@ -138,7 +131,7 @@ async def test_pages_read_under_a_lease_that_lapsed_are_not_used(world: Fleet) -
 async def test_a_reader_that_stopped_answering_holds_pages_no_longer_than_its_lease(world: Fleet) -> None:
     p, d = await world.start("p", lease_ttl_ms=300), await world.start("d")
     p.transport.answer(False)
-    answer = asyncio.create_task(generate(world, request(PROMPT, d, p), d))
+    answer = asyncio.create_task(generate(world, request(PROMPT, d, p)))
     await p.comes_true(lambda: bool(p.counts.leased))
     await world.stop(d)
     with pytest.raises(Fault):
@@ -151,7 +144,7 @@ async def test_cancelling_frees_every_page_on_both_sides(world: Fleet) -> None:
     for after in (0, 1, 3):
         seen = 0
         message = request(PROMPT[after:], d, p, max_tokens=500)
-        async with aclosing(rpc.stream(world.stub(d).Generate, message)) as responses:
+        async with aclosing(stream(world, message)) as responses:
             async for _ in responses:
                 seen += 1
                 if seen > after:
@@ -164,7 +157,7 @@ async def test_a_deadline_frees_every_page_on_both_sides(world: Fleet) -> None:
     slow = SimModel(page_size=4, prefill_ms_per_token=10.0)
     p, d = await world.start("p", model=slow), await world.start("d")
     with rpc.deadline(0.2), pytest.raises(DeadlineExceeded):
-        await generate(world, request(PROMPT, d, p), d)
+        await generate(world, request(PROMPT, d, p))
     await p.idle()
     await d.idle()
 
@@ -173,7 +166,7 @@ async def test_many_requests_share_two_small_pools(world: Fleet) -> None:
     prompts = [[seed, *PROMPT[: 20 + seed]] for seed in range(24)]
     expected = [await alone(world, prompt) for prompt in prompts[::6]]
     p, d = await world.start("p", num_pages=64), await world.start("d", num_pages=64)
-    answers = await asyncio.gather(*(generate(world, request(prompt, d, p), d) for prompt in prompts))
+    answers = await asyncio.gather(*(generate(world, request(prompt, d, p)) for prompt in prompts))
     assert [answer.tokens for answer in answers[::6]] == expected
     await p.idle()
     await d.idle()
@@ -184,16 +177,16 @@ async def test_an_earlier_incarnation_is_not_talked_to(world: Fleet) -> None:
     message = request(PROMPT, d)
     message.placement.decode.epoch = 6
     with pytest.raises(StaleEpoch):
-        await generate(world, message, d)
+        await generate(world, message)
 
 
 async def test_a_restarted_prefill_worker_is_connected_anew(world: Fleet) -> None:
     expected = await alone(world, PROMPT)
     d, p = await world.start("d"), await world.start("p", epoch=1)
-    await generate(world, request(PROMPT[:50], d, p), d)
+    await generate(world, request(PROMPT[:50], d, p))
     await world.stop(p)
     again = await world.start("p", epoch=2)
-    assert (await generate(world, request(PROMPT, d, again), d)).tokens == expected
+    assert (await generate(world, request(PROMPT, d, again))).tokens == expected
     assert again.worker.engine.load().num_steps > 0
     await again.idle()
     await d.idle()
@@ -203,7 +196,7 @@ async def test_a_draining_worker_takes_nothing_new(world: Fleet) -> None:
     d = await world.start("d")
     d.worker.admission.draining = True
     with pytest.raises(Draining):
-        await generate(world, request(PROMPT, d), d)
+        await generate(world, request(PROMPT, d))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +218,7 @@ async def test_what_cannot_be_run_is_refused_and_leaves_nothing(
             if value:
                 message.MergeFrom(type(message)(**{name: value}))
         with pytest.raises(fault):
-            await generate(world, message, d)
+            await generate(world, message)
         await p.idle()
         await d.idle()
 
@@ -241,7 +234,7 @@ async def test_workers_that_lay_pages_out_differently_are_not_connected(world: F
 
 async def test_only_a_lease_that_held_all_along_is_released_as_valid(world: Fleet) -> None:
     p = await world.start("p")
-    await generate(world, request(PROMPT, p), p)
+    await generate(world, request(PROMPT, p))
     stub: Any = kv_pb2_grpc.KvServiceStub(world.channels.to(p.ref.address))
     hashes = page_hash.join(page_hash.chain(b"tenant", PROMPT, 4))
     got = await rpc.call(stub.Acquire, kv_pb2.AcquireRequest(epoch=1, page_hashes=hashes))

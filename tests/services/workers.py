@@ -1,6 +1,8 @@
 """Prefill and decode workers in one process: real servers on loopback, the sim engine, pages moved by memmove."""
 
 import asyncio
+import ctypes
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -13,12 +15,14 @@ from protos.forebay.v1 import (
     generation_pb2,
     kv_pb2,
     kv_pb2_grpc,
+    prefill_pb2,
     prefill_pb2_grpc,
 )
 from services.decode.servicer import DecodeServicer
 from services.prefill.servicer import PrefillServicer
 from shared import rpc
 from shared.engine.engine import Engine
+from shared.engine.kv.memory import HostMemory
 from shared.engine.kv.pages import PageCounts
 from shared.engine.kv.store import KvStore
 from shared.engine.loop import EngineLoop
@@ -32,7 +36,64 @@ from shared.worker.puller import Puller
 from shared.worker.worker import Worker
 
 MODEL = SimModel(page_size=4, prefill_ms_per_token=0.05, decode_ms=1.0)
+PATIENCE_S = 10.0
+LEASE_TTL_MS = 60_000  # longer than PATIENCE_S: what waits for pages must not be saved by a lease that lapses
+MAX_STEP_TOKENS = 32
+KEY = b"tenant"
 SERVICES = ("forebay.v1.PrefillService", "forebay.v1.DecodeService", "forebay.v1.KvService")
+
+
+Tamper = Callable[[prefill_pb2.PrefillResponse], prefill_pb2.PrefillResponse | None]
+
+
+class Gate:
+    """An engine's `sleep`. Closed, it holds each step after its bytes are written and before its events are sent."""
+
+    def __init__(self) -> None:
+        self._closed = False
+        self._passes = threading.Semaphore(0)
+        self.holding = threading.Event()
+
+    def close(self) -> None:
+        self._closed = True
+
+    def open(self) -> None:
+        self._closed = False
+        self.let_through()
+
+    def let_through(self) -> None:
+        """Let the step at hand go."""
+        if self.holding.is_set():
+            self.holding.clear()
+            self._passes.release()
+
+    def __call__(self, seconds: float) -> None:
+        time.sleep(seconds)
+        if self._closed:
+            self.holding.set()
+            self._passes.acquire(timeout=PATIENCE_S)
+
+
+@dataclass
+class Clock:
+    """The time that leases live by: it can be put forward."""
+
+    ahead_s: float = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+
+class TamperedPrefill(PrefillServicer):
+    """A prefill worker that says what `tamper` makes of the truth; None says nothing."""
+
+    tamper: Tamper = staticmethod(lambda response: response)
+
+    async def Prefill(self, request: Any, context: Any) -> AsyncGenerator[prefill_pb2.PrefillResponse, None]:
+        async with aclosing(super().Prefill(request, context)) as responses:
+            async for response in responses:
+                if (told := self.tamper(response)) is not None:
+                    yield told
 
 
 @dataclass
@@ -42,7 +103,34 @@ class Running:
     worker: Worker
     server: rpc.Server
     transport: LocalTransport
+    prefill: TamperedPrefill
     ref: kv_pb2.WorkerRef
+    gate: Gate
+    clock: Clock
+
+    @property
+    def kv(self) -> KvStore:
+        return self.worker.engine.kv
+
+    @property
+    def pages(self) -> list[bytes]:
+        """The bytes of every page of the pool."""
+        memory = self.worker.engine.memory
+        assert isinstance(memory, HostMemory)
+        return [bytes(memory.page(page_id)) for page_id in range(memory.num_pages)]
+
+    def overwrite(self) -> None:
+        """Fill the pool with nonsense, as if every page had become somebody else's."""
+        memory = self.worker.engine.memory
+        ctypes.memset(memory.address, 66, memory.num_bytes)
+
+    @property
+    def num_steps(self) -> int:
+        return self.worker.engine.load().num_steps
+
+    async def held_up(self) -> None:
+        """Wait until the closed gate holds a step."""
+        await self.comes_true(self.gate.holding.is_set)
 
     @property
     def counts(self) -> PageCounts:
@@ -50,7 +138,7 @@ class Running:
 
     async def comes_true(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition; fails, with the pages, if it does not come true."""
-        end = time.monotonic() + 5
+        end = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < end, self.counts
             await asyncio.sleep(0.005)
@@ -75,12 +163,19 @@ class Fleet:
     running: list[Running] = field(default_factory=list)
 
     async def start(
-        self, name: str, *, epoch: int = 1, num_pages: int = 256, lease_ttl_ms: int = 10_000, model: SimModel = MODEL
+        self,
+        name: str,
+        *,
+        epoch: int = 1,
+        num_pages: int = 256,
+        lease_ttl_ms: int = LEASE_TTL_MS,
+        model: SimModel = MODEL,
     ) -> Running:
         """A worker called `name`."""
-        executor = SimExecutor(model, num_pages)
-        kv = KvStore(num_pages, model.page_size, lease_ttl_ms)
-        engine = Engine(executor, kv, max_step_tokens=32, max_num_sequences=16)
+        gate, clock = Gate(), Clock()
+        executor = SimExecutor(model, num_pages, sleep=gate)
+        kv = KvStore(num_pages, model.page_size, lease_ttl_ms, clock)
+        engine = Engine(executor, kv, max_step_tokens=MAX_STEP_TOKENS, max_num_sequences=16)
         loop = EngineLoop(engine)
         loop.start()
         identity = Identity(name, epoch, engine.spec.model)
@@ -91,16 +186,19 @@ class Fleet:
         worker = Worker(identity, Admission(), engine, loop, kv_servicer, puller, channels, measures)
         server = rpc.Server(self.telemetry, SERVICES)
         kv_pb2_grpc.add_KvServiceServicer_to_server(kv_servicer, server.grpc)
-        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(worker), server.grpc)
+        prefill = TamperedPrefill(worker)
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(prefill, server.grpc)
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker), server.grpc)
         address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
         ref = kv_pb2.WorkerRef(worker_id=name, epoch=epoch, address=address)
-        self.running.append(Running(worker, server, transport, ref))
+        self.running.append(Running(worker, server, transport, prefill, ref, gate, clock))
         return self.running[-1]
 
     async def stop(self, running: Running) -> None:
         """Kill a worker: its server, its engine and its pages are gone."""
         self.running.remove(running)
+        running.gate.open()
+        running.transport.answer(True)
         await running.server.stop(0)
         await running.worker.channels.close()
         running.worker.puller.close()
@@ -113,8 +211,15 @@ class Fleet:
             await self.stop(running)
         self.telemetry.close()
 
-    def stub(self, running: Running) -> Any:
-        return decode_pb2_grpc.DecodeServiceStub(self.channels.to(running.ref.address))
+    async def expected(self, message: decode_pb2.GenerateRequest) -> list[int]:
+        """What a worker of the same model that knows nothing yet, and asks nobody, generates for a request."""
+        alone = await self.start("alone")
+        copy = decode_pb2.GenerateRequest()
+        copy.CopyFrom(message)
+        copy.placement.CopyFrom(decode_pb2.Placement(decode=alone.ref))
+        answer = await generate(self, copy)
+        await self.stop(alone)
+        return answer.tokens
 
 
 @asynccontextmanager
@@ -139,6 +244,11 @@ class Answer:
         return self.finished.usage
 
 
+def prompt(num_tokens: int, first: int = 100) -> range:
+    """Tokens for a prompt; another `first` makes another prompt."""
+    return range(first, first + num_tokens)
+
+
 def request(
     prompt: Sequence[int],
     decode: Running,
@@ -158,7 +268,7 @@ def request(
         model=MODEL.name,
         prompt_token_ids=prompt,
         sampling=generation_pb2.SamplingParams(**(defaults | sampling)),
-        hash_key=b"tenant",
+        hash_key=KEY,
     )
     made.placement.decode.CopyFrom(decode.ref)
     if prefill is not None:
@@ -168,10 +278,16 @@ def request(
     return made
 
 
-async def generate(fleet: Fleet, message: decode_pb2.GenerateRequest, running: Running) -> Answer:
-    """Send a request to a decode worker and collect what it answers."""
+def stream(fleet: Fleet, message: decode_pb2.GenerateRequest, timeout_s: float = 2 * PATIENCE_S) -> Any:
+    """The responses to a request, from the decode worker that it names."""
+    stub: Any = decode_pb2_grpc.DecodeServiceStub(fleet.channels.to(message.placement.decode.address))
+    return rpc.stream(stub.Generate, message, timeout_s)
+
+
+async def generate(fleet: Fleet, message: decode_pb2.GenerateRequest, timeout_s: float = 2 * PATIENCE_S) -> Answer:
+    """Send a request to the decode worker that it names and collect what it answers."""
     answer = Answer()
-    async with aclosing(rpc.stream(fleet.stub(running).Generate, message, 20.0)) as responses:
+    async with aclosing(stream(fleet, message, timeout_s)) as responses:
         async for response in responses:
             assert answer.finished is None, "something followed the terminal event"
             if response.HasField("tokens"):
