@@ -1,0 +1,145 @@
+"""Finding workers: routers come and go, workers fail before and after the first token."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from protos.forebay.v1 import decode_pb2
+from services.gateway.core import Core
+from services.gateway.request import Caller
+from shared.blackboard.records import Role
+from shared.errors import Draining, Fault, InvalidRequest, ModelNotFound, NoWorker, Overloaded, StaleEpoch, WorkerLost
+from tests.unit.gateway.world import MODEL, Response, World, finished, tokens
+
+CALLER = Caller("r", "", 30.0)
+
+
+async def complete(core: Core) -> str:
+    job = await core.complete({"model": MODEL, "prompt": "hello", "max_tokens": 50}, CALLER)
+    return "".join([delta.text async for delta in core.run(job)])
+
+
+def failing(fault: Fault, *before: Response) -> object:
+    async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        for response in before:
+            yield response
+        raise fault
+
+    return script
+
+
+@pytest.mark.parametrize("fault", [WorkerLost("gone"), Draining("soon gone"), Overloaded("full")])
+async def test_a_worker_that_fails_before_the_first_token_is_replaced(world: World, fault: Fault) -> None:
+    await world.start_decode("decode-1")
+    world.decode.script = failing(fault)  # type: ignore[assignment]
+    assert await complete(world.core) == "hello world"
+    assert list(world.router.requests[1].excluded_worker_ids) == ["decode-0"]
+
+
+async def test_a_worker_that_is_gone_is_replaced(world: World) -> None:
+    await world.start_decode("decode-1")
+    await world.stop("decode-0")
+    assert await complete(world.core) == "hello world"
+
+
+async def test_a_worker_that_restarted_is_asked_again(world: World) -> None:
+    faults = iter([StaleEpoch("I am new")])
+
+    async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        for fault in faults:
+            raise fault
+        yield tokens(*await world.tokenizer.encode("hello", special=False))
+        yield finished()
+
+    world.decode.script = script
+    assert await complete(world.core) == "hello"
+    assert not world.router.requests[1].excluded_worker_ids
+
+
+async def test_the_fault_of_the_last_worker_is_told_when_none_is_left(world: World) -> None:
+    world.decode.script = failing(Overloaded("full"))  # type: ignore[assignment]
+    with pytest.raises(Overloaded, match="full"):
+        await complete(world.core)
+
+
+async def test_a_fault_of_the_request_is_not_tried_elsewhere(world: World) -> None:
+    await world.start_decode("decode-1")
+    world.decode.script = failing(InvalidRequest("nonsense"))  # type: ignore[assignment]
+    with pytest.raises(InvalidRequest):
+        await complete(world.core)
+    assert len(world.router.requests) == 1
+
+
+async def test_a_stream_that_just_ends_is_a_lost_worker(world: World) -> None:
+    world.steps = [tokens(40)]
+    with pytest.raises(WorkerLost, match="after 1 tokens: the stream ended"):
+        await complete(world.core)
+
+
+async def test_another_router_is_asked_when_one_is_gone(world: World) -> None:
+    await world.start_router("router-1")
+    await world.directory.update(world.registrations)
+    await world.servers["router-0"].stop(0)
+    for _ in range(3):
+        assert await complete(world.core) == "hello world"
+
+
+async def test_a_request_waits_for_a_router_to_come_back(world: World) -> None:
+    await world.stop("router-0")
+    await world.directory.update(world.registrations)
+    waiting = asyncio.create_task(complete(world.core))
+    await asyncio.sleep(0)
+    await world.start_router("router-1")
+    await world.directory.update(world.registrations)
+    assert await waiting == "hello world"
+
+
+async def test_without_a_router_the_wait_ends_with_a_reason(world: World) -> None:
+    await world.stop("router-0")
+    await world.directory.update(world.registrations)
+    world.dispatcher._router_wait_s = 0.0
+    with pytest.raises(NoWorker, match="no router answers: none is registered"):
+        await complete(world.core)
+
+
+async def test_a_known_model_whose_workers_are_away_is_not_an_unknown_one(world: World) -> None:
+    assert world.directory.model("").name == MODEL
+    await world.directory.update([r for r in world.registrations if r.role is Role.ROUTER])
+    with pytest.raises(NoWorker):
+        world.directory.model(MODEL)
+    with pytest.raises(NoWorker):
+        world.directory.model("other")
+    await world.directory.update(world.registrations)
+    with pytest.raises(ModelNotFound):
+        world.directory.model("other")
+
+
+async def test_leaving_the_outputs_early_cancels_all_of_them(world: World) -> None:
+    async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        yield tokens(40)
+        await asyncio.sleep(30)
+
+    world.decode.script = script
+    job = await world.core.complete({"prompt": "hello", "n": 3}, CALLER)
+    outputs = world.core.run(job)
+    for _ in range(3):
+        await anext(outputs)
+    assert world.decode.num_running == 3
+    await outputs.aclose()
+    await asyncio.wait_for(world.decode.idle.wait(), 5)
+
+
+async def test_a_fault_of_one_output_cancels_the_others(world: World) -> None:
+    async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        if request.request_id.endswith("-1"):
+            raise InvalidRequest("not this one")
+        yield tokens(40)
+        await asyncio.sleep(30)
+
+    world.decode.script = script
+    job = await world.core.complete({"prompt": "hello", "n": 3}, CALLER)
+    with pytest.raises(InvalidRequest):
+        async for _ in world.core.run(job):
+            pass
+    await asyncio.wait_for(world.decode.idle.wait(), 5)
