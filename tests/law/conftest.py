@@ -50,13 +50,16 @@ class Law:
 
 
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
-SAMPLED = SamplingParams(0.9, top_p=0.95, seed=7, max_tokens=NUM_TOKENS, ignore_eos=True)
+SAMPLED = replace(
+    GREEDY, temperature=0.9, top_p=0.95, seed=7, presence_penalty=0.4, frequency_penalty=0.3, repetition_penalty=1.1
+)
 PENALIZED = replace(SAMPLED, top_k=50, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1)
-CASES = {"sim": GREEDY, "sim-sampled": SAMPLED, "llama": GREEDY, "llama-sampled": PENALIZED, "qwen3": GREEDY}
+CASES = [(model, sampling) for model in ("sim", "llama", "qwen3") for sampling in (GREEDY, SAMPLED)]
 
 
-@pytest.fixture(scope="session", params=CASES)
+@pytest.fixture(
+    scope="session", params=CASES, ids=lambda case: f"{case[0]}-{'sampled' if case[1] is SAMPLED else 'greedy'}"
+)
 def law(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Law:
-    variant = request.param.split("-")[0]
-    make_executor = sim if variant == "sim" else tiny_model(variant, tmp_path_factory.mktemp("law"))
-    return Law(make_executor, CASES[request.param])
+    model, sampling = request.param
+    return Law(sim if model == "sim" else tiny_model(model, tmp_path_factory.mktemp("law")), sampling)
