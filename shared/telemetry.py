@@ -53,9 +53,8 @@ class Telemetry:
         exporter = _exporter(traces)
         if exporter is not None:
             self._tracers.add_span_processor(BatchSpanProcessor(exporter))
-        self._meters = MeterProvider(
-            resource=resource, metric_readers=[PrometheusMetricReader(registry=self.registry)], shutdown_on_exit=False
-        )
+        reader = PrometheusMetricReader(scope_info_enabled=False, registry=self.registry)
+        self._meters = MeterProvider(resource=resource, metric_readers=[reader], shutdown_on_exit=False)
         self.tracer: Tracer = self._tracers.get_tracer("forebay")
         self.meter: Meter = self._meters.get_meter("forebay")
 
