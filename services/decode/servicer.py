@@ -150,11 +150,12 @@ class Generation:
 
     def _tokens(self, chunk: generation_pb2.TokenChunk) -> decode_pb2.GenerateResponse:
         measures = self._worker.measures
+        measures.output_tokens.add(len(chunk.token_ids))
+        self._usage.num_output_tokens += len(chunk.token_ids)
         if not self._emitted:
             self._emitted = True
             measures.first_token.record(time.monotonic() - self._started)
-        measures.output_tokens.add(len(chunk.token_ids))
-        self._usage.num_output_tokens += len(chunk.token_ids)
+            chunk.usage.CopyFrom(self._usage)
         return decode_pb2.GenerateResponse(tokens=chunk)
 
     def _finished(

@@ -1,4 +1,8 @@
-"""From a choice to its tokens: ask a router for workers, stream from the decode worker, start over if one is lost."""
+"""From a choice to its tokens: ask a router for workers, stream from the decode worker, go on elsewhere if it is lost.
+
+Going on is without a seam: the next worker gets the tokens that the client has, and equal sequences get equal tokens
+everywhere, because every random choice depends on seed and position alone.
+"""
 
 import logging
 import time
@@ -6,7 +10,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, router_pb2, router_pb2_grpc
+from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, router_pb2, router_pb2_grpc
 from services.gateway.directory import Directory
 from services.gateway.request import Choice
 from shared import rpc
@@ -47,6 +51,9 @@ class Dispatcher:
                 raise WorkerLost("the stream ended without its last message")
             except _WORKER_FAULTS as fault:
                 attempt.fail(fault)
+                if attempt.complete:
+                    yield attempt.end()
+                    return
                 if isinstance(fault, StaleEpoch):  # the router will hear of the worker's new epoch any moment
                     await self._directory.changed(ROUTER_RETRY_S)
 
@@ -84,16 +91,13 @@ class Dispatcher:
 
 
 class _Attempt:
-    """Where a choice stands: the workers that failed it and the tokens the client has.
-
-    The tokens are what another worker needs to continue (GenerateRequest.output_token_ids).
-    """
+    """Where a choice stands: the workers that failed it, and in the request the tokens that the client has."""
 
     def __init__(self, choice: Choice) -> None:
         self.route, self.request = router_pb2.RouteRequest(), decode_pb2.GenerateRequest()
         self.route.CopyFrom(choice.route)
         self.request.CopyFrom(choice.generate)
-        self.token_ids: list[int] = []
+        self._token_ids: list[int] = []
         self.finished = False
         self.fault: Fault | None = None
         self._num_failures = 0
@@ -104,21 +108,38 @@ class _Attempt:
 
     def note(self, response: decode_pb2.GenerateResponse) -> None:
         """Remember what the client got."""
-        self.token_ids.extend(response.tokens.token_ids)
+        self._token_ids.extend(response.tokens.token_ids)
         self.finished = response.HasField("finished")
 
     def fail(self, fault: Fault) -> None:
         """Go on without the worker that failed, unless it only restarted. Raises the fault if there is no going on."""
         worker = self.request.placement.decode.worker_id
         log.warning("worker %s failed %s: %s", worker, self.route.request_id, fault.message)
-        if self.token_ids:
-            raise WorkerLost(
-                f"decode worker {worker} was lost after {len(self.token_ids)} tokens: {fault.message}",
-                metadata={"worker": worker, "num_tokens": str(len(self.token_ids))},
-            ) from None
-        self.fault = fault
+        self.fault = self._lost(worker, fault) if self._token_ids else fault
         self._num_failures += 1
         if self._num_failures >= MAX_ATTEMPTS:
-            raise fault
+            raise self.fault from None
+        self.request.output_token_ids[:] = self._token_ids
+        self.route.num_prompt_tokens = len(self.request.prompt_token_ids) + len(self._token_ids)
         if not isinstance(fault, StaleEpoch):
             self.route.excluded_worker_ids.append(worker)
+
+    @property
+    def complete(self) -> bool:
+        """Whether only the last message was lost."""
+        return len(self._token_ids) >= self.request.sampling.max_tokens
+
+    def end(self) -> decode_pb2.GenerateResponse:
+        """The last message of a complete output."""
+        usage = generation_pb2.Usage(
+            num_prompt_tokens=len(self.request.prompt_token_ids), num_output_tokens=len(self._token_ids)
+        )
+        reason = generation_pb2.FINISH_REASON_LENGTH
+        return decode_pb2.GenerateResponse(finished=decode_pb2.GenerateFinished(reason=reason, usage=usage))
+
+    def _lost(self, worker: str, fault: Fault) -> WorkerLost:
+        num_tokens = len(self._token_ids)
+        return WorkerLost(
+            f"decode worker {worker} was lost after {num_tokens} tokens: {fault.message}",
+            metadata={"worker": worker, "num_tokens": str(num_tokens)},
+        )

@@ -61,10 +61,13 @@ class _Output:
         )
         self.speaks_tokens = options.return_token_ids or self._sampling.HasField("num_logprobs")
         self._num_tokens = 0
+        self._usage: generation_pb2.Usage | None = None
 
     def feed(self, chunk: generation_pb2.TokenChunk) -> Delta:
         """Take the tokens of one step, up to the one that completes a stop string."""
-        delta = Delta(self._index)
+        if chunk.HasField("usage"):
+            self._usage = chunk.usage
+        delta = Delta(self._index, usage=self._usage)
         for i, token_id in enumerate(chunk.token_ids):
             self._num_tokens += 1
             delta.token_ids.append(token_id)

@@ -179,6 +179,7 @@ class TokenChunk(google.protobuf.message.Message):
 
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
+    USAGE_FIELD_NUMBER: builtins.int
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Token ids in order."""
@@ -187,13 +188,19 @@ class TokenChunk(google.protobuf.message.Message):
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TokenLogprobs]:
         """One entry per token if SamplingParams.num_logprobs is present, else none."""
 
+    @property
+    def usage(self) -> global___Usage:
+        """Token counts so far, with the first tokens of DecodeService.Generate: who ends a request early knows them too."""
+
     def __init__(
         self,
         *,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         logprobs: collections.abc.Iterable[global___TokenLogprobs] | None = ...,
+        usage: global___Usage | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["logprobs", b"logprobs", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["logprobs", b"logprobs", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
 
 global___TokenChunk = TokenChunk
 

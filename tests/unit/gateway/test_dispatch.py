@@ -77,6 +77,35 @@ async def test_a_stream_that_just_ends_is_a_lost_worker(world: World) -> None:
         await complete(world.core)
 
 
+async def test_a_worker_that_is_lost_amid_an_output_is_replaced_without_a_seam(world: World) -> None:
+    ids = await world.says("hello \U0001f600 the world!")
+
+    async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        for token_id in ids[len(request.output_token_ids) :][:4]:
+            yield tokens(token_id)
+        if len(request.output_token_ids) + 4 < len(ids):
+            raise WorkerLost("gone")
+        yield finished()
+
+    for name in ("decode-1", "decode-2"):
+        await world.start_decode(name)
+    for decode in world.decodes.values():
+        decode.script = script
+    assert await complete(world.core) == "hello \U0001f600 the world!"
+    sent = [list(d.requests[0].output_token_ids) for d in world.decodes.values() if d.requests]
+    assert sent == [ids[:end] for end in range(0, len(ids), 4)]
+    assert [request.num_prompt_tokens for request in world.router.requests] == [1 + len(part) for part in sent]
+    assert len({d.requests[0].sampling.seed for d in world.decodes.values() if d.requests}) == 1
+
+
+async def test_a_worker_that_is_lost_after_the_last_token_is_not_replaced(world: World) -> None:
+    world.steps = [tokens(40, 41)]
+    job = await world.core.complete({"prompt": "hello", "max_tokens": 2}, CALLER)
+    *_, last = [delta async for delta in world.core.run(job)]
+    assert (last.finish_reason, last.num_output_tokens) == ("length", 2)
+    assert len(world.router.requests) == 1
+
+
 async def test_another_router_is_asked_when_one_is_gone(world: World) -> None:
     await world.start_router("router-1")
     await world.directory.update(world.registrations)

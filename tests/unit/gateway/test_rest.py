@@ -192,12 +192,15 @@ async def test_an_echo_alone_needs_no_worker(world: World) -> None:
 async def test_a_stop_string_ends_the_output_before_it_and_cancels_the_worker(world: World) -> None:
     async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
         for token_id in await world.tokenizer.encode("hello world STOP more", special=False):
-            yield tokens(token_id)
+            step = tokens(token_id)
+            step.tokens.usage.num_cached_remote = 2
+            yield step
         await asyncio.sleep(30)
 
     world.decode.script = script
     answer = await post(world, "chat/completions", chat(stop=["STOP"]))
     [choice] = answer["choices"]
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
     assert choice["message"]["content"] == "hello world "
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "STOP")
     await asyncio.wait_for(world.decode.idle.wait(), 5)
