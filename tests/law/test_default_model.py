@@ -1,0 +1,44 @@
+"""The law once more with the weights that people will run, where they have been fetched."""
+
+from dataclasses import replace
+
+import pytest
+
+from shared.models.store import default_cache
+from tests.law import test_same_tokens as laws
+from tests.law.conftest import GREEDY, SAMPLED, Law, MakeExecutor
+
+MODEL_DIR = default_cache() / "models" / "SmolLM2-135M-Instruct"
+
+pytestmark = pytest.mark.skipif(not MODEL_DIR.exists(), reason=f"{MODEL_DIR} has not been fetched")
+
+
+@pytest.fixture(scope="module")
+def make_executor() -> MakeExecutor:
+    """Executors that share the weights."""
+    import torch
+
+    from shared.engine.executor import TorchExecutor, load_executor
+    from shared.engine.kv.memory import HostMemory
+    from shared.engine.models import registry
+    from shared.engine.models.api import Placement
+
+    model = registry.load(MODEL_DIR, Placement(torch.float32, 1, "auto", default_cache()))
+    spec = load_executor(
+        MODEL_DIR, model_name="smollm2", dtype="float32", page_size=16, num_threads=1, num_pages=1
+    ).spec
+    return lambda num_pages: TorchExecutor(
+        model, replace(spec, num_pages=num_pages), HostMemory(num_pages, spec.layout.page_bytes)
+    )
+
+
+def test_prefilled_elsewhere_in_a_crowd_that_preempts(make_executor: MakeExecutor) -> None:
+    laws.test_prefilled_elsewhere_in_a_crowd_that_preempts(Law(make_executor, GREEDY))
+
+
+def test_sampled_in_chunks_of_an_odd_size(make_executor: MakeExecutor) -> None:
+    laws.test_chunked_at_odd_sizes(17, Law(make_executor, SAMPLED))
+
+
+def test_sampled_and_continued_on_another_worker(make_executor: MakeExecutor) -> None:
+    laws.test_continued_on_another_worker(9, Law(make_executor, SAMPLED))
