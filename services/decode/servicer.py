@@ -11,15 +11,15 @@ from services.decode.handoff import Handoff
 from shared import rpc
 from shared.engine.api import EngineRequest, Failed, TokensSampled
 from shared.engine.kv.store import PageTable
-from shared.errors import BadManifest, Cancelled, ContextTooLong, DeadlineExceeded, Fault, Internal, InvalidRequest
+from shared.errors import BadManifest, DeadlineExceeded, Fault, Internal, InvalidRequest
 from shared.worker import wire
 from shared.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
 Responses = AsyncGenerator[decode_pb2.GenerateResponse, None]
-# What a prefill worker refuses for a reason that holds here too.
-OUR_FAULTS = (InvalidRequest, ContextTooLong, DeadlineExceeded, Cancelled)
+# A deadline that is this near has passed: clocks of two processes do not end it at the same moment.
+NO_TIME_S = 0.05
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -106,7 +106,7 @@ class Generation:
             await handoff.complete(finished.num_pages, len(self._job.token_ids))
         except Fault as fault:
             await handoff.abandon()
-            if isinstance(fault, OUR_FAULTS):
+            if _is_ours(fault):
                 raise
             self._note_fallback(fault)
         except BaseException:
@@ -178,6 +178,16 @@ class Generation:
         if not self._emitted:
             self._usage.ClearField("num_cached_remote")
             self._usage.ClearField("num_cached_transferred")
+
+
+def _is_ours(fault: Fault) -> bool:
+    """Whether the request would fail here for the same reason.
+
+    A call to the prefill worker that took too long is no such reason while the client has time left.
+    """
+    left = rpc.time_remaining()
+    out_of_time = left is not None and left < NO_TIME_S
+    return isinstance(fault, InvalidRequest) or (isinstance(fault, DeadlineExceeded) and out_of_time)
 
 
 def _stop_token(finished: prefill_pb2.PrefillFinished) -> int | None:

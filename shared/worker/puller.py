@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 2.0
-READ_TIMEOUT_S = 30.0
+# The life of a lease by default: what takes longer would hold a request up for a peer that is stuck.
+READ_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from protos.forebay.v1 import decode_pb2, kv_pb2, prefill_pb2
-from shared.errors import DeadlineExceeded, Draining, Fault, InvalidRequest
+from shared.errors import Cancelled, DeadlineExceeded, Draining, Fault, InvalidRequest
 from tests.services.workers import LEASE_TTL_MS, MODEL, Fleet, Running, generate, prompt, request, stream
 
 LONG = 201
@@ -186,6 +186,31 @@ async def assert_right_and_clean_after_leases(world: Fleet, prefill: Running, de
     await decode.idle()
     prefill.clock.ahead_s += LEASE_TTL_MS / 1000
     await prefill.idle()
+
+
+async def test_a_prefill_that_its_worker_cancels_is_computed_here(
+    world: Fleet, prefill: Running, decode: Running
+) -> None:
+    """As a worker does at the end of its drain's grace."""
+
+    def cancel(response: prefill_pb2.PrefillResponse) -> prefill_pb2.PrefillResponse:
+        raise Cancelled("the grace is over")
+
+    prefill.prefill.tamper = cancel
+    await assert_right_and_clean_after_leases(world, prefill, decode)
+
+
+async def test_a_prefill_worker_that_answers_but_cannot_be_read_is_done_without(
+    world: Fleet, prefill: Running, decode: Running
+) -> None:
+    """What takes too long over there is not the end of the client's own time."""
+    prefill.transport.answer(False)
+    await assert_right_and_clean_after_leases(world, prefill, decode)
+
+
+async def test_a_prompt_too_long_for_the_prefill_worker_is_computed_here(world: Fleet, decode: Running) -> None:
+    small = await world.start("small", num_pages=8)
+    await assert_right_and_clean(world, decode, small)
 
 
 async def test_a_source_that_is_gone_is_done_without(world: Fleet, prefill: Running, decode: Running) -> None:
