@@ -134,23 +134,6 @@ inline void find_span(const Pages& pages, const int32_t* page_ids, long head, lo
     }
 }
 
-// Pages are scattered, which the processor cannot foresee: ask for the next span while this one is computed.
-template <class T>
-inline void prefetch_span(const Pages& pages, const int32_t* page_ids, long head, long start, long end) {
-    const long stop = start + SPAN < end ? start + SPAN : end;
-    for (long position = start; position < stop;) {
-        const long offset = position % pages.page_size;
-        long count = pages.page_size - offset < stop - position ? pages.page_size - offset : stop - position;
-        const char* keys = (const char*)pages.key<T>(page_ids, position, head);
-        const long num_bytes = count * pages.head_dim * sizeof(T);
-        for (long at = 0; at < num_bytes; at += 64) {
-            __builtin_prefetch(keys + at, 0, 2);
-            __builtin_prefetch(keys + pages.to_value() * sizeof(T) + at, 0, 2);
-        }
-        position += count;
-    }
-}
-
 // Attention of `num_queries` rows (words of T, head_dim each, `q_rows` their places) at `positions`, into s.attended.
 template <class T>
 inline void attend(const uint32_t* q, const int32_t* positions, int num_queries, long context, const int32_t* page_ids,
@@ -163,7 +146,6 @@ inline void attend(const uint32_t* q, const int32_t* positions, int num_queries,
     for (long start = 0; start < end; start += SPAN) {
         const T *keys[SPAN], *values[SPAN];
         find_span(pages, page_ids, head, start, context, s.zeros, keys, values);
-        prefetch_span<T>(pages, page_ids, head, start + SPAN, end);
         pack_keys(keys, head_dim, s.keys);
         pack_values(values, head_dim, s.values);
         for (int row = 0; row < num_queries; row += TILE_ROWS) {

@@ -15,7 +15,6 @@ constexpr int TILE_ROWS = 12;  // 24 of 32 registers hold sums
 constexpr int TILE_ROWS = 3;
 #endif
 constexpr int BLOCK_ROWS = 4 * TILE_ROWS;  // rows that share one pass over a panel
-constexpr int PREFETCH_BYTES = 2048;
 
 // Sums of ROWS rows with GROUP panels. `a` rows are `stride` words apart; out is [ROWS, GROUP * PANEL]. Not inlined:
 // the caller's variables would take registers from the sums.
@@ -28,10 +27,6 @@ __attribute__((noinline)) void tile(const uint32_t* a, long stride, const uint32
 #pragma GCC unroll 8
         for (int g = 0; g < GROUP; g++) {
             const uint32_t* at = w + g * panel_words + k * PANEL;
-            if (ROWS <= 2) {
-                __builtin_prefetch((const char*)at + PREFETCH_BYTES);
-                __builtin_prefetch((const char*)at + PREFETCH_BYTES + 64);
-            }
             columns[2 * g] = load<u32x16>(at);
             columns[2 * g + 1] = load<u32x16>(at + LANES);
         }
