@@ -20,9 +20,12 @@ def sim(num_pages: int) -> Executor:
 
 def tiny_model(variant: str, path: Path) -> MakeExecutor:
     from shared.engine.executor import load_executor
-    from tests.oracle import tiny_models
+    from tests.oracle import tiny_glm, tiny_models
 
-    tiny_models.write(variant, path)
+    if variant == "glm":  # attends to 8 of the visible tokens, so that every choice of theirs is felt
+        tiny_glm.write(path, vocab_size=211, eos_token_id=[2], pad_token_id=2)
+    else:
+        tiny_models.write(variant, path)
     return lambda num_pages: load_executor(
         path, model_name="tiny", dtype="float32", page_size=16, num_threads=1, num_pages=num_pages
     )
@@ -54,7 +57,7 @@ SAMPLED = replace(
     GREEDY, temperature=0.9, top_p=0.95, seed=7, presence_penalty=0.4, frequency_penalty=0.3, repetition_penalty=1.1
 )
 PENALIZED = replace(SAMPLED, top_k=50, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1)
-CASES = [(model, sampling) for model in ("sim", "llama", "qwen3") for sampling in (GREEDY, SAMPLED)]
+CASES = [(model, sampling) for model in ("sim", "llama", "qwen3", "glm") for sampling in (GREEDY, SAMPLED)]
 
 
 @pytest.fixture(
