@@ -16,8 +16,8 @@ from shared.worker.worker import Worker
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     """See protos/forebay/v1/prefill.proto.
 
-    All pages of a prompt are reserved and leased before it is computed, so that no page can become somebody else's
-    between the step that completes it and the reader's READ; only pages named in a manifest are complete.
+    A page comes under the lease while the sequence still holds it (the engine holds a prefill-only sequence's pages
+    until its iterator is left), so it cannot become somebody else's before the reader's READ.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -33,7 +33,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             worker.measures.requests.add(1)
             job = wire.engine_request(request, prefill_only=True)
             table, usage = await self._reserve(job, request)
-            with self._lease(table, request.num_pages_held) as handed:
+            with self._lease(request.num_pages_held, table) as handed:
                 async with aclosing(self._compute(job, table, handed, usage)) as responses:
                     async for response in responses:
                         yield response
@@ -57,10 +57,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         return table, usage
 
     @contextmanager
-    def _lease(self, table: PageTable, num_pages_held: int) -> Iterator["_Handover"]:
-        """A lease on the pages that the reader lacks, kept alive while inside; ended early if the reader goes away."""
+    def _lease(self, num_pages_held: int, table: PageTable) -> Iterator["_Handover"]:
+        """A lease for the pages that the reader lacks, kept alive while inside; ended early if the reader goes away."""
         worker = self._worker
-        lease_id = worker.engine.kv.grant(table.page_ids[num_pages_held:])
+        lease_id = worker.engine.kv.grant()
         handed = _Handover(worker.kv_servicer.lease(lease_id), num_pages_held)
         renewal = asyncio.create_task(self._renew(lease_id))
         try:
@@ -87,6 +87,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 match event:
                     case PagesComputed():
                         if ready := handed.ready(layout, event):
+                            self._worker.engine.kv.widen(ready.lease.lease_id, ready.manifest.page_ids)
                             yield prefill_pb2.PrefillResponse(pages_ready=ready)
                     case TokensSampled():
                         handed.complete = True
