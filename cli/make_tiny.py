@@ -1,0 +1,24 @@
+"""`forebay make-tiny`: a model with random weights, to try an architecture without its weights."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared.errors import Fault
+
+
+def make_tiny(
+    kind: Annotated[str, typer.Argument(help="Which architecture: glm-5.2.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.")] = 0,
+) -> None:
+    """Write a small model directory with random weights. It has no tokenizer: send it token ids."""
+    from shared.engine.models import tiny
+
+    try:
+        tiny.write(kind, out, seed)
+    except Fault as fault:
+        typer.echo(fault.message, err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"{out}: serve it by `forebay up --model {out}`")
