@@ -29,6 +29,7 @@ class Measures:
             "forebay_transfer_seconds", unit="s", description="Time of one read of KV pages"
         )
         meter.create_observable_gauge("forebay_pages", [self._pages], description="KV pages by state")
+        meter.create_observable_counter("forebay_leases", [self._leases], description="Leases by what became of them")
         for name, read in self._load_facts().items():
             meter.create_observable_gauge(f"forebay_{name}", [_observe(read)], description=f"Engine: {name}")
 
@@ -42,6 +43,11 @@ class Measures:
         for state in ("free", "cached", "leased", "held"):
             yield Observation(getattr(counts, state), {"state": state})
 
+    def _leases(self, _: CallbackOptions) -> Iterable[Observation]:
+        counts = self._engine.kv.lease_counts()
+        yield Observation(counts.granted, {"outcome": "granted"})
+        yield Observation(counts.lapsed, {"outcome": "lapsed"})
+
     def _load_facts(self) -> dict[str, Callable[[], float]]:
         engine = self._engine
         return {
@@ -50,6 +56,7 @@ class Measures:
             "queued_tokens": lambda: engine.load().num_queued_tokens,
             "decode_step_ms": lambda: engine.load().decode_step_ms,
             "preemptions": lambda: engine.load().num_preemptions,
+            "live_leases": lambda: engine.kv.lease_counts().live,
             "page_faults": lambda: _page_faults(engine),
         }
 

@@ -150,3 +150,16 @@ async def test_pages_of_a_reader_that_vanished_come_back_with_its_lease(owner: R
     owner.clock.ahead_s += LEASE_TTL_MS / 1000 + 1
     assert owner.kv.counts().leased == 0
     assert owner.kv.check() == []
+
+
+async def test_every_lease_is_counted_once_with_what_became_of_it(owner: Running, reader: Reader) -> None:
+    before = owner.kv.lease_counts()
+    released, lapsed, _ = [(await reader.acquire(page_hash.join(HASHES))).lease for _ in range(3)]
+    assert await reader.release(released.lease_id)
+    owner.clock.ahead_s += LEASE_TTL_MS / 2000
+    await reader.renew(lapsed.lease_id)
+    owner.clock.ahead_s += LEASE_TTL_MS / 1500
+    counts = owner.kv.lease_counts()
+    assert (counts.granted - before.granted, counts.lapsed - before.lapsed, counts.live) == (3, 1, 1)
+    owner.clock.ahead_s += LEASE_TTL_MS / 1000
+    assert owner.kv.lease_counts().lapsed - before.lapsed == 2

@@ -127,6 +127,8 @@ async def test_pages_go_from_process_to_process(pair: Pair) -> None:
     assert pair.measure("decode", "forebay_transfer_bytes_total") >= page_bytes
     assert pair.measure("decode", "forebay_prefill_fallbacks_total") == 0
     assert pair.measure("prefill", "forebay_page_faults") == 0
+    assert pair.measure("prefill", "forebay_leases_total") == 1
+    assert pair.measure("prefill", "forebay_live_leases") == 0
 
 
 async def test_a_prefill_worker_that_is_stopped_or_killed_costs_no_token(pair: Pair) -> None:

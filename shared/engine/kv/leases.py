@@ -14,6 +14,15 @@ class Lease:
     ends_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseCounts:
+    """Leases that were ever granted, those of them whose time ran out, and those alive."""
+
+    granted: int
+    lapsed: int
+    live: int
+
+
 class LeaseBook:
     """Live leases, the first to end first: all have the same time to live. Guarded by KvStore's lock."""
 
@@ -22,10 +31,12 @@ class LeaseBook:
         self._clock = clock
         self._ids = count(1)
         self._leases: OrderedDict[int, Lease] = OrderedDict()
+        self._num_granted = self._num_lapsed = 0
 
     def open(self) -> int:
         """A new lease, on no page yet."""
         lease_id = next(self._ids)
+        self._num_granted += 1
         self._leases[lease_id] = Lease({}, self._clock() + self._ttl_s)
         return lease_id
 
@@ -58,7 +69,12 @@ class LeaseBook:
         while self._leases and (first := next(iter(self._leases.values()))).ends_at <= now:
             self._leases.popitem(last=False)
             lapsed.append(list(first.pages))
+        self._num_lapsed += len(lapsed)
         return lapsed
+
+    def counts(self) -> LeaseCounts:
+        """How leases have fared."""
+        return LeaseCounts(self._num_granted, self._num_lapsed, len(self._leases))
 
     def next_end_s(self) -> float | None:
         """Seconds until the first lease ends unless renewed; None if there is none."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from shared.engine.kv.leases import LeaseBook
+from shared.engine.kv.leases import LeaseBook, LeaseCounts
 from shared.engine.kv.pages import PageCounts, PagePool
 from shared.engine.kv.prefix import IndexEvent, PrefixIndex
 from shared.errors import Internal
@@ -153,6 +153,11 @@ class KvStore:
         """Pages by state."""
         with self._section():
             return self._pages.counts()
+
+    def lease_counts(self) -> LeaseCounts:
+        """How leases have fared."""
+        with self._section():
+            return self._leases.counts()
 
     def num_freed(self) -> int:
         """Pages that became available, ever. Whoever found no room need not look again while this stays the same."""
