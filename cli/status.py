@@ -16,7 +16,8 @@ from shared.errors import BlackboardLost
 from shared.models.store import default_cache
 
 Row = dict[str, Any]
-COLUMNS = ("process", "state", "pid", "address", "epoch", "pages free/cached/leased/held", "running", "restarts")
+FILE_WIDTH = 130
+COLUMNS = ("process", "state", "pid", "address", "epoch", "free/cached/leased/held", "running", "restarts")
 
 
 def status(
@@ -40,7 +41,9 @@ def status(
         about = run.model_dump(include={"url", "model", "redis_url", "supervisor_pid"}) if run else {"redis_url": redis}
         typer.echo(json.dumps(about | {"processes": rows}, indent=2))
     else:
-        Console().print(_table(rows))
+        console = Console()
+        console.width = console.width if console.is_terminal else FILE_WIDTH
+        console.print(_table(rows))
 
 
 def join(run: RunState | None, registrations: list[Registration]) -> list[Row]:
@@ -98,7 +101,7 @@ def _table(rows: list[Row]) -> Table:
         "pid",
         "address",
         "epoch",
-        "pages free/cached/leased/held",
+        "free/cached/leased/held",
         "running",
         "restarts",
     ):

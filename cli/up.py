@@ -18,6 +18,7 @@ from shared.models import store
 from shared.models.catalogue import DEFAULT_MODEL
 
 START_DEADLINE_S = 120.0
+SIM = "sim"
 
 
 def up(  # noqa: PLR0913, PLR0917 - one argument a flag
@@ -40,8 +41,8 @@ def up(  # noqa: PLR0913, PLR0917 - one argument a flag
 ) -> None:
     """Start a cluster on this machine and run it until Ctrl-C."""
     options = ClusterOptions(
-        model="sim" if engine == "sim" else model,
-        served_model_name="sim" if engine == "sim" else store.served_name(model),
+        model=SIM if engine == SIM else model,
+        served_model_name=SIM if engine == SIM else store.served_name(model),
         redis_url=redis,
         num_gateways=gateways,
         num_routers=routers,
@@ -113,7 +114,7 @@ async def _stop(cluster: Cluster, grace_s: float, hurry: asyncio.Event) -> None:
 
 def _with_model(options: ClusterOptions) -> ClusterOptions:
     """The options with the model as a directory on this machine, fetched if need be; the sim engine needs none."""
-    if options.engine == "sim":
+    if options.engine == SIM:
         return options
     return replace(options, model=str(store.resolve(options.model)))
 
@@ -123,11 +124,14 @@ def _echo(name: str, line: str) -> None:
 
 
 def _welcome(url: str, model: str) -> str:
+    path = "chat/completions"
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    if model == SIM:  # it has no tokenizer
+        path, body = "completions", f'{{"model": "{model}", "prompt": [1, 2, 3]}}'
     return f"""
 Forebay serves {model} at {url}
 
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'
+  curl {url}/v1/{path} -H 'Content-Type: application/json' -d '{body}'
 
   forebay chat      talk to it
   forebay status    see every process

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from pydantic import ValidationError
 from redis.asyncio import Redis
@@ -13,7 +13,7 @@ from shared.blackboard import keys
 from shared.blackboard.connection import connect, faults
 from shared.blackboard.index import PrefixIndex
 from shared.blackboard.records import Registration, Role
-from shared.errors import StaleEpoch
+from shared.errors import BlackboardLost, StaleEpoch
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,8 @@ class Blackboard:
                 await pubsub.subscribe(keys.CHANGES)
             yield Changes(pubsub)
         finally:
-            with faults():
+            # A fault here would take the place of a cancellation, and the task that was cancelled would go on.
+            with suppress(BlackboardLost), faults():
                 await pubsub.aclose()  # type: ignore[no-untyped-call]
 
 
