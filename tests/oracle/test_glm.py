@@ -94,7 +94,7 @@ def test_a_page_holds_every_state_class_and_sharing_layers_keep_no_index_keys(or
         ({"indexer_types": ["full"] * 3}, "each of 7 layers"),
         ({"scoring_func": "softmax"}, "sigmoid"),
         ({"rope_interleave": False}, "halves paired"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq'"),
         ({"num_hidden_layers": 8, "mlp_layer_types": None, "indexer_types": None}, r"missing model\.layers\.7"),
     ],
 )

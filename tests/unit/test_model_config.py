@@ -53,7 +53,7 @@ def test_end_tokens_of_the_generation_config_win(tmp_path: Path) -> None:
         ({"hidden_size": None}, "wrong kind"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "'factor'"),

@@ -1,15 +1,23 @@
-"""Reading the weights of a Hugging Face directory: `model.safetensors`, or shards with their index."""
+"""Reading the weights of a Hugging Face directory: `model.safetensors`, or shards with their index.
+
+A linear layer may be stored in a quantized format, told by the tensors that are there. Here it looks as if it were
+plain: it has one tensor, NAME.weight, of its true shape, and reading that dequantizes it.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from hashlib import blake2b
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from shared.engine.quantization import fp8_block, nvfp4
+from shared.engine.quantization.formats import KNOWN, Format, detect, nvfp4_tensor
 from shared.errors import Unsupported
 
+# Scales of activations and of cached keys and values: of no use to kernels that compute in the weights' full dtype.
+RUN_TIME_SUFFIXES = ("input_scale", "input_global_scale", "k_scale", "v_scale")
 # Facts of old exporters that are computed from the configuration instead.
 COMPUTED_SUFFIXES = ("rotary_emb.inv_freq",)
 SAMPLE_BYTES = 4096
@@ -23,24 +31,58 @@ class Checkpoint:
         self.dtype = dtype
         self.files = weight_files(model_dir)
         self._at = {name: opened for opened in map(_open, self.files) for name in opened.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
+        self._quantized = _quantized(self._at)
+
+    def _names(self) -> set[str]:
+        """Names as if nothing were quantized."""
+        parts = {f"{linear}.{suffix}" for linear in self._quantized for suffix in (*KNOWN, *RUN_TIME_SUFFIXES)}
+        return {name for name in self._at if name not in parts} | {f"{linear}.weight" for linear in self._quantized}
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        linear = name.removesuffix(".weight")
+        stored = self._quantized.get(linear, Format.PLAIN)
+        first = name if stored is Format.PLAIN else f"{linear}.{stored.value[0]}"
+        shape = tuple(self._at[first].get_slice(first).get_shape())  # type: ignore[no-untyped-call]
+        packed = stored in (Format.NVFP4, Format.NVFP4_RECIPROCAL)
+        return (*shape[:-1], shape[-1] * 2) if packed else shape
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], ignored: tuple[str, ...] = ()) -> None:
         """Compare names and shapes with what the model needs; one Unsupported names every difference."""
-        faults = [f"missing {name}" for name in shapes if name not in self._at]
-        for name in self._at:
+        names = self._names()
+        faults = [f"missing {name}" for name in shapes if name not in names]
+        for name in names:
             if name not in shapes and name not in ignored and not name.endswith(COMPUTED_SUFFIXES):
                 faults.append(f"unexpected {name}")
-        for name in shapes.keys() & self._at.keys():
-            found = tuple(self._at[name].get_slice(name).get_shape())  # type: ignore[no-untyped-call]
-            if found != shapes[name]:
+        for name in shapes.keys() & names:
+            if (found := self._shape(name)) != shapes[name]:
                 faults.append(f"{name} is {list(found)}, not {list(shapes[name])}")
         if faults:
             raise Unsupported(f"the weights do not fit the configuration: {'; '.join(sorted(faults))}")
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A tensor in the dtype of this checkpoint, or in another."""
+        linear, wanted = name.removesuffix(".weight"), dtype or self.dtype
+        stored = self._quantized.get(linear, Format.PLAIN)
+        if stored is Format.PLAIN:
+            return self._tensor(name).to(wanted)
+        parts = [self._tensor(f"{linear}.{suffix}") for suffix in stored.value]
+        try:
+            if stored is Format.FP8_BLOCK:
+                return fp8_block.dequantize(parts[0], parts[1], wanted)
+            return nvfp4.dequantize(nvfp4_tensor(stored, parts[0], parts[1], parts[2]), wanted)
+        except (ValueError, RuntimeError) as error:
+            raise Unsupported(f"the scales of {linear} do not fit its weights: {error}") from None
+
+    def _tensor(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._at[name].get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor.to(dtype or self.dtype)
+        return tensor
+
+
+def _quantized(names: Collection[str]) -> dict[str, Format]:
+    """The linear layers that are not plain. Raises Unsupported for one whose tensors make up no format."""
+    suffixes = KNOWN - {"weight"}
+    linears = {linear for name in names for linear, _, suffix in [name.rpartition(".")] if suffix in suffixes}
+    return {linear: detect(linear, names) for linear in linears}
 
 
 def _open(path: Path) -> safe_open:

@@ -11,6 +11,9 @@ from typing import Any
 
 from shared.errors import Unsupported
 
+# fp8 (blocks of 128), NVIDIA ModelOpt's NVFP4, llm-compressor's NVFP4
+QUANTIZATIONS = ("fp8", "modelopt", "compressed-tensors")
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
@@ -116,10 +119,17 @@ def _refuse_what_we_lack(fields: Fields) -> None:
         raise Unsupported(f"hidden_act {fields['hidden_act']!r} is not supported, only silu")
     if fields.get("use_sliding_window"):
         raise Unsupported("use_sliding_window is not supported")
-    if fields.get("quantization_config"):
-        raise Unsupported("quantized checkpoints are not supported (quantization_config)")
+    require_known_quantization(fields)
     if float(fields.get("partial_rotary_factor") or 1.0) != 1.0:
         raise Unsupported("partial_rotary_factor is not supported")
+
+
+def require_known_quantization(fields: Fields) -> None:
+    """Raises Unsupported for a way to quantize that the checkpoint reader does not know. Which layers are quantized
+    is decided by their tensors, not by what this field says of them."""
+    method = (fields.get("quantization_config") or {}).get("quant_method", QUANTIZATIONS[0])
+    if method not in QUANTIZATIONS:
+        raise Unsupported(f"quant_method {method!r} is not supported, only {', '.join(QUANTIZATIONS)}")
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:

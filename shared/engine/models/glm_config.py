@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.engine.models.config import Fields, read_json, token_ids
+from shared.engine.models.config import Fields, read_json, require_known_quantization, token_ids
 from shared.errors import Unsupported
 
 ARCHITECTURE = "GlmMoeDsaForCausalLM"
@@ -62,8 +62,7 @@ class GlmConfig:
 def read(model_dir: Path) -> GlmConfig:
     """The configuration of a model directory. Raises Unsupported if it is unreadable or asks for what we cannot do."""
     fields = read_json(model_dir / "config.json")
-    if fields.get("quantization_config"):
-        raise Unsupported("quantized checkpoints are not supported (quantization_config)")
+    require_known_quantization(fields)
     return parse(fields)
 
 
