@@ -1,0 +1,90 @@
+"""`forebay explain`: where the router would send a conversation, what every other placement would cost, and why."""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cli import state
+from cli.target import fail
+from protos.forebay.v1 import router_pb2, router_pb2_grpc
+from services.gateway import text_model
+from shared import page_hash, rpc
+from shared.blackboard.board import Blackboard
+from shared.blackboard.records import ModelCard, Role
+from shared.errors import Fault, InvalidRequest, ModelNotFound, NoWorker
+from shared.models.store import default_cache
+
+TIMEOUT_S = 10.0
+
+
+def explain(
+    prompt: Annotated[str, typer.Argument(help="What a user would say.")],
+    model: Annotated[str, typer.Option(help="Model; default: the first that is served.")] = "",
+    tenant: Annotated[str, typer.Option(help="Whose cache to look in.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    redis: Annotated[str, typer.Option(metavar="URL", help="Blackboard of a cluster on other machines.")] = "",
+) -> None:
+    """Show every placement of a prompt with its cost in milliseconds; nothing is computed or reserved."""
+    run = state.find(default_cache())
+    if not redis and run is None:
+        fail("no cluster runs on this machine; start one with `forebay up`")
+    try:
+        answer = asyncio.run(_ask(redis or (run.redis_url if run else ""), prompt, model, tenant, max_tokens))
+    except Fault as fault:
+        fail(fault.message)
+    Console().print(_table(answer))
+    typer.echo(answer.summary)
+
+
+async def _ask(redis_url: str, prompt: str, model: str, tenant: str, max_tokens: int) -> router_pb2.ExplainResponse:
+    board, channels = Blackboard(redis_url), rpc.Channels()
+    try:
+        entries = await board.processes(Role.DECODE, Role.ROUTER)
+        routers = [entry.address for entry in entries if entry.role is Role.ROUTER]
+        cards = [entry.card for entry in entries if entry.card and model in ("", entry.card.model)]
+        if not routers:
+            raise NoWorker("no router is there")
+        if not cards:
+            raise ModelNotFound(f"no worker serves {model!r}" if model else "no worker is there")
+        request = await _request(cards[0], prompt, tenant, max_tokens)
+        stub: Any = router_pb2_grpc.RouterServiceStub(channels.to(routers[0]))
+        explanation: router_pb2.ExplainResponse
+        explanation = await rpc.call(stub.Explain, router_pb2.ExplainRequest(request=request), TIMEOUT_S)
+        return explanation
+    finally:
+        await channels.close()
+        await board.close()
+
+
+async def _request(card: ModelCard, prompt: str, tenant: str, max_tokens: int) -> router_pb2.RouteRequest:
+    text = text_model.load(Path(card.model_path) if card.model_path else None)
+    if text.tokenizer is None:
+        raise InvalidRequest(f"{card.model} has no tokenizer on this machine")
+    if text.chat_template is not None:
+        prompt = text.chat_template.render([{"role": "user", "content": prompt}])
+    token_ids = await text.tokenizer.encode(prompt, special=text.chat_template is None)
+    hashes = page_hash.chain(page_hash.tenant_key(tenant), token_ids, card.page_size)
+    return router_pb2.RouteRequest(
+        request_id="explain",
+        model=card.model,
+        page_hashes=page_hash.join(hashes),
+        num_prompt_tokens=len(token_ids),
+        max_tokens=max_tokens,
+        tenant=tenant,
+    )
+
+
+def _table(answer: router_pb2.ExplainResponse) -> Table:
+    names = list(dict.fromkeys(term.name for candidate in answer.candidates for term in candidate.terms))
+    table = Table("prefill", "decode", "cost ms", "cached", *names, "", box=None, pad_edge=False)
+    for candidate in answer.candidates:
+        terms = {term.name: f"{term.cost_ms:.1f}" for term in candidate.terms}
+        placement = candidate.placement
+        prefill = placement.prefill.worker_id if placement.HasField("prefill") else "(decode worker)"
+        facts = [prefill, placement.decode.worker_id, f"{candidate.cost_ms:.1f}", str(candidate.num_cached_tokens)]
+        table.add_row(*facts, *(terms.get(name, "") for name in names), candidate.rejection)
+    return table
