@@ -7,21 +7,17 @@ context: the median of the repeats, and the best, which says what the code can d
 """
 
 import argparse
-import os
-import platform
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from bench import provenance
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.executor import DTYPES, TorchExecutor, load_executor
 from shared.models import store
@@ -96,16 +92,6 @@ def report(ours: Timings, theirs: Timings) -> None:
         print(f"| {label} | {cells[0]} | {cells[1]} | {ratios[0]:.1f} ({ratios[1]:.1f}) |")
 
 
-def describe() -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
-    print(f"command: python -m bench.engine {' '.join(sys.argv[1:])}")
-    print(f"commit: {commit.stdout.strip()}; hardware: {names[0]}, {os.cpu_count()} cores")
-    print(f"load before: {os.getloadavg()[0]:.2f} (other work on the machine makes the medians worse)\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a model directory, or a name `forebay models` lists")
@@ -113,7 +99,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="for both")
     parser.add_argument("--kernels", default="auto", help="auto, native or torch")
     args = parser.parse_args()
-    describe()
+    print(provenance.banner("bench.engine"))
     model_dir = store.resolve(args.model)
     executor = load_executor(
         model_dir,

@@ -10,14 +10,13 @@ import argparse
 import asyncio
 import contextlib
 import os
-import platform
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from bench import provenance
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from services.router.candidate import Query, Weights, Worker
 from services.router.fleet import Fleet
@@ -58,9 +57,7 @@ class Timing:
 
 def main() -> None:
     args = _arguments()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    print(f"python -m bench.routing --pages {args.pages} --workers {' '.join(map(str, args.workers))}")
-    print(f"commit {commit.stdout.strip()}, Python {platform.python_version()}, {os.cpu_count()} cores of {_cpu()}")
+    print(provenance.banner("bench.routing"))
     for num_workers in args.workers:
         chance = random.Random(num_workers)
         fleet = registrations(num_workers)
@@ -154,11 +151,6 @@ def embedded_valkey() -> Iterator[str]:
 
     with ValkeyServer() as server:
         yield server.connection_url
-
-
-def _cpu() -> str:
-    with open("/proc/cpuinfo") as lines:  # noqa: PTH123
-        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _arguments() -> argparse.Namespace:

@@ -10,13 +10,13 @@ import asyncio
 import base64
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import time
 
+from bench import provenance
 from shared.engine.kv.memory import HostMemory
 from shared.engine.transfer.api import Peer, RemotePool
 from shared.engine.transfer.nixl import NixlTransport
@@ -71,9 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.transport_tls:
         os.environ["UCX_TLS"] = args.transport_tls
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    print(f"command: python -m bench.transfer {' '.join(sys.argv[1:])}")
-    print(f"commit: {commit.stdout.strip()}; hardware: {platform.machine()}, {os.cpu_count()} cores")
+    print(provenance.banner("bench.transfer"))
     print("| page KiB | pages | in a row, GB/s (best) | scattered, GB/s (best) | connect, ms |\n|---|---|---|---|---|")
     for kib in PAGE_KIB:
         print(asyncio.run(measure(kib << 10, max(1, args.total_mib * 1024 // kib))))

@@ -1,13 +1,10 @@
 """What a benchmark prints: how it was run, on what, and its figures, for people and for machines."""
 
 import json
-import os
-import platform
-import subprocess
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from bench import provenance
 from bench.serve.workload import Workload
 
 ROWS = {"ttft_ms": "first token", "tpot_ms": "per token", "itl_ms": "between chunks", "e2e_ms": "whole request"}
@@ -17,8 +14,8 @@ def circumstances(command: str, url: str, model: str, workload: Workload) -> dic
     """What the figures depend on."""
     return {
         "command": command,
-        "commit": _commit(),
-        "hardware": _hardware(),
+        "commit": provenance.commit(),
+        "hardware": provenance.hardware(),
         "url": url,
         "model": model,
         "workload": asdict(workload),
@@ -37,22 +34,3 @@ def text(told: dict[str, Any], figures: dict[str, Any]) -> str:
     lines[-1] += f"{figures['requests_per_s']:.2f} requests/s"
     lines += [f"failed, {count} times: {fault}" for fault, count in figures["faults"].items()]
     return "\n".join([*lines, json.dumps(told | figures)])
-
-
-def _commit() -> str:
-    """The commit of the code that runs, with a + if it was changed since; empty where it is not from a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
-
-
-def _hardware() -> str:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()} {platform.release()}"
