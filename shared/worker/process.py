@@ -14,7 +14,8 @@ from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import Load, ModelCard, Pages, Registration, Role
 from shared.engine.loop import EngineLoop
-from shared.engine.transfer.api import Transport, transport
+from shared.engine.transfer.api import Transport
+from shared.engine.transfer.registry import transport
 from shared.errors import Fault
 from shared.telemetry import Telemetry
 from shared.worker.assembly import Assembled, assemble

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from shared.engine.kv.memory import PoolMemory
 from shared.errors import BadManifest
 
 
@@ -78,14 +77,3 @@ def check_page_ids(pool: RemotePool, remote: Sequence[int], num_local: int, loca
     for ids, num_pages, whose in ((remote, pool.num_pages, pool.agent_name), (local, num_local, "this worker")):
         if ids and not 0 <= min(ids) <= max(ids) < num_pages:
             raise BadManifest(f"a page id among {min(ids)}..{max(ids)} is outside the {num_pages} pages of {whose}")
-
-
-def transport(name: str, memory: PoolMemory, agent_name: str) -> Transport:
-    """The transport called `name` ("nixl" or "local") over `memory`."""
-    if name == "nixl":
-        from shared.engine.transfer.nixl import NixlTransport
-
-        return NixlTransport(memory, agent_name)
-    from shared.engine.transfer.local import LocalTransport
-
-    return LocalTransport(memory, agent_name, {})
