@@ -22,7 +22,9 @@ class GatewayConfig(ServiceConfig):
     request_timeout_ms: int = Field(
         600_000, ge=1, description="Deadline of requests that name none in the X-Forebay-Timeout-Ms header."
     )
-    router_wait_ms: int = Field(10_000, ge=0, description="Time to wait for a router to come back.")
+    recovery_wait_ms: int = Field(
+        10_000, ge=0, description="Time that a request waits for a router or, after a fault, a worker to come back."
+    )
     max_body_bytes: int = Field(32 << 20, ge=1024, description="Largest request body.")
     max_choices: int = Field(128, ge=1, description="Most outputs of one request: prompts times n.")
     blackboard_interval_ms: int = Field(1_000, ge=50, description="Time between two looks at the blackboard.")

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 # A worker may be at fault for these; another one may do better.
 _WORKER_FAULTS = (WorkerLost, StaleEpoch, Draining, Overloaded)
+# These pass when the worker is back; one that is full will not be emptier in a moment.
+_PASSING_FAULTS = (WorkerLost, StaleEpoch, Draining)
+# Without a token in between.
 MAX_ATTEMPTS = 4
 # While no router answers: time between two tries, unless the blackboard announces one earlier.
 ROUTER_RETRY_S = 0.25
@@ -28,9 +31,9 @@ ROUTER_RETRY_S = 0.25
 class Dispatcher:
     """Sends choices to workers. Calls end by the deadline of the work at hand (`rpc.deadline`)."""
 
-    def __init__(self, directory: Directory, channels: rpc.Channels, router_wait_ms: int) -> None:
+    def __init__(self, directory: Directory, channels: rpc.Channels, recovery_wait_ms: int) -> None:
         self._directory, self._channels = directory, channels
-        self._router_wait_s = router_wait_ms / 1000
+        self._recovery_wait_s = recovery_wait_ms / 1000
         self._turn = 0
 
     async def generate(self, choice: Choice) -> AsyncGenerator[decode_pb2.GenerateResponse, None]:
@@ -38,7 +41,7 @@ class Dispatcher:
 
         Leaving the iterator early cancels the request everywhere.
         """
-        attempt = _Attempt(choice)
+        attempt = _Attempt(choice, self._recovery_wait_s)
         while True:
             attempt.place(await self._route(attempt))
             try:
@@ -62,12 +65,15 @@ class Dispatcher:
         return rpc.stream(stub.Generate, attempt.request)
 
     async def _route(self, attempt: "_Attempt") -> router_pb2.RouteResponse:
-        give_up = time.monotonic() + self._router_wait_s
+        give_up = time.monotonic() + self._recovery_wait_s
         while True:
             try:
                 return await self._ask_routers(attempt.route)
             except NoWorker as fault:
-                raise (attempt.fault or fault) from None
+                if not attempt.may_recover:
+                    raise (attempt.fault or fault) from None
+                attempt.forgive()
+                left = ROUTER_RETRY_S
             except (WorkerLost, Draining) as fault:
                 left = give_up - time.monotonic()
                 if left <= 0:
@@ -93,14 +99,16 @@ class Dispatcher:
 class _Attempt:
     """Where a choice stands: the workers that failed it, and in the request the tokens that the client has."""
 
-    def __init__(self, choice: Choice) -> None:
+    def __init__(self, choice: Choice, recovery_wait_s: float) -> None:
         self.route, self.request = router_pb2.RouteRequest(), decode_pb2.GenerateRequest()
         self.route.CopyFrom(choice.route)
         self.request.CopyFrom(choice.generate)
         self._token_ids: list[int] = []
         self.finished = False
         self.fault: Fault | None = None
+        self._passes = False
         self._num_failures = 0
+        self._recovery_wait_s, self._recover_by = recovery_wait_s, 0.0
 
     def place(self, response: router_pb2.RouteResponse) -> None:
         """Take the router's decision."""
@@ -109,6 +117,7 @@ class _Attempt:
     def note(self, response: decode_pb2.GenerateResponse) -> None:
         """Remember what the client got."""
         self._token_ids.extend(response.tokens.token_ids)
+        self._num_failures = 0
         self.finished = response.HasField("finished")
 
     def fail(self, fault: Fault) -> None:
@@ -117,12 +126,24 @@ class _Attempt:
         log.warning("worker %s failed %s: %s", worker, self.route.request_id, fault.message)
         self.fault = self._lost(worker, fault) if self._token_ids else fault
         self._num_failures += 1
-        if self._num_failures >= MAX_ATTEMPTS:
+        if self._num_failures == 1:
+            self._recover_by = time.monotonic() + self._recovery_wait_s
+        self._passes = isinstance(fault, _PASSING_FAULTS)
+        if self._num_failures >= MAX_ATTEMPTS and not self.may_recover:
             raise self.fault from None
         self.request.output_token_ids[:] = self._token_ids
         self.route.num_prompt_tokens = len(self.request.prompt_token_ids) + len(self._token_ids)
         if not isinstance(fault, StaleEpoch):
             self.route.excluded_worker_ids.append(worker)
+
+    @property
+    def may_recover(self) -> bool:
+        """Whether waiting is worth while: a worker was lost, not long ago, and may come back."""
+        return self._passes and time.monotonic() < self._recover_by
+
+    def forgive(self) -> None:
+        """Let every worker have another try: those that failed may be all there is, and well again in a moment."""
+        del self.route.excluded_worker_ids[:]
 
     @property
     def complete(self) -> bool:

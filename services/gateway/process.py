@@ -43,7 +43,7 @@ async def run(config: GatewayConfig) -> None:
         channels = rpc.Channels()
         stack.push_async_callback(channels.close)
         directory = Directory(model_paths(config.model))
-        dispatcher = Dispatcher(directory, channels, config.router_wait_ms)
+        dispatcher = Dispatcher(directory, channels, config.recovery_wait_ms)
         core = Core(directory, dispatcher, Meters(telemetry_.meter), config.max_choices)
         await _serve(config, name, metrics_port, core, telemetry_, board, stop)
 

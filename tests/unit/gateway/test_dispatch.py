@@ -73,6 +73,7 @@ async def test_a_fault_of_the_request_is_not_tried_elsewhere(world: World) -> No
 
 async def test_a_stream_that_just_ends_is_a_lost_worker(world: World) -> None:
     world.steps = [tokens(40)]
+    world.dispatcher._recovery_wait_s = 0.0
     with pytest.raises(WorkerLost, match="after 1 tokens: the stream ended"):
         await complete(world.core)
 
@@ -96,6 +97,22 @@ async def test_a_worker_that_is_lost_amid_an_output_is_replaced_without_a_seam(w
     assert sent == [ids[:end] for end in range(0, len(ids), 4)]
     assert [request.num_prompt_tokens for request in world.router.requests] == [1 + len(part) for part in sent]
     assert len({d.requests[0].sampling.seed for d in world.decodes.values() if d.requests}) == 1
+
+
+async def test_the_only_worker_is_waited_for_until_it_is_back(world: World) -> None:
+    ids = await world.says("hello world")
+    faults = iter([WorkerLost("gone"), WorkerLost("still gone"), WorkerLost("and still"), WorkerLost("nearly back")])
+
+    async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        if not request.output_token_ids:
+            yield tokens(ids[0])
+        for fault in faults:
+            raise fault
+        yield tokens(*ids[1:])
+        yield finished()
+
+    world.decode.script = script
+    assert await complete(world.core) == "hello world"
 
 
 async def test_a_worker_that_is_lost_after_the_last_token_is_not_replaced(world: World) -> None:
@@ -127,7 +144,7 @@ async def test_a_request_waits_for_a_router_to_come_back(world: World) -> None:
 async def test_without_a_router_the_wait_ends_with_a_reason(world: World) -> None:
     await world.stop("router-0")
     await world.directory.update(world.registrations)
-    world.dispatcher._router_wait_s = 0.0
+    world.dispatcher._recovery_wait_s = 0.0
     with pytest.raises(NoWorker, match="no router answers: none is registered"):
         await complete(world.core)
 
