@@ -297,6 +297,7 @@ async def test_a_fault_after_the_first_token_is_an_event(world: World) -> None:
         raise WorkerLost("gone")
 
     world.decode.script = script
+    world.dispatcher._recovery_wait_s = 0.0
     chunks = await stream(world, "completions", completion())
     assert chunks[-1]["error"]["code"] == "worker_lost"
     assert "after 1 tokens" in chunks[-1]["error"]["message"]

@@ -78,6 +78,7 @@ async def test_the_official_client_raises_its_own_errors(world: World, client: o
 
 async def test_the_official_client_raises_a_fault_amid_a_stream(world: World, client: openai.AsyncOpenAI) -> None:
     world.steps = [tokens(40)]
+    world.dispatcher._recovery_wait_s = 0.0
     stream = await client.completions.create(model=MODEL, prompt="x", stream=True)
     with pytest.raises(openai.APIError, match="was lost after 1 tokens"):
         async for _ in stream:
