@@ -71,7 +71,8 @@ class Gate:
         time.sleep(seconds)
         if self._closed:
             self.holding.set()
-            self._passes.acquire(timeout=PATIENCE_S)
+            # Longer than anybody waits for it: a step that let itself through would look like one that was never held.
+            self._passes.acquire(timeout=6 * PATIENCE_S)
 
 
 @dataclass
