@@ -174,7 +174,8 @@ class Fleet:
     ) -> Running:
         """A worker called `name`."""
         gate, clock = Gate(), Clock()
-        executor = SimExecutor(model, num_pages, sleep=gate)
+        # A clock that stands still: a step of which the computation alone took its time would not sleep, nor be held.
+        executor = SimExecutor(model, num_pages, sleep=gate, clock=lambda: 0.0)
         kv = KvStore(num_pages, model.page_size, lease_ttl_ms, clock)
         engine = Engine(executor, kv, max_step_tokens=MAX_STEP_TOKENS, max_num_sequences=16)
         loop = EngineLoop(engine)

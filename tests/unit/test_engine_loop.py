@@ -21,6 +21,7 @@ from shared.engine.sim import SimExecutor, SimModel
 from shared.errors import ContextTooLong, Draining, Fault, Internal, InvalidRequest
 
 NUM_PAGES = 16
+PATIENCE_S = 20.0
 
 
 class Gate(SimExecutor):
@@ -33,7 +34,7 @@ class Gate(SimExecutor):
         self.error: BaseException | None = None
 
     def forward(self, batch: Sequence[BatchItem]) -> list[SampledToken | None]:
-        assert self.open.wait(10)
+        assert self.open.wait(2 * PATIENCE_S)
         if self.error is not None:
             raise self.error
         return super().forward(batch)
@@ -48,19 +49,19 @@ class Rig:
         self.loop = EngineLoop(self.engine, self.deaths.append)
 
     async def until(self, true: Callable[[], bool]) -> None:
-        """Let the engine's thread get there."""
-        while not true():  # noqa: ASYNC110 - nothing tells of a state seen from outside
-            await asyncio.sleep(0.001)
+        """Let the engine's thread get to a state in which it stays."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not true():  # noqa: ASYNC110 - nothing tells of a state seen from outside
+                await asyncio.sleep(0.001)
 
 
 @pytest.fixture
 async def rig() -> AsyncIterator[Rig]:
     rig = Rig()
     rig.loop.start()
-    async with asyncio.timeout(20):
-        yield rig
-        rig.executor.open.set()
-        await rig.loop.stop()
+    yield rig
+    rig.executor.open.set()
+    await rig.loop.stop()
     assert rig.kv.check() == []
 
 
@@ -217,10 +218,14 @@ async def test_room_comes_with_the_end_of_a_lease() -> None:
 
 async def test_room_comes_with_the_end_of_a_sequence(rig: Rig) -> None:
     held = await rig.loop.reserve([], 10)
+    rig.executor.open.clear()
     stream = asyncio.create_task(collect(rig, request(num_tokens=60, max_tokens=20)))
     await rig.until(lambda: rig.kv.counts().held > 10)
-    pages = await rig.loop.reserve([], 6)
-    assert len(pages.page_ids) == 6
+    newcomer = asyncio.create_task(rig.loop.reserve([], 6))
+    await asyncio.sleep(0)
+    assert not newcomer.done()
+    rig.executor.open.set()
+    assert len((await newcomer).page_ids) == 6
     assert len(await stream) == 20
     rig.kv.drop(held)
 
