@@ -1,4 +1,4 @@
-"""How fast the bare engine computes on this machine, beside transformers in the same run.
+"""How fast the bare engine computes on this machine, beside transformers and, if installed, llama.cpp in the same run.
 
     python -m bench.engine [--model SmolLM2-135M-Instruct] [--dtype bfloat16] [--threads 2] [--kernels auto]
 
@@ -73,22 +73,39 @@ def measure_transformers(model: Any, prompt: list[int]) -> Timings:
     return timings
 
 
-def report(ours: Timings, theirs: Timings) -> None:
-    print(
-        "| | forebay, median (best) | transformers, median (best) | times as fast, median (best) |\n|---|---|---|---|"
-    )
-    for name in ours:
+def measure_llama_cpp(model: str, num_threads: int, prompt: list[int]) -> Timings:
+    """Raises ImportError where llama.cpp is not installed."""
+    from bench.llama import Llama
+
+    llama = Llama(model, num_threads, max(BATCHES), NUM_PROMPT + NUM_STEPS)
+    timings: Timings = {"prefill": []}
+    for sequence in range(max(BATCHES)):
+        timed(timings["prefill"], partial(llama.forward, [sequence], [prompt], 0))
+    for size in BATCHES:
+        times = timings[f"decode {size}"] = []
+        for step in range(NUM_STEPS):
+            tokens = [[prompt[step]]] * size
+            timed(times, partial(llama.forward, range(size), tokens, NUM_PROMPT + step))
+        for sequence in range(max(BATCHES)):
+            llama.forget(sequence)
+            llama.forward([sequence], [prompt], 0)
+    return timings
+
+
+def report(ours: Timings, theirs: Timings, name: str) -> None:
+    print(f"\n| | forebay, median (best) | {name}, median (best) | times as fast, median (best) |\n|---|---|---|---|")
+    for figure in ours:
         cells, values = [], []
-        for times in (ours[name], theirs[name]):
+        for times in (ours[figure], theirs[figure]):
             median, best = statistics.median(times[1:]), min(times)  # the first touches new memory
             values.append((median, best))
-            if name == "prefill":
+            if figure == "prefill":
                 cells.append(f"{median:.3f} s ({best:.3f})")
             else:
-                size = int(name.split()[1])
+                size = int(figure.split()[1])
                 cells.append(f"{size / median:.0f} tokens/s ({size / best:.0f})")
         ratios = [theirs_s / ours_s for ours_s, theirs_s in zip(*values, strict=True)]
-        label = f"first token of {NUM_PROMPT}" if name == "prefill" else f"decode, batch {name.split()[1]}"
+        label = f"first token of {NUM_PROMPT}" if figure == "prefill" else f"decode, batch {figure.split()[1]}"
         print(f"| {label} | {cells[0]} | {cells[1]} | {ratios[0]:.1f} ({ratios[1]:.1f}) |")
 
 
@@ -115,7 +132,11 @@ def main() -> None:
     ours = measure_ours(executor, prompt)
     torch.set_num_threads(args.threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[args.dtype])
-    report(ours, measure_transformers(model, prompt))
+    report(ours, measure_transformers(model, prompt), "transformers")
+    try:
+        report(ours, measure_llama_cpp(args.model, args.threads, prompt), "llama.cpp")
+    except ImportError:
+        print("\nllama.cpp is not compared: `pip install llama-cpp-python` compiles and installs it")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.metrics import Meter
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import TracerProvider, sampling
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry, start_http_server
@@ -49,8 +49,10 @@ class Telemetry:
     def __init__(self, role: str, name: str, traces: str = "none") -> None:
         resource = Resource.create({"service.name": f"forebay-{role}", "service.instance.id": name})
         self.registry = CollectorRegistry()
-        self._tracers = TracerProvider(resource=resource)
         exporter = _exporter(traces)
+        # Spans that nobody will read are not recorded; ids are made and passed on all the same.
+        sampler = sampling.ALWAYS_OFF if exporter is None else sampling.DEFAULT_ON
+        self._tracers = TracerProvider(sampler, resource)
         if exporter is not None:
             self._tracers.add_span_processor(BatchSpanProcessor(exporter))
         reader = PrometheusMetricReader(scope_info_enabled=False, registry=self.registry)
