@@ -8,7 +8,7 @@ SETUP := pyproject.toml deploy/install
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check format protos bench clean
+.PHONY: help up test check format protos bench chaos clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ protos: $(VENV)/developing ## Generate code from protos/forebay/v1
 
 bench: $(VENV)/developing ## Measure a cluster that this starts and stops (ARGS: see `forebay bench --help`)
 	$(BIN)/forebay bench serve $(ARGS)
+
+chaos: $(VENV)/developing ## Kill, stop and restart everything under 10,000 requests (ARGS: --seed N --requests N --minutes N)
+	@$(BIN)/python -m tests.chaos $(ARGS)
 
 clean: ## Remove .venv and caches of tools; models stay in ~/.cache/forebay
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

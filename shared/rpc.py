@@ -32,13 +32,14 @@ DOMAIN = "forebay"
 REQUEST_ID_KEY = "x-request-id"
 MAX_MESSAGE_BYTES = 64 << 20
 DETAILS_KEY = "grpc-status-details-bin"
-# A peer that stops answering is noticed within about three seconds; both sides must agree that pings are welcome. The
-# keepalive timeout alone does nothing for a process that is stopped, whose kernel still acknowledges what it receives:
-# the ping timeout (a minute unless set) is what counts then.
+# A peer that stops answering is noticed within 1.5 s, the sum of the first and the third (docs/recovery.md); both sides
+# must agree that pings are welcome. The keepalive timeout alone does nothing for a process that is stopped, whose kernel
+# still acknowledges what it receives: the ping timeout (a minute unless set) is what counts then. Pings are answered by
+# gRPC's own threads, which no Python code holds up: a busy process answers, one that gets no processor for 1 s does not.
 KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 1_000),
-    ("grpc.keepalive_timeout_ms", 2_000),
-    ("grpc.http2.ping_timeout_ms", 2_000),
+    ("grpc.keepalive_time_ms", 500),
+    ("grpc.keepalive_timeout_ms", 1_000),
+    ("grpc.http2.ping_timeout_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
@@ -54,7 +55,7 @@ CHANNEL_OPTIONS = [
 SERVER_OPTIONS = [
     *KEEPALIVE,
     *MESSAGES,
-    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.http2.min_ping_interval_without_data_ms", 200),
     ("grpc.so_reuseport", 0),
 ]
 

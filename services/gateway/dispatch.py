@@ -113,6 +113,8 @@ class _Attempt:
     def place(self, response: router_pb2.RouteResponse) -> None:
         """Take the router's decision."""
         self.request.placement.CopyFrom(response.placement)
+        placed = {"choice": self.route.request_id, "decode": response.placement.decode.worker_id}
+        log.info("placed", extra=placed | {"prefill": response.placement.prefill.worker_id})
 
     def note(self, response: decode_pb2.GenerateResponse) -> None:
         """Remember what the client got."""
@@ -123,7 +125,8 @@ class _Attempt:
     def fail(self, fault: Fault) -> None:
         """Go on without the worker that failed, unless it only restarted. Raises the fault if there is no going on."""
         worker = self.request.placement.decode.worker_id
-        log.warning("worker %s failed %s: %s", worker, self.route.request_id, fault.message)
+        failed = {"choice": self.route.request_id, "decode": worker, "fault": fault.reason}
+        log.warning("worker %s failed: %s", worker, fault.message, extra=failed)
         self.fault = self._lost(worker, fault) if self._token_ids else fault
         self._num_failures += 1
         if self._num_failures == 1:

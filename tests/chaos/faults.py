@@ -3,53 +3,74 @@
 import asyncio
 import random
 import signal
+import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from tests.e2e.cluster import RunningCluster
 
-# Workers are hit more often than what there is one of.
-TARGETS = ("decode-0", "decode-1", "prefill-0", "prefill-1") * 3 + ("router-0", "router-1", "blackboard")
+KILL, END, STOP = "kill", "end", "stop"
 STOPPED_S = (0.2, 4.0)
-PAUSE_S = (0.5, 2.5)
+SERVES_AGAIN_S = 60.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """A fault. `until` is when a stopped process went on; for the others it is `at`. Both are unix times."""
+
+    kind: str
+    name: str
+    at: float
+    until: float
+
+    @property
+    def role(self) -> str:
+        return self.name.rpartition("-")[0] or self.name
 
 
 class Faults:
-    """Hits one process after another until cancelled; `restarts` counts what should have been started again."""
+    """`done` is what was done; `restarts` counts what should have been started again."""
 
     def __init__(self, cluster: RunningCluster, chance: random.Random) -> None:
         self._cluster, self._chance = cluster, chance
-        self.done: Counter[str] = Counter()
+        self.done: list[Done] = []
         self.restarts: Counter[str] = Counter()
 
-    async def run(self) -> None:
-        """Hit, wait, hit. A process is left alone until it serves again."""
+    async def run(self, names: Sequence[str], kinds: Sequence[str], pause_s: tuple[float, float]) -> None:
+        """Hit one process after another until cancelled. One that does not serve again yet is left alone."""
         while True:
-            await asyncio.sleep(self._chance.uniform(*PAUSE_S))
-            name = self._chance.choice(TARGETS)
-            if self._cluster.pid(name) is None:
-                continue
-            with suppress(ProcessLookupError):
-                await self._hit(name, self._chance.choice(("kill", "kill", "end", "stop")))
+            await asyncio.sleep(self._chance.uniform(*pause_s))
+            name, kind = self._chance.choice(names), self._chance.choice(kinds)
+            if self._cluster.pid(name) is not None and await self._serves(name):
+                with suppress(ProcessLookupError):
+                    await self.hit(name, kind)
 
-    async def _hit(self, name: str, what: str) -> None:
-        if what == "stop" and not name.startswith("blackboard"):
-            pid = self._cluster.signal(name, signal.SIGSTOP)
-            try:
-                await asyncio.sleep(self._chance.uniform(*STOPPED_S))
-            finally:
-                if self._cluster.pid(name) == pid:
-                    self._cluster.signal(name, signal.SIGCONT)
-        elif what == "end" and not name.startswith("blackboard"):
-            self.restarts[name] += 1
-            await self._gone(name, self._cluster.signal(name, signal.SIGTERM))
+    async def hit(self, name: str, kind: str) -> None:
+        """Do one thing to one process, and wait until it is done."""
+        at = time.time()
+        if kind == STOP:
+            await self._stop(name)
         else:
+            pid = self._cluster.signal(name, signal.SIGKILL if kind == KILL else signal.SIGTERM)
             self.restarts[name] += 1
-            await self._gone(name, self._cluster.kill(name))
-        self.done[f"{what} {name.rpartition('-')[0] or name}"] += 1
+            await self._gone(name, pid)
+        self.done.append(Done(kind, name, at, time.time() if kind == STOP else at))
+
+    async def _stop(self, name: str) -> None:
+        pid = self._cluster.signal(name, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(self._chance.uniform(*STOPPED_S))
+        finally:
+            if self._cluster.pid(name) == pid:
+                self._cluster.signal(name, signal.SIGCONT)
 
     async def _gone(self, name: str, pid: int) -> None:
         """Wait until the supervisor has noticed."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(SERVES_AGAIN_S):
             while self._cluster.pid(name) == pid:  # noqa: ASYNC110 - the supervisor tells by a file
                 await asyncio.sleep(0.05)
+
+    async def _serves(self, name: str) -> bool:
+        return bool((await self._cluster.status())[name]["state"] == "serving")

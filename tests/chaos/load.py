@@ -1,100 +1,107 @@
-"""Clients that know what every answer must be, by a fault-free twin: the sim engine in this process."""
+"""Clients of a cluster with several gateways: each sends one request after another, some go away in the middle."""
 
 import asyncio
 import json
 import random
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
 
-from shared.engine.api import EngineRequest, SamplingParams
-from shared.engine.sim import SimExecutor, SimModel
-from tests.law.worker import Worker
+from tests.chaos.answers import COMPLETE, GATEWAY_LOST, LATE, LEFT, NOT_TAKEN, Answer, Output
+from tests.chaos.requests import Ask
 
-DEADLINE_S = 30.0
+# A client's own patience beyond the deadline that it gave the gateway.
+PATIENCE_S = 1.0
+RETRY_S = 0.05
 # What a client may be told when its request could not be answered: reasons, never a broken connection.
 REASONS = {"no_worker", "overloaded", "worker_lost", "deadline", "draining", "blackboard_lost"}
-SHARED = [[tenant * 1000 + token for token in range(400)] for tenant in range(1, 6)]
-
-
-@dataclass
-class Tally:
-    """How requests ended, and what should never have happened."""
-
-    ended: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    num_tokens: int = 0
-    longest_gap_s: float = 0.0
 
 
 class Clients:
-    """Each sends one request after another: most wait for the answer, some go away in the middle."""
+    """`answers` has every try of every request; `defects` what no client should ever see."""
 
-    def __init__(self, url: str, model: str, seed: int) -> None:
-        self._url, self._model, self._seed = url, model, seed
-        self._twin = Worker(SimExecutor(SimModel(), 64, sleep=lambda seconds: None))
-        self._num_requests = 0
-        self.tally = Tally()
+    def __init__(self, urls: Sequence[str], model: str, asks: Iterator[Ask], pause_s: float = 0.0) -> None:
+        self.urls, self._model, self._asks, self._pause_s = urls, model, asks, pause_s
+        self.answers: list[Answer] = []
+        self.num_requests = 0
+        self.defects: list[str] = []
 
-    async def run(self, number: int, until: float) -> None:
-        """Be one client until the time is up."""
-        chance = random.Random(self._seed * 1000 + number)
-        async with httpx.AsyncClient(base_url=self._url, timeout=DEADLINE_S + 1) as http:
-            while time.monotonic() < until:
-                await self._one(http, chance)
+    async def run(self, number: int, more: Callable[[], bool]) -> None:
+        """Be one client for as long as there is `more` to do."""
+        chance = random.Random(number)
+        async with AsyncExitStack() as stack:
+            https = [
+                await stack.enter_async_context(httpx.AsyncClient(base_url=url, trust_env=False)) for url in self.urls
+            ]
+            while more():
+                await self.one(https, next(self._asks), chance.randrange(len(https)))
+                await asyncio.sleep(chance.uniform(0, 2 * self._pause_s))
 
-    async def _one(self, http: httpx.AsyncClient, chance: random.Random) -> None:
-        prompt = chance.choice(SHARED)[: chance.randrange(1, 400)] + chance.choices(range(10, 30_000), k=8)
-        sampling = {"max_tokens": chance.randrange(1, 60), "seed": chance.randrange(1000)}
-        temperature = chance.choice((0.0, 1.0))
-        leaves_after = chance.randrange(1, 30) if chance.random() < 0.15 else None
-        expected = self._expected(prompt, temperature, **sampling)
-        body = {"model": self._model, "prompt": prompt, "stream": True, "ignore_eos": True, "return_token_ids": True}
+    async def one(self, https: Sequence[httpx.AsyncClient], ask: Ask, first: int) -> None:
+        """Send a request to one gateway after another until one begins to answer, for as long as its deadline allows.
+
+        So do clients behind a load balancer: a gateway that drains, or is gone before it has said a word, costs a try.
+        """
+        give_up = time.time() + ask.deadline_s
+        for turn in range(first, 1 << 62):
+            answer = Answer(ask, turn % len(https), time.time(), give_up)
+            answer.end = await self._try(https[answer.gateway], answer)
+            answer.ended = time.time()
+            self.answers.append(answer)
+            if answer.end == NOT_TAKEN and time.time() + RETRY_S > give_up:
+                answer.end = "refused: no gateway"
+            if answer.end != NOT_TAKEN:
+                self.num_requests += 1
+                return
+            await asyncio.sleep(RETRY_S)
+
+    async def _try(self, http: httpx.AsyncClient, answer: Answer) -> str:
         try:
-            got, ended = await self._ask(http, body | sampling | {"temperature": temperature}, leaves_after)
-        except (httpx.HTTPError, TimeoutError) as error:
-            self.tally.wrong.append(f"no answer: {type(error).__name__} {error}")
-            return
-        self.tally.ended[ended] += 1
-        self.tally.num_tokens += len(got)
-        whole = ended == "complete"
-        if got != (expected if whole else expected[: len(got)]):
-            self.tally.wrong.append(f"{ended} after {len(got)} of {len(expected)} tokens: {got} is not {expected}")
+            async with asyncio.timeout(answer.give_up - time.time() + PATIENCE_S):
+                return await self._read(http, answer)
+        except httpx.TransportError:
+            return GATEWAY_LOST if answer.begun else NOT_TAKEN
+        except TimeoutError:
+            return LATE
 
-    def _expected(self, prompt: list[int], temperature: float, max_tokens: int, seed: int) -> list[int]:
-        self._num_requests += 1
-        params = SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=max_tokens, seed=seed)
-        return self._twin.run(EngineRequest(f"twin-{self._num_requests}", tuple(prompt), params))
-
-    async def _ask(
-        self, http: httpx.AsyncClient, body: dict[str, Any], leaves_after: int | None
-    ) -> tuple[list[int], str]:
-        """Tokens, and how the request ended."""
-        got: list[int] = []
-        last = time.monotonic()
-        async with asyncio.timeout(DEADLINE_S + 1), http.stream("POST", "/v1/completions", json=body) as response:
+    async def _read(self, http: httpx.AsyncClient, answer: Answer) -> str:
+        ask, left_ms = answer.ask, max(1, round((answer.give_up - time.time()) * 1000))
+        headers = {"X-Request-Id": ask.name, "X-Forebay-Timeout-Ms": str(left_ms)}
+        body = {"model": self._model} | ask.body
+        request = http.build_request("POST", "/v1/completions", json=body, headers=headers, timeout=None)
+        response = await http.send(request, stream=True)
+        answer.begun = True
+        try:
             if response.status_code != 200:
-                return got, self._reason(json.loads(await response.aread()))
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                chunk = json.loads(line.removeprefix("data: "))
-                if "error" in chunk:
-                    return got, self._reason(chunk)
-                for choice in chunk["choices"]:
-                    got += choice.get("token_ids") or []
-                now = time.monotonic()
-                self.tally.longest_gap_s = max(self.tally.longest_gap_s, now - last)
-                last = now
-                if leaves_after is not None and len(got) >= leaves_after:
-                    return got, "left"
-        return got, "complete"
+                return self._refusal(json.loads(await response.aread()))
+            num_chunks = 0
+            async for event in _events(response):
+                if "error" in event:
+                    return self._refusal(event)
+                for choice in event["choices"]:
+                    answer.outputs.setdefault(choice["index"], Output()).take(choice, time.time())
+                num_chunks += 1
+                if num_chunks == ask.leaves_after:
+                    return LEFT
+            return COMPLETE
+        finally:
+            await response.aclose()
 
-    def _reason(self, answer: dict[str, Any]) -> str:
-        reason = str(answer["error"]["code"])
-        if reason.lower() not in REASONS:
-            self.tally.wrong.append(f"refused without a good reason: {answer}")
-        return reason
+    def _refusal(self, body: dict[str, Any]) -> str:
+        reason = str(body["error"]["code"]).lower()
+        if reason not in REASONS:
+            self.defects.append(f"refused without a good reason: {body}")
+        return NOT_TAKEN if reason == "draining" else f"refused: {reason}"
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """Those of a stream; else the whole answer as one."""
+    if response.headers["content-type"].startswith("application/json"):
+        yield json.loads(await response.aread())
+        return
+    async for line in response.aiter_lines():
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from cli.state import RunState
 from cli.status import join
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Role
+from shared.errors import BlackboardLost
 from shared.models.store import default_cache
 
 DEADLINE_S = 30.0
@@ -68,10 +69,12 @@ class RunningCluster:
         return self.signal(name, signal.SIGKILL)
 
     async def status(self) -> dict[str, Row]:
-        """What `forebay status --json` says of each process, by name."""
-        board = Blackboard(self.redis_url)
+        """What `forebay status --json` says of each process, by name; while Redis is away nobody is registered."""
+        board, registered = Blackboard(self.redis_url), []
         try:
-            return {row["name"]: row for row in join(self.state(), await board.processes(*Role))}
+            with suppress(BlackboardLost):
+                registered = await board.processes(*Role)
+            return {row["name"]: row for row in join(self.state(), registered)}
         finally:
             await board.close()
 

@@ -1,0 +1,109 @@
+"""What a chaos run showed, as a table, and what of it must not be."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tests.chaos.answers import COMPLETE, GATEWAY_LOST, LATE, NOT_TAKEN, Answer
+from tests.chaos.faults import END, KILL, STOP, Done
+from tests.chaos.stalls import Stall, percentile
+from tests.chaos.watch import Suspected
+
+# What an end may come after its deadline.
+GRACE_S = 1.0
+# Streams that were stopped for less may just have waited.
+LONG_STOP_S = 2.0
+# A worker that was hit may be suspected for this long afterwards, until everybody has heard of its next incarnation.
+AFTERMATH_S = 10.0
+SUSPICIOUS = {"WORKER_LOST", "STALE_EPOCH"}
+
+
+@dataclass
+class Report:
+    """Everything that was seen. `reclaim_s` is by what happened; restarts are by process name."""
+
+    answers: Sequence[Answer]
+    faults: Sequence[Done]
+    stalls: Sequence[Stall]
+    suspected: Sequence[Suspected]
+    wrong: Sequence[str]
+    defects: Sequence[str]
+    num_bytes: float
+    num_leaked_pages: int
+    num_bystanders: int
+    reclaim_s: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def stall_s(self, kind: str, share: float, beyond: bool = False) -> float:
+        """A percentile of the stalls by a kind of fault, of long stops only."""
+        return percentile([stall.beyond_s if beyond else stall.gap_s for stall in self._of(kind)], share)
+
+    def _of(self, kind: str) -> list[Stall]:
+        found = [stall for stall in self.stalls if stall.fault.kind == kind]
+        return [s for s in found if s.fault.until - s.fault.at >= LONG_STOP_S] if kind == STOP else found
+
+    def failovers_without_a_fault(self) -> list[Suspected]:
+        """Workers that were given up though nothing had been done to them."""
+        return [s for s in self.suspected if s.fault in SUSPICIOUS and not any(_explains(f, s) for f in self.faults)]
+
+    def violations(self, stall_limits_s: dict[str, float]) -> list[str]:
+        """What must not be. `stall_limits_s`: 99th percentiles by kind of fault."""
+        found = [*self.wrong[:10], *self.defects[:10]]
+        late = (a for a in self.answers if a.end == LATE or a.overrun_s > GRACE_S)
+        found += [f"{a.ask.name}: {a.end}, {a.overrun_s:+.2f} s from its deadline" for a in late]
+        cut = (a for a in self.answers if a.end == GATEWAY_LOST and not self._killed(a))
+        found += [f"{a.ask.name}: gateway-{a.gateway} broke the connection, unbidden" for a in cut]
+        if self.num_leaked_pages or self.num_bystanders:
+            found.append(f"{self.num_leaked_pages} pages leaked, {self.num_bystanders} processes ended unbidden")
+        for kind, limit_s in stall_limits_s.items():
+            if (stall_s := self.stall_s(kind, 0.99, beyond=kind == KILL)) > limit_s:
+                found.append(f"stall after {kind}: {stall_s:.3f} s is more than {limit_s} s")
+        return found
+
+    def _killed(self, answer: Answer) -> bool:
+        name = f"gateway-{answer.gateway}"
+        return any(f.kind == KILL and f.name == name and answer.started <= f.at <= answer.ended for f in self.faults)
+
+    def table(self) -> str:
+        """Markdown."""
+        requests = [answer for answer in self.answers if answer.end != NOT_TAKEN]
+        ends = Counter(answer.end for answer in requests)
+        options = Counter(option for answer in requests for option in answer.ask.options)
+        faults = Counter(f"{fault.kind} {fault.role}" for fault in self.faults)
+        longest = max((b.overrun_s for b in self.answers), default=0.0)
+        rows = {
+            "requests": f"{len(requests):,} in {self.seconds:.0f} s: {_counts(ends)}",
+            "tries at a gateway that was ending or away": len(self.answers) - len(requests),
+            "with options": _counts(options),
+            "faults": f"{len(self.faults)}: {_counts(faults)}",
+            f"wrong answers, of {sum(a.num_tokens for a in self.answers):,} tokens compared with a fault-free twin": (
+                len(self.wrong)
+            ),
+            "latest end of a request, from its deadline": f"{longest:+.2f} s",
+            "pages leaked, one lease later": self.num_leaked_pages,
+            "processes that ended unbidden": self.num_bystanders,
+            "workers given up without a fault": len(self.failovers_without_a_fault()),
+            "stall, decode worker killed, beyond recomputing": self._stall_row(KILL, beyond=True),
+            "the same with recomputing": self._stall_row(KILL),
+            f"stall, decode worker stopped for {LONG_STOP_S:.0f} s or longer": self._stall_row(STOP),
+            "stall, decode worker drained": self._stall_row(END),
+            "time to reclaim all pages": ", ".join(f"{what} {s:.2f} s" for what, s in self.reclaim_s.items()),
+            "KV read from peers": f"{self.num_bytes / 1e6:,.0f} MB at least",
+        }
+        return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+    def _stall_row(self, kind: str, beyond: bool = False) -> str:
+        median, high, most = (self.stall_s(kind, share, beyond) * 1000 for share in (0.5, 0.99, 1.0))
+        return f"median {median:.0f} ms, p99 {high:.0f} ms, longest {most:.0f} ms ({len(self._of(kind))} streams)"
+
+    @property
+    def num_complete(self) -> int:
+        return sum(answer.end == COMPLETE for answer in self.answers)
+
+
+def _explains(fault: Done, suspected: Suspected) -> bool:
+    return fault.name == suspected.decode and fault.at - 0.1 <= suspected.at <= fault.until + AFTERMATH_S
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{number:,} {what}" for what, number in counter.most_common())
