@@ -32,10 +32,10 @@ DOMAIN = "forebay"
 REQUEST_ID_KEY = "x-request-id"
 MAX_MESSAGE_BYTES = 64 << 20
 DETAILS_KEY = "grpc-status-details-bin"
-# A peer that stops answering is noticed within 1.5 s, the sum of the first and the third (docs/recovery.md); both sides
-# must agree that pings are welcome. The keepalive timeout alone does nothing for a process that is stopped, whose kernel
-# still acknowledges what it receives: the ping timeout (a minute unless set) is what counts then. Pings are answered by
-# gRPC's own threads, which no Python code holds up: a busy process answers, one that gets no processor for 1 s does not.
+# A peer that stops answering is noticed within 1.5 s, the first and the third together; both sides must agree that
+# pings are welcome. The keepalive timeout alone does nothing for a process that is stopped, whose kernel still
+# acknowledges what it receives: the ping timeout (a minute unless set) is what counts then. gRPC's own threads answer
+# pings, which no Python code holds up: a busy process answers, one that gets no processor for a second does not.
 KEEPALIVE = [
     ("grpc.keepalive_time_ms", 500),
     ("grpc.keepalive_timeout_ms", 1_000),
