@@ -65,17 +65,16 @@ async def _serve(
     serving = asyncio.create_task(http.serve())
     following = asyncio.create_task(follow(board, core.directory, config.blackboard_interval_ms))
     log.info("serving REST at http://%s:%d and gRPC at %s:%d", config.host, http_port, config.host, grpc_port)
-    epoch = asyncio.create_task(await_epoch(board, name, config.heartbeat_ms))
+    epoch = await await_epoch(board, name, config.heartbeat_ms, stop)
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({epoch, stopping}, return_when=asyncio.FIRST_COMPLETED)
     heartbeat = None
-    if epoch.done():
+    if epoch is not None:
 
         def describe() -> Registration:
             return Registration(
                 role=Role.GATEWAY,
                 name=name,
-                epoch=epoch.result(),
+                epoch=epoch,
                 pid=os.getpid(),
                 address=f"{config.host}:{grpc_port}",
                 metrics_address=f"{config.host}:{metrics_port}",
@@ -95,9 +94,9 @@ async def _serve(
     await _drain(config, core, heartbeat)
     http.should_exit = True
     await grpc_server.stop(0)
-    for task in (epoch, stopping, following):
+    for task in (stopping, following):
         task.cancel()
-    await asyncio.gather(serving, epoch, stopping, following, return_exceptions=True)
+    await asyncio.gather(serving, stopping, following, return_exceptions=True)
     if heartbeat is not None:
         await heartbeat.stop()
 

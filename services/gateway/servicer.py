@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypedDict
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
@@ -28,7 +28,13 @@ _SAME = (
 )
 
 MakeJob = Callable[[Mapping[str, Any], Caller], Awaitable[Job]]
-Event = gateway_pb2.OutputDelta | gateway_pb2.StreamFinished
+
+
+class Event(TypedDict, total=False):
+    """The `oneof event` of a response, the same in both methods: exactly one of them."""
+
+    delta: gateway_pb2.OutputDelta
+    finished: gateway_pb2.StreamFinished
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
@@ -48,10 +54,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             raw |= {"logprobs": True, "top_logprobs": request.options.num_logprobs}
         async with aclosing(self._run(self._core.chat, raw, request.options)) as events:
             async for event in events:
-                if isinstance(event, gateway_pb2.OutputDelta):
-                    yield gateway_pb2.ChatResponse(delta=event)
-                else:
-                    yield gateway_pb2.ChatResponse(finished=event)
+                yield gateway_pb2.ChatResponse(**event)
 
     async def Complete(
         self, request: gateway_pb2.CompleteRequest, _context: Any
@@ -67,10 +70,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             raw["logprobs"] = request.options.num_logprobs
         async with aclosing(self._run(self._core.complete, raw, request.options)) as events:
             async for event in events:
-                if isinstance(event, gateway_pb2.OutputDelta):
-                    yield gateway_pb2.CompleteResponse(delta=event)
-                else:
-                    yield gateway_pb2.CompleteResponse(finished=event)
+                yield gateway_pb2.CompleteResponse(**event)
 
     async def ListModels(
         self, _request: gateway_pb2.ListModelsRequest, _context: Any
@@ -93,9 +93,9 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             job = await make_job(raw, Caller(telemetry.request_id.get(), options.tenant, timeout_s))
             async with aclosing(self._core.run(job)) as deltas:
                 async for delta in deltas:
-                    yield _delta(delta, options.return_token_ids)
+                    yield Event(delta=_delta(delta, options.return_token_ids))
                     usages[delta.index] = delta
-        yield gateway_pb2.StreamFinished(usage=_total(job, usages))
+        yield Event(finished=gateway_pb2.StreamFinished(usage=_total(job, usages)))
 
 
 def _options(options: gateway_pb2.GenerationOptions) -> dict[str, Any]:

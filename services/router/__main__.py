@@ -60,19 +60,13 @@ async def _register(
     config: RouterConfig, name: str, board: Blackboard, port: int, metrics_port: int, ended: asyncio.Event
 ) -> Heartbeat | None:
     """Start the heartbeat; None if the process is to end before Redis could be reached."""
-    waiting, ending = (
-        asyncio.create_task(await_epoch(board, name, config.heartbeat_ms)),
-        asyncio.create_task(ended.wait()),
-    )
-    await asyncio.wait({waiting, ending}, return_when=asyncio.FIRST_COMPLETED)
-    ending.cancel()
-    if not waiting.done():
-        waiting.cancel()
+    epoch = await await_epoch(board, name, config.heartbeat_ms, ended)
+    if epoch is None:
         return None
     registration = Registration(
         role=Role.ROUTER,
         name=name,
-        epoch=waiting.result(),
+        epoch=epoch,
         pid=os.getpid(),
         address=f"{config.host}:{port}",
         metrics_address=f"{config.host}:{metrics_port}",

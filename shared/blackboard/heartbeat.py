@@ -12,14 +12,20 @@ from shared.errors import BlackboardLost, StaleEpoch
 log = logging.getLogger(__name__)
 
 
-async def await_epoch(board: Blackboard, name: str, interval_ms: int) -> int:
-    """The epoch of a process that starts; waits for Redis as long as it takes, and says so in the log."""
-    while True:
+async def await_epoch(board: Blackboard, name: str, interval_ms: int, stop: asyncio.Event) -> int | None:
+    """The epoch of a process that starts; waits for Redis as long as it takes, and says so in the log.
+
+    None once `stop` is set: a process that is told to end before it has begun does not wait.
+    """
+    while not stop.is_set():
         try:
             return await board.next_epoch(name)
         except BlackboardLost as fault:
             log.warning("waiting for the blackboard: %s", fault.message)
-            await asyncio.sleep(interval_ms / 1000)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(interval_ms / 1000):
+                await stop.wait()
+    return None
 
 
 class Heartbeat:

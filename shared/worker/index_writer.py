@@ -51,9 +51,8 @@ class IndexWriter:
             events = self._kv.drain_events()
             if not events:
                 return True
-            last = {event.page_hash: event.stored for event in events}  # a page may come and go within one batch
-            stored = [page_hash for page_hash, is_stored in last.items() if is_stored]
-            removed = [page_hash for page_hash, is_stored in last.items() if not is_stored]
+            stored = [event.page_hash for event in events if event.stored]
+            removed = [event.page_hash for event in events if not event.stored]
             return await self._board.index.update(self._name, self._epoch, stored, removed, self._ttl_ms)
 
     async def _rewrite(self) -> None:

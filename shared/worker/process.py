@@ -44,7 +44,10 @@ async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
         assembled = await asyncio.to_thread(assemble, config)
         board = Blackboard(config.redis_url)
         stack.push_async_callback(board.close)
-        identity = Identity(name, await await_epoch(board, name, config.heartbeat_ms), assembled.engine.spec.model)
+        epoch = await await_epoch(board, name, config.heartbeat_ms, stop)
+        if epoch is None:
+            return 0
+        identity = Identity(name, epoch, assembled.engine.spec.model)
         process = _Process(role, config, identity, assembled, measured, stop)
         await process.start(stack, board, services, metrics_port)
         log.info("%s serves %s at %s", name, identity.model, process.address)

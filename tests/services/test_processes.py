@@ -193,3 +193,20 @@ async def test_workers_and_their_index_come_back_after_redis_lost_everything(pai
         return len(runs) == 2 and min(runs) >= 9
 
     await comes_true(both_are_back)
+
+
+async def test_a_worker_that_waits_for_redis_ends_when_it_is_told_to() -> None:
+    command = [sys.executable, "-m", "services.decode", "--redis-url", "redis://127.0.0.1:1", *FLAGS]
+    worker = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    try:
+        assert worker.stderr is not None
+        async with asyncio.timeout(PATIENCE_S):
+            while b"waiting for the blackboard" not in (line := await worker.stderr.readline()):
+                assert line, "it ended by itself"
+        worker.terminate()
+        await asyncio.wait_for(worker.communicate(), PATIENCE_S)
+        assert worker.returncode == 0
+    finally:
+        if worker.returncode is None:
+            worker.kill()
+            await worker.communicate()

@@ -134,8 +134,16 @@ async def test_stopping_without_redis_is_no_fault(board: Blackboard, valkey: Val
 
 async def test_a_process_that_starts_before_redis_waits_for_it(board: Blackboard, valkey: ValkeyProcess) -> None:
     valkey.stop()
-    waiting = asyncio.create_task(await_epoch(board, "p1", 10))
+    waiting = asyncio.create_task(await_epoch(board, "p1", 10, asyncio.Event()))
     await asyncio.sleep(0.05)
     assert not waiting.done()
     valkey.start()
-    assert await asyncio.wait_for(waiting, 10) > 0
+    assert await asyncio.wait_for(waiting, 10)
+
+
+async def test_a_process_told_to_end_before_redis_is_there_waits_no_longer() -> None:
+    board, stop = Blackboard("redis://127.0.0.1:1"), asyncio.Event()
+    waiting = asyncio.create_task(await_epoch(board, "p1", 3_600_000, stop))
+    stop.set()
+    assert await asyncio.wait_for(waiting, 10) is None
+    await board.close()
