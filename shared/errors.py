@@ -14,6 +14,7 @@
     ├── Incompatible            two workers cannot exchange pages
     ├── BadManifest             a handoff is incomplete or contradicts the layout
     ├── TransferFailed          pages could not be read
+    ├── CorruptPages            pages were read, but their bytes are not those that the owner has
     ├── BlackboardLost          Redis cannot be reached
     ├── Unsupported             the model or this build cannot do it
     └── Internal                a defect of ours
@@ -95,6 +96,10 @@ class BadManifest(Fault):
 
 class TransferFailed(Fault):
     reason, grpc_status, http_status = "TRANSFER_FAILED", "UNAVAILABLE", 503
+
+
+class CorruptPages(Fault):
+    reason, grpc_status, http_status = "CORRUPT_PAGES", "DATA_LOSS", 500
 
 
 class BlackboardLost(Fault):

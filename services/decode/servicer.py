@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -86,32 +86,21 @@ class Generation:
         handoff = Handoff(self._worker.puller, layout, prefill, table, num_held)
         first: list[int] = []
         try:
-            finished = None
-            async with aclosing(self._prefill_events(num_held)) as events:
-                async for event in events:
-                    if event.HasField("pages_ready"):
-                        handoff.announce(event.pages_ready)
-                    else:
-                        finished = event.finished
-            if finished is None:
-                raise BadManifest("the prefill worker ended its stream without a token")
-            self._take_usage(finished.usage)
-            if finished.HasField("tokens"):
-                first = list(finished.tokens.token_ids)
-                yield self._tokens(finished.tokens)
-            if finished.finish_reason:
-                await handoff.abandon()
-                yield self._finished(finished.finish_reason, _stop_token(finished))
-                return
-            await handoff.complete(finished.num_pages, len(self._job.token_ids))
+            # The handoff ends before the stream does: closing the stream early ends the lease.
+            async with aclosing(self._prefill_events(num_held)) as events, handoff:
+                finished = await _announce(events, handoff)
+                self._take_usage(finished.usage)
+                if finished.HasField("tokens"):
+                    first = list(finished.tokens.token_ids)
+                    yield self._tokens(finished.tokens)
+                if finished.finish_reason:
+                    yield self._finished(finished.finish_reason, _stop_token(finished))
+                    return
+                await handoff.complete(finished.num_pages, len(self._job.token_ids))
         except Fault as fault:
-            await handoff.abandon()
             if _is_ours(fault):
                 raise
-            self._note_fallback(fault)
-        except BaseException:
-            await handoff.abandon()
-            raise
+            self._note_fallback(fault, handoff.num_kept, num_held * layout.page_size)
         job = wire.engine_request(self._request, more_output=first)
         async with aclosing(self._decode(job, table)) as responses:
             async for response in responses:
@@ -171,13 +160,31 @@ class Generation:
         self._usage.num_cached_remote = usage.num_cached_remote
         self._usage.num_cached_transferred = usage.num_cached_transferred
 
-    def _note_fallback(self, fault: Fault) -> None:
-        prefill = self._request.placement.prefill
-        log.warning("computing here: prefill on %s: %s %s", prefill.worker_id, fault.reason, fault.message)
-        self._worker.measures.prefill_fallbacks.add(1, {"reason": fault.reason})
+    def _note_fallback(self, fault: Fault, num_kept: int, num_cached: int) -> None:
+        prefill, measures = self._request.placement.prefill, self._worker.measures
+        log.warning(
+            "computing here: prefill on %s: %s %s; %d tokens of it are kept",
+            *(prefill.worker_id, fault.reason, fault.message, num_kept),
+        )
+        measures.prefill_fallbacks.add(1, {"reason": fault.reason})
+        measures.kept_tokens.add(num_kept)
         if not self._emitted:
+            self._usage.num_cached_local = num_cached
             self._usage.ClearField("num_cached_remote")
             self._usage.ClearField("num_cached_transferred")
+
+
+async def _announce(events: AsyncIterator[Any], handoff: Handoff) -> prefill_pb2.PrefillFinished:
+    """Pass on what the prefill worker says, to its last message."""
+    finished: prefill_pb2.PrefillFinished | None = None
+    async for event in events:
+        if event.HasField("pages_ready"):
+            handoff.announce(event.pages_ready)
+        else:
+            finished = event.finished
+    if finished is None:
+        raise BadManifest("the prefill worker ended its stream without a token")
+    return finished
 
 
 def _is_ours(fault: Fault) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from protos.forebay.v1 import generation_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 from shared.engine.api import EngineRequest, Failed, PagesComputed, TokensSampled
 from shared.engine.kv.store import PageTable
-from shared.errors import Internal
+from shared.errors import Fault, Internal
 from shared.worker import manifests, wire
 from shared.worker.worker import Worker
 
@@ -65,13 +65,16 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         renewal = asyncio.create_task(self._renew(lease_id))
         try:
             yield handed
+        except Fault:
+            handed.stays = handed.num_pages > 0  # the reader is there, and may want what it has read so far
+            raise
         finally:
             renewal.cancel()
-            if handed.complete:
+            if handed.stays:
                 worker.engine.kv.renew(lease_id)
             else:
                 worker.engine.kv.release(lease_id)
-                worker.engine.kv.drop(table)  # ours still if the engine never took it
+            worker.engine.kv.drop(table)  # empty, unless the engine never took it
 
     async def _renew(self, lease_id: int) -> None:
         while self._worker.engine.kv.renew(lease_id):
@@ -88,9 +91,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                     case PagesComputed():
                         if ready := handed.ready(layout, event):
                             self._worker.engine.kv.widen(ready.lease.lease_id, ready.manifest.page_ids)
+                            await self._worker.kv_servicer.seal(ready.manifest)
                             yield prefill_pb2.PrefillResponse(pages_ready=ready)
                     case TokensSampled():
-                        handed.complete = True
+                        handed.stays = True
                         yield prefill_pb2.PrefillResponse(finished=handed.finished(event, usage))
                         return
                     case Failed():
@@ -102,9 +106,14 @@ class _Handover:
     """What has been handed over so far of one prompt, and under which lease."""
 
     def __init__(self, lease: kv_pb2.Lease, num_pages_held: int) -> None:
-        self.complete = False
+        self.stays = False
         self._lease = lease
         self._next_page = self._first_page = num_pages_held
+
+    @property
+    def num_pages(self) -> int:
+        """Pages handed over."""
+        return self._next_page - self._first_page
 
     def ready(self, layout: Any, event: PagesComputed) -> prefill_pb2.PagesReady | None:
         """The pages of an event that the reader lacks."""
@@ -122,7 +131,7 @@ class _Handover:
         """The last message."""
         message = prefill_pb2.PrefillFinished(
             finish_reason=wire.finish_reason(event.finish_reason),
-            num_pages=self._next_page - self._first_page,
+            num_pages=self.num_pages,
             usage=usage,
             stop_token_id=event.stop_token_id,
         )

@@ -21,6 +21,9 @@ class WorkerConfig(ServiceConfig):
     max_step_tokens: int = Field(512, ge=1, description="Tokens computed in one step, at most.")
     max_num_sequences: int = Field(64, ge=1, description="Sequences that run at once, at most.")
     lease_ttl_ms: int = Field(10_000, ge=100, description="Life of a lease on KV pages unless renewed.")
+    checksums: bool = Field(
+        False, description="Hand pages over with checksums, which readers verify; costs both sides a pass over them."
+    )
     transport: str = Field(
         "nixl",
         pattern="^(nixl|local)$",

@@ -1,10 +1,12 @@
 """KvService: lets peers read this worker's pages under leases."""
 
+import asyncio
 from typing import Any
 
 from protos.forebay.v1 import kv_pb2, kv_pb2_grpc
 from shared import page_hash
 from shared.engine.api import Engine
+from shared.engine.kv.checksum import page_checksums
 from shared.engine.transfer.api import Transport
 from shared.errors import Incompatible, InvalidRequest, StaleEpoch
 from shared.worker import manifests
@@ -14,8 +16,8 @@ from shared.worker.identity import Identity
 class KvServicer(kv_pb2_grpc.KvServiceServicer):
     """See protos/forebay/v1/kv.proto. Nothing here waits for the engine."""
 
-    def __init__(self, identity: Identity, engine: Engine, transport: Transport) -> None:
-        self._identity = identity
+    def __init__(self, identity: Identity, engine: Engine, transport: Transport, *, checksums: bool = False) -> None:
+        self._identity, self._checksums = identity, checksums
         self._spec, self._kv, self._memory = engine.spec, engine.kv, engine.memory
         self._transport = transport
 
@@ -50,10 +52,13 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
             return kv_pb2.AcquireResponse()
         lease_id, page_ids = found
         layout = self._spec.layout
-        return kv_pb2.AcquireResponse(
-            lease=self.lease(lease_id),
-            manifest=manifests.manifest(layout, 0, page_ids, len(page_ids) * layout.page_size),
-        )
+        manifest = manifests.manifest(layout, 0, page_ids, len(page_ids) * layout.page_size)
+        try:
+            await self.seal(manifest)
+        except BaseException:
+            self._kv.release(lease_id)
+            raise
+        return kv_pb2.AcquireResponse(lease=self.lease(lease_id), manifest=manifest)
 
     async def Renew(self, request: kv_pb2.RenewRequest, _context: Any) -> kv_pb2.RenewResponse:
         """Extend a lease."""
@@ -63,8 +68,8 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
         return kv_pb2.RenewResponse(lease=self.lease(request.lease_id))
 
     async def Release(self, request: kv_pb2.ReleaseRequest, _context: Any) -> kv_pb2.ReleaseResponse:
-        """End a lease; VALID only if it held all along, in this epoch."""
-        valid = request.epoch == self._identity.epoch and self._kv.release(request.lease_id)
+        """End a lease; VALID only if it held all along, in this epoch, on all that was read."""
+        valid = request.epoch == self._identity.epoch and self._kv.release(request.lease_id, request.page_ids)
         if self._kv.next_lease_end_s() is None:
             self._transport.serve(0)
         status = kv_pb2.RELEASE_STATUS_VALID if valid else kv_pb2.RELEASE_STATUS_STALE
@@ -74,6 +79,12 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
         """A lease that was just given or renewed, as a message; its pages can be read from now on."""
         self.serve()
         return kv_pb2.Lease(lease_id=lease_id, epoch=self._identity.epoch, ttl_ms=self._kv.lease_ttl_ms)
+
+    async def seal(self, manifest: kv_pb2.Manifest) -> None:
+        """Add the checksums of pages that a lease has, if this worker gives any."""
+        if self._checksums:
+            checksums = await asyncio.to_thread(page_checksums, self._memory, manifest.page_ids)
+            manifest.page_checksums.extend(checksums)
 
     def serve(self) -> None:
         """Answer READs for as long as a lease given now would last."""

@@ -18,6 +18,9 @@ class Measures:
         self.prefill_fallbacks = meter.create_counter(
             "forebay_prefill_fallbacks", description="Prompts computed here because a remote prefill failed"
         )
+        self.kept_tokens = meter.create_counter(
+            "forebay_kept_tokens", description="Prompt tokens kept of remote prefills that failed midway"
+        )
         self.stale_releases = meter.create_counter(
             "forebay_stale_releases", description="Leases that had ended when their reader released them"
         )
@@ -25,6 +28,9 @@ class Measures:
             "forebay_first_token_seconds", unit="s", description="Time from a request's arrival here to its first token"
         )
         self._transfer_bytes = meter.create_counter("forebay_transfer_bytes", description="KV bytes read from peers")
+        self._checked_pages = meter.create_counter(
+            "forebay_checked_pages", description="Pages read from peers whose checksum was verified, by outcome"
+        )
         self._transfer_seconds = meter.create_histogram(
             "forebay_transfer_seconds", unit="s", description="Time of one read of KV pages"
         )
@@ -37,6 +43,12 @@ class Measures:
         """One read of KV pages."""
         self._transfer_bytes.add(num_bytes)
         self._transfer_seconds.record(seconds)
+
+    def checked(self, num_pages: int, num_corrupt: int, owner: str) -> None:
+        """Pages of a peer whose checksums were compared."""
+        self._checked_pages.add(num_pages - num_corrupt, {"outcome": "right"})
+        if num_corrupt:
+            self._checked_pages.add(num_corrupt, {"outcome": "corrupt", "owner": owner})
 
     def _pages(self, _: CallbackOptions) -> Iterable[Observation]:
         counts = self._engine.kv.counts()

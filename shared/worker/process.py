@@ -97,9 +97,9 @@ class _Process:
         engine, channels = self._assembled.engine, rpc.Channels()
         stack.push_async_callback(channels.close)
         measures = Measures(self._telemetry.meter, engine)
-        puller = Puller(channels, moves, engine.spec, measures)
+        puller = Puller(channels, moves, engine, measures)
         stack.callback(puller.close)
-        kv_servicer = KvServicer(self._identity, engine, moves)
+        kv_servicer = KvServicer(self._identity, engine, moves, checksums=self._config.checksums)
         return Worker(self._identity, self._admission, engine, loop, kv_servicer, puller, channels, measures)
 
     async def _register(self, stack: AsyncExitStack, board: Blackboard) -> None:

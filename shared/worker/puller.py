@@ -9,10 +9,12 @@ from typing import Any
 
 from protos.forebay.v1 import kv_pb2, kv_pb2_grpc
 from shared import page_hash, rpc
-from shared.engine.api import EngineSpec
+from shared.engine.api import Engine
+from shared.engine.kv.checksum import page_checksums
+from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.store import PageTable
 from shared.engine.transfer.api import Peer, RemotePool, Transport
-from shared.errors import Fault, Incompatible, TransferFailed
+from shared.errors import BadManifest, CorruptPages, Fault, Incompatible, TransferFailed
 from shared.worker import manifests
 from shared.worker.measures import Measures
 
@@ -36,9 +38,9 @@ class Source:
 class Puller:
     """Connections to the workers that this one reads from, made when first needed."""
 
-    def __init__(self, channels: rpc.Channels, transport: Transport, spec: EngineSpec, measures: Measures) -> None:
+    def __init__(self, channels: rpc.Channels, transport: Transport, engine: Engine, measures: Measures) -> None:
         self._channels, self._transport = channels, transport
-        self._spec, self._measures = spec, measures
+        self._spec, self._memory, self._measures = engine.spec, engine.memory, measures
         self._sources: dict[str, asyncio.Task[Source]] = {}
         self._farewells: set[asyncio.Task[None]] = set()
 
@@ -96,8 +98,12 @@ class Puller:
         elif _connected(task):
             self._transport.disconnect(task.result().peer)
 
-    async def read(self, source: Source, remote: Sequence[int], local: Sequence[int]) -> None:
-        """Read pages. A source whose read failed is disconnected. Raises as `Transport.read`."""
+    async def read(
+        self, source: Source, remote: Sequence[int], local: Sequence[int], checksums: Sequence[int] = ()
+    ) -> None:
+        """Read pages, and compare them with the owner's checksums if it gave any. A source whose read failed is
+        disconnected. Raises as `Transport.read`, and CorruptPages.
+        """
         started = asyncio.get_running_loop().time()
         timeout_s = min(READ_TIMEOUT_S, rpc.time_remaining() or READ_TIMEOUT_S)
         try:
@@ -106,18 +112,36 @@ class Puller:
             if not source.peer.is_open:
                 self.forget(source.worker_id, source)
         self._measures.transferred(num_bytes, asyncio.get_running_loop().time() - started)
+        if checksums:
+            await self._verify(source, local, checksums)
 
-    async def release(self, ref: kv_pb2.WorkerRef, lease: kv_pb2.Lease) -> bool:
-        """Give a lease back; whether what was read under it may be used. Raises what the call raises."""
-        answer = await self._release(ref, lease)
-        valid = answer.status == kv_pb2.RELEASE_STATUS_VALID and lease.epoch == ref.epoch
+    async def _verify(self, source: Source, local: Sequence[int], checksums: Sequence[int]) -> None:
+        found = await asyncio.to_thread(page_checksums, self._memory, local)
+        num_corrupt = sum(ours != theirs for ours, theirs in zip(found, checksums, strict=True))
+        self._measures.checked(len(local), num_corrupt, source.worker_id)
+        if num_corrupt:
+            fault = CorruptPages(
+                f"{num_corrupt} of {len(local)} pages of {source.worker_id}, epoch {source.epoch}, arrived corrupt",
+                metadata={"worker": source.worker_id, "epoch": str(source.epoch)},
+            )
+            log.error("%s", fault.message)
+            raise fault
+
+    async def release(
+        self, ref: kv_pb2.WorkerRef, lease: kv_pb2.Lease, read: Sequence[int], timeout_s: float = CALL_TIMEOUT_S
+    ) -> bool:
+        """Give a lease back; whether the owner's pages `read` under it may be used. Raises what the call raises."""
+        answer = await self._release(ref, lease, read, timeout_s)
+        valid = answer.status == kv_pb2.RELEASE_STATUS_VALID
         if not valid:
             self._measures.stale_releases.add(1)
         return valid
 
-    async def _release(self, ref: kv_pb2.WorkerRef, lease: kv_pb2.Lease) -> kv_pb2.ReleaseResponse:
-        request = kv_pb2.ReleaseRequest(lease_id=lease.lease_id, epoch=lease.epoch)
-        answer: kv_pb2.ReleaseResponse = await rpc.call(self._stub(ref).Release, request, CALL_TIMEOUT_S)
+    async def _release(
+        self, ref: kv_pb2.WorkerRef, lease: kv_pb2.Lease, read: Sequence[int] = (), timeout_s: float = CALL_TIMEOUT_S
+    ) -> kv_pb2.ReleaseResponse:
+        request = kv_pb2.ReleaseRequest(lease_id=lease.lease_id, epoch=lease.epoch, page_ids=read)
+        answer: kv_pb2.ReleaseResponse = await rpc.call(self._stub(ref).Release, request, timeout_s)
         return answer
 
     def give_up(self, ref: kv_pb2.WorkerRef, lease: kv_pb2.Lease) -> None:
@@ -175,20 +199,29 @@ class Puller:
         if not answer.HasField("lease"):
             return 0
         try:
-            manifests.check(answer.manifest, self._spec.layout, 0)
+            manifests.check_lease(answer.lease, ref)
+            _check(answer, self._spec.layout, len(page_hashes))
             first = table.num_tokens // self._spec.layout.page_size
-            remote = answer.manifest.page_ids[first : len(page_hashes)]
+            remote, checksums = answer.manifest.page_ids[first:], answer.manifest.page_checksums[first:]
             async with self.renewed(ref, answer.lease):
-                await self.read(source, remote, table.page_ids[first : first + len(remote)])
+                await self.read(source, remote, table.page_ids[first : first + len(remote)], checksums)
         except BaseException:
             self.give_up(ref, answer.lease)
             raise
-        return answer.manifest.num_tokens if await self.release(ref, answer.lease) else 0
+        return answer.manifest.num_tokens if await self.release(ref, answer.lease, remote) else 0
 
     def close(self) -> None:
         """Disconnect all."""
         for worker_id in list(self._sources):
             self.forget(worker_id)
+
+
+def _check(answer: kv_pb2.AcquireResponse, layout: KvLayout, num_wanted: int) -> None:
+    """Raise BadManifest unless these are whole pages, and no more than were asked for."""
+    manifests.check(answer.manifest, layout, 0)
+    num_pages = len(answer.manifest.page_ids)
+    if num_pages > num_wanted or answer.manifest.num_tokens != num_pages * layout.page_size:
+        raise BadManifest(f"{num_pages} pages of {answer.manifest.num_tokens} tokens answer a wish for {num_wanted}")
 
 
 def _connected(task: asyncio.Task[Source]) -> bool:

@@ -121,7 +121,7 @@ async def test_a_prefill_worker_that_dies_amid_a_prompt_costs_no_token(world: Fl
 async def test_pages_read_under_a_lease_that_lapsed_are_not_used(world: Fleet) -> None:
     expected = await alone(world, PROMPT)
     p, d = await world.start("p"), await world.start("d")
-    p.worker.engine.kv.release = lambda lease_id: False  # type: ignore[method-assign]
+    p.worker.engine.kv.release = lambda lease_id, read=(): False  # type: ignore[method-assign]
     stale = d.worker.engine.load().num_steps
     assert (await generate(world, request(PROMPT, d, p))).tokens == expected
     assert d.worker.engine.load().num_steps > stale

@@ -116,6 +116,22 @@ def with_a_page_id_outside_the_pool(response: prefill_pb2.PrefillResponse) -> pr
     return response
 
 
+def with_a_page_twice(response: prefill_pb2.PrefillResponse) -> prefill_pb2.PrefillResponse:
+    response.pages_ready.manifest.page_ids[1] = response.pages_ready.manifest.page_ids[0]
+    return response
+
+
+def with_somebody_elses_page(response: prefill_pb2.PrefillResponse) -> prefill_pb2.PrefillResponse:
+    """One that is in the pool, but not under the lease."""
+    response.pages_ready.manifest.page_ids[0] = 200
+    return response
+
+
+def with_a_lease_that_ends_at_once(response: prefill_pb2.PrefillResponse) -> prefill_pb2.PrefillResponse:
+    response.pages_ready.lease.ttl_ms = 0
+    return response
+
+
 def with_a_token_too_many(response: prefill_pb2.PrefillResponse) -> prefill_pb2.PrefillResponse:
     response.pages_ready.manifest.num_tokens += 17
     return response
@@ -142,6 +158,9 @@ def without_pages(response: prefill_pb2.PrefillResponse) -> None:
         with_too_few_bytes,
         with_a_gap,
         with_a_page_id_outside_the_pool,
+        with_a_page_twice,
+        with_somebody_elses_page,
+        with_a_lease_that_ends_at_once,
         with_a_token_too_many,
         with_another_epoch,
         with_a_lease_that_never_was,

@@ -27,6 +27,7 @@ from shared.engine.kv.pages import PageCounts
 from shared.engine.kv.store import KvStore
 from shared.engine.loop import EngineLoop
 from shared.engine.sim import SimExecutor, SimModel
+from shared.engine.transfer.api import Peer
 from shared.engine.transfer.local import LocalTransport
 from shared.telemetry import Telemetry
 from shared.worker.identity import Admission, Identity
@@ -97,13 +98,24 @@ class TamperedPrefill(PrefillServicer):
                     yield told
 
 
+class Wire(LocalTransport):
+    """Moves pages, then does `arrived` to our pages that it wrote."""
+
+    arrived: Callable[[Sequence[int]], None] = staticmethod(lambda page_ids: None)
+
+    async def read(self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float) -> int:
+        num_bytes = await super().read(peer, remote, local, timeout_s)
+        self.arrived(local)
+        return num_bytes
+
+
 @dataclass
 class Running:
     """A worker that serves both roles, and all there is to know of it."""
 
     worker: Worker
     server: rpc.Server
-    transport: LocalTransport
+    transport: "Wire"
     prefill: TamperedPrefill
     ref: kv_pb2.WorkerRef
     gate: Gate
@@ -119,6 +131,12 @@ class Running:
         memory = self.worker.engine.memory
         assert isinstance(memory, HostMemory)
         return [bytes(memory.page(page_id)) for page_id in range(memory.num_pages)]
+
+    def spoil(self, page_ids: Sequence[int]) -> None:
+        """Turn one bit of the last byte of each page: of the last state class, behind all others."""
+        memory = self.worker.engine.memory
+        for page_id in page_ids:
+            memory.page(page_id)[-1] ^= 1
 
     def overwrite(self) -> None:
         """Fill the pool with nonsense, as if every page had become somebody else's."""
@@ -171,6 +189,7 @@ class Fleet:
         num_pages: int = 256,
         lease_ttl_ms: int = LEASE_TTL_MS,
         model: SimModel = MODEL,
+        checksums: bool = False,
     ) -> Running:
         """A worker called `name`."""
         gate, clock = Gate(), Clock()
@@ -181,10 +200,10 @@ class Fleet:
         loop = EngineLoop(engine)
         loop.start()
         identity = Identity(name, epoch, engine.spec.model)
-        transport = LocalTransport(engine.memory, f"{name}-{epoch}", self.hub)
+        transport = Wire(engine.memory, f"{name}-{epoch}", self.hub)
         measures, channels = Measures(self.telemetry.meter, engine), rpc.Channels()
-        kv_servicer = KvServicer(identity, engine, transport)
-        puller = Puller(channels, transport, engine.spec, measures)
+        kv_servicer = KvServicer(identity, engine, transport, checksums=checksums)
+        puller = Puller(channels, transport, engine, measures)
         worker = Worker(identity, Admission(), engine, loop, kv_servicer, puller, channels, measures)
         server = rpc.Server(self.telemetry, SERVICES)
         kv_pb2_grpc.add_KvServiceServicer_to_server(kv_servicer, server.grpc)
@@ -212,6 +231,10 @@ class Fleet:
         for running in list(self.running):
             await self.stop(running)
         self.telemetry.close()
+
+    def measured(self, metric: str, **labels: str) -> float:
+        """A number that the workers measure together."""
+        return self.telemetry.registry.get_sample_value(metric, labels) or 0.0
 
     async def expected(self, message: decode_pb2.GenerateRequest) -> list[int]:
         """What a worker of the same model that knows nothing yet, and asks nobody, generates for a request."""

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66orebay/v1/errors.proto\x12\nforebay.v1*\x94\x04\n\x0b\x46\x61ultReason\x12\x1c\n\x18\x46\x41ULT_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x46\x41ULT_REASON_INVALID_REQUEST\x10\x01\x12 \n\x1c\x46\x41ULT_REASON_MODEL_NOT_FOUND\x10\x02\x12!\n\x1d\x46\x41ULT_REASON_CONTEXT_TOO_LONG\x10\x03\x12\x1a\n\x16\x46\x41ULT_REASON_NO_WORKER\x10\x04\x12\x1b\n\x17\x46\x41ULT_REASON_OVERLOADED\x10\x05\x12\x19\n\x15\x46\x41ULT_REASON_DEADLINE\x10\x06\x12\x1a\n\x16\x46\x41ULT_REASON_CANCELLED\x10\x07\x12\x19\n\x15\x46\x41ULT_REASON_DRAINING\x10\x08\x12\x1c\n\x18\x46\x41ULT_REASON_WORKER_LOST\x10\t\x12\x1c\n\x18\x46\x41ULT_REASON_STALE_EPOCH\x10\n\x12\x1d\n\x19\x46\x41ULT_REASON_INCOMPATIBLE\x10\x0b\x12\x1d\n\x19\x46\x41ULT_REASON_BAD_MANIFEST\x10\x0c\x12 \n\x1c\x46\x41ULT_REASON_TRANSFER_FAILED\x10\r\x12 \n\x1c\x46\x41ULT_REASON_BLACKBOARD_LOST\x10\x0e\x12\x19\n\x15\x46\x41ULT_REASON_INTERNAL\x10\x0f\x12\x1c\n\x18\x46\x41ULT_REASON_UNSUPPORTED\x10\x10\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66orebay/v1/errors.proto\x12\nforebay.v1*\xb4\x04\n\x0b\x46\x61ultReason\x12\x1c\n\x18\x46\x41ULT_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x46\x41ULT_REASON_INVALID_REQUEST\x10\x01\x12 \n\x1c\x46\x41ULT_REASON_MODEL_NOT_FOUND\x10\x02\x12!\n\x1d\x46\x41ULT_REASON_CONTEXT_TOO_LONG\x10\x03\x12\x1a\n\x16\x46\x41ULT_REASON_NO_WORKER\x10\x04\x12\x1b\n\x17\x46\x41ULT_REASON_OVERLOADED\x10\x05\x12\x19\n\x15\x46\x41ULT_REASON_DEADLINE\x10\x06\x12\x1a\n\x16\x46\x41ULT_REASON_CANCELLED\x10\x07\x12\x19\n\x15\x46\x41ULT_REASON_DRAINING\x10\x08\x12\x1c\n\x18\x46\x41ULT_REASON_WORKER_LOST\x10\t\x12\x1c\n\x18\x46\x41ULT_REASON_STALE_EPOCH\x10\n\x12\x1d\n\x19\x46\x41ULT_REASON_INCOMPATIBLE\x10\x0b\x12\x1d\n\x19\x46\x41ULT_REASON_BAD_MANIFEST\x10\x0c\x12 \n\x1c\x46\x41ULT_REASON_TRANSFER_FAILED\x10\r\x12 \n\x1c\x46\x41ULT_REASON_BLACKBOARD_LOST\x10\x0e\x12\x19\n\x15\x46\x41ULT_REASON_INTERNAL\x10\x0f\x12\x1c\n\x18\x46\x41ULT_REASON_UNSUPPORTED\x10\x10\x12\x1e\n\x1a\x46\x41ULT_REASON_CORRUPT_PAGES\x10\x11\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forebay.v1.errors_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FAULTREASON']._serialized_start=40
-  _globals['_FAULTREASON']._serialized_end=572
+  _globals['_FAULTREASON']._serialized_end=604
 # @@protoc_insertion_point(module_scope)

@@ -56,6 +56,8 @@ class _FaultReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """A defect of ours; the log of the process has the details. Status INTERNAL."""
     FAULT_REASON_UNSUPPORTED: _FaultReason.ValueType  # 16
     """The model, or this build, cannot do what was asked. Status UNIMPLEMENTED."""
+    FAULT_REASON_CORRUPT_PAGES: _FaultReason.ValueType  # 17
+    """Pages were read, but their checksums are not those that their owner gave. Status DATA_LOSS."""
 
 class FaultReason(_FaultReason, metaclass=_FaultReasonEnumTypeWrapper):
     """Why a call failed. Every failed call carries a gRPC status and a google.rpc.ErrorInfo whose domain is "forebay" and
@@ -96,4 +98,6 @@ FAULT_REASON_INTERNAL: FaultReason.ValueType  # 15
 """A defect of ours; the log of the process has the details. Status INTERNAL."""
 FAULT_REASON_UNSUPPORTED: FaultReason.ValueType  # 16
 """The model, or this build, cannot do what was asked. Status UNIMPLEMENTED."""
+FAULT_REASON_CORRUPT_PAGES: FaultReason.ValueType  # 17
+"""Pages were read, but their checksums are not those that their owner gave. Status DATA_LOSS."""
 global___FaultReason = FaultReason

@@ -28,9 +28,9 @@ class _ReleaseStatusEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._
     RELEASE_STATUS_UNSPECIFIED: _ReleaseStatus.ValueType  # 0
     """Never sent."""
     RELEASE_STATUS_VALID: _ReleaseStatus.ValueType  # 1
-    """The lease held all along: the bytes read are right."""
+    """The lease held all along, on every page that was read: the bytes read are right."""
     RELEASE_STATUS_STALE: _ReleaseStatus.ValueType  # 2
-    """The lease had ended or belongs to another epoch: discard what was read."""
+    """The lease had ended, belongs to another epoch, or was on other pages: discard what was read."""
 
 class ReleaseStatus(_ReleaseStatus, metaclass=_ReleaseStatusEnumTypeWrapper):
     """Whether what was read under a lease may be used."""
@@ -38,9 +38,9 @@ class ReleaseStatus(_ReleaseStatus, metaclass=_ReleaseStatusEnumTypeWrapper):
 RELEASE_STATUS_UNSPECIFIED: ReleaseStatus.ValueType  # 0
 """Never sent."""
 RELEASE_STATUS_VALID: ReleaseStatus.ValueType  # 1
-"""The lease held all along: the bytes read are right."""
+"""The lease held all along, on every page that was read: the bytes read are right."""
 RELEASE_STATUS_STALE: ReleaseStatus.ValueType  # 2
-"""The lease had ended or belongs to another epoch: discard what was read."""
+"""The lease had ended, belongs to another epoch, or was on other pages: discard what was read."""
 global___ReleaseStatus = ReleaseStatus
 
 @typing.final
@@ -309,7 +309,7 @@ class Manifest(google.protobuf.message.Message):
 
     @property
     def page_checksums(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """One checksum per page if the owner's operator turned them on, else none."""
+        """One checksum per page if the owner's operator turned them on, else none: XXH3 (64 bits) over all bytes of the page."""
 
     def __init__(
         self,
@@ -428,17 +428,23 @@ class ReleaseRequest(google.protobuf.message.Message):
 
     LEASE_ID_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    PAGE_IDS_FIELD_NUMBER: builtins.int
     lease_id: builtins.int
     """The lease."""
     epoch: builtins.int
     """Epoch of the lease."""
+    @property
+    def page_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Pages that were read, by their ids in the owner's pool. VALID says of these, too, that they were under the lease."""
+
     def __init__(
         self,
         *,
         lease_id: builtins.int = ...,
         epoch: builtins.int = ...,
+        page_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "lease_id", b"lease_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "lease_id", b"lease_id", "page_ids", b"page_ids"]) -> None: ...
 
 global___ReleaseRequest = ReleaseRequest
 

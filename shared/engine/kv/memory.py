@@ -21,6 +21,9 @@ class PoolMemory(Protocol):
     def num_bytes(self) -> int:
         """Size of the whole pool."""
 
+    def page(self, page_id: int) -> memoryview:
+        """The bytes of one page in host memory: the page itself, or a copy of it if it is on a device."""
+
 
 class HostMemory:
     """Pages in anonymous host memory, zeroed and committed lazily by the kernel."""

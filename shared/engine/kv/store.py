@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -125,12 +125,12 @@ class KvStore:
         with self._section():
             return self._leases.renew(lease_id)
 
-    def release(self, lease_id: int) -> bool:
-        """End a lease; whether it had held until now."""
+    def release(self, lease_id: int, read: Iterable[int] = ()) -> bool:
+        """End a lease; whether it had held until now, on every page of `read`."""
         with self._section():
             page_ids = self._leases.close(lease_id)
             self._pages.unlease(page_ids or ())
-            return page_ids is not None
+            return page_ids is not None and set(read).issubset(page_ids)
 
     def expire(self) -> int:
         """End the leases whose time is up; how many. Called from every other method too."""
