@@ -157,7 +157,7 @@ class Engine(Protocol):
         """Whether `step` would do anything."""
 
     def step(self) -> list[Event]:
-        """Schedule, forward, absorb, emit."""
+        """Schedule, forward, absorb, emit. Raises WorkerLost if nothing will ever be computed again."""
 
     def load(self) -> EngineLoad:
         """Current facts."""
@@ -194,4 +194,7 @@ class Executor(Protocol):
         """The pages."""
 
     def forward(self, batch: Sequence[BatchItem]) -> list[SampledToken | None]:
-        """Write the KV of every item's tokens into its pages; return the chosen token of each item with `sample`."""
+        """Write the KV of every item's tokens into its pages; return the chosen token of each item with `sample`.
+
+        Raises WorkerLost if nothing can be computed any more; any other error is of this batch alone.
+        """

@@ -22,7 +22,7 @@ from shared.engine.kv.store import KvStore, PageTable
 from shared.engine.meter import Meter
 from shared.engine.scheduler import Part, Scheduler
 from shared.engine.sequence import Sequence
-from shared.errors import Internal, InvalidRequest
+from shared.errors import Internal, InvalidRequest, WorkerLost
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,8 @@ class Engine:
         if parts := self._scheduler.schedule():
             try:
                 chosen = self._forward(parts)
+            except WorkerLost:
+                raise
             except Exception as error:
                 events = self._fail(parts, error)
             else:

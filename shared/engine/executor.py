@@ -7,12 +7,14 @@ import torch
 
 from shared.engine.api import BatchItem, EngineSpec, SampledToken
 from shared.engine.batch import build
-from shared.engine.kv.layout import compatibility_hash
+from shared.engine.kv.layout import KvLayout, compatibility_hash
 from shared.engine.kv.memory import HostMemory, PoolMemory
 from shared.engine.kv.view import pool_bytes
 from shared.engine.models import registry
 from shared.engine.models.api import Model, Placement
 from shared.engine.models.checkpoint import revision
+from shared.engine.parallel.group import Alone, Group
+from shared.engine.parallel.partition import Shard
 from shared.engine.sampling.sampler import Sampler
 from shared.errors import Unsupported
 from shared.models.store import default_cache
@@ -21,10 +23,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class TorchExecutor:
-    """Satisfies `shared.engine.api.Executor`."""
+    """Satisfies `shared.engine.api.Executor`; `layout` is that of its pages, a rank's share of the spec's."""
 
     def __init__(self, model: Model, spec: EngineSpec, memory: HostMemory) -> None:
         self.spec = spec
+        self.layout: KvLayout = model.rank_layout(spec.layout.page_size)
         self.memory: PoolMemory = memory
         self._model = model
         self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids)
@@ -35,7 +38,7 @@ class TorchExecutor:
         """Write the KV of every item's tokens into its pages; return the chosen token of each item with `sample`."""
         if torch.get_num_threads() != self._model.num_torch_threads:
             torch.set_num_threads(self._model.num_torch_threads)  # OpenMP keeps it per calling thread
-        logits = self._model.forward(build(batch, self.spec.layout.page_size), self._pool, self.spec.layout)
+        logits = self._model.forward(build(batch, self.layout.page_size), self._pool, self.layout)
         sampled = [item for item in batch if item.sample]
         chosen = iter(self._sampler(logits, sampled) if sampled else ())
         return [next(chosen) if item.sample else None for item in batch]
@@ -53,20 +56,24 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     max_model_len: int | None = None,
     kernels: str = "auto",
     cache_dir: Path | None = None,
+    shard: Shard | None = None,
+    group: Group | None = None,
 ) -> TorchExecutor:
     """The executor of a model directory, with a pool of `num_pages` pages, or of at most `pool_bytes` bytes.
 
     `dtype` is "bfloat16" or "float32"; `max_model_len` at most, and by default, what the model was made for.
-    `kernels` is "auto", "native" or "torch"; compiled ones are kept in `cache_dir` (`$FOREBAY_CACHE`). Raises
-    Unsupported for a model or dtype that cannot be served, and for a pool that holds no page.
+    `kernels` is "auto", "native" or "torch"; compiled ones are kept in `cache_dir` (`$FOREBAY_CACHE`). Of several
+    ranks this is the one at `shard`, `group` is its view of them, and the pool its own. Raises Unsupported for a model
+    or dtype that cannot be served, and for a pool that holds no page.
     """
     if dtype not in DTYPES:
         raise Unsupported(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
-    model = registry.load(model_dir, Placement(DTYPES[dtype], num_threads, kernels, cache_dir or default_cache()))
-    layout = model.layout(page_size)
-    num_pages = num_pages or pool_bytes // layout.page_bytes
+    shard, group, cache_dir = shard or Shard(), group or Alone(), cache_dir or default_cache()
+    model = registry.load(model_dir, Placement(DTYPES[dtype], num_threads, kernels, cache_dir, shard, group))
+    layout, page_bytes = model.layout(page_size), model.rank_layout(page_size).page_bytes
+    num_pages = num_pages or pool_bytes // page_bytes
     if num_pages < 1:
-        raise Unsupported(f"a pool of {pool_bytes} bytes holds no page of {layout.page_bytes} bytes")
+        raise Unsupported(f"a pool of {pool_bytes} bytes holds no page of {page_bytes} bytes")
     spec = EngineSpec(
         model=model_name,
         vocab_size=model.vocab_size,
@@ -76,4 +83,4 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
         num_pages=num_pages,
         compatibility_hash=compatibility_hash(model_name, revision(model_dir), layout),
     )
-    return TorchExecutor(model, spec, HostMemory(num_pages, layout.page_bytes))
+    return TorchExecutor(model, spec, HostMemory(num_pages, page_bytes))

@@ -122,7 +122,8 @@ class EngineLoop:
                     self.engine.kv.expire()
         except BaseException as error:
             log.critical("the engine died", exc_info=error)
-            fault = Internal(f"the engine died: {type(error).__name__}: {error}")
+            internal = Internal(f"the engine died: {type(error).__name__}: {error}")
+            fault = error if isinstance(error, Fault) else internal
             self._call(lambda: self._die(fault))
 
     def _post(self, events: list[Event]) -> None:

@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-biases": {"attention_bias": True, "mlp_bias": True},
     "llama-llama3-rope": {"rope_parameters": LLAMA3},
     "llama-odd-sizes": {"hidden_size": 60, "intermediate_size": 90, "head_dim": 16},
+    "llama-8-heads": {"num_attention_heads": 8, "attention_bias": True, "mlp_bias": True},
+    "qwen3-8-heads": {"architecture": "Qwen3", "num_attention_heads": 8, "num_key_value_heads": 4},
     "qwen3": {"architecture": "Qwen3"},
     "qwen3-tied": {"architecture": "Qwen3", "tie_word_embeddings": True},
 }

@@ -1,6 +1,7 @@
 """How a page is laid out, and the hash that says who can exchange pages with whom."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -9,7 +10,9 @@ from hashlib import blake2b
 class StateClass:
     """One kind of state per token: attention KV, MLA latents, indexer keys, quantization scales …
 
-    `offset_bytes` and `size_bytes` are within a page, all layers of the class together.
+    `offset_bytes` and `size_bytes` are within a page, all layers of the class together. A class that ranks share out
+    by heads is `num_layers` x 2 spans (keys, values) of `num_heads` heads, of which `first_head` is the first; of one
+    with no heads every rank has the whole.
     """
 
     name: str
@@ -17,6 +20,8 @@ class StateClass:
     dtype: str
     offset_bytes: int
     size_bytes: int
+    first_head: int = 0
+    num_heads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +37,18 @@ class KvLayout:
         return -(-num_tokens // self.page_size)
 
 
-def pack(page_size: int, classes: dict[str, tuple[int, str, int]], align_bytes: int = 64) -> KvLayout:
-    """Lay state classes out one after another. `classes` maps a name to (layers, dtype, bytes per page)."""
+def pack(
+    page_size: int,
+    classes: dict[str, tuple[int, str, int]],
+    align_bytes: int = 64,
+    heads: Mapping[str, range] | None = None,
+) -> KvLayout:
+    """Lay state classes out one after another. `classes` maps a name to (layers, dtype, bytes per page), `heads` the
+    names of those with heads to the heads in them."""
     offset, packed = 0, []
     for name, (num_layers, dtype, size_bytes) in classes.items():
-        packed.append(StateClass(name, num_layers, dtype, offset, size_bytes))
+        own = (heads or {}).get(name, range(0))
+        packed.append(StateClass(name, num_layers, dtype, offset, size_bytes, own.start, len(own)))
         offset += -(-size_bytes // align_bytes) * align_bytes
     return KvLayout(page_size, offset, tuple(packed))
 

@@ -1,26 +1,27 @@
 """The dense decoder composed of torch operations: the twin of the native one, and its stand-in without a compiler."""
 
 import torch
-import torch.nn.functional as F
 
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference
 from shared.engine.layers import rope
 from shared.engine.layers.attention import Attention
-from shared.engine.layers.linear import Linear
+from shared.engine.layers.linear import Linear, RowLinear
+from shared.engine.layers.vocabulary import Embedding, Head
 from shared.engine.models.config import DenseConfig
 from shared.engine.models.weights import DenseWeights, LayerWeights
+from shared.engine.parallel.group import Group
 
 
 class DecoderLayer:
     """x [T, hidden] -> [T, hidden]: attention and gated MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: DenseConfig, weights: LayerWeights) -> None:
+    def __init__(self, config: DenseConfig, weights: LayerWeights, group: Group) -> None:
         self.eps = config.rms_norm_eps
         self.input_norm, self.post_norm = weights.input_norm, weights.post_norm
-        self.attention = Attention(config, weights)
+        self.attention = Attention(config, weights, group)
         self.gate_up = Linear(weights.gate_up, weights.gate_up_bias)
-        self.down = Linear(weights.down, weights.down_bias)
+        self.down = RowLinear(weights.down, weights.down_bias, group)
 
     def __call__(
         self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], batch: Batch, kv: torch.Tensor
@@ -31,20 +32,21 @@ class DecoderLayer:
 
 
 class TorchDecoder:
-    """Token ids to logits, in the dtype of the weights."""
+    """Token ids to logits, in the dtype of the weights; a rank's share of both, if the group has several."""
 
-    def __init__(self, config: DenseConfig, weights: DenseWeights, num_threads: int) -> None:
+    def __init__(self, config: DenseConfig, weights: DenseWeights, num_threads: int, group: Group) -> None:
         self.num_torch_threads = num_threads
         self.eps = config.rms_norm_eps
         self.frequencies = rope.inverse_frequencies(config)
-        self.embedding, self.norm = weights.embedding(), weights.final_norm()
-        self.layers = [DecoderLayer(config, weights.layer(index)) for index in range(config.num_layers)]
-        self.head = Linear(weights.head())
+        self.embedding = Embedding(weights.embedding(), config.vocab_size, group)
+        self.norm = weights.final_norm()
+        self.layers = [DecoderLayer(config, weights.layer(index), group) for index in range(config.num_layers)]
+        self.head = Head(weights.head(), config.vocab_size, group)
 
     def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [R, vocab_size]. `kv` [pages, layers, 2, Hkv, page_size, D]."""
-        x = F.embedding(batch.token_ids, self.embedding)
+        """Logits float32 [R, vocab_size or more]. `kv` [pages, layers, 2, Hkv, page_size, D]."""
+        x = self.embedding(batch.token_ids)
         angles = rope.table(self.frequencies, batch.positions)
         for index, layer in enumerate(self.layers):
             x = layer(x, angles, batch, kv[:, index])
-        return self.head(reference.rms_norm(x[batch.sampled_rows], self.norm, self.eps)).float()
+        return self.head(reference.rms_norm(x[batch.sampled_rows], self.norm, self.eps))

@@ -1,7 +1,9 @@
-"""A matrix product whose weights were made ready once."""
+"""Matrix products whose weights were made ready once."""
 
 import torch
 import torch.nn.functional as F
+
+from shared.engine.parallel.group import Group
 
 ROWS_HINT = 16
 
@@ -24,3 +26,19 @@ class Linear:
             product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return product
         return F.linear(x, self.weight, self.bias)
+
+
+class RowLinear:
+    """As Linear, for a matrix of which each rank has some columns [N, K / ranks]: x [T, K / ranks] -> [T, N], the sum
+    over all ranks on each of them."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, group: Group) -> None:
+        self._group = group
+        shared = group.num_ranks > 1
+        self._product = Linear(weight, None if shared else bias)
+        self._bias = bias if shared else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        total = self._group.sum(self._product(x))
+        return total if self._bias is None else total + self._bias

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference, sparse_reference
 from shared.engine.kernels.sparse_reference import Selection
-from shared.engine.layers.linear import Linear
+from shared.engine.layers.linear import Linear, RowLinear
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_weights import AttentionWeights, IndexerWeights
+from shared.engine.parallel.group import Group
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 KEY_NORM_EPS = 1e-6
@@ -17,16 +18,17 @@ KEY_NORM_EPS = 1e-6
 class LatentAttention:
     """x [T, hidden] -> [T, hidden], in the absorbed form (DeepSeek-V2, section 2.1.2): keys and values are never made.
 
+    Ranks share out the heads; each keeps all latents and index keys, and so comes to the same selection.
     A layer with an indexer selects; one without uses the selection it is given, of the nearest earlier layer.
     """
 
-    def __init__(self, config: GlmConfig, weights: AttentionWeights) -> None:
+    def __init__(self, config: GlmConfig, weights: AttentionWeights, group: Group) -> None:
         self.config = config
         self.parts = [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim]
         self.down, self.query = Linear(weights.down), Linear(weights.query)
         self.query_norm, self.latent_norm = weights.query_norm, weights.latent_norm
         self.up_key, self.up_value = weights.up_key, weights.up_value
-        self.output = Linear(weights.output)
+        self.output = RowLinear(weights.output, None, group)
         self.indexer = None if weights.indexer is None else Indexer(config, weights.indexer)
 
     def __call__(

@@ -4,16 +4,17 @@ import torch
 import torch.nn.functional as F
 
 from shared.engine.kernels import reference
-from shared.engine.layers.linear import Linear
+from shared.engine.layers.linear import Linear, RowLinear
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_weights import MlpWeights, MoeWeights
+from shared.engine.parallel.group import Alone, Group
 
 
 class Mlp:
     """x [T, hidden] -> [T, hidden]."""
 
-    def __init__(self, weights: MlpWeights) -> None:
-        self.gate_up, self.down = Linear(weights.gate_up), Linear(weights.down)
+    def __init__(self, weights: MlpWeights, group: Group) -> None:
+        self.gate_up, self.down = Linear(weights.gate_up), RowLinear(weights.down, None, group)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """down(silu(gate) * up)."""
@@ -21,23 +22,29 @@ class Mlp:
 
 
 class Moe:
-    """x [T, hidden] -> [T, hidden]: the shared expert, plus the weighted sum of the chosen ones."""
+    """x [T, hidden] -> [T, hidden]: the shared expert, plus the weighted sum of the chosen ones.
 
-    def __init__(self, config: GlmConfig, weights: MoeWeights) -> None:
-        self.config = config
+    Every rank has all tokens, so experts that are shared out need no exchange of tokens: each rank adds up what its
+    experts, or its slices of all experts, contribute, and one sum over ranks ends the layer.
+    """
+
+    def __init__(self, config: GlmConfig, weights: MoeWeights, group: Group) -> None:
+        self.config, self.group = config, group
         self.router, self.correction_bias = weights.router, weights.correction_bias
         self.gate_up, self.down = weights.experts.gate_up, weights.experts.down
-        self.shared = Mlp(weights.shared)
+        self.experts = weights.expert_ids
+        self.shared = Mlp(weights.shared, Alone())  # a part of the sum
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Experts are added in rising order, so that a token's sum does not depend on its batch."""
         weights, chosen = route(F.linear(x.float(), self.router), self.correction_bias, self.config)
         out = self.shared(x).float()
-        for expert in sorted(set(chosen.flatten().tolist())):
+        for expert in sorted(set(chosen.flatten().tolist()).intersection(self.experts)):
             rows, place = (chosen == expert).nonzero(as_tuple=True)
-            part = reference.silu_mul(F.linear(x[rows], self.gate_up[expert]))
-            out[rows] += F.linear(part, self.down[expert]).float() * weights[rows, place, None]
-        return out.to(x.dtype)
+            own = expert - self.experts.start
+            part = reference.silu_mul(F.linear(x[rows], self.gate_up[own]))
+            out[rows] += F.linear(part, self.down[own]).float() * weights[rows, place, None]
+        return self.group.sum(out).to(x.dtype)
 
 
 def route(logits: torch.Tensor, bias: torch.Tensor, config: GlmConfig) -> tuple[torch.Tensor, torch.Tensor]:

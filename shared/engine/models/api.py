@@ -8,18 +8,22 @@ import torch
 
 from shared.engine.batch import Batch
 from shared.engine.kv.layout import KvLayout
+from shared.engine.parallel.group import Alone, Group
+from shared.engine.parallel.partition import Shard
 from shared.models.store import default_cache
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where and how a model computes. `kernels` names a kernel set, or is "auto" for the best that fits; `cache_dir`
-    keeps compiled ones."""
+    keeps compiled ones. `shard` is the share that this process computes, together with those of `group`."""
 
     dtype: torch.dtype
     num_threads: int
     kernels: str = "auto"
     cache_dir: Path = field(default_factory=default_cache)
+    shard: Shard = field(default_factory=Shard)
+    group: Group = field(default_factory=Alone)
 
 
 class Model(Protocol):
@@ -32,8 +36,11 @@ class Model(Protocol):
     num_torch_threads: int
 
     def layout(self, page_size: int) -> KvLayout:
-        """A page with every state class of the model."""
+        """A page with every state class of the whole model."""
+
+    def rank_layout(self, page_size: int) -> KvLayout:
+        """A page as this rank holds it."""
 
     def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
-        """Write the state of the step's tokens into their pages and return logits float32 [R, vocab_size] of the
-        sampled rows. `pool` is uint8 [num_pages, page_bytes]."""
+        """Write the state of the step's tokens into their pages and return logits float32 [R, vocab_size or more]
+        of the sampled rows. `pool` is uint8 [num_pages, page_bytes], laid out by `layout`, the rank's."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from shared.engine.parallel.partition import Part
 from shared.engine.quantization import fp8_block, nvfp4
 from shared.engine.quantization.formats import KNOWN, Format, detect, nvfp4_tensor
 from shared.errors import Unsupported
@@ -59,8 +60,12 @@ class Checkpoint:
         if faults:
             raise Unsupported(f"the weights do not fit the configuration: {'; '.join(sorted(faults))}")
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor in the dtype of this checkpoint, or in another."""
+    def read(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> torch.Tensor:
+        """A tensor, or a part of it, in the dtype of this checkpoint, or in another."""
+        whole = self._read(name, dtype)
+        return whole if part is None else whole.narrow(part.dim, part.start, part.length).contiguous()
+
+    def _read(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
         linear, wanted = name.removesuffix(".weight"), dtype or self.dtype
         stored = self._quantized.get(linear, Format.PLAIN)
         if stored is Format.PLAIN:

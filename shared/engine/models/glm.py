@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference
@@ -11,13 +10,14 @@ from shared.engine.kernels.sparse_reference import Selection
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout, pack
 from shared.engine.layers import rope
-from shared.engine.layers.linear import Linear
 from shared.engine.layers.mla import LatentAttention
 from shared.engine.layers.moe import Mlp, Moe
+from shared.engine.layers.vocabulary import Embedding, Head
 from shared.engine.models.api import Placement
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.glm_config import GlmConfig, read
 from shared.engine.models.glm_weights import GlmWeights, MoeWeights
+from shared.engine.parallel.group import Group
 from shared.errors import Unsupported
 
 LATENTS, INDEX_KEYS = "mla_latent", "indexer_keys"
@@ -26,12 +26,13 @@ LATENTS, INDEX_KEYS = "mla_latent", "indexer_keys"
 class GlmLayer:
     """x [T, hidden] -> [T, hidden]: attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: GlmConfig, weights: GlmWeights, layer: int) -> None:
+    def __init__(self, weights: GlmWeights, layer: int, group: Group) -> None:
+        config = weights.config
         self.eps = config.rms_norm_eps
         self.input_norm, self.post_norm = weights.norms(layer)
-        self.attention = LatentAttention(config, weights.attention(layer))
+        self.attention = LatentAttention(config, weights.attention(layer), group)
         mlp = weights.mlp(layer)
-        self.mlp = Moe(config, mlp) if isinstance(mlp, MoeWeights) else Mlp(mlp)
+        self.mlp = Moe(config, mlp, group) if isinstance(mlp, MoeWeights) else Mlp(mlp, group)
 
     def __call__(
         self,
@@ -63,9 +64,10 @@ class Glm:
         self.num_torch_threads = placement.num_threads
         self._config, self._dtype = config, placement.dtype
         self._frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta)
-        self._embedding, self._norm = weights.embedding(), weights.final_norm()
-        self._layers = [GlmLayer(config, weights, layer) for layer in range(config.num_layers)]
-        self._head = Linear(weights.head())
+        self._embedding = Embedding(weights.embedding(), config.vocab_size, placement.group)
+        self._norm = weights.final_norm()
+        self._layers = [GlmLayer(weights, layer, placement.group) for layer in range(config.num_layers)]
+        self._head = Head(weights.head(), config.vocab_size, placement.group)
 
     def layout(self, page_size: int) -> KvLayout:
         """A page: latents of every layer, index keys of the full ones."""
@@ -75,16 +77,20 @@ class Glm:
         keys = num_full * page_size * config.index_head_dim * self._dtype.itemsize
         return pack(page_size, {LATENTS: (config.num_layers, dtype, latents), INDEX_KEYS: (num_full, dtype, keys)})
 
+    def rank_layout(self, page_size: int) -> KvLayout:
+        """The same: heads share latents, so every rank needs them all."""
+        return self.layout(page_size)
+
     def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
-        """Logits float32 [R, vocab_size] of the sampled rows; see `models.api.Model`."""
+        """Logits float32 [R, vocab_size or more] of the sampled rows; see `models.api.Model`."""
         latents = self._state(LATENTS, self._config.latent_dim, pool, layout)
         keys = iter(self._state(INDEX_KEYS, self._config.index_head_dim, pool, layout).unbind(1))
-        x = F.embedding(batch.token_ids, self._embedding)
+        x = self._embedding(batch.token_ids)
         angles, selection = rope.table(self._frequencies, batch.positions), Selection()
         for index, (layer, full) in enumerate(zip(self._layers, self._config.full_layers, strict=True)):
             own_keys = next(keys) if full else None
             x, selection = layer(x, angles, batch, latents[:, index], own_keys, selection)
-        return self._head(reference.rms_norm(x[batch.sampled_rows], self._norm, self._config.rms_norm_eps)).float()
+        return self._head(reference.rms_norm(x[batch.sampled_rows], self._norm, self._config.rms_norm_eps))
 
     def _state(self, name: str, dim: int, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
         """A state class as [pages, layers, page_size, dim]."""
@@ -97,4 +103,4 @@ def load(model_dir: Path, placement: Placement) -> Glm:
     if placement.kernels not in ("auto", "torch"):
         raise Unsupported(f"there are no {placement.kernels} kernels for this architecture")
     config = read(model_dir)
-    return Glm(config, placement, GlmWeights(Checkpoint(model_dir, placement.dtype), config))
+    return Glm(config, placement, GlmWeights(Checkpoint(model_dir, placement.dtype), config, placement.shard))

@@ -7,6 +7,7 @@ import torch
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.weights import EMBEDDING, FINAL_NORM, HEAD
+from shared.engine.parallel.partition import Shard, of_glm
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -46,44 +47,51 @@ class MlpWeights:
 
 @dataclass(frozen=True, slots=True)
 class MoeWeights:
-    """Experts stacked: gate_up [E, 2 I, hidden], down [E, hidden, I]; the router in float32."""
+    """The rank's experts `expert_ids` stacked: gate_up [E, 2 I, hidden], down [E, hidden, I]; the router of all, in
+    float32."""
 
     router: torch.Tensor
     correction_bias: torch.Tensor
     experts: MlpWeights
+    expert_ids: range
     shared: MlpWeights
 
 
 class GlmWeights:
-    """The weights of a checkpoint that has been checked against a configuration; layers are read one at a time."""
+    """The weights of a checkpoint that has been checked against a configuration, or a rank's share of them; layers are
+    read one at a time. `config` is that of the share."""
 
-    def __init__(self, checkpoint: Checkpoint, config: GlmConfig) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: GlmConfig, shard: Shard) -> None:
         mtp = {name for layer in range(config.num_mtp_layers) for name in mtp_shapes(config, config.num_layers + layer)}
         checkpoint.check(shapes(config), ignored=tuple(mtp))
-        self.config = config
+        self.config, self._part_of = of_glm(config, shard)
+        self._expert_ids = shard.experts(config.num_experts)
         self._checkpoint = checkpoint
+
+    def _read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self._checkpoint.read(name, dtype, self._part_of(name))
 
     def embedding(self) -> torch.Tensor:
         """[vocab_size, hidden]."""
-        return self._checkpoint.read(EMBEDDING)
+        return self._read(EMBEDDING)
 
     def head(self) -> torch.Tensor:
         """[vocab_size, hidden]."""
-        return self._checkpoint.read(HEAD)
+        return self._read(HEAD)
 
     def final_norm(self) -> torch.Tensor:
         """[hidden]."""
-        return self._checkpoint.read(FINAL_NORM)
+        return self._read(FINAL_NORM)
 
     def norms(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The norms before attention and before the MLP, [hidden] each."""
         prefix = f"model.layers.{layer}."
-        read = self._checkpoint.read
+        read = self._read
         return read(prefix + "input_layernorm.weight"), read(prefix + "post_attention_layernorm.weight")
 
     def attention(self, layer: int) -> AttentionWeights:
         """One layer's attention."""
-        config, prefix, read = self.config, f"model.layers.{layer}.self_attn.", self._checkpoint.read
+        config, prefix, read = self.config, f"model.layers.{layer}.self_attn.", self._read
         both = read(prefix + "kv_b_proj.weight").view(config.num_heads, -1, config.kv_lora_rank)
         return AttentionWeights(
             down=torch.cat([read(prefix + "q_a_proj.weight"), read(prefix + "kv_a_proj_with_mqa.weight")]),
@@ -97,7 +105,7 @@ class GlmWeights:
         )
 
     def _indexer(self, prefix: str) -> IndexerWeights:
-        read = self._checkpoint.read
+        read = self._read
         return IndexerWeights(
             query=read(prefix + "wq_b.weight"),
             key=read(prefix + "wk.weight"),
@@ -110,16 +118,17 @@ class GlmWeights:
         prefix = f"model.layers.{layer}.mlp."
         if not self.config.moe_layers[layer]:
             return self._mlp(prefix)
-        experts = [self._mlp(f"{prefix}experts.{expert}.") for expert in range(self.config.num_experts)]
+        experts = [self._mlp(f"{prefix}experts.{expert}.") for expert in self._expert_ids]
         return MoeWeights(
-            router=self._checkpoint.read(prefix + "gate.weight").float(),
-            correction_bias=self._checkpoint.read(prefix + "gate.e_score_correction_bias", torch.float32),
+            router=self._read(prefix + "gate.weight").float(),
+            correction_bias=self._read(prefix + "gate.e_score_correction_bias", torch.float32),
             experts=MlpWeights(torch.stack([e.gate_up for e in experts]), torch.stack([e.down for e in experts])),
+            expert_ids=self._expert_ids,
             shared=self._mlp(prefix + "shared_experts."),
         )
 
     def _mlp(self, prefix: str) -> MlpWeights:
-        read = self._checkpoint.read
+        read = self._read
         gate_up = torch.cat([read(prefix + "gate_proj.weight"), read(prefix + "up_proj.weight")])
         return MlpWeights(gate_up, read(prefix + "down_proj.weight"))
 

@@ -18,12 +18,13 @@ from shared.engine.models.api import Placement
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.config import DenseConfig, read
 from shared.engine.models.weights import DenseWeights
+from shared.engine.parallel.partition import Shard
 
 KV = "kv"
 
 
 class Decoder(Protocol):
-    """(batch, kv [pages, layers, 2, Hkv, page_size, D]) -> logits float32 [R, vocab_size]."""
+    """(batch, kv [pages, layers, 2, Hkv, page_size, D]) -> logits float32 [R, vocab_size or more]."""
 
     num_torch_threads: int
 
@@ -37,7 +38,7 @@ Build = Callable[[DenseConfig, DenseWeights, int], Decoder]
 class Llama:
     """Satisfies `models.api.Model`. One state class: `kv`, a page being [layers, 2, Hkv, page_size, D]."""
 
-    def __init__(self, config: DenseConfig, dtype: torch.dtype, decoder: Decoder) -> None:
+    def __init__(self, config: DenseConfig, dtype: torch.dtype, decoder: Decoder, shard: Shard) -> None:
         self.vocab_size = config.vocab_size
         self.max_position = config.max_position
         self.eos_token_ids = config.eos_token_ids
@@ -45,36 +46,47 @@ class Llama:
         self._config = config
         self._dtype = dtype
         self._decoder = decoder
+        self._kv_heads = shard.kv_heads(config.num_kv_heads)
 
     def layout(self, page_size: int) -> KvLayout:
         """A page: keys and values of every layer."""
-        config = self._config
-        num_values = config.num_layers * 2 * config.num_kv_heads * page_size * config.head_dim
-        dtype = str(self._dtype).removeprefix("torch.")
-        return pack(page_size, {KV: (config.num_layers, dtype, num_values * self._dtype.itemsize)})
+        return self._layout(page_size, range(self._config.num_kv_heads))
+
+    def rank_layout(self, page_size: int) -> KvLayout:
+        """A page: keys and values of this rank's heads in every layer."""
+        return self._layout(page_size, self._kv_heads)
+
+    def _layout(self, page_size: int, heads: range) -> KvLayout:
+        config, dtype = self._config, str(self._dtype).removeprefix("torch.")
+        num_bytes = config.num_layers * 2 * len(heads) * page_size * config.head_dim * self._dtype.itemsize
+        return pack(page_size, {KV: (config.num_layers, dtype, num_bytes)}, heads={KV: heads})
 
     def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
-        """Logits float32 [R, vocab_size] of the sampled rows; see `models.api.Model`."""
+        """Logits float32 [R, vocab_size or more] of the sampled rows; see `models.api.Model`."""
         config = self._config
-        shape = (config.num_layers, 2, config.num_kv_heads, layout.page_size, config.head_dim)
+        shape = (config.num_layers, 2, len(self._kv_heads), layout.page_size, config.head_dim)
         return self._decoder(batch, view.state_view(pool, view.state_class(layout, KV), shape))
 
 
 def load(model_dir: Path, placement: Placement) -> Llama:
     """The model in a directory. Raises Unsupported, naming every tensor that is missing, extra or misshapen."""
     config = read(model_dir)
-    weights = DenseWeights(Checkpoint(model_dir, placement.dtype), config)
-    candidates: list[Candidate[Build]] = [_native(config, placement), Candidate("torch", None, TorchDecoder)]
+    weights = DenseWeights(Checkpoint(model_dir, placement.dtype), config, placement.shard)
+    composed: Build = partial(TorchDecoder, group=placement.group)
+    candidates = [_native(config, placement, composed), Candidate("torch", None, composed)]
     chosen = choose(candidates, placement.kernels)
-    return Llama(config, placement.dtype, chosen.built(config, weights, placement.num_threads))
+    decoder = chosen.built(weights.config, weights, placement.num_threads)
+    return Llama(config, placement.dtype, decoder, placement.shard)
 
 
-def _native(config: DenseConfig, placement: Placement) -> Candidate[Build]:
+def _native(config: DenseConfig, placement: Placement, otherwise: Build) -> Candidate[Build]:
     obstacle = native_decoder.obstacle(config)
+    if placement.shard.num_ranks > 1:
+        obstacle = "they compute a step in one call, in which ranks cannot meet"
     if obstacle is not None:
-        return Candidate("native", obstacle, TorchDecoder)
+        return Candidate("native", obstacle, otherwise)
     try:
         library = native.load(build.library(placement.cache_dir / "kernels", build.compiler()))
     except (build.BuildError, OSError) as error:
-        return Candidate("native", str(error), TorchDecoder)
+        return Candidate("native", str(error), otherwise)
     return Candidate("native", None, partial(native_decoder.NativeDecoder, library))

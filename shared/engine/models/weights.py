@@ -6,6 +6,7 @@ import torch
 
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.config import DenseConfig
+from shared.engine.parallel.partition import Shard, of_dense
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -29,49 +30,53 @@ class LayerWeights:
 
 
 class DenseWeights:
-    """The weights of a checkpoint that has been checked against a configuration; layers are read one at a time."""
+    """The weights of a checkpoint that has been checked against a configuration, or a rank's share of them; layers are
+    read one at a time. `config` is that of the share."""
 
-    def __init__(self, checkpoint: Checkpoint, config: DenseConfig) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: DenseConfig, shard: Shard) -> None:
         # A tied model may still carry its head; it is the embedding.
         checkpoint.check(shapes(config), ignored=(HEAD,) if config.tied_embeddings else ())
-        self.config = config
+        self.config, self._part_of = of_dense(config, shard)
         self._checkpoint = checkpoint
 
     def embedding(self) -> torch.Tensor:
         """[vocab_size, hidden]."""
-        return self._checkpoint.read(EMBEDDING)
+        return self._read(EMBEDDING)
 
     def head(self) -> torch.Tensor:
         """[vocab_size, hidden]."""
-        return self._checkpoint.read(EMBEDDING if self.config.tied_embeddings else HEAD)
+        return self._read(EMBEDDING if self.config.tied_embeddings else HEAD)
 
     def final_norm(self) -> torch.Tensor:
         """[hidden]."""
-        return self._checkpoint.read(FINAL_NORM)
+        return self._read(FINAL_NORM)
 
     def layer(self, index: int) -> LayerWeights:
         """One layer, with what is computed together joined."""
         prefix = f"model.layers.{index}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         return LayerWeights(
-            input_norm=self._checkpoint.read(prefix + "input_layernorm.weight"),
+            input_norm=self._read(prefix + "input_layernorm.weight"),
             qkv=self._join(attention, ("q_proj", "k_proj", "v_proj"), "weight"),
             qkv_bias=self._join(attention, ("q_proj", "k_proj", "v_proj"), "bias")
             if self.config.attention_bias
             else None,
-            q_norm=self._checkpoint.read(attention + "q_norm.weight") if self.config.qk_norm else None,
-            k_norm=self._checkpoint.read(attention + "k_norm.weight") if self.config.qk_norm else None,
-            output=self._checkpoint.read(attention + "o_proj.weight"),
-            output_bias=self._checkpoint.read(attention + "o_proj.bias") if self.config.attention_bias else None,
-            post_norm=self._checkpoint.read(prefix + "post_attention_layernorm.weight"),
+            q_norm=self._read(attention + "q_norm.weight") if self.config.qk_norm else None,
+            k_norm=self._read(attention + "k_norm.weight") if self.config.qk_norm else None,
+            output=self._read(attention + "o_proj.weight"),
+            output_bias=self._read(attention + "o_proj.bias") if self.config.attention_bias else None,
+            post_norm=self._read(prefix + "post_attention_layernorm.weight"),
             gate_up=self._join(mlp, ("gate_proj", "up_proj"), "weight"),
             gate_up_bias=self._join(mlp, ("gate_proj", "up_proj"), "bias") if self.config.mlp_bias else None,
-            down=self._checkpoint.read(mlp + "down_proj.weight"),
-            down_bias=self._checkpoint.read(mlp + "down_proj.bias") if self.config.mlp_bias else None,
+            down=self._read(mlp + "down_proj.weight"),
+            down_bias=self._read(mlp + "down_proj.bias") if self.config.mlp_bias else None,
         )
 
+    def _read(self, name: str) -> torch.Tensor:
+        return self._checkpoint.read(name, part=self._part_of(name))
+
     def _join(self, prefix: str, names: tuple[str, ...], kind: str) -> torch.Tensor:
-        return torch.cat([self._checkpoint.read(f"{prefix}{name}.{kind}") for name in names])
+        return torch.cat([self._read(f"{prefix}{name}.{kind}") for name in names])
 
 
 def shapes(config: DenseConfig) -> dict[str, tuple[int, ...]]:

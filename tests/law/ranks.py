@@ -1,0 +1,86 @@
+"""Ranks of one model as threads of one process, over the process group that processes would use."""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from shared.engine.api import BatchItem, Executor
+from shared.engine.executor import TorchExecutor, load_executor
+from shared.engine.parallel import distributed
+from shared.engine.parallel.executor import ParallelExecutor
+from shared.engine.parallel.group import Group
+from shared.engine.parallel.partition import ExpertSplit, Shard
+
+TIMEOUT_S = 30.0
+
+
+class Thread:
+    """Satisfies `Follower`."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._batches: queue.SimpleQueue[Sequence[BatchItem] | None] = queue.SimpleQueue()
+        self._executor = executor
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def follow(self, batch: Sequence[BatchItem]) -> None:
+        self._batches.put(batch)
+
+    def close(self) -> None:
+        self._batches.put(None)
+        self._thread.join(TIMEOUT_S)
+
+    def _run(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            self._executor.forward(batch)
+
+
+class Ranks:
+    """A group of ranks that may load one model after another."""
+
+    def __init__(self, num_ranks: int, timeout_s: float = TIMEOUT_S) -> None:
+        self.num_ranks = num_ranks
+        self._together = ThreadPoolExecutor(num_ranks)
+        store = distributed.host_store(TIMEOUT_S)
+        self.groups: list[Group] = self.all(
+            lambda rank: distributed.DistributedGroup(
+                store if rank == 0 else distributed.join_store(store.port, TIMEOUT_S), rank, num_ranks, timeout_s
+            )
+        )
+        self._threads: list[Thread] = []
+
+    def all(self, work: Callable[[int], object]) -> list:  # type: ignore[type-arg]
+        """What each rank makes of its number, all at once."""
+        return list(self._together.map(work, range(self.num_ranks)))
+
+    def load(self, model_dir: Path, num_pages: int, split: ExpertSplit = "experts") -> "RankedExecutor":
+        executors: list[TorchExecutor] = self.all(
+            lambda rank: load_executor(
+                model_dir,
+                model_name="tiny",
+                dtype="float32",
+                page_size=16,
+                num_threads=1,
+                num_pages=num_pages,
+                shard=Shard(rank, self.num_ranks, split),
+                group=self.groups[rank],
+            )
+        )
+        followers = [Thread(executor) for executor in executors[1:]]
+        self._threads += followers
+        return RankedExecutor(executors, followers)
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.close()
+        self._together.shutdown()
+
+
+class RankedExecutor(ParallelExecutor):
+    """Also knows the ranks' pools and how they are laid out."""
+
+    def __init__(self, executors: list[TorchExecutor], followers: Sequence[Thread]) -> None:
+        super().__init__(executors[0], followers)
+        self.executors = executors

@@ -1,0 +1,87 @@
+"""The law across ranks: one model on one, two or four ranks says the same."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from shared.engine.api import BatchItem, SamplingParams
+from shared.engine.parallel.executor import ParallelExecutor
+from shared.engine.parallel.partition import ExpertSplit
+from shared.errors import WorkerLost
+from tests.law import test_same_tokens as laws
+from tests.law.conftest import GREEDY, SAMPLED, Law, MakeExecutor, tiny_model
+from tests.law.ranks import Ranks
+from tests.law.worker import Worker
+
+# Four ranks have each of Llama's two KV heads twice, and one of Qwen3's four each.
+FAMILIES = ("llama-8-heads", "qwen3-8-heads", "glm")
+
+
+@dataclass(frozen=True)
+class RankedLaw(Law):
+    """Workers are groups of ranks; what is right is what one rank alone says."""
+
+    alone: MakeExecutor
+    known: dict[tuple[object, ...], list[int]]
+
+    def tokens(self, prompt: list[int]) -> list[int]:
+        key = (self.sampling, *prompt)
+        if key not in self.known:
+            self.known[key] = Worker(self.alone(64)).run(self.request(prompt))
+        return self.known[key]
+
+
+@dataclass
+class Model:
+    """A model directory, and what one rank said so far."""
+
+    path: Path
+    alone: MakeExecutor
+    known: dict[tuple[object, ...], list[int]] = field(default_factory=dict)
+
+    def law(self, ranks: Ranks, sampling: SamplingParams, split: ExpertSplit = "experts") -> RankedLaw:
+        return RankedLaw(lambda pages: ranks.load(self.path, pages, split), sampling, self.alone, self.known)
+
+
+class Deaf:
+    """A follower that takes batches and does nothing."""
+
+    def follow(self, batch: Sequence[BatchItem]) -> None:
+        pass
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("ranks")
+    return Model(path, tiny_model(request.param, path))
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["two ranks", "four ranks"])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    made = Ranks(request.param)
+    yield made
+    made.close()
+
+
+def test_sampled_preempted_and_batched(model: Model, ranks: Ranks) -> None:
+    if ranks.num_ranks == 2:  # what four would add is in the other laws
+        laws.test_preempted(model.law(ranks, SAMPLED))
+
+
+def test_chunked_with_whole_experts(model: Model, ranks: Ranks) -> None:
+    laws.test_chunked_at_odd_sizes(17, model.law(ranks, GREEDY, "experts"))
+
+
+def test_prefix_cached_with_split_experts(model: Model, ranks: Ranks) -> None:
+    laws.test_prefix_cached(33, model.law(ranks, GREEDY, "matrices"))
+
+
+def test_a_rank_that_is_late_ends_the_engine_with_a_fault(model: Model) -> None:
+    ranks = Ranks(2, timeout_s=0.5)
+    worker = Worker(ParallelExecutor(ranks.load(model.path, 64).executors[0], [Deaf()]))
+    worker.submit(model.law(ranks, GREEDY).request([5, 6, 7]))
+    with pytest.raises(WorkerLost, match="gone or late"):
+        worker.step()
+    ranks.close()
