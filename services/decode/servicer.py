@@ -85,13 +85,14 @@ class Generation:
         num_held = table.num_tokens // layout.page_size
         handoff = Handoff(self._worker.puller, layout, prefill, table, num_held)
         first: list[int] = []
+        drafts: list[int] = []
         try:
             # The handoff ends before the stream does: closing the stream early ends the lease.
             async with aclosing(self._prefill_events(num_held)) as events, handoff:
                 finished = await _announce(events, handoff)
                 self._take_usage(finished.usage)
                 if finished.HasField("tokens"):
-                    first = list(finished.tokens.token_ids)
+                    first, drafts = list(finished.tokens.token_ids), list(finished.draft_token_ids)
                     yield self._tokens(finished.tokens)
                 if finished.finish_reason:
                     yield self._finished(finished.finish_reason, _stop_token(finished))
@@ -101,7 +102,7 @@ class Generation:
             if _is_ours(fault):
                 raise
             self._note_fallback(fault, handoff.num_kept, num_held * layout.page_size)
-        job = wire.engine_request(self._request, more_output=first)
+        job = wire.engine_request(self._request, more_output=first, drafts=drafts)
         async with aclosing(self._decode(job, table)) as responses:
             async for response in responses:
                 yield response
@@ -128,6 +129,7 @@ class Generation:
             async for event in events:
                 match event:
                     case TokensSampled():
+                        wire.count_drafts(self._usage, event.num_drafts, event.num_accepted)
                         if event.tokens:
                             yield self._tokens(wire.token_chunk(event.tokens))
                         if event.finish_reason is not None:

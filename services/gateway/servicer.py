@@ -1,7 +1,7 @@
 """The gRPC face: the same requests and answers as the REST face, in protobuf."""
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, MutableSequence, Sequence
 from contextlib import aclosing
 from typing import Any, TypedDict
 
@@ -142,8 +142,16 @@ def _total(job: Job, last: Mapping[int, Delta]) -> generation_pb2.Usage:
             continue
         total.num_draft_tokens += delta.usage.num_draft_tokens
         total.num_accepted_tokens += delta.usage.num_accepted_tokens
+        _add(total.num_drafts_by_position, delta.usage.num_drafts_by_position)
+        _add(total.num_accepted_by_position, delta.usage.num_accepted_by_position)
         if index % job.options.n == 0:
             total.num_cached_local += delta.usage.num_cached_local
             total.num_cached_remote += delta.usage.num_cached_remote
             total.num_cached_transferred += delta.usage.num_cached_transferred
     return total
+
+
+def _add(total: MutableSequence[int], counts: Sequence[int]) -> None:
+    total.extend([0] * (len(counts) - len(total)))
+    for position, count in enumerate(counts):
+        total[position] += count

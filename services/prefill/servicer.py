@@ -134,6 +134,7 @@ class _Handover:
             num_pages=self.num_pages,
             usage=usage,
             stop_token_id=event.stop_token_id,
+            draft_token_ids=event.draft_token_ids,
         )
         if event.tokens:
             message.tokens.CopyFrom(wire.token_chunk(event.tokens))

@@ -47,8 +47,8 @@ class EngineRequest:
     """One sequence to run.
 
     `output_token_ids` were emitted before (by another worker): they are computed like the prompt, are not emitted
-    again, and count for max_tokens, min_tokens and penalties. With `prefill_only` the sequence ends after one more
-    token.
+    again, and count for max_tokens, min_tokens and penalties. `draft_token_ids` may follow them; nobody has verified
+    that. With `prefill_only` the sequence ends after one more token.
     """
 
     request_id: str
@@ -58,6 +58,7 @@ class EngineRequest:
     hash_key: bytes = b""
     prefill_only: bool = False
     priority: int = 0
+    draft_token_ids: tuple[int, ...] = ()
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -72,6 +73,14 @@ class SampledToken:
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a step chose for one sequence: the drafts that were right, one token more, and drafts of what may follow."""
+
+    tokens: tuple[SampledToken, ...]
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +100,20 @@ class PagesComputed:
 @dataclass(frozen=True, slots=True)
 class TokensSampled:
     """New tokens, and whether they are the last. A stop token ends a sequence as `stop_token_id` and is not in `tokens`
-    unless `ignore_eos`."""
+    unless `ignore_eos`.
+
+    The step verified `num_drafts` drafts, and the first `num_accepted` of them were right. A prefill-only sequence ends
+    with drafts of what may follow.
+    """
 
     request_id: str
     tokens: tuple[SampledToken, ...]
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
+    num_drafts: int = 0
+    num_accepted: int = 0
+    draft_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +153,20 @@ class EngineLoad:
     num_preemptions: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """Drafts that were ever verified, by their position in a step, and those of them that were right. Every step that
+    verifies drafts of a sequence counts once in `verified[0]`."""
+
+    verified: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens per verification, the one that needs no draft included; 0 before the first."""
+        return 1 + sum(self.accepted) / self.verified[0] if self.verified else 0.0
+
+
 class Engine(Protocol):
     """Runs sequences. `shared.engine.engine.Engine` is the one implementation; what computes is an Executor."""
 
@@ -162,6 +192,9 @@ class Engine(Protocol):
     def load(self) -> EngineLoad:
         """Current facts."""
 
+    def draft_counts(self) -> DraftCounts:
+        """How drafts have fared."""
+
     def is_short(self) -> bool:
         """Whether a sequence of this engine waits for pages: newcomers should leave it what is freed next."""
 
@@ -171,7 +204,9 @@ class BatchItem:
     """One sequence's part of a step: compute tokens [start, start + len(token_ids)) and, if `sample`, choose the next.
 
     `page_ids` cover all tokens up to the end of this part. `output_start` is the index in the sequence where its output
-    begins (the length of the prompt), and `history` the whole sequence so far, for penalties.
+    begins (the length of the prompt), and `history` the whole sequence so far, for penalties. The last `num_drafts` of
+    `token_ids` are drafts: they are not in `history`, and to be verified. `num_wanted` drafts may be proposed for the
+    next step.
     """
 
     request_id: str
@@ -182,6 +217,18 @@ class BatchItem:
     sampling: SamplingParams
     output_start: int
     history: Sequence[int] = field(default=())
+    num_drafts: int = 0
+    num_wanted: int = 0
+
+    @property
+    def position(self) -> int:
+        """The index in the sequence of the first token to choose."""
+        return self.start + len(self.token_ids) - self.num_drafts
+
+    @property
+    def drafts(self) -> Sequence[int]:
+        """The tokens to verify."""
+        return self.token_ids[len(self.token_ids) - self.num_drafts :]
 
 
 class Executor(Protocol):
@@ -193,8 +240,13 @@ class Executor(Protocol):
     def memory(self) -> PoolMemory:
         """The pages."""
 
-    def forward(self, batch: Sequence[BatchItem]) -> list[SampledToken | None]:
-        """Write the KV of every item's tokens into its pages; return the chosen token of each item with `sample`.
+    @property
+    def proposes(self) -> bool:
+        """Whether `forward` has drafts where they are wanted."""
 
-        Raises WorkerLost if nothing can be computed any more; any other error is of this batch alone.
+    def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
+        """Write the KV of every item's tokens into its pages; return what is chosen for each item with `sample`.
+
+        What is written for a draft that turns out wrong is overwritten by a later step. Raises WorkerLost if nothing
+        can be computed any more; any other error is of this batch alone.
         """

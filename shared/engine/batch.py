@@ -11,7 +11,8 @@ from shared.engine.api import BatchItem
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All tensors int32 [..] on the device of the model; T tokens in S sequences, R of which get a token chosen.
+    """All tensors int32 [..] on the device of the model; T tokens in S sequences, R of which have a token chosen that
+    follows them: the last one of a sequence, and the ones before its drafts.
 
     Sequence s computes rows query_starts[s] .. query_starts[s+1] of the T tokens, attends to context_lens[s] tokens
     (its own included), and lives in pages page_ids[page_starts[s] : page_starts[s+1]].
@@ -45,7 +46,12 @@ def build(items: Sequence[BatchItem], page_size: int) -> Batch:
         context_lens=_int32(ends),
         page_starts=_int32([0, *accumulate(len(item.page_ids) for item in items)]),
         page_ids=_int32(chain.from_iterable(item.page_ids for item in items)),
-        sampled_rows=_int32(end - 1 for item, end in zip(items, starts[1:], strict=True) if item.sample),
+        sampled_rows=_int32(
+            row
+            for item, end in zip(items, starts[1:], strict=True)
+            if item.sample
+            for row in range(end - 1 - item.num_drafts, end)
+        ),
     )
 
 

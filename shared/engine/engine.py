@@ -8,20 +8,23 @@ from dataclasses import replace
 from itertools import count
 
 from shared.engine.api import (
+    BatchItem,
+    Chosen,
+    DraftCounts,
     EngineLoad,
     EngineRequest,
     Event,
     Executor,
     Failed,
     PagesComputed,
-    SampledToken,
     TokensSampled,
 )
 from shared.engine.intake import limits, require_runnable
 from shared.engine.kv.store import KvStore, PageTable
 from shared.engine.meter import Meter
 from shared.engine.scheduler import Part, Scheduler
-from shared.engine.sequence import Sequence
+from shared.engine.sequence import Ending, Sequence
+from shared.engine.speculation.speculator import Speculation, Speculator
 from shared.errors import Internal, InvalidRequest, WorkerLost
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ class Engine:
         *,
         max_step_tokens: int,
         max_num_sequences: int,
+        speculation: Speculation | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = executor.spec
@@ -51,9 +55,11 @@ class Engine:
         self._scheduler = Scheduler(kv, max_step_tokens, max_num_sequences)
         self._limits = limits(executor.spec)
         self._meter = Meter()
+        self._speculator = Speculator(speculation or Speculation(), self._meter)
         self._clock = clock
         self._numbers = count()
         self._load = EngineLoad()
+        self._draft_counts = DraftCounts()
         self._lock = threading.Lock()  # guards what follows; everything else belongs to the engine's thread
         self._known: dict[str, Sequence] = {}
         self._arrived: list[Sequence] = []
@@ -96,6 +102,11 @@ class Engine:
             num_queued_tokens=load.num_queued_tokens + sum(each.num_uncomputed for each in arrived),
         )
 
+    def draft_counts(self) -> DraftCounts:
+        """How drafts have fared, as of the last step."""
+        with self._lock:
+            return self._draft_counts
+
     def is_short(self) -> bool:
         """Whether a sequence of this engine waits for pages."""
         return self._scheduler.is_short
@@ -113,15 +124,16 @@ class Engine:
         self._admit()
         events: list[Event] = []
         if parts := self._scheduler.schedule():
+            items = self._items(parts)
             try:
-                chosen = self._forward(parts)
+                chosen = self._forward(parts, items)
             except WorkerLost:
                 raise
             except Exception as error:
                 events = self._fail(parts, error)
             else:
-                for part, token in zip(parts, chosen, strict=True):
-                    events += self._absorb(part, token)
+                for part, item, choice in zip(parts, items, chosen, strict=True):
+                    events += self._absorb(part, item, choice)
         self._note_load()
         return events
 
@@ -131,48 +143,68 @@ class Engine:
             arrived, self._arrived = self._arrived, []
             cancelled, self._cancelled = self._cancelled, []
         for sequence in arrived:
+            self._speculator.begin(sequence)
             self._scheduler.add(sequence)
         for sequence in cancelled:
             self._retire(sequence)
 
-    def _forward(self, parts: list[Part]) -> list[SampledToken | None]:
+    def _items(self, parts: list[Part]) -> list[BatchItem]:
+        num_generating, items = sum(part.is_last for part in parts), []
+        for part in parts:
+            drafts = part.is_last and not self._scheduler.is_pressed
+            num_wanted = self._speculator.num_wanted(part.sequence, num_generating) if drafts else 0
+            items.append(part.sequence.part(part.start, part.num_tokens, part.num_drafts, num_wanted))
+        return items
+
+    def _forward(self, parts: list[Part], items: list[BatchItem]) -> list[Chosen | None]:
         started = self._clock()
-        chosen = self._executor.forward([part.sequence.part(part.start, part.num_tokens) for part in parts])
-        if len(chosen) != len(parts):
-            raise Internal(f"the executor answered {len(chosen)} of {len(parts)} sequences")
-        self._meter.record(parts, (self._clock() - started) * 1000)
+        chosen = self._executor.forward(items)
+        if len(chosen) != len(items):
+            raise Internal(f"the executor answered {len(chosen)} of {len(items)} sequences")
+        num_chosen = sum(len(choice.tokens) for choice in chosen if choice is not None)
+        self._meter.record(parts, num_chosen, (self._clock() - started) * 1000)
         return chosen
 
-    def _absorb(self, part: Part, token: SampledToken | None) -> list[Event]:
+    def _absorb(self, part: Part, item: BatchItem, chosen: Chosen | None) -> list[Event]:
         """Note what a part computed, and say what came of it."""
         sequence, events = part.sequence, list[Event]()
         if sequence.cancelled:
             return events
-        sequence.table.num_tokens = part.start + part.num_tokens
-        first_page, page_hashes = sequence.unpublished()
-        if page_hashes:
-            self.kv.publish(sequence.table, first_page, page_hashes)
+        sequence.table.num_tokens = part.end
         if sequence.request.prefill_only:
             first_page, page_ids = sequence.unannounced()
             if page_ids:
                 events.append(
                     PagesComputed(sequence.request.request_id, first_page, tuple(page_ids), sequence.num_computed)
                 )
-        if token is not None:
-            events.append(self._emit(sequence, [token]))
+        sampled, ending = None, None
+        if chosen is not None:
+            sampled, ending = self._take(sequence, item, chosen)
+            events.append(sampled)
+        first_page, page_hashes = sequence.unpublished()
+        if page_hashes:
+            self.kv.publish(sequence.table, first_page, page_hashes)
+        if ending or (sampled and sequence.request.prefill_only):
+            self._finish(sequence)
         return events
 
-    def _emit(self, sequence: Sequence, chosen: list[SampledToken]) -> TokensSampled:
-        tokens, ending = sequence.append(chosen)
-        if ending or sequence.request.prefill_only:
-            self._finish(sequence)
-        return TokensSampled(
+    def _take(self, sequence: Sequence, item: BatchItem, chosen: Chosen) -> tuple[TokensSampled, Ending | None]:
+        """Put chosen tokens into their sequence. Those that were drafts are computed already."""
+        num_accepted = len(chosen.tokens) - 1
+        tokens, ending = sequence.append(chosen.tokens)
+        sequence.table.num_tokens += min(num_accepted, len(tokens))
+        self._speculator.absorb(sequence, item.num_drafts, chosen, item.num_wanted)
+        event = TokensSampled(
             request_id=sequence.request.request_id,
             tokens=tuple(tokens),
             finish_reason=ending.reason if ending else None,
             stop_token_id=ending.stop_token_id if ending else None,
             num_cached_tokens=sequence.num_cached_tokens,
+            num_drafts=item.num_drafts,
+            num_accepted=num_accepted,
+            draft_token_ids=tuple(sequence.drafts) if sequence.request.prefill_only else (),
         )
+        return event, ending
 
     def _fail(self, parts: list[Part], error: Exception) -> list[Event]:
         """A step broke: its sequences cannot go on, the engine can."""
@@ -209,4 +241,4 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
         )
         with self._lock:
-            self._load = load
+            self._load, self._draft_counts = load, self._speculator.counts()

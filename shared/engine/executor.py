@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from shared.engine.api import BatchItem, EngineSpec, SampledToken
+from shared.engine.api import BatchItem, Chosen, EngineSpec
 from shared.engine.batch import build
 from shared.engine.kv.layout import KvLayout, compatibility_hash
 from shared.engine.kv.memory import HostMemory, PoolMemory
@@ -33,15 +33,20 @@ class TorchExecutor:
         self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids)
         self._pool = pool_bytes(memory)
 
+    @property
+    def proposes(self) -> bool:
+        """Whether `forward` has drafts where they are wanted."""
+        return False
+
     @torch.inference_mode()
-    def forward(self, batch: Sequence[BatchItem]) -> list[SampledToken | None]:
-        """Write the KV of every item's tokens into its pages; return the chosen token of each item with `sample`."""
+    def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
+        """Write the KV of every item's tokens into its pages; return what is chosen for each item with `sample`."""
         if torch.get_num_threads() != self._model.num_torch_threads:
             torch.set_num_threads(self._model.num_torch_threads)  # OpenMP keeps it per calling thread
         logits = self._model.forward(build(batch, self.layout.page_size), self._pool, self.layout)
         sampled = [item for item in batch if item.sample]
         chosen = iter(self._sampler(logits, sampled) if sampled else ())
-        return [next(chosen) if item.sample else None for item in batch]
+        return [Chosen(next(chosen)) if item.sample else None for item in batch]
 
 
 def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, each field by its name

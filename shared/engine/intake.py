@@ -26,6 +26,7 @@ def require_runnable(request: EngineRequest, spec: EngineSpec) -> None:
         )
     _require_vocabulary(request.prompt_token_ids, spec, "prompt")
     _require_vocabulary(request.output_token_ids, spec, "output_token_ids")
+    _require_vocabulary(request.draft_token_ids, spec, "draft_token_ids")
     _require_sampling(request.sampling, spec)
     if len(request.output_token_ids) >= request.sampling.max_tokens:
         raise InvalidRequest(

@@ -2,7 +2,7 @@
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from shared.engine.kv.store import KvStore
@@ -13,11 +13,27 @@ RANK = attrgetter("rank")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One sequence's part of a step: its tokens from `start`. Drafts to verify will be tokens like all others."""
+    """One sequence's part of a step: its tokens from `start`, and drafts of what follows them."""
 
     sequence: Sequence
     start: int
     num_tokens: int
+    num_drafts: int = 0
+
+    @property
+    def end(self) -> int:
+        """Behind the tokens, before the drafts."""
+        return self.start + self.num_tokens
+
+    @property
+    def is_last(self) -> bool:
+        """Whether a token is chosen behind it."""
+        return self.end == len(self.sequence.tokens)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it computes the token that was chosen last, and none of a prompt."""
+        return self.num_tokens == 1
 
 
 class Scheduler:
@@ -30,6 +46,9 @@ class Scheduler:
 
     Nobody starves: ranks are fixed at arrival, the head of the queue is never overtaken by those who need pages, and of
     those who run, the first by rank always makes progress.
+
+    Drafts are verified with what is left: of the budget behind all tokens, of the pages behind all who grow, and not at
+    all while somebody waits.
     """
 
     def __init__(self, kv: KvStore, max_step_tokens: int, max_num_sequences: int) -> None:
@@ -64,6 +83,11 @@ class Scheduler:
         freed next."""
         return self._short and bool(self.running or self.waiting)
 
+    @property
+    def is_pressed(self) -> bool:
+        """Whether somebody waits or lacks pages: then time and pages are not for drafts."""
+        return self._short or bool(self.waiting)
+
     def has_work(self) -> bool:
         """Whether `schedule` might plan anything: not if it could not, and no page was freed since."""
         if not (self.running or self.waiting):
@@ -82,7 +106,24 @@ class Scheduler:
             if not budget:
                 break
         self._stalled_at = None if parts else num_freed
-        return parts
+        return parts if self.is_pressed else self._with_drafts(parts, budget)
+
+    def _with_drafts(self, parts: list[Part], budget: int) -> list[Part]:
+        drafted = []
+        for part in parts:
+            num_drafts = self._num_verifiable(part.sequence, budget) if part.is_last else 0
+            drafted.append(replace(part, num_drafts=num_drafts) if num_drafts else part)
+            budget -= num_drafts
+        return drafted
+
+    def _num_verifiable(self, sequence: Sequence, budget: int) -> int:
+        """As many of a sequence's drafts as budget and pages have room for, once everybody else could grow."""
+        num_drafts = min(sequence.num_draftable, budget)
+        table = sequence.table
+        num_pages = -(-(len(sequence.tokens) + num_drafts) // self._kv.page_size) - len(table.page_ids)
+        if num_pages > 0 and not self._kv.extend(table, num_pages, num_spare=len(self.running)):
+            return min(num_drafts, len(table.page_ids) * self._kv.page_size - len(sequence.tokens))
+        return num_drafts
 
     def _prompts(self) -> Iterator[Sequence]:
         yield from [sequence for sequence in self.running if sequence.num_uncomputed > 1]

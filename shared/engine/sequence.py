@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from shared.engine.api import BatchItem, EngineRequest, FinishReason, SampledToken
 from shared.engine.kv.store import PageTable
+from shared.engine.speculation.acceptance import Acceptance
+from shared.engine.speculation.proposer import Proposer
 from shared.page_hash import chain
 
 
@@ -32,7 +34,8 @@ class Ending:
 class Sequence:
     """Tokens, and the pages that hold the KV of the first `num_computed` of them.
 
-    `rank` orders sequences: lower runs first. Only the engine's thread changes a sequence, but for `cancelled`.
+    `rank` orders sequences: lower runs first. `drafts` may follow `tokens`. Only the engine's thread changes a
+    sequence, but for `cancelled`.
     """
 
     request: EngineRequest
@@ -47,6 +50,9 @@ class Sequence:
     num_announced: int = 0
     started: bool = False
     cancelled: bool = False
+    drafts: list[int] = field(default_factory=list)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    proposer: Proposer | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
@@ -75,6 +81,14 @@ class Sequence:
         return max(0, -(-len(self.tokens) // self.limits.page_size) - len(self.table.page_ids))
 
     @property
+    def num_draftable(self) -> int:
+        """Drafts that may be verified: if all are right, the token behind them is the last one there is room for."""
+        if self.request.prefill_only:
+            return 0
+        num_left = self.request.sampling.max_tokens - self.num_output
+        return max(0, min(len(self.drafts), num_left - 1, self.limits.max_len - len(self.tokens) - 1))
+
+    @property
     def num_reusable(self) -> int:
         """Tokens whose KV may come from a cache: whole pages, but never the last token, whose logits are needed. Its
         page is computed into a page of the sequence's own, so that a shared one is never written."""
@@ -91,19 +105,21 @@ class Sequence:
             self.num_cached_tokens = min(self.num_computed, len(self.request.prompt_token_ids))
         self.started = True
 
-    def part(self, start: int, num_tokens: int) -> BatchItem:
-        """The item of a step that computes `num_tokens` tokens from `start`. It shows the live lists, uncopied: they do
-        not change before the step is absorbed."""
+    def part(self, start: int, num_tokens: int, num_drafts: int = 0, num_wanted: int = 0) -> BatchItem:
+        """The item of a step that computes `num_tokens` tokens from `start`, and drafts behind them. It shows the live
+        lists, uncopied: they do not change before the step is absorbed."""
         end = start + num_tokens
         return BatchItem(
             request_id=self.request.request_id,
-            token_ids=self.tokens[start:end],
+            token_ids=self.tokens[start:end] + self.drafts[:num_drafts],
             start=start,
             page_ids=self.table.page_ids,
             sample=end == len(self.tokens),
             sampling=self.request.sampling,
             output_start=len(self.request.prompt_token_ids),
             history=self.tokens,
+            num_drafts=num_drafts,
+            num_wanted=num_wanted,
         )
 
     def unpublished(self) -> tuple[int, list[bytes]]:

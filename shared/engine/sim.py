@@ -3,6 +3,7 @@
     state[t] = sum over i <= t of mix(token[i], i)              64 bits, wrapping
     page words of token t = state[t], mix(state[t], 1), mix(state[t], 2) …
     token after t = mix(state[t], seed, t) mod vocabulary       seed 0 if the temperature is 0
+    draft of it   = the same, or where mix(state[t], …) says so, the token beside it
 
 So every byte of a page depends on all tokens up to it, and on their positions. A step goes on from the state that it
 finds in the pages, and checks the bytes of its context: a page that was lost, mixed up, overwritten or half transferred
@@ -18,9 +19,10 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.engine.api import BatchItem, EngineSpec, SampledToken
+from shared.engine.api import BatchItem, Chosen, EngineSpec, SampledToken
 from shared.engine.kv.layout import KvLayout, compatibility_hash, pack
 from shared.engine.kv.memory import HostMemory
+from shared.engine.speculation.verify import verified
 
 Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
@@ -37,8 +39,9 @@ class WrongPages(Exception):
 class SimModel:
     """What is simulated.
 
-    A step takes `prefill_ms_per_token` for each token of a prompt; one in which sequences generate also takes
-    `decode_ms`, and `decode_ms_per_sequence` for each of them.
+    A step takes `prefill_ms_per_token` for each token of a prompt and for each draft; one in which sequences generate
+    also takes `decode_ms`, and `decode_ms_per_sequence` for each of them. With a `draft_acceptance` above 0 drafts are
+    proposed, each right with this probability.
     """
 
     name: str = "sim"
@@ -50,6 +53,7 @@ class SimModel:
     prefill_ms_per_token: float = 0.05
     decode_ms: float = 5.0
     decode_ms_per_sequence: float = 0.1
+    draft_acceptance: float = 0.0
 
     @property
     def layout(self) -> KvLayout:
@@ -58,10 +62,10 @@ class SimModel:
 
     def step_ms(self, batch: Sequence[BatchItem]) -> float:
         """Time of a step."""
-        num_prompt_tokens = sum(len(item.token_ids) for item in batch if len(item.token_ids) > 1)
-        num_decodes = sum(len(item.token_ids) == 1 for item in batch)
+        num_decodes = sum(item.position == item.start + 1 for item in batch)
+        num_others = sum(len(item.token_ids) for item in batch) - num_decodes
         decode_ms = self.decode_ms + num_decodes * self.decode_ms_per_sequence
-        return num_prompt_tokens * self.prefill_ms_per_token + (decode_ms if num_decodes else 0.0)
+        return num_others * self.prefill_ms_per_token + (decode_ms if num_decodes else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,22 +115,25 @@ class SimExecutor:
             strides=(layout.page_bytes, token_bytes, WORD_BYTES),
         )
 
-    def forward(self, batch: Sequence[BatchItem]) -> list[SampledToken | None]:
-        """Write the words of every item's tokens into its pages; return the chosen token of each item with `sample`.
+    @property
+    def proposes(self) -> bool:
+        """Whether `forward` has drafts where they are wanted."""
+        return self._model.draft_acceptance > 0
+
+    def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
+        """Write the words of every item's tokens into its pages; return what is chosen for each item with `sample`.
 
         Raises WrongPages if a page does not hold what the item says was computed before.
         """
         started = self._clock()
         states = self._compute(batch)
-        seeds = [item.sampling.seed + 1 if item.sampling.temperature else 0 for item in batch]
-        salts = [(seed * GOLDEN + _end(item)) % 2**64 for seed, item in zip(seeds, batch, strict=True)]
-        draws = (_mix(states ^ np.array(salts, np.uint64)) % np.uint64(self._model.vocab_size)).tolist()
+        chosen = [self._chosen(item, own) if item.sample else None for item, own in zip(batch, states, strict=True)]
         if (pause_s := self._model.step_ms(batch) / 1000 - (self._clock() - started)) > 0:
             self._sleep(pause_s)
-        return [self._choose(item, draw) if item.sample else None for item, draw in zip(batch, draws, strict=True)]
+        return chosen
 
-    def _compute(self, batch: Sequence[BatchItem]) -> Words:
-        """Check the context of every item, and write its new tokens; the state [S] after each."""
+    def _compute(self, batch: Sequence[BatchItem]) -> list[list[int]]:
+        """Check the context of every item, and write its new tokens; the states after which it may choose a token."""
         rows = _lay_out(batch, [self._first_row(item) for item in batch], self._model.page_size)
         sums = np.cumsum(
             _mix(_mix(rows.tokens + np.uint64(1)) + rows.positions.astype(np.uint64) * np.uint64(GOLDEN)),
@@ -142,14 +149,14 @@ class SimExecutor:
             name, position = batch[rows.items[wrong[0]]].request_id, rows.positions[wrong[0]]
             raise WrongPages(f"{name}: page {rows.pages[wrong[0]]} does not hold token {position} of the sequence")
         self._words[rows.pages[rows.is_new], rows.slots[rows.is_new]] = words[rows.is_new]
-        return np.asarray(states[rows.ends - 1], np.uint64)
+        return [states[end - 1 - item.num_drafts : end].tolist() for item, end in zip(batch, rows.ends, strict=True)]
 
     def _first_row(self, item: BatchItem) -> int:
         """From where the context of an item is checked: all of it at the beginning of each page and of each part of a
         prompt, its last page only in between. So every wrong byte is found within a page of tokens, and long contexts
         stay cheap."""
         page_size = self._model.page_size
-        whole = len(item.token_ids) > 1 or item.start % page_size == 0
+        whole = item.position > item.start + 1 or (_end(item) - 1) // page_size != (item.start - 1) // page_size
         return 0 if whole else item.start // page_size * page_size
 
     def _states_before(self, rows: Rows) -> Words:
@@ -162,9 +169,29 @@ class SimExecutor:
         words[:, 0] = states
         return words
 
-    def _choose(self, item: BatchItem, token: int) -> SampledToken:
-        sampling = item.sampling
-        if _end(item) - item.output_start < sampling.min_tokens:
+    def _chosen(self, item: BatchItem, states: Sequence[int]) -> Chosen:
+        """What the item's tokens are followed by; `states` after the last of them, and after each draft."""
+        tokens = verified(item, lambda row, view: self._choose(states[row], view))
+        num_wanted = item.num_wanted if self.proposes else 0
+        state, position = states[len(tokens) - 1], item.position + len(tokens) - 1
+        return Chosen(tokens, tuple(self._drafts(item, state, position, tokens[-1].token_id, num_wanted)))
+
+    def _drafts(self, item: BatchItem, state: int, position: int, token: int, count: int) -> Iterator[int]:
+        """Drafts of what follows `token` at `position`, where the state was `state`."""
+        for at in range(position, position + count):
+            state = (state + _after(token, at)) % 2**64
+            token = self._draw(item, state, at + 1)
+            if mix(state ^ GOLDEN) >= self._model.draft_acceptance * 2**64:
+                token = (token + 1) % self._model.vocab_size
+            yield token
+
+    def _draw(self, item: BatchItem, state: int, position: int) -> int:
+        seed = item.sampling.seed + 1 if item.sampling.temperature else 0
+        return mix(state ^ (seed * GOLDEN + position) % 2**64) % self._model.vocab_size
+
+    def _choose(self, state: int, item: BatchItem) -> SampledToken:
+        sampling, token = item.sampling, self._draw(item, state, item.position)
+        if item.position - item.output_start < sampling.min_tokens:
             stops = {*self._model.eos_token_ids, *sampling.stop_token_ids}
             token = next(other for other in self._from(token) if other not in stops)
         if sampling.num_logprobs is None:
@@ -203,6 +230,18 @@ def _lay_out(batch: Sequence[BatchItem], firsts: Sequence[int], page_size: int) 
             [item.page_ids[first // page_size - 1] if first else -1 for item, first in zip(batch, firsts, strict=True)]
         ),
     )
+
+
+def _after(token: int, position: int) -> int:
+    """What a token adds to the state."""
+    return mix((mix(token + 1) + position * GOLDEN) % 2**64)
+
+
+def mix(word: int) -> int:
+    """`_mix` of one word, without numpy's cost."""
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
+    return word ^ (word >> 31)
 
 
 def _mix(words: Words) -> Words:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from shared.engine.api import Executor
 from shared.engine.engine import Engine
 from shared.engine.kv.store import KvStore
+from shared.engine.speculation.ngram import NgramProposer
+from shared.engine.speculation.speculator import Speculation
+from shared.errors import Unsupported
 from shared.models import store
 from shared.worker.config import WorkerConfig
 
@@ -23,8 +26,24 @@ def assemble(config: WorkerConfig) -> Assembled:
     executor, model_path = _sim(config) if config.engine == "sim" else _torch(config)
     spec = executor.spec
     kv = KvStore(spec.num_pages, spec.layout.page_size, config.lease_ttl_ms)
-    engine = Engine(executor, kv, max_step_tokens=config.max_step_tokens, max_num_sequences=config.max_num_sequences)
+    engine = Engine(
+        executor,
+        kv,
+        max_step_tokens=config.max_step_tokens,
+        max_num_sequences=config.max_num_sequences,
+        speculation=_speculation(config, executor),
+    )
     return Assembled(engine, model_path)
+
+
+def _speculation(config: WorkerConfig, executor: Executor) -> Speculation:
+    kind = config.speculation
+    if kind == "off":
+        return Speculation()
+    if kind == "mtp" and not executor.proposes:
+        raise Unsupported(f"{executor.spec.model} has no layer that proposes drafts: speculation cannot be 'mtp'")
+    proposed_here = kind == "ngram" or not executor.proposes
+    return Speculation(config.num_draft_tokens, config.adaptive_drafts, NgramProposer if proposed_here else None)
 
 
 def _torch(config: WorkerConfig) -> tuple[Executor, str]:
@@ -55,5 +74,6 @@ def _sim(config: WorkerConfig) -> tuple[Executor, str]:
         decode_ms=config.sim_decode_ms,
         decode_ms_per_sequence=config.sim_decode_ms_per_sequence,
         max_model_len=config.max_model_len or 131_072,
+        draft_acceptance=config.sim_draft_acceptance,
     )
     return SimExecutor(model, config.num_pages or (config.kv_cache_mb << 20) // model.layout.page_bytes), ""

@@ -30,6 +30,19 @@ class WorkerConfig(ServiceConfig):
         description="How KV pages move between workers; local moves none, for a worker alone.",
     )
     index_interval_ms: int = Field(50, ge=1, description="Time between two updates of the prefix index.")
+    speculation: str = Field(
+        "auto",
+        pattern="^(auto|mtp|ngram|off)$",
+        description="Who proposes drafts: the model's own layer for it (mtp), the text so far (ngram), nobody (off); "
+        "auto takes mtp where the model has it, else ngram. The output is the same with all of them.",
+    )
+    num_draft_tokens: int = Field(5, ge=1, le=32, description="Drafts per sequence and step, at most.")
+    adaptive_drafts: bool = Field(
+        True, description="Take as many drafts as are worth their time, by what is measured; else always the most."
+    )
     sim_prefill_ms_per_token: float = Field(0.2, ge=0, description="Speed of the sim engine's prefill.")
     sim_decode_ms: float = Field(10.0, ge=0, description="Time of the sim engine's decode step.")
     sim_decode_ms_per_sequence: float = Field(0.5, ge=0, description="What each sequence adds to such a step.")
+    sim_draft_acceptance: float = Field(
+        0.0, ge=0, le=1, description="How often a draft of the sim engine is right; 0: it proposes none."
+    )

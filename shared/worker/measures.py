@@ -36,6 +36,10 @@ class Measures:
         )
         meter.create_observable_gauge("forebay_pages", [self._pages], description="KV pages by state")
         meter.create_observable_counter("forebay_leases", [self._leases], description="Leases by what became of them")
+        for name in ("verified", "accepted"):
+            meter.create_observable_counter(
+                f"forebay_drafts_{name}", [self._drafts(name)], description=f"Drafts {name}, by position in their step"
+            )
         for name, read in self._load_facts().items():
             meter.create_observable_gauge(f"forebay_{name}", [_observe(read)], description=f"Engine: {name}")
 
@@ -60,6 +64,13 @@ class Measures:
         yield Observation(counts.granted, {"outcome": "granted"})
         yield Observation(counts.lapsed, {"outcome": "lapsed"})
 
+    def _drafts(self, name: str) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        def observe(_: CallbackOptions) -> Iterable[Observation]:
+            counts: tuple[int, ...] = getattr(self._engine.draft_counts(), name)
+            return [Observation(count, {"position": position}) for position, count in enumerate(counts)]
+
+        return observe
+
     def _load_facts(self) -> dict[str, Callable[[], float]]:
         engine = self._engine
         return {
@@ -68,6 +79,7 @@ class Measures:
             "queued_tokens": lambda: engine.load().num_queued_tokens,
             "decode_step_ms": lambda: engine.load().decode_step_ms,
             "preemptions": lambda: engine.load().num_preemptions,
+            "mean_accepted_length": lambda: engine.draft_counts().mean_accepted_length,
             "live_leases": lambda: engine.kv.lease_counts().live,
             "page_faults": lambda: _page_faults(engine),
         }

@@ -36,8 +36,10 @@ def engine_request(
     *,
     prefill_only: bool = False,
     more_output: Iterable[int] = (),
+    drafts: Iterable[int] = (),
 ) -> EngineRequest:
-    """The sequence that a message asks for, with `more_output` behind the output that it has already."""
+    """The sequence that a message asks for, with `more_output` behind the output that it has already, and drafts of
+    what follows."""
     return EngineRequest(
         request_id=message.request_id,
         prompt_token_ids=tuple(message.prompt_token_ids),
@@ -46,6 +48,7 @@ def engine_request(
         hash_key=message.hash_key,
         prefill_only=prefill_only,
         priority=message.priority,
+        draft_token_ids=tuple(drafts),
     )
 
 
@@ -65,3 +68,14 @@ def token_chunk(tokens: Sequence[SampledToken]) -> generation_pb2.TokenChunk:
 def finish_reason(reason: FinishReason | None) -> generation_pb2.FinishReason.ValueType:
     """The reason's number on the wire; 0 for a sequence that goes on."""
     return generation_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _REASONS[reason]
+
+
+def count_drafts(usage: generation_pb2.Usage, num_drafts: int, num_accepted: int) -> None:
+    """Note one verification of a sequence's drafts."""
+    usage.num_draft_tokens += num_drafts
+    usage.num_accepted_tokens += num_accepted
+    usage.num_drafts_by_position.extend([0] * (num_drafts - len(usage.num_drafts_by_position)))
+    usage.num_accepted_by_position.extend([0] * (num_drafts - len(usage.num_accepted_by_position)))
+    for position in range(num_drafts):
+        usage.num_drafts_by_position[position] += 1
+        usage.num_accepted_by_position[position] += position < num_accepted

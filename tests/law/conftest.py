@@ -1,12 +1,13 @@
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from shared.engine.api import EngineRequest, Executor, SamplingParams
 from shared.engine.sim import SimExecutor, SimModel
+from shared.engine.speculation.speculator import Speculation
 from shared.page_hash import tenant_key
 from tests.law.worker import Worker
 
@@ -15,7 +16,8 @@ NUM_TOKENS = 24
 
 
 def sim(num_pages: int) -> Executor:
-    return SimExecutor(SimModel(vocab_size=211, eos_token_ids=()), num_pages, sleep=lambda seconds: None)
+    model = SimModel(vocab_size=211, eos_token_ids=(), draft_acceptance=0.7)
+    return SimExecutor(model, num_pages, sleep=lambda seconds: None)
 
 
 def tiny_model(variant: str, path: Path) -> MakeExecutor:
@@ -37,9 +39,10 @@ class Law:
 
     make_executor: MakeExecutor
     sampling: SamplingParams
+    speculation: Speculation | None = field(default=None, kw_only=True)
 
     def worker(self, num_pages: int = 64, max_step_tokens: int = 512) -> Worker:
-        return Worker(self.make_executor(num_pages), max_step_tokens)
+        return Worker(self.make_executor(num_pages), max_step_tokens, self.speculation)
 
     def prompt(self, length: int, seed: int = 0) -> list[int]:
         return random.Random(seed * 1000 + length).choices(range(3, 211), k=length)
@@ -48,8 +51,8 @@ class Law:
         return EngineRequest(name, tuple(prompt), self.sampling, tuple(output or ()), tenant_key("law"))
 
     def tokens(self, prompt: list[int]) -> list[int]:
-        """The output of a prompt that has an engine to itself and is computed whole."""
-        return self.worker().run(self.request(prompt))
+        """The output of a prompt that has an engine to itself and is computed whole, without drafts."""
+        return Worker(self.make_executor(64)).run(self.request(prompt))
 
 
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)

@@ -4,6 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from shared.engine.api import SamplingParams
+from shared.engine.speculation.ngram import NgramProposer
+from shared.engine.speculation.speculator import Speculation
 from shared.models.store import default_cache
 from tests.law import test_same_tokens as laws
 from tests.law.conftest import GREEDY, SAMPLED, Law, MakeExecutor
@@ -34,6 +37,14 @@ def make_executor() -> MakeExecutor:
 
 def test_prefilled_elsewhere_in_a_crowd_that_preempts(make_executor: MakeExecutor) -> None:
     laws.test_prefilled_elsewhere_in_a_crowd_that_preempts(Law(make_executor, GREEDY))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_drafted_from_the_text_so_far(sampling: SamplingParams, make_executor: MakeExecutor) -> None:
+    law = Law(make_executor, sampling, speculation=Speculation(num_drafts=5, make_proposer=NgramProposer))
+    prompt, worker = law.prompt(10) * 4, law.worker()
+    assert worker.run(law.request(prompt)) == law.tokens(prompt)
+    assert sum(worker.engine.draft_counts().verified) > 0
 
 
 def test_sampled_in_chunks_of_an_odd_size(make_executor: MakeExecutor) -> None:

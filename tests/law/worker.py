@@ -7,23 +7,29 @@ from shared.engine.api import EngineRequest, Executor, Failed, PagesComputed, To
 from shared.engine.engine import Engine
 from shared.engine.kv.memory import HostMemory
 from shared.engine.kv.store import KvStore, PageTable
+from shared.engine.speculation.speculator import Speculation
 from shared.page_hash import chain
 
 
 class Worker:
     """Collects the output of every request. After each step the books of the page store must be right."""
 
-    def __init__(self, executor: Executor, max_step_tokens: int = 512) -> None:
+    def __init__(self, executor: Executor, max_step_tokens: int = 512, speculation: Speculation | None = None) -> None:
         self.spec = executor.spec
         self.memory = executor.memory
         self.page_size = executor.spec.layout.page_size
         self.kv = KvStore(executor.spec.num_pages, self.page_size, lease_ttl_ms=10_000, clock=lambda: 0.0)
         self.engine = Engine(
-            executor, self.kv, max_step_tokens=max_step_tokens, max_num_sequences=min(max_step_tokens, 32)
+            executor,
+            self.kv,
+            max_step_tokens=max_step_tokens,
+            max_num_sequences=min(max_step_tokens, 32),
+            speculation=speculation,
         )
         self.outputs: dict[str, list[int]] = {}
         self.pages: dict[str, list[int]] = {}
         self.num_cached: dict[str, int] = {}
+        self.drafts: dict[str, tuple[int, ...]] = {}
 
     def submit(self, request: EngineRequest, pages: PageTable | None = None) -> None:
         self.outputs[request.request_id] = []
@@ -39,6 +45,7 @@ class Worker:
                 case TokensSampled(name, tokens):
                     self.outputs[name] += [token.token_id for token in tokens]
                     self.num_cached[name] = event.num_cached_tokens
+                    self.drafts[name] = event.draft_token_ids
                 case Failed(_, fault):
                     raise fault
         assert self.kv.check() == []

@@ -51,10 +51,10 @@ class Run:
 def step(executor: TorchExecutor, runs: Sequence[Run]) -> None:
     """One forward over all runs."""
     items = [run.item() for run in runs]
-    for run, item, token in zip(runs, items, executor.forward(items), strict=True):
+    for run, item, chosen in zip(runs, items, executor.forward(items), strict=True):
         run.num_computed += len(item.token_ids)
-        if token is not None:
-            run.tokens.append(token.token_id)
+        if chosen is not None:
+            run.tokens.append(chosen.tokens[0].token_id)
 
 
 def generate(executor: TorchExecutor, prompt: Sequence[int], num_tokens: int, chunk: int = 10_000) -> list[int]:

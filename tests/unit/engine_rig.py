@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shared.engine.api import BatchItem, EngineRequest, Event, SampledToken, SamplingParams, TokensSampled
+from shared.engine.api import BatchItem, Chosen, EngineRequest, Event, SamplingParams, TokensSampled
 from shared.engine.engine import Engine
 from shared.engine.kv.store import KvStore, PageTable
 from shared.engine.sim import SimExecutor, SimModel
+from shared.engine.speculation.speculator import Speculation
 
 MODEL = SimModel(vocab_size=500, max_model_len=200, eos_token_ids=(2,))
 
@@ -19,7 +20,7 @@ class Spy(SimExecutor):
         self.batches: list[dict[str, int]] = []
         self.during: Callable[[], None] = lambda: None
 
-    def forward(self, batch: Sequence[BatchItem]) -> list[SampledToken | None]:
+    def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
         assert len({item.request_id for item in batch}) == len(batch)
         self.batches.append({item.request_id: len(item.token_ids) for item in batch})
         self.during()
@@ -28,7 +29,12 @@ class Spy(SimExecutor):
 
 class Rig:
     def __init__(
-        self, num_pages: int = 32, max_step_tokens: int = 64, max_num_sequences: int = 8, model: SimModel = MODEL
+        self,
+        num_pages: int = 32,
+        max_step_tokens: int = 64,
+        max_num_sequences: int = 8,
+        model: SimModel = MODEL,
+        speculation: Speculation | None = None,
     ) -> None:
         self.now = 0.0
         self.executor = Spy(model, num_pages)
@@ -38,6 +44,7 @@ class Rig:
             self.kv,
             max_step_tokens=max_step_tokens,
             max_num_sequences=max_num_sequences,
+            speculation=speculation,
             clock=lambda: self.now,
         )
 
@@ -60,7 +67,8 @@ class Rig:
 
 
 def request(name: str, num_tokens: int = 20, **fields: Any) -> EngineRequest:
-    own = {field: fields.pop(field) for field in ("output_token_ids", "prefill_only", "priority") if field in fields}
+    names = ("output_token_ids", "draft_token_ids", "prefill_only", "priority")
+    own = {field: fields.pop(field) for field in names if field in fields}
     prompt = tuple(3 + (sum(map(ord, name)) + index) % 400 for index in range(num_tokens))
     return EngineRequest(name, prompt, SamplingParams(**{"max_tokens": 4, "ignore_eos": True} | fields), **own)
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from shared.engine import batch
@@ -18,6 +20,12 @@ def test_the_parts_of_sequences_lie_end_to_end() -> None:
     assert built.page_starts.tolist() == [0, 2, 3, 4]
     assert built.page_ids.tolist() == [5, 2, 1, 0]
     assert built.sampled_rows.tolist() == [2, 4]
+
+
+def test_a_token_is_chosen_behind_each_draft_and_before_the_first() -> None:
+    drafted = replace(item([7, 8, 9], 4, [5, 2], True), num_drafts=2)
+    built = batch.build([item([1, 2], 0, [0], True), drafted], 4)
+    assert built.sampled_rows.tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("broken", [item([], 0, [1], True), item([1, 2], 3, [1], True)])

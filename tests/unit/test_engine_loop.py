@@ -7,10 +7,10 @@ import pytest
 
 from shared.engine.api import (
     BatchItem,
+    Chosen,
     EngineRequest,
     Event,
     PagesComputed,
-    SampledToken,
     SamplingParams,
     TokensSampled,
 )
@@ -33,7 +33,7 @@ class Gate(SimExecutor):
         self.open.set()
         self.error: BaseException | None = None
 
-    def forward(self, batch: Sequence[BatchItem]) -> list[SampledToken | None]:
+    def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
         assert self.open.wait(2 * PATIENCE_S)
         if self.error is not None:
             raise self.error

@@ -29,7 +29,7 @@ def item(history: Sequence[int] = (1, 2, 3), output_start: int = 3, **params: An
 
 
 def choose(logits: torch.Tensor, *items: BatchItem) -> list[SampledToken]:
-    return Sampler(VOCAB, (EOS,))(logits, items)
+    return [token for (token,) in Sampler(VOCAB, (EOS,))(logits, items)]
 
 
 def plain_distribution(row: torch.Tensor, params: SamplingParams) -> Any:
@@ -97,7 +97,7 @@ def test_greedy_takes_the_lowest_of_equal_tokens() -> None:
     for size in (VOCAB, 1000, 49152):
         row = torch.zeros(1, size)
         row[0, [size - 1, size // 2, 33]] = 1.0
-        assert Sampler(size, ())(row, [item()])[0] == SampledToken(33)
+        assert Sampler(size, ())(row, [item()])[0] == (SampledToken(33),)
 
 
 def test_a_padded_vocabulary_is_never_chosen() -> None:

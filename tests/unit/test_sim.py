@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from shared.engine.api import BatchItem, SampledToken, SamplingParams
+from shared.engine.api import BatchItem, Chosen, SampledToken, SamplingParams
 from shared.engine.sim import SimExecutor, SimModel, WrongPages
 
 PROMPT = list(range(3, 43))
@@ -20,8 +20,9 @@ class Sim:
         return BatchItem("r", tokens[start:end], start, [3, 2, 1, 0], end == 40, SamplingParams(), 40, tokens)
 
     def choose(self, item: BatchItem) -> SampledToken:
-        (token,) = self.executor.forward([item])
-        assert token is not None
+        (chosen,) = self.executor.forward([item])
+        assert chosen is not None
+        (token,) = chosen.tokens
         return token
 
 
@@ -69,7 +70,7 @@ def test_pages_that_nobody_wrote_are_an_error(sim: Sim) -> None:
 def test_items_of_one_step_do_not_touch_each_other(sim: Sim) -> None:
     alone = sim.choose(sim.item())
     other = replace(sim.item(tokens=PROMPT[::-1]), page_ids=[4, 5, 6])
-    assert sim.executor.forward([other, sim.item(), other])[1] == alone
+    assert sim.executor.forward([other, sim.item(), other])[1] == Chosen((alone,))
     sim.executor.forward([sim.item(start=33), replace(other, start=39, token_ids=other.token_ids[39:])])
 
 

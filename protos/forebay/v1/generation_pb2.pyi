@@ -217,6 +217,8 @@ class Usage(google.protobuf.message.Message):
     NUM_CACHED_TRANSFERRED_FIELD_NUMBER: builtins.int
     NUM_DRAFT_TOKENS_FIELD_NUMBER: builtins.int
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_DRAFTS_BY_POSITION_FIELD_NUMBER: builtins.int
+    NUM_ACCEPTED_BY_POSITION_FIELD_NUMBER: builtins.int
     num_prompt_tokens: builtins.int
     """Tokens of the prompt."""
     num_output_tokens: builtins.int
@@ -231,6 +233,16 @@ class Usage(google.protobuf.message.Message):
     """Draft tokens proposed for this request."""
     num_accepted_tokens: builtins.int
     """Draft tokens accepted."""
+    @property
+    def num_drafts_by_position(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Draft tokens by their position in the step that verified them. The first is the number of steps with drafts, so the
+        mean accepted length is 1 + num_accepted_tokens / num_drafts_by_position[0].
+        """
+
+    @property
+    def num_accepted_by_position(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Those of them that were accepted."""
+
     def __init__(
         self,
         *,
@@ -241,7 +253,9 @@ class Usage(google.protobuf.message.Message):
         num_cached_transferred: builtins.int = ...,
         num_draft_tokens: builtins.int = ...,
         num_accepted_tokens: builtins.int = ...,
+        num_drafts_by_position: collections.abc.Iterable[builtins.int] | None = ...,
+        num_accepted_by_position: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["num_accepted_tokens", b"num_accepted_tokens", "num_cached_local", b"num_cached_local", "num_cached_remote", b"num_cached_remote", "num_cached_transferred", b"num_cached_transferred", "num_draft_tokens", b"num_draft_tokens", "num_output_tokens", b"num_output_tokens", "num_prompt_tokens", b"num_prompt_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["num_accepted_by_position", b"num_accepted_by_position", "num_accepted_tokens", b"num_accepted_tokens", "num_cached_local", b"num_cached_local", "num_cached_remote", b"num_cached_remote", "num_cached_transferred", b"num_cached_transferred", "num_draft_tokens", b"num_draft_tokens", "num_drafts_by_position", b"num_drafts_by_position", "num_output_tokens", b"num_output_tokens", "num_prompt_tokens", b"num_prompt_tokens"]) -> None: ...
 
 global___Usage = Usage

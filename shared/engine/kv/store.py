@@ -65,10 +65,11 @@ class KvStore:
             self._pages.hold(run)
             return PageTable(run + self._pages.take(num_new), len(run) * self.page_size)
 
-    def extend(self, table: PageTable, num_pages: int) -> bool:
-        """Hold `num_pages` more; False, and nothing changes, if there is no room."""
+    def extend(self, table: PageTable, num_pages: int, num_spare: int = 0) -> bool:
+        """Hold `num_pages` more; False, and nothing changes, if there is no room. `num_spare` pages must stay available
+        afterwards."""
         with self._section():
-            if num_pages > self._pages.num_available:
+            if num_pages + num_spare > self._pages.num_available:
                 return False
             table.page_ids += self._pages.take(num_pages)
             return True

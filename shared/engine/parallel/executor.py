@@ -7,7 +7,7 @@ sampler that depends on seed and position alone. So nothing but batches goes fro
 from collections.abc import Sequence
 from typing import Protocol
 
-from shared.engine.api import BatchItem, Executor, SampledToken
+from shared.engine.api import BatchItem, Chosen, Executor
 from shared.errors import WorkerLost
 
 
@@ -25,7 +25,12 @@ class ParallelExecutor:
         self.spec, self.memory = own.spec, own.memory
         self._own, self._followers = own, followers
 
-    def forward(self, batch: Sequence[BatchItem]) -> list[SampledToken | None]:
+    @property
+    def proposes(self) -> bool:
+        """Whether `forward` has drafts where they are wanted."""
+        return self._own.proposes
+
+    def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
         """Compute a step on all ranks. Whatever goes wrong, ranks may be out of step from then on: WorkerLost."""
         try:
             for follower in self._followers:

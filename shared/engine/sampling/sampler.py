@@ -1,6 +1,7 @@
 """Chooses the next token of every sequence in a step."""
 
 from collections.abc import Sequence
+from functools import partial
 from math import isfinite
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from shared.engine.api import BatchItem, SampledToken, SamplingParams
 from shared.engine.sampling import distribution, logits
 from shared.engine.sampling.uniform import CHOICE, uniform
+from shared.engine.speculation.verify import verified
 
 # A smaller temperature is none: dividing by it would only overflow.
 MIN_TEMPERATURE = 1e-5
@@ -20,14 +22,19 @@ class Sampler:
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
 
-    def __call__(self, rows: torch.Tensor, items: Sequence[BatchItem], /) -> list[SampledToken]:
-        """One token per row. `rows` are logits float32 [R, vocab_size or, padded, more] of the R `items`."""
+    def __call__(self, rows: torch.Tensor, items: Sequence[BatchItem], /) -> list[tuple[SampledToken, ...]]:
+        """What is chosen for each item: see `verify.verified`. `rows` are logits float32 [R, vocab_size or, padded,
+        more]: for each item one, and one for each of its drafts."""
         rows = rows[:, : self._vocab_size]
         plain = rows.argmax(dim=-1).tolist()  # of equals the first, which has the lowest id
-        return [
-            SampledToken(greedy) if self._is_plain(item) else self._choose(row, item)
-            for greedy, row, item in zip(plain, rows, items, strict=True)
-        ]
+        chosen, start = [], 0
+        for item in items:
+            chosen.append(verified(item, partial(self._pick, rows[start:], plain[start:])))
+            start += 1 + item.num_drafts
+        return chosen
+
+    def _pick(self, rows: torch.Tensor, plain: list[int], row: int, item: BatchItem) -> SampledToken:
+        return SampledToken(plain[row]) if self._is_plain(item) else self._choose(rows[row], item)
 
     def _is_plain(self, item: BatchItem) -> bool:
         """Whether the largest logit is the answer, and all of it."""
@@ -41,7 +48,7 @@ class Sampler:
         )
 
     def _choose(self, row: torch.Tensor, item: BatchItem) -> SampledToken:
-        params, position = item.sampling, _position(item)
+        params, position = item.sampling, item.position
         adjusted = self._adjust(row, item)
         best = int(adjusted.argmax())
         if params.temperature < MIN_TEMPERATURE or not isfinite(adjusted[best]):
@@ -63,14 +70,9 @@ class Sampler:
     def _stops_forbidden(self, item: BatchItem) -> tuple[int, ...]:
         """The tokens that would end the sequence before its least length."""
         params = item.sampling
-        if _position(item) - item.output_start >= params.min_tokens:
+        if item.position - item.output_start >= params.min_tokens:
             return ()
         return params.stop_token_ids + (() if params.ignore_eos else self._eos_token_ids)
-
-
-def _position(item: BatchItem) -> int:
-    """The index in the sequence of the token to choose."""
-    return item.start + len(item.token_ids)
 
 
 def _with_logprobs(token_id: int, row: torch.Tensor, params: SamplingParams) -> SampledToken:

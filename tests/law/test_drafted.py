@@ -1,0 +1,107 @@
+"""The suite's law with drafts, most of them right and some wrong: they change how fast tokens come, never which."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from shared.engine.speculation.speculator import Speculation
+from tests.law import test_same_tokens as laws
+from tests.law.conftest import GREEDY, NUM_TOKENS, SAMPLED, Law, sim, tiny_model
+
+NUM_DRAFTS = 4
+
+
+class Prophet:
+    """Proposes what the sequence will say, but for every fifth token."""
+
+    def __init__(self, law: Law) -> None:
+        self._law = law
+        self._told: list[int] = []
+
+    def propose(self, tokens: Sequence[int], num_drafts: int) -> list[int]:
+        self._told = self._told or [*tokens, *self._law.tokens(list(tokens))]
+        drafts = enumerate(self._told[len(tokens) : len(tokens) + num_drafts], len(tokens))
+        return [token if position % 5 else (token + 1) % 211 for position, token in drafts]
+
+
+BY_A_PROPHET, BY_ITSELF = "drafted by a prophet", "drafted by itself"
+CASES = [
+    (model, drafts, sampling)
+    for model, drafts in (("sim", BY_A_PROPHET), ("sim", BY_ITSELF), ("llama", BY_A_PROPHET))
+    for sampling in (GREEDY, SAMPLED)
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {case[1]}, {case[2].temperature}")
+def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Law:
+    model, drafts, sampling = request.param
+    law = Law(sim if model == "sim" else tiny_model(model, tmp_path_factory.mktemp("law")), sampling)
+    make_proposer = (lambda: Prophet(law)) if drafts == BY_A_PROPHET else None
+    return replace(law, speculation=Speculation(NUM_DRAFTS, adaptive=False, make_proposer=make_proposer))
+
+
+def test_drafts_are_accepted_and_refused_and_the_tokens_are_the_same(drafted: Law) -> None:
+    prompt, worker = drafted.prompt(40), drafted.worker()
+    assert worker.run(drafted.request(prompt)) == drafted.tokens(prompt)
+    counts = worker.engine.draft_counts()
+    assert 0 < sum(counts.accepted) < sum(counts.verified)
+    assert worker.engine.load().num_steps < NUM_TOKENS
+
+
+def test_drafted_as_many_as_are_worth_it(drafted: Law) -> None:
+    assert drafted.speculation is not None
+    adaptive = replace(drafted, speculation=replace(drafted.speculation, adaptive=True))
+    laws.test_batched_with_others_that_come_and_go(adaptive)
+
+
+def test_drafted_behind_chunks_of_an_odd_size(drafted: Law) -> None:
+    laws.test_chunked_at_odd_sizes(7, drafted)
+
+
+def test_drafted_behind_a_cached_prefix(drafted: Law) -> None:
+    laws.test_prefix_cached(33, drafted)
+
+
+def test_a_drafted_output_is_found_cached_by_the_next_turn(drafted: Law) -> None:
+    laws.test_the_next_turn_of_a_conversation_finds_prompt_and_output_cached(drafted)
+
+
+def test_drafted_in_a_batch_with_others_that_come_and_go(drafted: Law) -> None:
+    laws.test_batched_with_others_that_come_and_go(drafted)
+
+
+def test_drafted_and_preempted(drafted: Law) -> None:
+    laws.test_preempted(drafted)
+
+
+def test_drafted_and_continued_on_another_worker(drafted: Law) -> None:
+    laws.test_continued_on_another_worker(9, drafted)
+
+
+def test_drafted_behind_a_prompt_prefilled_elsewhere(drafted: Law) -> None:
+    laws.test_prefilled_elsewhere(47, drafted)
+
+
+def test_drafted_in_a_crowd_prefilled_elsewhere_that_preempts(drafted: Law) -> None:
+    laws.test_prefilled_elsewhere_in_a_crowd_that_preempts(drafted)
+
+
+def test_drafts_handed_over_with_a_prompt_are_verified_by_the_first_step(drafted: Law) -> None:
+    prompt, prefill, decode = drafted.prompt(47), drafted.worker(), drafted.worker()
+    first, pages = decode.pull(drafted.request(prompt), prefill)
+    drafts = prefill.drafts["r"]
+    assert len(drafts) == NUM_DRAFTS
+    decode.submit(replace(drafted.request(prompt, output=first), draft_token_ids=drafts), pages)
+    decode.step()
+    assert decode.engine.draft_counts().verified == (1,) * NUM_DRAFTS
+    decode.finish()
+    assert first + decode.outputs["r"] == drafted.tokens(prompt)
+
+
+def test_drafts_that_are_all_wrong_cost_nothing_but_time(drafted: Law) -> None:
+    prompt, worker = drafted.prompt(47), drafted.worker()
+    wrong = tuple((token + 1) % 211 for token in drafted.tokens(prompt)[:NUM_DRAFTS])
+    worker.submit(replace(drafted.request(prompt), draft_token_ids=wrong))
+    worker.finish()
+    assert worker.outputs["r"] == drafted.tokens(prompt)
