@@ -51,6 +51,8 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A restarted process has another address: the channel to the old one must not try for ever.
+    ("grpc.client_idle_timeout_ms", 60_000),
 ]
 SERVER_OPTIONS = [
     *KEEPALIVE,

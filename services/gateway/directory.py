@@ -39,16 +39,14 @@ class Directory:
         return [self._models[name] for name in sorted(self._live)]
 
     def model(self, name: str) -> ServedModel:
-        """The model that a request names; it may name none if there is only one.
+        """The model that a request names, also while its workers are away; it may name none if there is only one.
 
-        Raises ModelNotFound, or NoWorker if the model is known but its workers are away, or nothing is served at all.
+        Raises ModelNotFound, or NoWorker if nothing is served at all.
         """
-        if name in self._live:
-            return self._models[name]
-        if not name and len(self._live) == 1:
-            return self.models[0]
         if name in self._models:
-            raise NoWorker(f"no worker serves the model '{name}' at the moment", param="model")
+            return self._models[name]
+        if not name and len(self._models) == 1:
+            return next(iter(self._models.values()))
         if not self._live:
             raise NoWorker("no worker is registered yet")
         if not name:
@@ -100,14 +98,23 @@ def _presence(text: TextModel) -> list[str]:
     return ["found" if part is not None else "absent" for part in (text.tokenizer, text.chat_template)]
 
 
-async def follow(board: Blackboard, directory: Directory, interval_ms: int) -> None:
-    """Keep the directory up to date until cancelled: at every announcement, and every `interval_ms`."""
+async def follow(board: Blackboard, directory: Directory, interval_ms: int, ttl_ms: int) -> None:
+    """Keep the directory up to date until cancelled: at every announcement, and every `interval_ms`.
+
+    After an outage of the blackboard, those who are missing on it are kept for one `ttl_ms`: a Redis that lost its
+    data, or was away for longer than registrations last, lists nobody until all have registered again.
+    """
+    known: dict[tuple[Role, str], Registration] = {}
+    keep_until = 0.0
     while True:
         try:
             async with board.changes() as changes:
                 while True:
-                    await directory.update(await board.processes(Role.ROUTER, Role.DECODE))
+                    found = {(p.role, p.name): p for p in await board.processes(Role.ROUTER, Role.DECODE)}
+                    known = known | found if time.monotonic() < keep_until else found
+                    await directory.update(list(known.values()))
                     await changes.wait(interval_ms / 1000)
         except BlackboardLost as fault:
             log.warning("the blackboard does not answer; going on with what is known: %s", fault.message)
             await asyncio.sleep(interval_ms / 1000)
+            keep_until = time.monotonic() + ttl_ms / 1000

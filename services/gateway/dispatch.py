@@ -14,14 +14,27 @@ from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, route
 from services.gateway.directory import Directory
 from services.gateway.request import Choice
 from shared import rpc
-from shared.errors import Draining, Fault, NoWorker, Overloaded, StaleEpoch, WorkerLost
+from shared.errors import (
+    BlackboardLost,
+    Cancelled,
+    Draining,
+    Fault,
+    ModelNotFound,
+    NoWorker,
+    Overloaded,
+    StaleEpoch,
+    WorkerLost,
+)
 
 log = logging.getLogger(__name__)
 
-# A worker may be at fault for these; another one may do better.
-_WORKER_FAULTS = (WorkerLost, StaleEpoch, Draining, Overloaded)
+# A worker may be at fault for these; another one may do better. Cancelled is what a server tells that closes while it
+# answers: a stream that we leave ourselves raises nothing.
+_WORKER_FAULTS = (WorkerLost, StaleEpoch, Draining, Overloaded, Cancelled)
 # These pass when the worker is back; one that is full will not be emptier in a moment.
-_PASSING_FAULTS = (WorkerLost, StaleEpoch, Draining)
+_PASSING_FAULTS = (WorkerLost, StaleEpoch, Draining, Cancelled)
+# Of a router: another one may do better, or this one in a moment.
+_ROUTER_FAULTS = (WorkerLost, Draining, BlackboardLost)
 # Without a token in between.
 MAX_ATTEMPTS = 4
 # While no router answers: time between two tries, unless the blackboard announces one earlier.
@@ -69,12 +82,12 @@ class Dispatcher:
         while True:
             try:
                 return await self._ask_routers(attempt.route)
-            except NoWorker as fault:
+            except (NoWorker, ModelNotFound) as fault:  # a router that has just started knows of no model
                 if not attempt.may_recover:
-                    raise (attempt.fault or fault) from None
+                    raise (attempt.fault or NoWorker(fault.message, param=fault.param)) from None
                 attempt.forgive()
                 left = ROUTER_RETRY_S
-            except (WorkerLost, Draining) as fault:
+            except _ROUTER_FAULTS as fault:
                 left = give_up - time.monotonic()
                 if left <= 0:
                     raise NoWorker(f"no router answers: {fault.message}") from None
@@ -90,7 +103,7 @@ class Dispatcher:
             stub: Any = router_pb2_grpc.RouterServiceStub(self._channels.to(router.address))
             try:
                 return await rpc.call(stub.Route, route)
-            except (WorkerLost, Draining) as error:
+            except _ROUTER_FAULTS as error:
                 log.info("router %s does not answer: %s", router.name, error.message)
                 fault = error
         raise fault
@@ -106,9 +119,9 @@ class _Attempt:
         self._token_ids: list[int] = []
         self.finished = False
         self.fault: Fault | None = None
-        self._passes = False
+        self._passes = True
         self._num_failures = 0
-        self._recovery_wait_s, self._recover_by = recovery_wait_s, 0.0
+        self._recovery_wait_s, self._recover_by = recovery_wait_s, time.monotonic() + recovery_wait_s
 
     def place(self, response: router_pb2.RouteResponse) -> None:
         """Take the router's decision."""
@@ -141,7 +154,7 @@ class _Attempt:
 
     @property
     def may_recover(self) -> bool:
-        """Whether waiting is worth while: a worker was lost, not long ago, and may come back."""
+        """Whether waiting is worth while: workers were lost, not long ago, and may come back."""
         return self._passes and time.monotonic() < self._recover_by
 
     def forgive(self) -> None:

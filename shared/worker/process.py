@@ -78,7 +78,7 @@ class _Process:
     async def start(self, stack: AsyncExitStack, board: Blackboard, services: Services, metrics_port: int) -> None:
         """Listen, register, and stay registered; `stack` undoes it in reverse order."""
         config, engine, name = self._config, self._assembled.engine, self._identity.name
-        loop = EngineLoop(engine, self._on_death)
+        loop = self._loop = EngineLoop(engine, self._on_death)
         loop.start()
         stack.push_async_callback(loop.stop)
         moves = transport(config.transport, engine.memory, f"{name}-{self._identity.epoch}")
@@ -120,14 +120,17 @@ class _Process:
         stack.push_async_callback(index.stop)
 
     async def drain(self) -> None:
-        """Take no more work, say so, and let what is running finish; after the grace it is ended."""
+        """Take no more work, say so, and let what is running finish. What still runs after the grace is handed over: it
+        ends with Draining, upon which its gateway goes on with another worker."""
         self._admission.draining = True
         self.heartbeat.announce()
         await self.server.set_serving(False)
         grace_s = self._config.drain_grace_ms / 1000
         log.info("draining %d requests for at most %.0f s", self._admission.num_active, grace_s)
         if not await self._admission.drained(grace_s):
-            log.warning("%d requests are ended at the end of the grace time", self._admission.num_active)
+            log.warning("%d requests are handed over at the end of the grace time", self._admission.num_active)
+            await self._loop.stop()
+            await self._admission.drained(CLOSE_GRACE_S)
         else:
             await self._leases_end(grace_s)
 

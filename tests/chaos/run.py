@@ -3,22 +3,20 @@
 import asyncio
 import random
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
 
-from cli.ports import free_port, is_free
-from tests.chaos.answers import Answer, Output
 from tests.chaos.faults import END, KILL, STOP, Faults
 from tests.chaos.load import Clients
+from tests.chaos.ports import two_free_ports
 from tests.chaos.reclaim import clients_leave, readers_die
 from tests.chaos.report import Report
-from tests.chaos.requests import Ask, asks
+from tests.chaos.requests import asks
 from tests.chaos.stalls import stalls
-from tests.chaos.twin import SimTwin, write_tokenizer
+from tests.chaos.twin import SimTwin, Twin, write_tokenizer, wrong
 from tests.chaos.watch import Watch
 from tests.e2e.cluster import RunningCluster, running
 
@@ -40,13 +38,6 @@ class Plan:
     other_pause_s: tuple[float, float] = (6.0, 20.0)
 
 
-class Twin(Protocol):
-    """Knows what a client gets without faults."""
-
-    def answer(self, ask: Ask) -> list[Output]:
-        """Each choice."""
-
-
 def flags(plan: Plan, port: int, text: Path) -> list[str]:
     """Of `forebay up`."""
     return [
@@ -61,7 +52,7 @@ def flags(plan: Plan, port: int, text: Path) -> list[str]:
 async def sim(plan: Plan) -> Report:
     """The run on the sim engine."""
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        port = _two_free_ports()
+        port = two_free_ports()
         cluster = stack.enter_context(running(*flags(plan, port, write_tokenizer(Path(folder)))))
         urls = [f"http://127.0.0.1:{port + i}" for i in range(2)]
         clients = Clients(urls, cluster.model, asks(plan.seed), plan.client_pause_s)
@@ -118,17 +109,3 @@ def _hitting(plan: Plan, faults: Faults) -> list[Coroutine[None, None, None]]:
         faults.run(others[:-1], (END,), plan.other_pause_s),
         faults.run(others[2:-1], (STOP,), plan.other_pause_s),
     ]
-
-
-def wrong(answers: Sequence[Answer], twin: Twin) -> list[str]:
-    """Every answer that is not what its twin got, as far as it goes."""
-    spoken = [answer for answer in answers if answer.outputs]
-    problems = ((answer, answer.difference(twin.answer(answer.ask))) for answer in spoken)
-    return [f"{answer.ask.name}, {answer.end}: {problem}" for answer, problem in problems if problem]
-
-
-def _two_free_ports() -> int:
-    """The first of two neighbours."""
-    while not is_free("127.0.0.1", (port := free_port("127.0.0.1")) + 1):
-        pass
-    return port

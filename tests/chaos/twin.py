@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from tokenizers import Tokenizer, decoders, models
 
@@ -9,7 +10,7 @@ from services.gateway.request import derive_seed
 from services.gateway.stops import StopStrings
 from shared.engine.api import EngineRequest, SamplingParams
 from shared.engine.sim import SimExecutor, SimModel
-from tests.chaos.answers import Output
+from tests.chaos.answers import Answer, Output
 from tests.chaos.requests import Ask
 from tests.law.worker import Worker
 
@@ -26,6 +27,20 @@ def write_tokenizer(directory: Path) -> Path:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory
+
+
+class Twin(Protocol):
+    """Knows what a client gets without faults."""
+
+    def answer(self, ask: Ask) -> list[Output]:
+        """Each choice."""
+
+
+def wrong(answers: Sequence[Answer], twin: Twin) -> list[str]:
+    """Every answer that is not what its twin got, as far as it goes."""
+    spoken = [answer for answer in answers if answer.outputs]
+    problems = ((answer, answer.difference(twin.answer(answer.ask))) for answer in spoken)
+    return [f"{answer.ask.name}, {answer.end}: {problem}" for answer, problem in problems if problem]
 
 
 class SimTwin:

@@ -9,7 +9,18 @@ from protos.forebay.v1 import decode_pb2
 from services.gateway.core import Core
 from services.gateway.request import Caller
 from shared.blackboard.records import Role
-from shared.errors import Draining, Fault, InvalidRequest, ModelNotFound, NoWorker, Overloaded, StaleEpoch, WorkerLost
+from shared.errors import (
+    BlackboardLost,
+    Cancelled,
+    Draining,
+    Fault,
+    InvalidRequest,
+    ModelNotFound,
+    NoWorker,
+    Overloaded,
+    StaleEpoch,
+    WorkerLost,
+)
 from tests.unit.gateway.world import MODEL, Response, World, finished, tokens
 
 CALLER = Caller("r", "", 30.0)
@@ -29,7 +40,7 @@ def failing(fault: Fault, *before: Response) -> object:
     return script
 
 
-@pytest.mark.parametrize("fault", [WorkerLost("gone"), Draining("soon gone"), Overloaded("full")])
+@pytest.mark.parametrize("fault", [WorkerLost("gone"), Draining("soon gone"), Overloaded("full"), Cancelled("closing")])
 async def test_a_worker_that_fails_before_the_first_token_is_replaced(world: World, fault: Fault) -> None:
     await world.start_decode("decode-1")
     world.decode.script = failing(fault)  # type: ignore[assignment]
@@ -152,13 +163,28 @@ async def test_without_a_router_the_wait_ends_with_a_reason(world: World) -> Non
 async def test_a_known_model_whose_workers_are_away_is_not_an_unknown_one(world: World) -> None:
     assert world.directory.model("").name == MODEL
     await world.directory.update([r for r in world.registrations if r.role is Role.ROUTER])
-    with pytest.raises(NoWorker):
-        world.directory.model(MODEL)
+    assert world.directory.model(MODEL).name == world.directory.model("").name == MODEL
     with pytest.raises(NoWorker):
         world.directory.model("other")
     await world.directory.update(world.registrations)
     with pytest.raises(ModelNotFound):
         world.directory.model("other")
+
+
+@pytest.mark.parametrize("fault", [NoWorker("away"), ModelNotFound("never heard of it"), BlackboardLost("no Redis")])
+async def test_a_request_waits_for_workers_that_are_away(world: World, fault: Fault) -> None:
+    world.router.fault = fault
+    waiting = asyncio.create_task(complete(world.core))
+    await world.router.asked.wait()
+    world.router.fault = None
+    assert await waiting == "hello world"
+
+
+async def test_the_wait_for_workers_ends_with_a_reason(world: World) -> None:
+    world.router.fault = ModelNotFound("never heard of it")
+    world.dispatcher._recovery_wait_s = 0.0
+    with pytest.raises(NoWorker, match="never heard of it"):
+        await complete(world.core)
 
 
 async def test_leaving_the_outputs_early_cancels_all_of_them(world: World) -> None:

@@ -78,9 +78,11 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
         self.workers: list[kv_pb2.WorkerRef] = []
         self.requests: list[router_pb2.RouteRequest] = []
         self.fault: Fault | None = None
+        self.asked = asyncio.Event()
 
     async def Route(self, request: router_pb2.RouteRequest, _context: Any) -> router_pb2.RouteResponse:
         self.requests.append(request)
+        self.asked.set()
         if self.fault is not None:
             raise self.fault
         for worker in self.workers:

@@ -1,0 +1,76 @@
+"""A whole fleet is restarted under load, one process of each kind after the other, and no client notices."""
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from tests.chaos.answers import COMPLETE, NOT_TAKEN, Answer
+from tests.chaos.load import Clients
+from tests.chaos.ports import two_free_ports
+from tests.chaos.requests import asks
+from tests.chaos.twin import SimTwin, write_tokenizer, wrong
+from tests.e2e.cluster import RunningCluster
+from tests.e2e.test_faults import SLOW, Start, client_of
+
+ROLES = ("gateway", "router", "prefill", "decode")
+NUM_CLIENTS = 4
+
+
+@asynccontextmanager
+async def load(cluster: RunningCluster, port: int) -> AsyncGenerator[list[Answer], None]:
+    """Clients that stay to the end of their answers; all answers are there once it is left."""
+    patient = (replace(ask, leaves_after=None, deadline_s=30.0) for ask in asks(seed=1))
+    clients = Clients([f"http://127.0.0.1:{port + i}" for i in range(2)], cluster.model, patient, pause_s=0.1)
+    stop = asyncio.Event()
+    running = [asyncio.create_task(clients.run(number, lambda: not stop.is_set())) for number in range(NUM_CLIENTS)]
+    try:
+        yield clients.answers
+    finally:
+        stop.set()
+        await asyncio.gather(*running)
+
+
+async def restart(cluster: RunningCluster, number: int) -> None:
+    """SIGTERM to one process of each kind; wait until they serve again."""
+    names = [f"{role}-{number}" for role in ROLES]
+    old = {name: cluster.signal(name, signal.SIGTERM) for name in names}
+    await cluster.until(
+        lambda rows: all(rows[name]["state"] == "serving" and rows[name]["pid"] != old[name] for name in names)
+    )
+
+
+async def test_a_fleet_restarted_under_load_costs_no_client_an_error(start_cluster: Start, tmp_path: Path) -> None:
+    port, text = two_free_ports(), write_tokenizer(tmp_path)
+    both = (argument for role in ROLES for argument in (f"--{role}s" if role in ROLES[:2] else f"--{role}", "2"))
+    cluster = start_cluster("--engine", "sim", *both, "--port", str(port), f"--gateway-flags=--model sim={text}")
+    async with load(cluster, port) as answers:
+        for number in range(2):
+            await restart(cluster, number)
+    assert {answer.end for answer in answers} <= {COMPLETE, NOT_TAKEN}
+    assert wrong(answers, SimTwin()) == []
+    assert sum(answer.end == COMPLETE for answer in answers) > NUM_CLIENTS
+    await cluster.until_pages_are_free()
+
+
+def last_placement(cluster: RunningCluster) -> str:
+    """The decode worker that the gateway chose last."""
+    placed = [line for line in cluster.log("gateway-0").splitlines() if '"placed"' in line]
+    return str(json.loads(placed[-1])["decode"])
+
+
+async def test_what_outlasts_the_drain_of_its_worker_is_handed_over(start_cluster: Start) -> None:
+    cluster = start_cluster("--engine", "sim", "--decode", "2", "--grace", "0.5", SLOW)
+    token_ids: list[int] = []
+    async with client_of(cluster) as client:
+        expected = await client.complete([5, 6, 7], max_tokens=200)
+        async for chunk in client.stream([5, 6, 7], max_tokens=200):
+            assert "error" not in chunk, chunk
+            if not token_ids:
+                cluster.signal(last_placement(cluster), signal.SIGTERM)
+            token_ids += chunk["choices"][0]["token_ids"]
+    assert token_ids == expected
+    assert '"fault": "DRAINING"' in cluster.log("gateway-0"), "it was not handed over"
