@@ -1,15 +1,20 @@
-"""Chat requests: from messages to a prompt."""
+"""Chat requests: from messages to a prompt, and to how the answer is read."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from services.gateway import messages, tools
 from services.gateway import options as common
-from services.gateway.fields import Fields, Range, name_of, wrong_type
+from services.gateway.fields import Fields, Range
 from services.gateway.models import ServedModel
+from services.gateway.parsers.formats import Parsing, opens_thought
 from services.gateway.request import Caller, Job, Prompt, make_job
+from services.gateway.tokenizer import NUM_CHARS_INLINE
 from shared.errors import InvalidRequest, Unsupported
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # The API's older names for tools, and modalities that are not text.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "functions": ([],),
@@ -30,16 +35,67 @@ async def job(raw: Mapping[str, Any], caller: Caller, model: ServedModel, max_ch
     fields = Fields(raw)
     common.refuse_unsupported(fields, _UNSUPPORTED)
     options = common.parse(fields, model.defaults, _num_logprobs(fields), _max_tokens(fields))
-    messages, tools = _messages(fields), _tools(fields)
-    arguments = dict(fields.object("chat_template_kwargs") or {})
-    if fields.flag("add_generation_prompt") is False:
-        arguments["add_generation_prompt"] = False
+    conversation, declared = messages.read(fields), tools.read(fields)
+    parsing = _parsing(fields, declared, model)
     tokenizer = model.tokenizer("messages")
-    text = model.chat_template().render(messages, tools, arguments)
+    text = await _render(model, conversation, declared, _arguments(fields))
     # The template writes the special tokens itself.
     token_ids = await tokenizer.encode(text, special=fields.flag("add_special_tokens") or False)
-    prompts = [Prompt(tuple(token_ids), text)]
-    return make_job(caller, model, options, prompts, max_choices, is_chat=True)
+    parsing = replace(parsing, thinks=parsing.has_thoughts and opens_thought(text))
+    return make_job(caller, model, options, [Prompt(tuple(token_ids), text)], max_choices, parsing=parsing)
+
+
+async def _render(
+    model: ServedModel,
+    conversation: list[dict[str, Any]],
+    declared: Sequence[Mapping[str, Any]],
+    arguments: Mapping[str, Any],
+) -> str:
+    template = model.chat_template()
+    conversation = messages.for_template(conversation, template.sources)
+    if sum(len(message["content"]) for message in conversation) <= NUM_CHARS_INLINE:
+        return template.render(conversation, declared or None, arguments)
+    return await asyncio.to_thread(template.render, conversation, declared or None, arguments)
+
+
+def _arguments(fields: Fields) -> dict[str, Any]:
+    """Arguments of the template: the client's own, and those that fields of this API and of GLM's stand for."""
+    arguments: dict[str, Any] = {}
+    effort = fields.text("reasoning_effort")
+    if effort is not None:
+        if effort not in EFFORTS:
+            raise InvalidRequest(f"'reasoning_effort' must be one of {', '.join(EFFORTS)}", param="reasoning_effort")
+        arguments["reasoning_effort"] = effort
+        if effort == "none":
+            arguments["enable_thinking"] = False
+    arguments |= _thinking(fields)
+    if fields.flag("add_generation_prompt") is False:
+        arguments["add_generation_prompt"] = False
+    return arguments | (fields.object("chat_template_kwargs") or {})
+
+
+def _thinking(fields: Fields) -> dict[str, Any]:
+    thinking = fields.object("thinking")
+    if thinking is None:
+        return {}
+    if thinking.get("type") not in ("enabled", "disabled"):
+        raise InvalidRequest('\'thinking.type\' must be "enabled" or "disabled"', param="thinking")
+    keep = Fields(thinking).flag("clear_thinking")
+    return {"enable_thinking": thinking["type"] == "enabled"} | ({} if keep is None else {"clear_thinking": keep})
+
+
+def _parsing(fields: Fields, declared: Sequence[Mapping[str, Any]], model: ServedModel) -> Parsing:
+    formats = model.text.formats
+    if not tools.are_callable(fields, declared):
+        return Parsing(formats)
+    if formats.tools == "none":
+        raise Unsupported(
+            f"how the model '{model.name}' calls tools is not known: its chat template shows no format that this "
+            "server reads (--tool-parser); with 'tool_choice' \"none\" the tools are only shown to the model",
+            param="tools",
+        )
+    single = fields.flag("parallel_tool_calls") is False
+    return Parsing(formats, tools=tools.by_name(declared), single_call=single)
 
 
 def _num_logprobs(fields: Fields) -> int | None:
@@ -53,67 +109,3 @@ def _max_tokens(fields: Fields) -> int | None:
     newer = fields.integer("max_completion_tokens", Range(1, 2**31 - 1))
     older = fields.integer("max_tokens", Range(1, 2**31 - 1))
     return older if newer is None else newer
-
-
-def _tools(fields: Fields) -> list[Any] | None:
-    """Tools are shown to the model; what it answers is text, so nothing that promises calls can be honoured."""
-    tools = fields.array("tools")
-    for tool in tools or ():
-        if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
-            raise InvalidRequest("each entry of 'tools' must be an object with a 'function'", param="tools")
-    match fields.raw("tool_choice"):
-        case None if tools:
-            raise Unsupported(
-                "tool calls are not supported; with 'tool_choice' \"none\" the tools are only shown to the model",
-                param="tools",
-            )
-        case None | "none":
-            return tools or None
-        case "auto" | "required" | dict():
-            raise Unsupported("'tool_choice' other than \"none\" is not supported", param="tool_choice")
-    raise InvalidRequest('\'tool_choice\' must be "none", "auto", "required" or an object', param="tool_choice")
-
-
-def _messages(fields: Fields) -> list[dict[str, Any]]:
-    messages = fields.array("messages")
-    if messages is None:
-        raise InvalidRequest("'messages' is missing", param="messages")
-    if not messages:
-        raise InvalidRequest("'messages' must have at least one message", param="messages")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _message(message: object, param: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        wrong_type(param, "an object", message)
-    role = message.get("role")
-    if not isinstance(role, str):
-        raise InvalidRequest(f"'{param}.role' must be a string, not {name_of(role)}", param=f"{param}.role")
-    if role not in ROLES:
-        raise InvalidRequest(f"'{param}.role' must be one of {', '.join(ROLES)}, not {role!r}", param=f"{param}.role")
-    content = _content(message.get("content"), f"{param}.content", required=role != "assistant")
-    return message | {"content": content}
-
-
-def _content(content: object, param: str, *, required: bool) -> str:
-    """The text of a message; an assistant's may be absent, beside its tool calls."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "\n".join(_part(part, f"{param}[{i}]") for i, part in enumerate(content))
-    if content is None and not required:
-        return ""
-    raise InvalidRequest(f"'{param}' must be a string or an array of parts, not {name_of(content)}", param=param)
-
-
-def _part(part: object, param: str) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise InvalidRequest(f"'{param}' must be an object with a 'type'", param=param)
-    if part["type"] not in ("text", "input_text", "output_text", "refusal"):
-        raise Unsupported(f"'{param}': parts of type {part['type'][:50]!r} are not supported, only text", param=param)
-    text = part.get("refusal" if part["type"] == "refusal" else "text")
-    if not isinstance(text, str):
-        raise InvalidRequest(f"'{param}' must have its text as a string", param=param)
-    return text

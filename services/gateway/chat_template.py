@@ -6,22 +6,9 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from services.gateway.sandbox import Sandbox
 from shared.errors import InvalidRequest, Unsupported
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what the assistant wrote, for training; here it is only its content."""
-
-    tags = {"generation"}  # noqa: RUF012 (the attribute of the base class)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class ChatTemplate:
@@ -32,13 +19,12 @@ class ChatTemplate:
     """
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
+        environment = Sandbox()
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
-        self._special_tokens = dict(special_tokens)
+        self._environment, self._special_tokens = environment, dict(special_tokens)
+        self.sources = tuple(templates.values())
         try:
             self._templates = {name: environment.from_string(source) for name, source in templates.items()}
         except jinja2.TemplateError as error:
@@ -54,7 +40,8 @@ class ChatTemplate:
         variables = {"add_generation_prompt": True} | self._special_tokens | dict(arguments or {})
         template = self._choose(bool(tools))
         try:
-            return template.render(variables, messages=messages, tools=tools, documents=None)
+            conversation = {"messages": messages, "tools": tools, "documents": None}
+            return self._environment.render(template, variables | conversation)
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the model's chat template refuses: {error.message}", param="messages") from None
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:

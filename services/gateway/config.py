@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from services.gateway.parsers.formats import ReasoningFormat, ToolFormat
 from shared.config import ServiceConfig
 
 
@@ -18,6 +19,15 @@ class GatewayConfig(ServiceConfig):
         [],
         description="KEY=TENANT: clients must send one of these keys as bearer token, which tells whose request it is. "
         "Without any, the X-Forebay-Tenant header tells. May be repeated.",
+    )
+    reasoning_parser: ReasoningFormat = Field(
+        "auto",
+        description="How models write reasoning: think (<think> tags), none, or auto: as their chat template does.",
+    )
+    tool_parser: ToolFormat = Field(
+        "auto",
+        description="How models write tool calls: glm, hermes (JSON in <tool_call> tags; Qwen3 too), none, or auto: "
+        "as their template does.",
     )
     request_timeout_ms: int = Field(
         600_000, ge=1, description="Deadline of requests that name none in the X-Forebay-Timeout-Ms header."

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from services.gateway import text_model
 from services.gateway.models import ServedModel
+from services.gateway.parsers.formats import AUTO, Formats
 from services.gateway.text_model import TextModel
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import ModelCard, Registration, Role
@@ -19,10 +20,10 @@ log = logging.getLogger(__name__)
 
 class Directory:
     """Routers and models of the moment. `paths` says where the text side of a model is, by model name; other models'
-    is read from where their workers found it."""
+    is read from where their workers found it. `formats` is how all of them write reasoning and tool calls."""
 
-    def __init__(self, paths: Mapping[str, Path]) -> None:
-        self._paths = dict(paths)
+    def __init__(self, paths: Mapping[str, Path], formats: Formats = AUTO) -> None:
+        self._paths, self._formats = dict(paths), formats
         self._routers: tuple[Registration, ...] = ()
         self._models: dict[str, ServedModel] = {}
         self._live: frozenset[str] = frozenset()
@@ -86,11 +87,12 @@ class Directory:
     async def _read(self, card: ModelCard) -> TextModel:
         path = self._paths.get(card.model) or (Path(card.model_path) if card.model_path else None)
         try:
-            text = await asyncio.to_thread(text_model.load, path)
+            text = await asyncio.to_thread(text_model.load, path, self._formats)
         except (ValueError, OSError) as error:
             log.error("model %s is served by token ids alone: %s", card.model, error)
             return TextModel(None, None, {})
         log.info("model %s: tokenizer %s, chat template %s", card.model, *_presence(text))
+        log.info("model %s: reasoning %s, tool calls %s", card.model, text.formats.reasoning, text.formats.tools)
         return text
 
 

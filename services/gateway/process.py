@@ -18,6 +18,7 @@ from services.gateway.core import Core
 from services.gateway.directory import Directory, follow
 from services.gateway.dispatch import Dispatcher
 from services.gateway.meters import Meters
+from services.gateway.parsers.formats import Formats
 from services.gateway.rest import Rest
 from services.gateway.servicer import SERVICE, GatewayServicer
 from shared import rpc, telemetry
@@ -42,7 +43,8 @@ async def run(config: GatewayConfig) -> None:
         stack.push_async_callback(board.close)
         channels = rpc.Channels()
         stack.push_async_callback(channels.close)
-        directory = Directory(model_paths(config.model))
+        formats = Formats(config.reasoning_parser, config.tool_parser)
+        directory = Directory(model_paths(config.model), formats)
         dispatcher = Dispatcher(directory, channels, config.recovery_wait_ms)
         core = Core(directory, dispatcher, Meters(telemetry_.meter), config.max_choices)
         await _serve(config, name, metrics_port, core, telemetry_, board, stop)

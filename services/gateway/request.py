@@ -8,6 +8,7 @@ from hashlib import blake2b
 from protos.forebay.v1 import decode_pb2, generation_pb2, router_pb2
 from services.gateway.models import ServedModel
 from services.gateway.options import Options
+from services.gateway.parsers.formats import Parsing
 from shared import page_hash
 from shared.errors import ContextTooLong, InvalidRequest
 
@@ -49,7 +50,22 @@ class Job:
     prompts: tuple[Prompt, ...]
     choices: tuple[Choice, ...]
     echo: bool = False
-    is_chat: bool = False
+    chat: Parsing | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the answer is a message."""
+        return self.chat is not None
+
+    @property
+    def parsing(self) -> Parsing:
+        """How outputs are read; those of completions are text."""
+        return self.chat or Parsing()
+
+    def call_id(self, choice: int, call: int) -> str:
+        """The id of a tool call: the same on every face, and no other call's."""
+        name = f"{self.choices[choice].generate.request_id}/{call}"
+        return f"call_{blake2b(name.encode(), digest_size=12).hexdigest()}"
 
 
 def make_job(
@@ -60,18 +76,18 @@ def make_job(
     max_choices: int,
     *,
     echo: bool = False,
-    is_chat: bool = False,
+    parsing: Parsing | None = None,
     default_max_tokens: int | None = None,
 ) -> Job:
     """Check prompts and options against the model and expand the choices.
 
-    A request without max_tokens gets `default_max_tokens`, or what the context has room for. Raises InvalidRequest,
-    ContextTooLong.
+    A chat has a `parsing`, a completion none. A request without max_tokens gets `default_max_tokens`, or what the
+    context has room for. Raises InvalidRequest, ContextTooLong.
     """
     if len(prompts) * options.n > max_choices:
         raise InvalidRequest(f"{len(prompts)} prompts times n={options.n} exceed {max_choices} outputs", param="n")
     _check_vocabulary(options.sampling, model)
-    param = "messages" if is_chat else "prompt"
+    param = "prompt" if parsing is None else "messages"
     for prompt in prompts:
         _check_prompt(prompt, options, model, param)
     # Clients may repeat a request id; workers must not see one twice.
@@ -84,7 +100,7 @@ def make_job(
         for number, prompt in enumerate(prompts)
         for i in range(options.n)
     ]
-    return Job(caller, model, options, tuple(prompts), tuple(choices), echo, is_chat)
+    return Job(caller, model, options, tuple(prompts), tuple(choices), echo, parsing)
 
 
 def derive_seed(seed: int, choice: int) -> int:

@@ -56,7 +56,7 @@ class Answer(Response):
         async with aclosing(self._run(self._job)) as deltas:
             async for delta in deltas:
                 self._bodies.note(delta)
-                _add(totals[delta.index], delta)
+                totals[delta.index].add(delta)
         await Response(self._bodies.whole(totals), media_type="application/json")(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
@@ -94,11 +94,3 @@ async def _disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
 
 async def _send_last(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-def _add(total: Total, delta: Delta) -> None:
-    total.text += delta.text
-    total.token_ids += delta.token_ids
-    total.logprobs += delta.logprobs
-    if delta.finish_reason:
-        total.end = delta

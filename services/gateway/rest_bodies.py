@@ -11,6 +11,7 @@ from protos.forebay.v1 import generation_pb2
 from services.gateway import logprobs
 from services.gateway.logprobs import TokenNames
 from services.gateway.output import Delta
+from services.gateway.parsers.api import CallPart
 from services.gateway.request import Job
 
 DONE = b"data: [DONE]\n\n"
@@ -26,6 +27,7 @@ class Progress:
     """One choice so far."""
 
     num_tokens: int = 0
+    num_reasoning: int = 0
     num_chars: int = 0
     begun: bool = False
     usage: generation_pb2.Usage | None = None
@@ -36,9 +38,24 @@ class Total:
     """One choice, all of it."""
 
     text: str = ""
+    reasoning: str = ""
+    calls: list[CallPart] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[generation_pb2.TokenLogprobs] = field(default_factory=list)
     end: Delta | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Take what is new."""
+        self.text += delta.text
+        self.reasoning += delta.reasoning
+        for part in delta.calls:
+            if part.name is not None:
+                self.calls.append(CallPart(part.index, part.name))
+            self.calls[part.index].arguments += part.arguments
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        if delta.finish_reason:
+            self.end = delta
 
 
 class Bodies:
@@ -61,7 +78,7 @@ class Bodies:
     def note(self, delta: Delta) -> None:
         """Count a delta."""
         progress = self.progress[delta.index]
-        progress.num_tokens = delta.num_output_tokens
+        progress.num_tokens, progress.num_reasoning = delta.num_output_tokens, delta.num_reasoning_tokens
         progress.usage = delta.usage or progress.usage
 
     def usage(self) -> dict[str, Any]:
@@ -69,12 +86,16 @@ class Bodies:
         num_prompt = sum(len(prompt.token_ids) for prompt in self._job.prompts)
         num_output = sum(progress.num_tokens for progress in self.progress)
         cached = sum(_num_cached(progress.usage) for progress in self.progress[:: self._options.n])
-        return {
+        usage = {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+        if self._job.parsing.has_thoughts:
+            num_reasoning = sum(progress.num_reasoning for progress in self.progress)
+            usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning}
+        return usage
 
     def whole(self, totals: Sequence[Total]) -> bytes:
         """The body of a request without streaming."""
@@ -113,15 +134,36 @@ class Bodies:
 
     def _chat_choice(self, index: int, total: Total) -> dict[str, Any]:
         found = logprobs.for_chat(self._names, total.token_ids, total.logprobs) if self._wants_logprobs else None
-        message = {"role": "assistant", "content": total.text, "refusal": None}
+        content = None if total.calls and not total.text else total.text
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if total.reasoning:
+            message["reasoning_content"] = total.reasoning
+        if total.calls:
+            message["tool_calls"] = [self._call(index, part, in_stream=False) for part in total.calls]
         choice = {"index": index, "message": message, "logprobs": found, **_end(total.end)}
         return choice | ({"token_ids": total.token_ids} if self._options.return_token_ids else {})
 
     def _chat_delta(self, delta: Delta) -> dict[str, Any]:
         found = logprobs.for_chat(self._names, delta.token_ids, delta.logprobs) if self._wants_logprobs else None
-        content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
-        choice = {"index": delta.index, "delta": content, "logprobs": found, **_end(delta)}
+        new: dict[str, Any] = {}
+        if delta.reasoning:
+            new["reasoning_content"] = delta.reasoning
+        if delta.text:
+            new["content"] = delta.text
+        if delta.calls:
+            new["tool_calls"] = [self._call(delta.index, part, in_stream=True) for part in delta.calls]
+        if not new and not delta.finish_reason:
+            new["content"] = ""
+        choice = {"index": delta.index, "delta": new, "logprobs": found, **_end(delta)}
         return choice | ({"token_ids": delta.token_ids} if self._options.return_token_ids else {})
+
+    def _call(self, index: int, part: CallPart, *, in_stream: bool) -> dict[str, Any]:
+        """A tool call, or what is new of it: the first part has id and name."""
+        numbered = {"index": part.index} if in_stream else {}
+        if part.name is None:
+            return numbered | {"function": {"arguments": part.arguments}}
+        function = {"name": part.name, "arguments": part.arguments}
+        return numbered | {"id": self._job.call_id(index, part.index), "type": "function", "function": function}
 
     def _text_choice(self, index: int, total: Total) -> dict[str, Any]:
         echo = self._echo(index)

@@ -47,7 +47,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         """See the protocol."""
         raw = _options(request.options) | {"messages": [_message(message) for message in request.messages]}
         if request.tools:
-            raw |= {"tools": [json_format.MessageToDict(tool) for tool in request.tools], "tool_choice": "none"}
+            raw["tools"] = [json_format.MessageToDict(tool) for tool in request.tools]
+        raw |= {"tool_choice": request.tool_choice or None, "reasoning_effort": request.reasoning_effort or None}
+        if request.HasField("parallel_tool_calls"):
+            raw["parallel_tool_calls"] = request.parallel_tool_calls
         if request.HasField("chat_template_kwargs"):
             raw["chat_template_kwargs"] = json_format.MessageToDict(request.chat_template_kwargs)
         if request.options.HasField("num_logprobs"):
@@ -93,9 +96,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             job = await make_job(raw, Caller(telemetry.request_id.get(), options.tenant, timeout_s))
             async with aclosing(self._core.run(job)) as deltas:
                 async for delta in deltas:
-                    yield Event(delta=_delta(delta, options.return_token_ids))
+                    yield Event(delta=_delta(job, delta))
                     usages[delta.index] = delta
-        yield Event(finished=gateway_pb2.StreamFinished(usage=_total(job, usages)))
+        num_reasoning = sum(delta.num_reasoning_tokens for delta in usages.values())
+        usage = _total(job, usages)
+        yield Event(finished=gateway_pb2.StreamFinished(usage=usage, num_reasoning_tokens=num_reasoning))
 
 
 def _options(options: gateway_pb2.GenerationOptions) -> dict[str, Any]:
@@ -121,13 +126,23 @@ def _message(message: gateway_pb2.ChatMessage) -> dict[str, Any]:
     return json_format.MessageToDict(extra) | {"role": message.role, "content": message.content}
 
 
-def _delta(delta: Delta, with_ids: bool) -> gateway_pb2.OutputDelta:
+def _delta(job: Job, delta: Delta) -> gateway_pb2.OutputDelta:
     return gateway_pb2.OutputDelta(
         index=delta.index,
         text=delta.text,
-        token_ids=delta.token_ids if with_ids else (),
+        token_ids=delta.token_ids if job.options.return_token_ids else (),
         logprobs=delta.logprobs,
         finish_reason=_REASONS.get(delta.finish_reason or "", generation_pb2.FINISH_REASON_UNSPECIFIED),
+        reasoning=delta.reasoning,
+        tool_calls=[
+            gateway_pb2.ToolCallDelta(
+                index=part.index,
+                id="" if part.name is None else job.call_id(delta.index, part.index),
+                name=part.name or "",
+                arguments=part.arguments,
+            )
+            for part in delta.calls
+        ],
     )
 
 

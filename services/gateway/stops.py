@@ -21,7 +21,7 @@ class StopStrings:
         if match := self._first_match():
             position, stop = match
             return self._release(position + (len(stop) if self._include else 0)), stop
-        return self._release(len(self._held) - self._num_held()), None
+        return self._release(len(self._held) - num_held(self._held, self._stops)), None
 
     def flush(self) -> str:
         """The text that was held back: no stop string came of it."""
@@ -40,15 +40,17 @@ class StopStrings:
             default=None,
         )
 
-    def _num_held(self) -> int:
-        longest = 0
-        for stop in self._stops:
-            for size in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:size]):
-                    longest = size
-                    break
-        return longest
-
     def _release(self, end: int) -> str:
         released, self._held = self._held[:end], self._held[end:]
         return released
+
+
+def num_held(text: str, needles: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a needle."""
+    longest = 0
+    for needle in needles:
+        for size in range(min(len(needle) - 1, len(text)), longest, -1):
+            if text.endswith(needle[:size]):
+                longest = size
+                break
+    return longest

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from services.gateway.chat_template import ChatTemplate
+from services.gateway.parsers.formats import AUTO, Formats, detect
 from services.gateway.tokenizer import Tokenizer
 
 # Sampling parameters that generation_config.json may set, as vLLM reads it.
@@ -21,17 +22,23 @@ class TextModel:
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
     defaults: Mapping[str, float]
+    formats: Formats = field(default_factory=Formats)
 
 
-def load(directory: Path | None) -> TextModel:
-    """Read a model directory; None or an absent one gives a model without text. Raises ValueError if it is broken."""
+def load(directory: Path | None, formats: Formats = AUTO) -> TextModel:
+    """Read a model directory; None or an absent one gives a model without text. Raises ValueError if it is broken.
+
+    `formats` says how the model writes reasoning and tool calls, or to find it out.
+    """
     if directory is None or not directory.is_dir():
         return TextModel(None, None, {})
     tokenizer_json, config = directory / "tokenizer.json", _read(directory / "tokenizer_config.json")
+    template = _chat_template(directory, config)
     return TextModel(
         Tokenizer(tokenizer_json) if tokenizer_json.is_file() else None,
-        _chat_template(directory, config),
+        template,
         _defaults(_read(directory / "generation_config.json")),
+        detect(template.sources if template else (), formats),
     )
 
 

@@ -21,7 +21,10 @@ def _bytes_of_characters() -> Mapping[str, int]:
 
 
 class Tokenizer:
-    """Wraps the `tokenizers` library. Raises ValueError if the file is not a tokenizer."""
+    """Wraps the `tokenizers` library. Raises ValueError if the file is not a tokenizer.
+
+    `special` are ids without text for readers; `added_tokens` are the ids of texts that are always one token.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -31,8 +34,9 @@ class Tokenizer:
         self._hf.no_truncation()
         self._hf.no_padding()
         added = self._hf.get_added_tokens_decoder()
-        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = {token_id: token.content for token_id, token in added.items()}
+        self.added_tokens = {content: token_id for token_id, content in self._added.items()}
         self._alphabet = _bytes_of_characters() if "ByteLevel" in str(self._hf.decoder) else {}
 
     async def encode(self, text: str, *, special: bool) -> list[int]:
@@ -50,7 +54,7 @@ class Tokenizer:
 
     def detokenizer(self, prompt_token_ids: Sequence[int], *, skip_special: bool) -> Detokenizer:
         """A decoder of one output of a prompt."""
-        return Detokenizer(self.decode, prompt_token_ids, self._special if skip_special else frozenset())
+        return Detokenizer(self.decode, prompt_token_ids, self.special if skip_special else frozenset())
 
     def token(self, token_id: int) -> tuple[str, bytes]:
         """One token as text and as exact bytes, which are not always whole characters."""

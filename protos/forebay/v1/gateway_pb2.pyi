@@ -192,6 +192,15 @@ class ChatRequest(google.protobuf.message.Message):
     MESSAGES_FIELD_NUMBER: builtins.int
     TOOLS_FIELD_NUMBER: builtins.int
     CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: builtins.int
+    TOOL_CHOICE_FIELD_NUMBER: builtins.int
+    PARALLEL_TOOL_CALLS_FIELD_NUMBER: builtins.int
+    REASONING_EFFORT_FIELD_NUMBER: builtins.int
+    tool_choice: builtins.str
+    """"auto" lets the model call tools, "none" only shows them to it; empty is "auto" if there are tools."""
+    parallel_tool_calls: builtins.bool
+    """False ends an output after its first tool call; absent is true."""
+    reasoning_effort: builtins.str
+    """"none", "minimal", "low", "medium", "high", "xhigh" or "max", for models that know it; empty is the model's default."""
     @property
     def options(self) -> global___GenerationOptions:
         """Common options."""
@@ -215,9 +224,13 @@ class ChatRequest(google.protobuf.message.Message):
         messages: collections.abc.Iterable[global___ChatMessage] | None = ...,
         tools: collections.abc.Iterable[google.protobuf.struct_pb2.Struct] | None = ...,
         chat_template_kwargs: google.protobuf.struct_pb2.Struct | None = ...,
+        tool_choice: builtins.str = ...,
+        parallel_tool_calls: builtins.bool | None = ...,
+        reasoning_effort: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["chat_template_kwargs", b"chat_template_kwargs", "options", b"options"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chat_template_kwargs", b"chat_template_kwargs", "messages", b"messages", "options", b"options", "tools", b"tools"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "chat_template_kwargs", b"chat_template_kwargs", "options", b"options", "parallel_tool_calls", b"parallel_tool_calls"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "chat_template_kwargs", b"chat_template_kwargs", "messages", b"messages", "options", b"options", "parallel_tool_calls", b"parallel_tool_calls", "reasoning_effort", b"reasoning_effort", "tool_choice", b"tool_choice", "tools", b"tools"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]) -> typing.Literal["parallel_tool_calls"] | None: ...
 
 global___ChatRequest = ChatRequest
 
@@ -232,12 +245,16 @@ class OutputDelta(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     FINISH_REASON_FIELD_NUMBER: builtins.int
+    REASONING_FIELD_NUMBER: builtins.int
+    TOOL_CALLS_FIELD_NUMBER: builtins.int
     index: builtins.int
     """Which of the n outputs."""
     text: builtins.str
     """New text."""
     finish_reason: protos.forebay.v1.generation_pb2.FinishReason.ValueType
     """Set on the last delta of this output."""
+    reasoning: builtins.str
+    """New text of the model's reasoning, which is not in `text`."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """New token ids, if asked for."""
@@ -245,6 +262,10 @@ class OutputDelta(google.protobuf.message.Message):
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.forebay.v1.generation_pb2.TokenLogprobs]:
         """One entry per new token, if asked for."""
+
+    @property
+    def tool_calls(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ToolCallDelta]:
+        """What is new of tool calls, which are not in `text`."""
 
     def __init__(
         self,
@@ -254,10 +275,42 @@ class OutputDelta(google.protobuf.message.Message):
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         logprobs: collections.abc.Iterable[protos.forebay.v1.generation_pb2.TokenLogprobs] | None = ...,
         finish_reason: protos.forebay.v1.generation_pb2.FinishReason.ValueType = ...,
+        reasoning: builtins.str = ...,
+        tool_calls: collections.abc.Iterable[global___ToolCallDelta] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "reasoning", b"reasoning", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]) -> None: ...
 
 global___OutputDelta = OutputDelta
+
+@typing.final
+class ToolCallDelta(google.protobuf.message.Message):
+    """What is new of one tool call."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    ARGUMENTS_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """Which call of this output."""
+    id: builtins.str
+    """Name of the call, for the tool's answer; only in the call's first delta."""
+    name: builtins.str
+    """The tool; only in the call's first delta."""
+    arguments: builtins.str
+    """More text of the arguments, which concatenate to a JSON object."""
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        id: builtins.str = ...,
+        name: builtins.str = ...,
+        arguments: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arguments", b"arguments", "id", b"id", "index", b"index", "name", b"name"]) -> None: ...
+
+global___ToolCallDelta = ToolCallDelta
 
 @typing.final
 class StreamFinished(google.protobuf.message.Message):
@@ -266,6 +319,9 @@ class StreamFinished(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     USAGE_FIELD_NUMBER: builtins.int
+    NUM_REASONING_TOKENS_FIELD_NUMBER: builtins.int
+    num_reasoning_tokens: builtins.int
+    """Output tokens that were reasoning, of all outputs together."""
     @property
     def usage(self) -> protos.forebay.v1.generation_pb2.Usage:
         """Token counts of all outputs together."""
@@ -274,9 +330,10 @@ class StreamFinished(google.protobuf.message.Message):
         self,
         *,
         usage: protos.forebay.v1.generation_pb2.Usage | None = ...,
+        num_reasoning_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["num_reasoning_tokens", b"num_reasoning_tokens", "usage", b"usage"]) -> None: ...
 
 global___StreamFinished = StreamFinished
 

@@ -24,6 +24,13 @@ def message(**fields: Any) -> tuple[str, dict[str, Any]]:
     return chat(messages=[{"role": "user", "content": "hello"} | fields])
 
 
+CALLED_ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
+
+
+def called(function: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return message(role="assistant", tool_calls=[{"id": "call_1", "type": "function", "function": function}])
+
+
 # (request, status, param, part of the message)
 TABLE: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (chat(model="other"), 404, "model", "The model 'other' does not exist"),
@@ -103,8 +110,22 @@ TABLE: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (chat(response_format={"type": "json_object"}), 400, "response_format", "'response_format' is not supported"),
     (chat(tools="x"), 400, "tools", "'tools' must be an array"),
     (chat(tools=[{}]), 400, "tools", "an object with a 'function'"),
-    (chat(tools=[{"type": "function", "function": {}}]), 400, "tools", "tool calls are not supported"),
-    (chat(tool_choice="required"), 400, "tool_choice", 'other than "none" is not supported'),
+    (chat(tools=[{"type": "function", "function": {}}]), 400, "tools", "'tools[0].function.name' must be a string"),
+    (chat(tools=[{"function": {"name": "f", "parameters": []}}]), 400, "tools", "must be a JSON schema"),
+    (chat(tools=[{"function": {"name": "f"}}]), 400, "tools", "how the model 'tiny' calls tools is not known"),
+    (chat(tool_choice="required"), 400, "tool_choice", "to force a call, the output would have to be constrained"),
+    (chat(tool_choice={"type": "function"}), 400, "tool_choice", "to force a call"),
+    (chat(reasoning_effort="much"), 400, "reasoning_effort", "must be one of none, minimal"),
+    (chat(thinking={"type": "maybe"}), 400, "thinking", "'thinking.type' must be"),
+    (chat(thinking="on"), 400, "thinking", "'thinking' must be an object, not a string"),
+    (message(role="assistant", reasoning_content=1), 400, "messages[0].reasoning_content", "must be a string"),
+    (message(role="tool", tool_call_id=1), 400, "messages[0].tool_call_id", "must be a string"),
+    (message(role="assistant", tool_calls={}), 400, "messages[0].tool_calls", "must be an array, not an object"),
+    (message(role="assistant", tool_calls=[1]), 400, "messages[0].tool_calls[0]", "must be an object"),
+    (message(role="assistant", tool_calls=[{}]), 400, "messages[0].tool_calls[0].function", "must be an object"),
+    (called({"arguments": "{}"}), 400, "messages[0].tool_calls[0].function.name", "is missing"),
+    (called({"name": "f", "arguments": "{"}), 400, CALLED_ARGUMENTS, "must be a JSON object in a string"),
+    (called({"name": "f", "arguments": "[1]"}), 400, CALLED_ARGUMENTS, "not an array"),
     (chat(tool_choice=7), 400, "tool_choice", 'must be "none"'),
     (chat(functions=[{}]), 400, "functions", "'functions' is not supported"),
     (chat(modalities=["audio"]), 400, "modalities", "'modalities' is not supported"),

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2.exceptions import SecurityError
 
 from services.gateway import text_model
 from services.gateway.chat_template import ChatTemplate
+from services.gateway.messages import for_template
+from services.gateway.sandbox import DEADLINE, Sandbox
 from shared.errors import InvalidRequest
 from tests.unit.gateway.tiny_tokenizers import byte_level, write_model
 
@@ -53,6 +56,42 @@ def test_a_refusal_of_the_template_is_the_request_s_fault() -> None:
 def test_a_template_can_neither_change_the_request_nor_leave_the_sandbox(source: str) -> None:
     with pytest.raises(InvalidRequest):
         render(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(9999) %}{% for b in range(9999) %}{% set c = a %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}",
+    ],
+)
+def test_a_template_that_does_not_end_is_ended(source: str) -> None:
+    sandbox = Sandbox()
+    with pytest.raises(SecurityError, match="takes too long"):
+        sandbox.render(sandbox.from_string(source), {}, max_seconds=0.05)
+
+
+@pytest.mark.parametrize("source", ["{{ 9 ** 9 ** 9 ** 9 }}", "{{ 'a' * 10 ** 9 }}", "{{ 'a' * 1000000000 }}"])
+def test_a_template_can_build_nothing_huge_by_multiplying(source: str) -> None:
+    with pytest.raises(InvalidRequest, match="refuses"):
+        render(source)
+
+
+def test_a_template_may_still_multiply_and_loop_as_templates_do() -> None:
+    assert render("{{ 3 * 4 }}{{ '-' * 3 }}") == "12---"
+    loop = "{% for m in messages %}{{ loop.index }}{{ loop.first }}{{ loop.last }}{{ loop.length }}{% endfor %}"
+    assert render(loop) == "1TrueTrue1"
+    assert render("{% for k, v in messages[0].items() if k == 'role' %}{{ v }}{% else %}none{% endfor %}") == "user"
+    assert render("{% for x in absent %}{{ x }}{% else %}none{% endfor %}") == "none"
+
+
+def test_the_deadline_of_a_rendering_is_out_of_the_client_s_reach() -> None:
+    assert render("{% for i in range(3) %}{{ i }}{% endfor %}", **{DEADLINE: 0.0}) == "012"
+
+
+def test_a_template_that_knows_no_developer_hears_a_system_message() -> None:
+    assert for_template([{"role": "developer", "content": "x"}], ["{{ m.role }}"])[0]["role"] == "system"
+    assert for_template([{"role": "developer", "content": "x"}], ["developer"])[0]["role"] == "developer"
 
 
 def test_a_malformed_template_is_found_when_the_model_is_read() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from tokenizers import Tokenizer as HfTokenizer
 
 from protos.forebay.v1 import (
     decode_pb2,
@@ -27,7 +28,7 @@ from shared import rpc
 from shared.blackboard.records import ModelCard, Registration, Role
 from shared.errors import Fault, NoWorker
 from shared.telemetry import Telemetry
-from tests.unit.gateway.tiny_tokenizers import byte_level, write_model
+from tests.unit.gateway.tiny_tokenizers import TEMPLATE, write_model
 
 MODEL = "tiny"
 MAX_MODEL_LEN = 200
@@ -97,8 +98,18 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
 class World:
     """Tests change scripts, workers and the directory as they need."""
 
-    def __init__(self, directory: Path, *, tokenizer: bool = True, tenants: dict[str, str] | None = None) -> None:
-        self.model_path = write_model(directory, byte_level() if tokenizer else None)
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        tokenizer: HfTokenizer | None = None,
+        template: str = TEMPLATE,
+        max_model_len: int = MAX_MODEL_LEN,
+        tenants: dict[str, str] | None = None,
+    ) -> None:
+        self.model_path = write_model(directory, tokenizer, template)
+        self._max_model_len = max_model_len
+        self._vocab_size = max(300, tokenizer.get_vocab_size() if tokenizer else 0)
         self.telemetry = Telemetry("gateway", "gateway-0")
         self.channels = rpc.Channels()
         self.servers: dict[str, rpc.Server] = {}
@@ -179,9 +190,9 @@ class World:
     def _register(self, role: Role, name: str, port: int) -> None:
         card = ModelCard(
             model=MODEL,
-            max_model_len=MAX_MODEL_LEN,
+            max_model_len=self._max_model_len,
             page_size=4,
-            vocab_size=300,
+            vocab_size=self._vocab_size,
             eos_token_ids=(0,),
             compatibility_hash="0123456789abcdef0123",
             model_path=str(self.model_path),

@@ -1,0 +1,79 @@
+"""A model that reads and writes as GLM-5.2: its tags, its ids where they are known, and a template after its format.
+
+The template was written from the description of the format; a checkpoint brings its own.
+"""
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
+
+from tests.unit.gateway.tiny_tokenizers import byte_level
+
+# Consecutive ids from FIRST_ID; gaps are tokens that text models do not use.
+FIRST_ID = 154820
+ADDED = [
+    *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    *(f"<|unused_{i}|>" for i in range(11)),
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+]
+TAGS = ADDED[21:]
+HI = 13041
+
+TEMPLATE = """[gMASK]<sop>
+{%- set thinking = enable_thinking is not defined or enable_thinking -%}
+{%- if thinking %}<|system|>Reasoning Effort: {{ 'High' if reasoning_effort == 'high' else 'Max' }}{% endif -%}
+{%- if tools %}<|system|>
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{% for tool in tools %}{{ tool.function | tojson }}
+{% endfor %}</tools>
+
+For each function call, output the function name and arguments within the following XML format:
+<tool_call>{function-name}<arg_key>{arg-key-1}</arg_key><arg_value>{arg-value-1}</arg_value>\
+<arg_key>{arg-key-2}</arg_key><arg_value>{arg-value-2}</arg_value>...</tool_call>{% endif -%}
+{%- set ns = namespace(last_user=-1) -%}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last_user = loop.index0 %}{% endif %}{% endfor -%}
+{%- for m in messages -%}
+{%- if m.role == 'system' %}<|system|>{{ m.content }}
+{%- elif m.role == 'user' %}<|user|>{{ m.content }}
+{%- elif m.role == 'assistant' %}<|assistant|><think>
+{%- if m.reasoning_content and (loop.index0 > ns.last_user or clear_thinking is false) %}{{ m.reasoning_content }}
+{%- endif %}</think>{{ m.content.strip() }}
+{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}
+{%- for key, value in call.function.arguments.items() %}<arg_key>{{ key }}</arg_key><arg_value>
+{{- value if value is string else value | tojson }}</arg_value>{% endfor %}</tool_call>{% endfor -%}
+{%- elif m.role == 'tool' %}{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|observation|>{% endif -%}
+<tool_response>{{ m.content }}</tool_response>
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}<|assistant|><think>{{ '' if thinking else '</think>' }}{% endif -%}"""
+
+
+def tokenizer() -> Tokenizer:
+    """Bytes, the word that the known prompt has, and every added token at GLM's own id."""
+    alphabet = sorted(ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    vocabulary |= {f"<filler {i}>": i for i in range(len(alphabet), FIRST_ID) if i != HI} | {"Hi": HI}
+    found = Tokenizer(models.BPE(vocab=vocabulary, merges=[("H", "i")]))
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    return _with_tags(found)
+
+
+def small_tokenizer() -> Tokenizer:
+    """The same tags behind a small vocabulary."""
+    return _with_tags(byte_level())
+
+
+def _with_tags(found: Tokenizer) -> Tokenizer:
+    for token in ADDED:
+        if token in TAGS:
+            found.add_tokens([AddedToken(token, special=False, normalized=False)])
+        else:
+            found.add_special_tokens([token])
+    return found
