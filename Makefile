@@ -37,7 +37,7 @@ protos: $(VENV)/developing ## Generate code from protos/forebay/v1
 bench: $(VENV)/developing ## Measure a cluster that this starts and stops (ARGS: see `forebay bench --help`)
 	$(BIN)/forebay bench serve $(ARGS)
 
-chaos: $(VENV)/developing ## Kill, stop and restart everything under 10,000 requests (ARGS: --seed N --requests N --minutes N)
+chaos: $(VENV)/developing ## Kill, stop and restart everything under 10,000 requests (ARGS: --engine torch --seed N --requests N)
 	@$(BIN)/python -m tests.chaos $(ARGS)
 
 clean: ## Remove .venv and caches of tools; models stay in ~/.cache/forebay

@@ -30,14 +30,14 @@ class Clients:
         self.defects: list[str] = []
 
     async def run(self, number: int, more: Callable[[], bool]) -> None:
-        """Be one client for as long as there is `more` to do."""
+        """Be one client for as long as there is `more` to do, and to ask for."""
         chance = random.Random(number)
         async with AsyncExitStack() as stack:
             https = [
                 await stack.enter_async_context(httpx.AsyncClient(base_url=url, trust_env=False)) for url in self.urls
             ]
-            while more():
-                await self.one(https, next(self._asks), chance.randrange(len(https)))
+            while more() and (ask := next(self._asks, None)):
+                await self.one(https, ask, chance.randrange(len(https)))
                 await asyncio.sleep(chance.uniform(0, 2 * self._pause_s))
 
     async def one(self, https: Sequence[httpx.AsyncClient], ask: Ask, first: int) -> None:

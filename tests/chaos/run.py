@@ -6,6 +6,7 @@ import time
 from collections.abc import Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,14 +15,14 @@ from tests.chaos.load import Clients
 from tests.chaos.ports import two_free_ports
 from tests.chaos.reclaim import clients_leave, readers_die
 from tests.chaos.report import Report
-from tests.chaos.requests import asks
+from tests.chaos.requests import MODEL, asks
 from tests.chaos.stalls import stalls
-from tests.chaos.twin import SimTwin, Twin, write_tokenizer, wrong
+from tests.chaos.twin import RecordedTwin, SimTwin, Twin, write_tokenizer, wrong
 from tests.chaos.watch import Watch
 from tests.e2e.cluster import RunningCluster, running
 
 LEASE_S = 10.0
-PREFILL_MS_PER_TOKEN = 0.2
+START_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -33,33 +34,53 @@ class Plan:
     seconds: float = 1_200.0
     num_clients: int = 16
     client_pause_s: float = 0.5
-    num_each: int = 3
+    num_prefill: int = 3
+    num_decode: int = 3
     worker_pause_s: tuple[float, float] = (1.0, 4.0)
     other_pause_s: tuple[float, float] = (6.0, 20.0)
+    prefill_ms_per_token: float = 0.2
 
-
-def flags(plan: Plan, port: int, text: Path) -> list[str]:
-    """Of `forebay up`."""
-    return [
-        *("--engine", "sim", "--prefill", str(plan.num_each), "--decode", str(plan.num_each)),
-        *("--gateways", "2", "--routers", "2", "--port", str(port)),
-        f"--worker-flags=--sim-prefill-ms-per-token {PREFILL_MS_PER_TOKEN} --sim-decode-ms 8 --kv-cache-mb 64",
-        "--router-flags=--local-prefill-max-tokens 32",
-        f"--gateway-flags=--request-timeout-ms 30000 --model sim={text}",
-    ]
+    def flags(self, port: int) -> list[str]:
+        """Of `forebay up`."""
+        workers = [*("--prefill", str(self.num_prefill)), *("--decode", str(self.num_decode))]
+        return [*workers, *("--gateways", "2", "--routers", "2"), *("--port", str(port))]
 
 
 async def sim(plan: Plan) -> Report:
-    """The run on the sim engine."""
+    """The run on the sim engine, whose answers are known."""
+    worker_flags = f"--sim-prefill-ms-per-token {plan.prefill_ms_per_token} --sim-decode-ms 8 --kv-cache-mb 64"
     with TemporaryDirectory() as folder, ExitStack() as stack:
+        port, text = two_free_ports(), write_tokenizer(Path(folder))
+        engine = ["--engine", "sim", f"--worker-flags={worker_flags}", f"--gateway-flags=--model sim={text}"]
+        router_flags = "--router-flags=--local-prefill-max-tokens 32"
+        cluster = stack.enter_context(running(*engine, router_flags, *plan.flags(port)))
+        clients = Clients(_urls(port), cluster.model, asks(plan.seed), plan.client_pause_s)
+        report, faults = await run(plan, cluster, clients, SimTwin())
+        report.reclaim_s["after clients left"] = await clients_leave(cluster, clients.urls[0], LEASE_S + 5)
+        killed = await readers_die(cluster, clients.urls[0], faults, LEASE_S + 5)
+        report.reclaim_s["after decode workers were killed"] = killed
+        return report
+
+
+async def model(plan: Plan) -> Report:
+    """The run on the default model in float32. What an answer must be is asked first, while nothing is wrong."""
+    with ExitStack() as stack:
         port = two_free_ports()
-        cluster = stack.enter_context(running(*flags(plan, port, write_tokenizer(Path(folder)))))
-        urls = [f"http://127.0.0.1:{port + i}" for i in range(2)]
-        clients = Clients(urls, cluster.model, asks(plan.seed), plan.client_pause_s)
-        return await run(plan, cluster, clients, SimTwin())
+        flags = ["--dtype", "float32", "--worker-flags=--kv-cache-mb 256", *plan.flags(port)]
+        cluster = stack.enter_context(running(*flags))
+        todo = list(islice(asks(plan.seed, MODEL), plan.num_requests))
+        patient = iter([ask.patient(deadline_s=300.0) for ask in todo])
+        before = Clients(_urls(port), cluster.model, patient)
+        await asyncio.gather(*(before.run(number, lambda: True) for number in range(plan.num_clients)))
+        clients = Clients(_urls(port), cluster.model, iter(todo), plan.client_pause_s)
+        return (await run(plan, cluster, clients, RecordedTwin(before.answers)))[0]
 
 
-async def run(plan: Plan, cluster: RunningCluster, clients: Clients, twin: Twin) -> Report:
+def _urls(port: int) -> list[str]:
+    return [f"http://127.0.0.1:{port + i}" for i in range(2)]
+
+
+async def run(plan: Plan, cluster: RunningCluster, clients: Clients, twin: Twin) -> tuple[Report, Faults]:
     """Load and faults at once; then the books."""
     faults, watch = Faults(cluster, random.Random(plan.seed)), Watch(cluster)
     began = time.monotonic()
@@ -74,20 +95,17 @@ async def run(plan: Plan, cluster: RunningCluster, clients: Clients, twin: Twin)
         assert not task.done(), task.exception()
         task.cancel()
     await asyncio.wait(meanwhile[:-1])
-    await cluster.until(lambda rows: all(row["state"] == "serving" for row in rows.values()), 60)
+    await cluster.until(lambda rows: all(row["state"] == "serving" for row in rows.values()), START_S)
+    began = time.monotonic()
     await cluster.until_pages_are_free(LEASE_S + 5)
-    reclaim_s = {
-        "after clients left": await clients_leave(cluster, clients.urls[0], LEASE_S + 5),
-        "after decode workers were killed": await readers_die(cluster, clients.urls[0], faults, LEASE_S + 5),
-    }
-    await cluster.until(lambda rows: all(row["state"] == "serving" for row in rows.values()), 60)
+    reclaim_s = {"after the last request": time.monotonic() - began}
     assert not meanwhile[-1].done(), meanwhile[-1].exception()
     meanwhile[-1].cancel()
     rows = await cluster.status()
-    return Report(
+    report = Report(
         answers=clients.answers,
         faults=faults.done,
-        stalls=list(stalls(clients.answers, faults.done, watch.placed, PREFILL_MS_PER_TOKEN / 1000)),
+        stalls=list(stalls(clients.answers, faults.done, watch.placed, plan.prefill_ms_per_token / 1000)),
         suspected=watch.suspected,
         wrong=wrong(clients.answers, twin),
         defects=[*clients.defects, *watch.wrong_pages],
@@ -97,11 +115,12 @@ async def run(plan: Plan, cluster: RunningCluster, clients: Clients, twin: Twin)
         reclaim_s=reclaim_s,
         seconds=seconds,
     )
+    return report, faults
 
 
 def _hitting(plan: Plan, faults: Faults) -> list[Coroutine[None, None, None]]:
     """Workers are hit all the time and in every way; what others need is hit now and then."""
-    workers = [f"{role}-{i}" for role in ("decode", "prefill") for i in range(plan.num_each)]
+    workers = [f"decode-{i}" for i in range(plan.num_decode)] + [f"prefill-{i}" for i in range(plan.num_prefill)]
     others = ["gateway-0", "gateway-1", "router-0", "router-1", "blackboard"]
     return [
         faults.run(workers, (KILL, KILL, END, STOP), plan.worker_pause_s),

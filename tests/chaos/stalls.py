@@ -37,7 +37,7 @@ def stalls(
             mine = [p for p in placements[answer.ask.name, index] if answer.started <= p.at <= answer.ended]
             for fault in hits:
                 if (gap := _gap(fault, mine, output, answer.ended)) is not None:
-                    num_tokens = len(answer.ask.prompt) + len(output.token_ids)
+                    num_tokens = answer.ask.num_prompt_tokens + len(output.token_ids)
                     yield Stall(fault, answer.ask.name, gap, num_tokens * prefill_s_per_token)
 
 

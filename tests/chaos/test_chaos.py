@@ -7,7 +7,15 @@ from tests.chaos.run import Plan, sim
 logging.getLogger("httpx").setLevel(logging.WARNING)
 log = logging.getLogger(__name__)
 
-SHORT = Plan(num_requests=400, seconds=22, num_clients=8, client_pause_s=0.3, num_each=2, other_pause_s=(4.0, 10.0))
+SHORT = Plan(
+    num_requests=400,
+    seconds=22,
+    num_clients=8,
+    client_pause_s=0.3,
+    num_prefill=2,
+    num_decode=2,
+    other_pause_s=(4.0, 10.0),
+)
 
 
 async def test_faults_under_load_cost_no_token_and_no_page() -> None:

@@ -10,7 +10,7 @@ from services.gateway.request import derive_seed
 from services.gateway.stops import StopStrings
 from shared.engine.api import EngineRequest, SamplingParams
 from shared.engine.sim import SimExecutor, SimModel
-from tests.chaos.answers import Answer, Output
+from tests.chaos.answers import COMPLETE, Answer, Output
 from tests.chaos.requests import Ask
 from tests.law.worker import Worker
 
@@ -54,9 +54,22 @@ class SimTwin:
         seeds = [derive_seed(ask.body["seed"], i) for i in range(ask.body.get("n", 1))]
         names = [f"{ask.name}-{i}" for i in range(len(seeds))]
         for name, seed in zip(names, seeds, strict=True):
-            self._worker.submit(EngineRequest(name, tuple(ask.prompt), _params(ask, seed)))
+            self._worker.submit(EngineRequest(name, tuple(ask.body["prompt"]), _params(ask, seed)))
         self._worker.finish()
         return [_spoken(ask, self._worker.outputs.pop(name)) for name in names]
+
+
+class RecordedTwin:
+    """Knows what the same cluster answered before anything was done to it."""
+
+    def __init__(self, answers: Sequence[Answer]) -> None:
+        assert all(answer.end == COMPLETE for answer in answers), "the twin was not free of faults"
+        self._outputs = {answer.ask.name: answer.outputs for answer in answers}
+
+    def answer(self, ask: Ask) -> list[Output]:
+        """What it was then, for each choice."""
+        outputs = self._outputs[ask.name]
+        return [outputs[index] for index in sorted(outputs)]
 
 
 def _params(ask: Ask, seed: int) -> SamplingParams:

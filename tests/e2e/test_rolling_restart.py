@@ -5,7 +5,6 @@ import json
 import signal
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from tests.chaos.answers import COMPLETE, NOT_TAKEN, Answer
@@ -23,7 +22,7 @@ NUM_CLIENTS = 4
 @asynccontextmanager
 async def load(cluster: RunningCluster, port: int) -> AsyncGenerator[list[Answer], None]:
     """Clients that stay to the end of their answers; all answers are there once it is left."""
-    patient = (replace(ask, leaves_after=None, deadline_s=30.0) for ask in asks(seed=1))
+    patient = (ask.patient(deadline_s=30.0) for ask in asks(seed=1))
     clients = Clients([f"http://127.0.0.1:{port + i}" for i in range(2)], cluster.model, patient, pause_s=0.1)
     stop = asyncio.Event()
     running = [asyncio.create_task(clients.run(number, lambda: not stop.is_set())) for number in range(NUM_CLIENTS)]
