@@ -13,7 +13,7 @@ from typing import Any
 from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, router_pb2, router_pb2_grpc
 from services.gateway.directory import Directory
 from services.gateway.request import Choice
-from shared import rpc
+from shared import page_hash, rpc
 from shared.errors import (
     BlackboardLost,
     Cancelled,
@@ -39,6 +39,7 @@ _ROUTER_FAULTS = (WorkerLost, Draining, BlackboardLost)
 MAX_ATTEMPTS = 4
 # While no router answers: time between two tries, unless the blackboard announces one earlier.
 ROUTER_RETRY_S = 0.25
+_CACHED = ("num_cached_local", "num_cached_remote", "num_cached_transferred")
 
 
 class Dispatcher:
@@ -117,6 +118,8 @@ class _Attempt:
         self.route.CopyFrom(choice.route)
         self.request.CopyFrom(choice.generate)
         self._token_ids: list[int] = []
+        self._page_size = choice.page_size
+        self._cached: dict[str, int] | None = None
         self.finished = False
         self.fault: Fault | None = None
         self._passes = True
@@ -130,10 +133,21 @@ class _Attempt:
         log.info("placed", extra=placed | {"prefill": response.placement.prefill.worker_id})
 
     def note(self, response: decode_pb2.GenerateResponse) -> None:
-        """Remember what the client got."""
+        """Remember what the client gets."""
         self._token_ids.extend(response.tokens.token_ids)
         self._num_failures = 0
         self.finished = response.HasField("finished")
+        said = response.finished if self.finished else response.tokens
+        if said.HasField("usage"):
+            self._keep_cached(said.usage)
+
+    def _keep_cached(self, usage: generation_pb2.Usage) -> None:
+        """What was cached is what the first worker that answered found: whoever goes on finds this request's own pages,
+        too (docs/decisions/0011)."""
+        if self._cached is None:
+            self._cached = {name: getattr(usage, name) for name in _CACHED}
+        for name, num_tokens in self._cached.items():
+            setattr(usage, name, num_tokens)
 
     def fail(self, fault: Fault) -> None:
         """Go on without the worker that failed, unless it only restarted. Raises the fault if there is no going on."""
@@ -148,7 +162,10 @@ class _Attempt:
         if self._num_failures >= MAX_ATTEMPTS and not self.may_recover:
             raise self.fault from None
         self.request.output_token_ids[:] = self._token_ids
-        self.route.num_prompt_tokens = len(self.request.prompt_token_ids) + len(self._token_ids)
+        token_ids = [*self.request.prompt_token_ids, *self._token_ids]
+        self.route.num_prompt_tokens = len(token_ids)
+        # A worker that drains has the pages of the output, too.
+        self.route.page_hashes = page_hash.join(page_hash.chain(self.request.hash_key, token_ids, self._page_size))
         if not isinstance(fault, StaleEpoch):
             self.route.excluded_worker_ids.append(worker)
 
@@ -171,6 +188,7 @@ class _Attempt:
         usage = generation_pb2.Usage(
             num_prompt_tokens=len(self.request.prompt_token_ids), num_output_tokens=len(self._token_ids)
         )
+        self._keep_cached(usage)
         reason = generation_pb2.FINISH_REASON_LENGTH
         return decode_pb2.GenerateResponse(finished=decode_pb2.GenerateFinished(reason=reason, usage=usage))
 

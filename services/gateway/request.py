@@ -38,6 +38,7 @@ class Choice:
     prompt: Prompt
     route: router_pb2.RouteRequest
     generate: decode_pb2.GenerateRequest
+    page_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ class _Expansion:
             hash_key=self.hash_key,
             priority=self.options.priority,
         )
-        return Choice(index, prompt, route, generate)
+        return Choice(index, prompt, route, generate, self.model.card.page_size)
 
     def _max_tokens(self, room: int) -> int:
         if self.options.max_tokens is not None:

@@ -38,10 +38,10 @@ class Sides:
 
 def longest_prefixes(query: Query, workers: Iterable[Worker]) -> dict[str, Worker]:
     """Who has the most of the prompt in each group, the last by name of several: also workers that are full or
-    draining, but none that failed the request."""
+    draining, but none that failed the request, unless by draining."""
     longest: dict[str, Worker] = {}
     for worker in sorted(workers, key=lambda worker: (worker.num_cached_pages, worker.name), reverse=True):
-        if worker.num_cached_pages and worker.name not in query.excluded:
+        if worker.num_cached_pages and (worker.name not in query.excluded or worker.registration.draining):
             longest.setdefault(worker.group, worker)
     return longest
 

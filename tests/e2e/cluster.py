@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Role
 from shared.errors import BlackboardLost
 from shared.models.store import default_cache
+from tests.e2e import integrity
 
 DEADLINE_S = 30.0
 Row = dict[str, Any]
@@ -102,10 +104,14 @@ class RunningCluster:
 def running(*flags: str) -> Iterator[RunningCluster]:
     """A cluster started by `forebay up FLAGS`, stopped by Ctrl-C afterwards.
 
-    Fails if it does not come up, or does not end in time and in order.
+    Fails if it does not come up, does not end in time and in order, or if a worker's books are wrong at the end.
     """
     with background.cluster("--grace", "5", *flags) as started:
-        yield RunningCluster(started.supervisor, started.run)
+        cluster = RunningCluster(started.supervisor, started.run)
+        yield cluster
+        if started.supervisor.poll() is None:
+            with ThreadPoolExecutor(1) as thread:  # the caller may be in an event loop
+                thread.submit(asyncio.run, integrity.settled(cluster)).result()
 
 
 def _num_pages_in_use(row: Row) -> int:

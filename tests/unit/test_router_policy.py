@@ -242,6 +242,13 @@ def test_nothing_is_pulled_from_a_worker_that_failed_the_request() -> None:
     assert place(query(excluded=("p1",)), fleet, WEIGHTS).source is None
 
 
+def test_a_worker_that_refused_the_request_because_it_drains_can_be_pulled_from() -> None:
+    fleet = [worker("p1"), worker("d1", cached=50, draining=True), worker("d2")]
+    placed = place(query(excluded=("d1",)), fleet, WEIGHTS)
+    assert placed.names == ("d2", "p1")
+    assert placed.source is fleet[1]
+
+
 # Counting -------------------------------------------------------------------------------------------------------------
 
 

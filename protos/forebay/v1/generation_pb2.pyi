@@ -224,7 +224,9 @@ class Usage(google.protobuf.message.Message):
     num_output_tokens: builtins.int
     """Tokens of the output."""
     num_cached_local: builtins.int
-    """Prompt tokens whose KV was cached on the decode worker, which ran the prefill itself."""
+    """Prompt tokens whose KV was cached on the decode worker, which ran the prefill itself. This and the next two stay what
+    the first worker that answered said, if a request is continued after a fault.
+    """
     num_cached_remote: builtins.int
     """Prompt tokens whose KV was cached on the prefill worker."""
     num_cached_transferred: builtins.int

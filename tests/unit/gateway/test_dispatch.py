@@ -8,6 +8,7 @@ import pytest
 from protos.forebay.v1 import decode_pb2
 from services.gateway.core import Core
 from services.gateway.request import Caller
+from shared import page_hash
 from shared.blackboard.records import Role
 from shared.errors import (
     BlackboardLost,
@@ -108,6 +109,49 @@ async def test_a_worker_that_is_lost_amid_an_output_is_replaced_without_a_seam(w
     assert sent == [ids[:end] for end in range(0, len(ids), 4)]
     assert [request.num_prompt_tokens for request in world.router.requests] == [1 + len(part) for part in sent]
     assert len({d.requests[0].sampling.seed for d in world.decodes.values() if d.requests}) == 1
+
+
+async def test_what_was_cached_is_what_the_first_worker_said(world: World) -> None:
+    """The second one finds what the first one computed; to the client that was never cached."""
+    ids = await world.says("hello world")
+
+    async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        is_first = not request.output_token_ids
+        first, rest = tokens(ids[0]), tokens(*ids[1:])
+        first.tokens.usage.num_cached_local = 3
+        rest.tokens.usage.num_cached_remote = 5
+        yield first if is_first else rest
+        if is_first:
+            raise WorkerLost("gone")
+        last = finished()
+        last.finished.usage.num_cached_remote = 5
+        yield last
+
+    await world.start_decode("decode-1")
+    for decode in world.decodes.values():
+        decode.script = script
+    job = await world.core.complete({"model": MODEL, "prompt": "hello", "max_tokens": 50}, CALLER)
+    usages = [delta.usage async for delta in world.core.run(job) if delta.usage]
+    assert {(usage.num_cached_local, usage.num_cached_remote) for usage in usages} == {(3, 0)}
+
+
+async def test_the_router_is_told_of_the_pages_that_an_output_has_filled(world: World) -> None:
+    prompt, output = [7] * 10, [9] * 30
+
+    async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        if not request.output_token_ids:
+            yield tokens(*output)
+            raise Draining("goodbye")
+        yield finished()
+
+    await world.start_decode("decode-1")
+    for decode in world.decodes.values():
+        decode.script = script
+    job = await world.core.complete({"prompt": prompt, "max_tokens": 50}, CALLER)
+    assert [delta async for delta in world.core.run(job)]
+    key, page_size = job.choices[0].generate.hash_key, job.model.card.page_size
+    whole = page_hash.join(page_hash.chain(key, prompt + output, page_size))
+    assert [request.page_hashes for request in world.router.requests] == [whole[: 10 // page_size * 16], whole]
 
 
 async def test_the_only_worker_is_waited_for_until_it_is_back(world: World) -> None:

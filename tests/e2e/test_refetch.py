@@ -1,0 +1,89 @@
+"""Pages that somebody still has are fetched and not computed again: after a loss, and from a worker that drains."""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from protos.forebay.v1 import router_pb2, router_pb2_grpc
+from shared import page_hash, rpc
+from tests.e2e.cluster import DEADLINE_S, RunningCluster
+from tests.e2e.integrity import measures_at
+from tests.e2e.test_failover import busy
+from tests.e2e.test_faults import PROMPT, SLOW, Start, client_of
+
+LONG, PAGE = PROMPT[:1000], 16
+NUM_WHOLE = len(LONG) // PAGE * PAGE
+USAGE = {"include_usage": True}
+
+
+async def measured(cluster: RunningCluster, name: str, measure: str) -> float:
+    found = await asyncio.to_thread(measures_at, (await cluster.status())[name]["metrics_address"])
+    return sum(value for key, value in found.items() if key.startswith(measure))
+
+
+async def until_found_at(cluster: RunningCluster, name: str) -> None:
+    """Wait until the router knows that a worker has all of LONG."""
+    hashes = page_hash.join(page_hash.chain(page_hash.tenant_key(""), LONG, PAGE))
+    route = router_pb2.RouteRequest(model=cluster.model, page_hashes=hashes, num_prompt_tokens=len(LONG))
+    channels, end = rpc.Channels(), time.monotonic() + DEADLINE_S
+    stub: Any = router_pb2_grpc.RouterServiceStub(channels.to(await cluster.address("router-0")))
+    try:
+        while not any(
+            name
+            in (each.placement.prefill.worker_id or each.placement.decode.worker_id, each.placement.kv_source.worker_id)
+            and each.num_cached_tokens >= NUM_WHOLE
+            for each in (await rpc.call(stub.Explain, router_pb2.ExplainRequest(request=route), DEADLINE_S)).candidates
+        ):
+            assert time.monotonic() < end
+            await asyncio.sleep(0.05)
+    finally:
+        await channels.close()
+
+
+async def texts(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[list[int], None]:
+    """Token ids of each chunk; no error, and nothing cached, in any."""
+    async for chunk in chunks:
+        assert "error" not in chunk, chunk
+        if chunk["choices"]:
+            yield chunk["choices"][0]["token_ids"]
+        else:
+            cached = chunk["usage"]["prompt_tokens_details"]["cached_tokens"]
+            assert cached == 0, "what the request itself computed before the loss was not cached"
+
+
+async def test_after_a_loss_the_prompt_comes_from_the_prefill_worker_that_computed_it(start_cluster: Start) -> None:
+    cluster = start_cluster("--engine", "sim", "--decode", "2", SLOW)
+    token_ids: list[int] = []
+    async with client_of(cluster) as client:
+        async for some in texts(client.stream(LONG, max_tokens=60, stream_options=USAGE)):
+            if len(token_ids) < 5 <= len(token_ids) + len(some):
+                await until_found_at(cluster, "prefill-0")
+                await cluster.until(lambda rows: len(busy(rows)) == 1)
+                (lost,) = busy(await cluster.status())
+                pid = cluster.kill(lost)
+            token_ids += some
+        (survivor,) = {"decode-0", "decode-1"} - {lost}
+        assert await measured(cluster, survivor, "forebay_cached_tokens_total") >= NUM_WHOLE
+        assert await measured(cluster, survivor, "forebay_transfer_bytes_total") > 0
+        await cluster.until_restarted(lost, pid)
+        assert await client.complete(LONG, max_tokens=60) == token_ids
+
+
+async def test_a_worker_that_drains_gives_its_pages_to_the_next_turn(start_cluster: Start) -> None:
+    cluster = start_cluster("--engine", "sim", "--prefill", "0", "--decode", "2", "--grace", "60", SLOW)
+    async with client_of(cluster) as client:
+        async with aclosing(client.stream(LONG, max_tokens=4000)) as first_turn:
+            await anext(first_turn)
+            await cluster.until(lambda rows: len(busy(rows)) == 1)
+            (draining,) = busy(await cluster.status())
+            await until_found_at(cluster, draining)
+            pid = cluster.signal(draining, signal.SIGTERM)
+            await cluster.until(lambda rows: rows[draining]["state"] == "draining")
+            second = await client.complete([*LONG, 7, 8, 9])
+        (other,) = {"decode-0", "decode-1"} - {draining}
+        assert await measured(cluster, other, "forebay_cached_tokens_total") == NUM_WHOLE
+        await cluster.until_restarted(draining, pid)
+        assert await client.complete([*LONG, 7, 8, 9]) == second
