@@ -53,15 +53,16 @@ class Handoff:
         """Pages that can be read. Raises BadManifest if they are not the next ones, complete, under the one lease, and
         the fault that ended the reading of earlier ones.
         """
+        if self._lease is None:
+            self._lease = ready.lease  # to be given back, whatever is wrong
         if self._reader.done():
             self._reader.result()
         manifests.check(ready.manifest, self._layout, self._next_page)
         manifests.check_lease(ready.lease, self._prefill)
-        if self._lease is not None and self._lease.lease_id != ready.lease.lease_id:
+        if self._lease.lease_id != ready.lease.lease_id:
             raise BadManifest("the prefill worker changed its lease within a prompt")
         if not self._page_ids.isdisjoint(ready.manifest.page_ids):
             raise BadManifest("the prefill worker hands a page over twice")
-        self._lease = ready.lease
         self._next_page += len(ready.manifest.page_ids)
         self._page_ids.update(ready.manifest.page_ids)
         if self._next_page > len(self._table.page_ids):

@@ -21,6 +21,9 @@ class Measures:
         self.kept_tokens = meter.create_counter(
             "forebay_kept_tokens", description="Prompt tokens kept of remote prefills that failed midway"
         )
+        self.failed_pulls = meter.create_counter(
+            "forebay_failed_pulls", description="Prefixes computed here because they could not be pulled"
+        )
         self.stale_releases = meter.create_counter(
             "forebay_stale_releases", description="Leases that had ended when their reader released them"
         )

@@ -14,7 +14,7 @@ from shared.engine.kv.checksum import page_checksums
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.store import PageTable
 from shared.engine.transfer.api import Peer, RemotePool, Transport
-from shared.errors import BadManifest, CorruptPages, Fault, Incompatible, TransferFailed
+from shared.errors import BadManifest, CorruptPages, Fault, Incompatible, StaleEpoch, TransferFailed
 from shared.worker import manifests
 from shared.worker.measures import Measures
 
@@ -64,6 +64,8 @@ class Puller:
         request = kv_pb2.ConnectRequest(compatibility_hash=self._spec.compatibility_hash, epoch=ref.epoch)
         with rpc.no_deadline():  # others may be waiting for this, with later deadlines
             answer: kv_pb2.ConnectResponse = await rpc.call(self._stub(ref).Connect, request, CONNECT_TIMEOUT_S)
+        if answer.epoch != ref.epoch:
+            raise StaleEpoch(f"{ref.worker_id} is at epoch {answer.epoch}, not {ref.epoch}")
         pool = self._pool(answer)
         return Source(ref.worker_id, ref.epoch, await self._transport.connect(pool, CONNECT_TIMEOUT_S))
 
@@ -185,6 +187,7 @@ class Puller:
             num_tokens = await self._pull(ref, request_id, page_hashes, table)
         except Fault as fault:
             log.warning("cannot pull a prefix from %s: %s %s", ref.worker_id, fault.reason, fault.message)
+            self._measures.failed_pulls.add(1, {"reason": fault.reason})
             return 0
         gained = max(0, num_tokens - table.num_tokens)
         table.num_tokens += gained
@@ -208,7 +211,9 @@ class Puller:
         except BaseException:
             self.give_up(ref, answer.lease)
             raise
-        return answer.manifest.num_tokens if await self.release(ref, answer.lease, remote) else 0
+        if not await self.release(ref, answer.lease, remote):
+            raise BadManifest("the lease on the pages had ended before they were read (STALE)")
+        return answer.manifest.num_tokens
 
     def close(self) -> None:
         """Disconnect all."""

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -87,6 +88,34 @@ async def test_pages_of_another_size_are_refused(world: World) -> None:
     owner = world.owner("owner", num_pages=3, page_bytes=PAGE_BYTES // 2)
     with pytest.raises(Incompatible):
         await world.reader.connect(owner.pool, LONG_S)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"num_pages": NUM_PAGES + 1},
+        {"num_pages": 10 * NUM_PAGES},
+        {"base_address": 4096},
+        {"memory_kind": "VRAM"},
+        {"memory_kind": "cheese"},
+        {"device_id": 7},
+    ],
+    ids=str,
+)
+async def test_memory_that_its_owner_has_not_registered_is_never_read(world: World, lie: dict[str, Any]) -> None:
+    owner = world.owner("owner")
+    with pytest.raises(TransferFailed):
+        await world.reader.connect(replace(owner.pool, **lie), LONG_S)
+    peer = await world.reader.connect(owner.pool, LONG_S)
+    await world.reader.read(peer, [3], [3], LONG_S)
+    assert owner.is_alive()
+
+
+@pytest.mark.parametrize("num_pages", [0, 1 << 31, 1 << 60])
+async def test_a_pool_of_an_absurd_size_is_refused(world: World, num_pages: int) -> None:
+    owner = world.owner("owner")
+    with pytest.raises(Incompatible):
+        await world.reader.connect(replace(owner.pool, num_pages=num_pages), LONG_S)
 
 
 async def test_a_killed_owner_fails_a_read(world: World) -> None:

@@ -98,6 +98,23 @@ class TamperedPrefill(PrefillServicer):
                     yield told
 
 
+class TamperedKv(KvServicer):
+    """A peer that answers what `tamper` makes of the truth."""
+
+    tamper_connect: Callable[[kv_pb2.ConnectResponse], None] = staticmethod(lambda answer: None)
+    tamper_acquire: Callable[[kv_pb2.AcquireResponse], None] = staticmethod(lambda answer: None)
+
+    async def Connect(self, request: kv_pb2.ConnectRequest, context: Any) -> kv_pb2.ConnectResponse:
+        answer = await super().Connect(request, context)
+        self.tamper_connect(answer)
+        return answer
+
+    async def Acquire(self, request: kv_pb2.AcquireRequest, context: Any) -> kv_pb2.AcquireResponse:
+        answer = await super().Acquire(request, context)
+        self.tamper_acquire(answer)
+        return answer
+
+
 class Wire(LocalTransport):
     """Moves pages, then does `arrived` to our pages that it wrote."""
 
@@ -117,6 +134,7 @@ class Running:
     server: rpc.Server
     transport: "Wire"
     prefill: TamperedPrefill
+    peer: TamperedKv
     ref: kv_pb2.WorkerRef
     gate: Gate
     clock: Clock
@@ -202,7 +220,7 @@ class Fleet:
         identity = Identity(name, epoch, engine.spec.model)
         transport = Wire(engine.memory, f"{name}-{epoch}", self.hub)
         measures, channels = Measures(self.telemetry.meter, engine), rpc.Channels()
-        kv_servicer = KvServicer(identity, engine, transport, checksums=checksums)
+        kv_servicer = TamperedKv(identity, engine, transport, checksums=checksums)
         puller = Puller(channels, transport, engine, measures)
         worker = Worker(identity, Admission(), engine, loop, kv_servicer, puller, channels, measures)
         server = rpc.Server(self.telemetry, SERVICES)
@@ -212,7 +230,7 @@ class Fleet:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker), server.grpc)
         address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
         ref = kv_pb2.WorkerRef(worker_id=name, epoch=epoch, address=address)
-        self.running.append(Running(worker, server, transport, prefill, ref, gate, clock))
+        self.running.append(Running(worker, server, transport, prefill, kv_servicer, ref, gate, clock))
         return self.running[-1]
 
     async def stop(self, running: Running) -> None:

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from shared.errors import BadManifest
+from shared.errors import BadManifest, Incompatible
+
+# A reader prepares 24 bytes for each page of a peer: 400 MB for so many, which hold 268 million tokens, 16 each.
+MAX_POOL_PAGES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ class Transport(Protocol):
     async def connect(self, pool: RemotePool, timeout_s: float) -> Peer:
         """Make a peer's pool readable, and see that it is. The peer must be serving.
 
-        Raises TransferFailed (garbage metadata, unreachable), Incompatible (another page size) or DeadlineExceeded.
+        Raises TransferFailed (garbage metadata, unreachable, not the peer's memory), Incompatible (another page size,
+        an absurd number of pages) or DeadlineExceeded.
         """
 
     def disconnect(self, peer: Peer) -> None:
@@ -68,6 +72,14 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """End the agent. The pool stays where it is."""
+
+
+def check_pool(pool: RemotePool, page_bytes: int) -> None:
+    """Raise Incompatible unless a peer's pages fit pages of `page_bytes`, and their number is believable."""
+    if pool.page_bytes != page_bytes:
+        raise Incompatible(f"pages of {pool.page_bytes} bytes do not fit pages of {page_bytes}")
+    if not 0 < pool.num_pages <= MAX_POOL_PAGES:
+        raise Incompatible(f"{pool.agent_name} says that it has {pool.num_pages} pages")
 
 
 def check_page_ids(pool: RemotePool, remote: Sequence[int], num_local: int, local: Sequence[int]) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 
 from shared.engine.kv.memory import PoolMemory
-from shared.engine.transfer.api import Peer, RemotePool, check_page_ids
-from shared.errors import DeadlineExceeded, Incompatible, TransferFailed
+from shared.engine.transfer.api import Peer, RemotePool, check_page_ids, check_pool
+from shared.errors import DeadlineExceeded, TransferFailed
 
 
 @dataclass(eq=False)
@@ -33,6 +33,7 @@ class LocalTransport:
         self._hub = hub
         self._answering = asyncio.Event()
         self._answering.set()
+        self._num_pages_left: int | None = None
         hub[agent_name] = self
 
     def metadata(self) -> bytes:
@@ -42,8 +43,16 @@ class LocalTransport:
     def serve(self, seconds: float) -> None:
         """Nothing to do: a memmove needs no help of the owner."""
 
-    def answer(self, answering: bool) -> None:
-        """Whether reads from this pool make progress; False is a peer that was stopped."""
+    @property
+    def is_answering(self) -> bool:
+        """Whether reads from this pool make progress."""
+        return self._answering.is_set()
+
+    def answer(self, answering: bool, num_pages: int | None = None) -> None:
+        """Whether reads from this pool make progress, for so many pages if a number is given; False is a peer that was
+        stopped.
+        """
+        self._num_pages_left = num_pages
         if answering:
             self._answering.set()
         else:
@@ -51,9 +60,10 @@ class LocalTransport:
 
     async def connect(self, pool: RemotePool, timeout_s: float) -> LocalPeer:
         """See `Transport.connect`."""
-        if pool.page_bytes != self._memory.page_bytes:
-            raise Incompatible(f"pages of {pool.page_bytes} bytes do not fit pages of {self._memory.page_bytes}")
+        check_pool(pool, self._memory.page_bytes)
         owner = self._owner(pool)
+        if not owner._has(pool):
+            raise TransferFailed(f"{pool.agent_name} has registered no such memory")
         await _within(timeout_s, owner._answering.wait())
         return LocalPeer(pool)
 
@@ -78,9 +88,22 @@ class LocalTransport:
         for source, target in zip(remote, local, strict=True):
             if not peer.is_open:
                 raise TransferFailed(f"{peer.pool.agent_name} is not connected")
-            await self._owner(peer.pool)._answering.wait()
+            await self._owner(peer.pool)._page_is_due()
             ctypes.memmove(self._memory.address + target * size, peer.pool.base_address + source * size, size)
             await asyncio.sleep(0)
+
+    async def _page_is_due(self) -> None:
+        await self._answering.wait()
+        if self._num_pages_left is not None:
+            self._num_pages_left -= 1
+            if self._num_pages_left == 0:
+                self.answer(False)
+
+    def _has(self, pool: RemotePool) -> bool:
+        ours, start = self._memory, pool.base_address
+        kind_matches = (pool.memory_kind, pool.device_id) == (ours.kind, ours.device_id)
+        end = start + pool.num_pages * pool.page_bytes
+        return kind_matches and ours.address <= start and end <= ours.address + ours.num_bytes
 
     def _owner(self, pool: RemotePool) -> "LocalTransport":
         owner = self._hub.get(pool.agent_name)

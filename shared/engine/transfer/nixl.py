@@ -21,10 +21,10 @@ from concurrent.futures import Future
 from typing import Any
 
 from shared.engine.kv.memory import PoolMemory
-from shared.engine.transfer.api import Peer, RemotePool, check_page_ids
+from shared.engine.transfer.api import Peer, RemotePool, check_page_ids, check_pool
 from shared.engine.transfer.nixl_link import Link, Read, new_agent
 from shared.engine.transfer.nixl_thread import NixlThread
-from shared.errors import Fault, Incompatible, TransferFailed
+from shared.errors import Fault, TransferFailed
 
 LINGER_S = 5.0
 
@@ -61,8 +61,7 @@ class NixlTransport:
 
     async def connect(self, pool: RemotePool, timeout_s: float) -> Link:
         """See `Transport.connect`. Reads the head of the pool once, which also completes UCX's connection."""
-        if pool.page_bytes != self._memory.page_bytes:
-            raise Incompatible(f"pages of {pool.page_bytes} bytes do not fit pages of {self._memory.page_bytes}")
+        check_pool(pool, self._memory.page_bytes)
         self._num_links += 1
         link = Link(pool, self._memory, f"{self.agent_name}/{self._num_links}")
         try:
