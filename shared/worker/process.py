@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 # A service's name, and what adds its servicer to a server.
 Services = dict[str, Callable[[Worker, rpc.Server], None]]
 CLOSE_GRACE_S = 1.0
+# Whoever goes on with a sequence needs to be found, and to lease the pages of what was computed here.
+HANDOVER_S = 1.0
 
 
 async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
@@ -121,7 +123,7 @@ class _Process:
 
     async def drain(self) -> None:
         """Take no more work, say so, and let what is running finish. What still runs after the grace is handed over: it
-        ends with Draining, upon which its gateway goes on with another worker."""
+        ends with Draining, upon which its gateway goes on with another worker, which pulls the pages from here."""
         self._admission.draining = True
         self.heartbeat.announce()
         await self.server.set_serving(False)
@@ -130,9 +132,8 @@ class _Process:
         if not await self._admission.drained(grace_s):
             log.warning("%d requests are handed over at the end of the grace time", self._admission.num_active)
             await self._loop.stop()
-            await self._admission.drained(CLOSE_GRACE_S)
-        else:
-            await self._leases_end(grace_s)
+            await asyncio.sleep(0 if self.status else HANDOVER_S)
+        await self._leases_end(grace_s)
 
     async def _leases_end(self, grace_s: float) -> None:
         """Peers may still be reading what they were promised."""

@@ -87,3 +87,20 @@ async def test_a_worker_that_drains_gives_its_pages_to_the_next_turn(start_clust
         assert await measured(cluster, other, "forebay_cached_tokens_total") == NUM_WHOLE
         await cluster.until_restarted(draining, pid)
         assert await client.complete([*LONG, 7, 8, 9]) == second
+
+
+async def test_a_sequence_that_outlasts_a_drain_is_handed_over_with_its_pages(start_cluster: Start) -> None:
+    cluster = start_cluster("--engine", "sim", "--prefill", "0", "--decode", "2", "--grace", "1", SLOW)
+    token_ids: list[int] = []
+    async with client_of(cluster) as client:
+        async for some in texts(client.stream(LONG, max_tokens=150, stream_options=USAGE)):
+            if not token_ids:
+                await cluster.until(lambda rows: len(busy(rows)) == 1)
+                (draining,) = busy(await cluster.status())
+                await until_found_at(cluster, draining)
+                pid = cluster.signal(draining, signal.SIGTERM)
+            token_ids += some
+        (other,) = {"decode-0", "decode-1"} - {draining}
+        assert await measured(cluster, other, "forebay_cached_tokens_total") >= NUM_WHOLE
+        await cluster.until_restarted(draining, pid)
+        assert await client.complete(LONG, max_tokens=150) == token_ids
