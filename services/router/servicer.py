@@ -1,23 +1,18 @@
-"""RouterService: reads the request, looks up prefixes, asks the policy, and answers."""
+"""RouterService: reads the request, looks prefixes up in the mirror, asks the policy, and answers."""
 
-import asyncio
-import logging
 import time
-from collections.abc import Sequence
 
 from grpc.aio import ServicerContext
 
 from protos.forebay.v1 import decode_pb2, kv_pb2, router_pb2, router_pb2_grpc
 from services.router import policy
 from services.router.candidate import Candidate, Query, Weights, Worker
-from services.router.fleet import Fleet, Member
+from services.router.fleet import Fleet
+from services.router.mirror import Mirror
 from shared import rpc
-from shared.blackboard.index import PrefixIndex
 from shared.errors import BlackboardLost, DeadlineExceeded, Fault, InvalidRequest, ModelNotFound, NoWorker
 from shared.page_hash import HASH_BYTES
 from shared.telemetry import Telemetry
-
-log = logging.getLogger(__name__)
 
 RouteContext = ServicerContext[router_pb2.RouteRequest, router_pb2.RouteResponse]
 ExplainContext = ServicerContext[router_pb2.ExplainRequest, router_pb2.ExplainResponse]
@@ -26,11 +21,8 @@ ExplainContext = ServicerContext[router_pb2.ExplainRequest, router_pb2.ExplainRe
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Places requests on the workers of a fleet."""
 
-    def __init__(
-        self, fleet: Fleet, index: PrefixIndex, weights: Weights, telemetry: Telemetry, index_timeout_ms: int
-    ) -> None:
-        self._fleet, self._index, self._weights = fleet, index, weights
-        self._index_timeout_s = index_timeout_ms / 1000
+    def __init__(self, fleet: Fleet, mirror: Mirror, weights: Weights, telemetry: Telemetry) -> None:
+        self._fleet, self._mirror, self._weights = fleet, mirror, weights
         self._routes = telemetry.meter.create_counter("forebay_routes", description="Routes by outcome")
         self._seconds = telemetry.meter.create_histogram(
             "forebay_route_seconds", unit="s", description="Time to decide on a route"
@@ -40,7 +32,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         """Place a request."""
         started, outcome = time.perf_counter(), "ok"
         try:
-            query, workers = await self._survey(request)
+            query, workers = self._survey(request)
             chosen = policy.place(query, workers, self._weights)
         except Fault as fault:
             outcome = fault.reason
@@ -53,7 +45,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
     async def Explain(self, request: router_pb2.ExplainRequest, context: ExplainContext) -> router_pb2.ExplainResponse:  # noqa: ARG002
         """Say what Route would answer, and why."""
-        query, workers = await self._survey(request.request)
+        query, workers = self._survey(request.request)
         candidates = policy.explain(query, workers, self._weights)
         if not candidates or candidates[0].rejection:
             summary = str(policy.nobody(query, workers, self._weights))
@@ -61,7 +53,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             summary = summarize(query, candidates[0], len(candidates))
         return router_pb2.ExplainResponse(candidates=[_candidate(c) for c in candidates], summary=summary)
 
-    async def _survey(self, request: router_pb2.RouteRequest) -> tuple[Query, list[Worker]]:
+    def _survey(self, request: router_pb2.RouteRequest) -> tuple[Query, list[Worker]]:
         """The query, and the workers of its model with what they have of its prompt."""
         query = parse(request)
         remaining = rpc.time_remaining()
@@ -73,20 +65,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         if not members:
             kind = NoWorker if self._fleet.knows(query.model) else ModelNotFound
             raise kind(f"no worker serves the model {query.model!r}", param="model")
-        runs = await self._leading_runs(request.page_hashes, members, remaining)
+        incarnations = [(member.registration.name, member.registration.epoch) for member in members]
+        runs = self._mirror.runs(request.page_hashes, incarnations).tolist()
         return query, self._fleet.at_this_moment(members, runs)
-
-    async def _leading_runs(self, page_hashes: bytes, members: Sequence[Member], remaining: float | None) -> list[int]:
-        """Pages that each member has; none, as far as is known, while Redis is away or too slow."""
-        limit = self._index_timeout_s if remaining is None else min(self._index_timeout_s, remaining)
-        if self._fleet.is_current:
-            try:
-                async with asyncio.timeout(limit):
-                    workers = [(member.registration.name, member.registration.epoch) for member in members]
-                    return await self._index.leading_runs(page_hashes, workers)
-            except (BlackboardLost, TimeoutError) as error:
-                log.warning("placed by load alone: no answer from the prefix index (%s)", error or "too slow")
-        return [0] * len(members)
 
 
 def parse(request: router_pb2.RouteRequest) -> Query:

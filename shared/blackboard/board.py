@@ -59,6 +59,7 @@ class Blackboard:
         pipeline.zremrangebyscore(keys.members(role), "-inf", now_ms - FORGET_MS)
         pipeline.sismember(index, keys.COMPLETE)
         pipeline.pexpire(index, ttl_ms)
+        pipeline.pexpire(keys.index_count(name, epoch), ttl_ms)
         if announce:
             pipeline.publish(keys.CHANGES, name)
         with faults():
@@ -71,7 +72,7 @@ class Blackboard:
         """Remove a process and its index, and announce it. A newer incarnation of the same name stays."""
         role, name = registration.role, registration.name
         pipeline = self._redis.pipeline()
-        pipeline.unlink(keys.index(name, registration.epoch))
+        pipeline.unlink(keys.index(name, registration.epoch), keys.index_count(name, registration.epoch))
         with faults():
             current = _parse(await self._redis.get(keys.process(role, name)))
             if current is None or current.epoch <= registration.epoch:

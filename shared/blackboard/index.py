@@ -1,48 +1,93 @@
-"""The prefix index: which worker has which pages cached, as one set of page hashes per worker and epoch."""
+"""The prefix index: which worker has which pages cached, as one set of page hashes per worker and epoch.
 
+Each worker writes its own set. Every change of a set also goes on one bounded stream, numbered per worker and epoch in
+the same atomic step. A reader follows the stream; one that finds a number missing reads that worker's whole set again,
+in parts: changes that it meets on the stream meanwhile, applied on top in order, make the result exact, because SSCAN
+returns what is in the set throughout, and the last change decides about everything else.
+"""
+
+import logging
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import TypeVar
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+from typing import Any, TypeVar
 
 from redis.asyncio import Redis
 
 from shared.blackboard import keys
 from shared.blackboard.connection import faults
-from shared.page_hash import HASH_BYTES
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-# SADD and SREM take this many hashes at once, and this many such commands go in one round trip.
-HASHES_PER_COMMAND = 1_000
-COMMANDS_PER_TRIP = 16
-# A lookup asks for at most this many leading pages, so that it cannot hold Redis up.
-MAX_LOOKUP_HASHES = 4_096
+# A change on the stream adds and removes at most this many hashes each, and this many changes go in one round trip.
+HASHES_PER_CHANGE = 1_000
+CHANGES_PER_TRIP = 16
+# A reader that falls further behind reads whole sets again. Bounds the stream to 128 MB if every change is a large one.
+MAX_EVENTS = 4_096
+EVENTS_TTL_MS = 60_000
+EVENTS_PER_READ = 512
+# An SSCAN of so many hashes holds Redis up for less than a millisecond.
+HASHES_PER_PART = 2_000
 
-# For each key the length of the longest leading run of the hashes concatenated in ARGV[1] that the set has. Counted in
-# Redis, because decoding one integer per worker and page costs the router 50 ms for 16 workers and 1,000 pages, against
-# 0.5 ms this way. Chunks grow, so that a worker without the first page costs next to nothing.
-_LEADING_RUNS = f"""
-local size, runs, hashes = {HASH_BYTES}, {{}}, {{}}
-local total = math.floor(#ARGV[1] / size)
-for worker, key in ipairs(KEYS) do
-  local run, width = 0, 8
-  while run < total do
-    local last, hits = math.min(run + width, total), 0
-    for page = #hashes, last - 1 do
-      hashes[page + 1] = string.sub(ARGV[1], page * size + 1, (page + 1) * size)
-    end
-    for _, found in ipairs(redis.call('SMISMEMBER', key, unpack(hashes, run + 1, last))) do
-      if found == 0 then break end
-      hits = hits + 1
-    end
-    local whole = run + hits == last
-    run, width = run + hits, math.min(width * 2, 256)
-    if not whole then break end
+# KEYS: set, count, stream. ARGV: name, epoch, lifetime, hashes to add, hashes to remove (concatenated).
+_CHANGE = f"""
+local function each(command, hashes)
+  local batch = {{}}
+  for first = 1, #hashes, 16 do
+    batch[#batch + 1] = string.sub(hashes, first, first + 15)
   end
-  runs[worker] = run
+  if #batch > 0 then redis.call(command, KEYS[1], unpack(batch)) end
 end
-return runs
+each('SADD', ARGV[4])
+each('SREM', ARGV[5])
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+local number = redis.call('INCR', KEYS[2])
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+redis.call('XADD', KEYS[3], 'MAXLEN', '~', {MAX_EVENTS}, '*',
+  'w', ARGV[1], 'e', ARGV[2], 'n', number, '+', ARGV[4], '-', ARGV[5])
+redis.call('PEXPIRE', KEYS[3], {EVENTS_TTL_MS})
+return redis.call('SISMEMBER', KEYS[1], '{keys.COMPLETE}')
 """
+# KEYS: set, count, stream, new set. ARGV: name, epoch, lifetime.
+_REPLACE = f"""
+redis.call('RENAME', KEYS[4], KEYS[1])
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+local number = redis.call('INCR', KEYS[2])
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+redis.call('XADD', KEYS[3], 'MAXLEN', '~', {MAX_EVENTS}, '*', 'w', ARGV[1], 'e', ARGV[2], 'n', number)
+redis.call('PEXPIRE', KEYS[3], {EVENTS_TTL_MS})
+"""
+# KEYS: set, count. ARGV: cursor. One string for all hashes, because a client takes a microsecond for each value.
+_SCAN = f"""
+local part = redis.call('SSCAN', KEYS[1], ARGV[1], 'COUNT', {HASHES_PER_PART})
+local complete = redis.call('SISMEMBER', KEYS[1], '{keys.COMPLETE}')
+return {{complete, redis.call('GET', KEYS[2]) or '0', part[1], table.concat(part[2])}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEvent:
+    """The `number`-th change of one worker's index: hashes concatenated. If `replaced`, all of it is new."""
+
+    name: str
+    epoch: int
+    number: int
+    stored: bytes = b""
+    removed: bytes = b""
+    replaced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class IndexPart:
+    """Some hashes of a worker's index, concatenated; the next part is at `cursor`, none if that is 0. Events up to
+    `number` need not be applied on top."""
+
+    complete: bool
+    number: int
+    cursor: int
+    hashes: bytes
 
 
 class PrefixIndex:
@@ -50,7 +95,8 @@ class PrefixIndex:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._leading_runs = redis.register_script(_LEADING_RUNS)
+
+    # Written by workers -----------------------------------------------------------------------------------------------
 
     async def update(
         self, name: str, epoch: int, stored: Iterable[bytes], removed: Iterable[bytes], ttl_ms: int
@@ -59,49 +105,86 @@ class PrefixIndex:
 
         False if Redis has no complete index of this worker and epoch: `replace` it then.
         """
-        key = keys.index(name, epoch)
+        where = (keys.index(name, epoch), keys.index_count(name, epoch), keys.EVENTS)
+        complete = True
         with faults():
-            for trip in _batches(_commands(key, stored, removed), COMMANDS_PER_TRIP):
-                await self._send(trip)
-            pipeline = self._redis.pipeline(transaction=False)
-            pipeline.sismember(key, keys.COMPLETE)
-            pipeline.pexpire(key, ttl_ms)
-            complete, _ = await pipeline.execute()
-        return bool(complete)
+            for trip in _batches(zip_longest(_joined(stored), _joined(removed), fillvalue=b""), CHANGES_PER_TRIP):
+                changes = [("EVAL", _CHANGE, 3, *where, name, epoch, ttl_ms, *change) for change in trip]
+                complete = all(await self._send(changes))
+        return complete
 
     async def replace(self, name: str, epoch: int, hashes: Iterable[bytes], ttl_ms: int) -> None:
         """Make `hashes` a worker's whole index. Readers see the old one or the new one, never a part."""
         new = keys.index_snapshot(name, epoch)
+        where = (keys.index(name, epoch), keys.index_count(name, epoch), keys.EVENTS, new)
         with faults():
             await self._redis.delete(new)
             await self._send([("SADD", new, keys.COMPLETE)])
-            for trip in _batches(_commands(new, hashes, ()), COMMANDS_PER_TRIP):
-                await self._send([*trip, ("PEXPIRE", new, ttl_ms)])
-            await self._send([("PEXPIRE", new, ttl_ms), ("RENAME", new, keys.index(name, epoch))])
+            for trip in _batches(_batches(hashes, HASHES_PER_CHANGE), CHANGES_PER_TRIP):
+                await self._send([*(("SADD", new, *batch) for batch in trip), ("PEXPIRE", new, ttl_ms)])
+            await self._send([("EVAL", _REPLACE, 4, *where, name, epoch, ttl_ms)])
 
-    async def leading_runs(self, page_hashes: bytes, workers: Sequence[tuple[str, int]]) -> list[int]:
-        """How many leading pages each worker (name, epoch) has, in one round trip.
-
-        `page_hashes` are concatenated hashes of 16 bytes; pages beyond MAX_LOOKUP_HASHES are not asked for.
-        """
-        if not workers or not page_hashes:
-            return [0] * len(workers)
-        sets = [keys.index(name, epoch) for name, epoch in workers]
-        with faults():
-            return list(await self._leading_runs(keys=sets, args=[page_hashes[: MAX_LOOKUP_HASHES * HASH_BYTES]]))
-
-    async def _send(self, commands: Iterable[tuple[object, ...]]) -> None:
+    async def _send(self, commands: Iterable[tuple[object, ...]]) -> list[Any]:
         pipeline = self._redis.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
-        await pipeline.execute()
+        return list(await pipeline.execute())
+
+    # Read by routers --------------------------------------------------------------------------------------------------
+
+    async def position(self) -> bytes:
+        """Where the stream ends at this moment."""
+        with faults():
+            last: Any = await self._redis.xrevrange(keys.EVENTS, count=1)
+        return last[0][0] if last else b"0-0"
+
+    async def events(self, position: bytes, wait_ms: int = 0) -> tuple[list[IndexEvent], bytes]:
+        """Changes behind a position of the stream, and the position behind them; waits so long for the first.
+
+        `wait_ms` must be shorter than the connection's timeout.
+        """
+        with faults():
+            answer: Any = await self._redis.xread({keys.EVENTS: position}, count=EVENTS_PER_READ, block=wait_ms or None)
+        if not answer:
+            return [], position
+        ((_, entries),) = answer
+        return [event for _, fields in entries if (event := _event(fields))], entries[-1][0]
+
+    async def part(self, name: str, epoch: int, cursor: int) -> IndexPart:
+        """Part of a worker's index; the first one is at cursor 0."""
+        command = ("EVAL", _SCAN, 2, keys.index(name, epoch), keys.index_count(name, epoch), cursor)
+        with faults():
+            ((complete, number, after, hashes),) = await self._send([command])
+        return IndexPart(bool(complete), int(number), int(after), hashes)
+
+    async def hashes(self, name: str, epoch: int) -> set[bytes] | None:
+        """All page hashes of a worker; None if Redis has no complete index of it."""
+        with faults():
+            members: Any = await self._redis.smembers(keys.index(name, epoch))
+        complete = keys.COMPLETE.encode()
+        return members - {complete} if complete in members else None
+
+    async def numbers(self, workers: Sequence[tuple[str, int]]) -> list[int]:
+        """How many changes each worker (name, epoch) has put on the stream."""
+        if not workers:
+            return []
+        with faults():
+            counts = await self._redis.mget([keys.index_count(name, epoch) for name, epoch in workers])
+        return [int(count or 0) for count in counts]
 
 
-def _commands(key: str, stored: Iterable[bytes], removed: Iterable[bytes]) -> Iterator[tuple[object, ...]]:
-    for batch in _batches(stored, HASHES_PER_COMMAND):
-        yield ("SADD", key, *batch)
-    for batch in _batches(removed, HASHES_PER_COMMAND):
-        yield ("SREM", key, *batch)
+def _event(fields: dict[bytes, bytes]) -> IndexEvent | None:
+    try:
+        name, epoch, number = fields[b"w"].decode(), int(fields[b"e"]), int(fields[b"n"])
+    except (KeyError, ValueError) as error:  # its reader will find a number missing
+        log.warning("a change of the prefix index is malformed: %r", error)
+        return None
+    return IndexEvent(name, epoch, number, fields.get(b"+", b""), fields.get(b"-", b""), replaced=b"+" not in fields)
+
+
+def _joined(hashes: Iterable[bytes]) -> Iterator[bytes]:
+    for batch in _batches(hashes, HASHES_PER_CHANGE):
+        yield b"".join(batch)
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -4,12 +4,15 @@ forebay:epoch:NAME           string  last epoch given to a process; never expire
 forebay:members:ROLE         zset    process names by the time (unix ms) of their last registration
 forebay:process:ROLE:NAME    string  registration as JSON; expires unless renewed
 forebay:index:NAME:EPOCH     set     page hashes (16 bytes each) that a worker has, and COMPLETE; expires with it
+forebay:count:NAME:EPOCH     string  how many changes of that set were put on the stream; expires with it
+forebay:events               stream  changes of all those sets, the latest ones; expires when nothing changes
 forebay:changes              channel names of processes whose registration came, went or began to drain
 """
 
 from shared.blackboard.records import Role
 
 CHANGES = "forebay:changes"
+EVENTS = "forebay:events"
 # A member of every index that was written whole. After Redis lost its data, increments alone would make an index that
 # looks right and misses most pages: without this member it counts as absent.
 COMPLETE = ""
@@ -38,3 +41,8 @@ def index(name: str, epoch: int) -> str:
 def index_snapshot(name: str, epoch: int) -> str:
     """Where a whole index is written before it takes the place of the old one."""
     return f"forebay:index:{name}:{epoch}:new"
+
+
+def index_count(name: str, epoch: int) -> str:
+    """Changes of an index so far."""
+    return f"forebay:count:{name}:{epoch}"

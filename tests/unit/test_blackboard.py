@@ -11,7 +11,7 @@ import redis
 from shared.blackboard import keys
 from shared.blackboard.board import Blackboard
 from shared.blackboard.connection import faults
-from shared.blackboard.index import HASHES_PER_COMMAND, MAX_LOOKUP_HASHES
+from shared.blackboard.index import HASHES_PER_CHANGE, HASHES_PER_PART, MAX_EVENTS, IndexEvent
 from shared.blackboard.records import Load, ModelCard, Registration, Role
 from shared.errors import BlackboardLost, StaleEpoch
 from tests.valkey import ValkeyProcess
@@ -67,7 +67,7 @@ async def test_a_heartbeat_renews_registration_and_index(board: Blackboard, raw:
     await board.index.replace("d1", 1, some_hashes(3), ttl_ms=1_000)
     await board.register(worker(), ttl_ms=1_000)
     await board.register(worker(), TTL_MS)
-    for key in (keys.process(Role.DECODE, "d1"), keys.index("d1", 1)):
+    for key in (keys.process(Role.DECODE, "d1"), keys.index("d1", 1), keys.index_count("d1", 1)):
         assert raw.pttl(key) > 30_000
 
 
@@ -76,7 +76,7 @@ async def test_deregistering_removes_a_process_and_its_index(board: Blackboard, 
     await board.index.replace("d1", 1, some_hashes(3), TTL_MS)
     await board.deregister(worker())
     assert await board.processes(Role.DECODE) == []
-    assert not raw.exists(keys.index("d1", 1), keys.members(Role.DECODE))
+    assert not raw.exists(keys.index("d1", 1), keys.index_count("d1", 1), keys.members(Role.DECODE))
 
 
 async def test_an_incarnation_that_leaves_late_does_not_take_the_new_one_along(board: Blackboard) -> None:
@@ -149,39 +149,11 @@ async def test_heartbeats_wake_nobody(board: Blackboard) -> None:
         assert not await changes.wait(0.05)
 
 
-async def test_leading_runs_end_at_the_first_missing_page(board: Blackboard) -> None:
-    hashes = some_hashes(600)
-    held = {"all": hashes, "none": [], "tail": hashes[1:], "gap": hashes[:299] + hashes[300:], "one": hashes[:1]}
-    for name, theirs in held.items():
-        await board.index.replace(name, 4, theirs, TTL_MS)
-    names = [*held, "unknown"]
-    runs = await board.index.leading_runs(b"".join(hashes), [(name, 4) for name in names])
-    assert dict(zip(names, runs, strict=True)) == {
-        "all": 600, "none": 0, "tail": 0, "gap": 299, "one": 1, "unknown": 0,
-    }  # fmt: skip
-
-
-async def test_a_burst_of_lookups_waits_for_connections_instead_of_failing(board: Blackboard) -> None:
-    await board.index.replace("d1", 1, [b"h" * 16], TTL_MS)
-    runs = await asyncio.gather(*(board.index.leading_runs(b"h" * 16, [("d1", 1)]) for _ in range(500)))
-    assert runs == [[1]] * 500
-
-
-async def test_a_lookup_is_bounded(board: Blackboard) -> None:
-    hashes = some_hashes(MAX_LOOKUP_HASHES + 10)
-    await board.index.replace("d1", 1, hashes, TTL_MS)
-    assert await board.index.leading_runs(b"".join(hashes), [("d1", 1)]) == [MAX_LOOKUP_HASHES]
-
-
-async def test_looking_up_nothing_asks_nobody(board: Blackboard) -> None:
-    assert await board.index.leading_runs(b"", [("d1", 1), ("d2", 1)]) == [0, 0]
-    assert await board.index.leading_runs(some_hashes(1)[0], []) == []
-
-
 async def test_an_earlier_epoch_has_another_index(board: Blackboard) -> None:
     hashes = some_hashes(2)
     await board.index.replace("d1", 1, hashes, TTL_MS)
-    assert await board.index.leading_runs(b"".join(hashes), [("d1", 2)]) == [0]
+    assert await board.index.hashes("d1", 1) == set(hashes)
+    assert await board.index.hashes("d1", 2) is None
 
 
 async def test_a_snapshot_that_was_left_half_written_is_not_mixed_into_the_next(
@@ -196,16 +168,72 @@ async def test_updates_change_an_index(board: Blackboard) -> None:
     hashes = some_hashes(4)
     await board.index.replace("d1", 1, hashes[:2], TTL_MS)
     assert await board.index.update("d1", 1, hashes[2:], hashes[1:2], TTL_MS)
-    assert await board.index.leading_runs(b"".join(hashes), [("d1", 1)]) == [1]
-    assert await board.index.leading_runs(b"".join(hashes[2:]), [("d1", 1)]) == [2]
+    assert await board.index.hashes("d1", 1) == {hashes[0], *hashes[2:]}
 
 
 async def test_large_updates_and_snapshots_arrive_whole(board: Blackboard, raw: "redis.Redis") -> None:
-    hashes = some_hashes(20 * HASHES_PER_COMMAND + 3)
+    hashes = some_hashes(20 * HASHES_PER_CHANGE + 3)
     await board.index.replace("d1", 1, hashes, TTL_MS)
     assert raw.scard(keys.index("d1", 1)) == len(hashes) + 1
     await board.index.update("d1", 1, (), hashes, TTL_MS)
     assert raw.smembers(keys.index("d1", 1)) == {keys.COMPLETE.encode()}
+
+
+async def test_every_change_is_on_the_stream_with_a_number_behind_the_last(board: Blackboard) -> None:
+    hashes, start = some_hashes(4), await board.index.position()
+    await board.index.replace("d1", 1, hashes[:2], TTL_MS)
+    await board.index.update("d1", 1, hashes[2:], hashes[:1], TTL_MS)
+    await board.index.update("d1", 1, (), hashes[1:2], TTL_MS)
+    events, position = await board.index.events(start)
+    assert events == [
+        IndexEvent("d1", 1, 1, replaced=True),
+        IndexEvent("d1", 1, 2, stored=b"".join(hashes[2:]), removed=hashes[0]),
+        IndexEvent("d1", 1, 3, removed=hashes[1]),
+    ]
+    assert await board.index.numbers([("d1", 1), ("d2", 1)]) == [3, 0]
+    assert await board.index.events(position) == ([], position)
+    assert position == await board.index.position()
+
+
+async def test_whoever_waits_for_changes_gets_the_first_one(board: Blackboard) -> None:
+    waiting = asyncio.create_task(board.index.events(b"0-0", wait_ms=900))
+    await board.index.update("d1", 1, some_hashes(1), (), TTL_MS)
+    events, _ = await waiting
+    assert [event.number for event in events] == [1]
+
+
+async def test_the_stream_is_bounded(board: Blackboard, raw: "redis.Redis") -> None:
+    pipeline = raw.pipeline()
+    for _ in range(2 * MAX_EVENTS):
+        pipeline.xadd(keys.EVENTS, {"w": "d1"})
+    pipeline.execute()
+    await board.index.update("d1", 1, some_hashes(1), (), TTL_MS)
+    assert raw.xlen(keys.EVENTS) < 1.1 * MAX_EVENTS
+
+
+async def test_a_malformed_change_hides_no_other(board: Blackboard, raw: "redis.Redis") -> None:
+    raw.xadd(keys.EVENTS, {"w": "d1", "e": "one"})
+    raw.xadd(keys.EVENTS, {"colour": "red"})
+    await board.index.update("d1", 1, some_hashes(1), (), TTL_MS)
+    events, _ = await board.index.events(b"0-0")
+    assert [event.number for event in events] == [1]
+
+
+async def test_an_index_is_read_in_parts(board: Blackboard) -> None:
+    hashes, found, cursors = some_hashes(5 * HASHES_PER_PART), b"", [0]
+    await board.index.replace("d1", 1, hashes, TTL_MS)
+    while cursors == [0] or cursors[-1]:
+        part = await board.index.part("d1", 1, cursors[-1])
+        assert (part.complete, part.number) == (True, 1)
+        found += part.hashes
+        cursors.append(part.cursor)
+    assert len(cursors) > 3
+    assert {found[first : first + 16] for first in range(0, len(found), 16)} == set(hashes)
+
+
+async def test_an_index_that_is_not_there_is_read_as_incomplete(board: Blackboard) -> None:
+    part = await board.index.part("d1", 1, 0)
+    assert (part.complete, part.number, part.cursor, part.hashes) == (False, 0, 0, b"")
 
 
 async def test_a_worker_learns_that_redis_lost_its_index(board: Blackboard, raw: "redis.Redis") -> None:
@@ -229,14 +257,18 @@ async def test_without_redis_everything_is_a_fault_and_it_comes_back_by_itself(v
         board.processes(Role.DECODE),
         board.index.update("d1", 1, hashes, (), TTL_MS),
         board.index.replace("d1", 1, hashes, TTL_MS),
-        board.index.leading_runs(hashes[0], [("d1", 1)]),
+        board.index.hashes("d1", 1),
+        board.index.numbers([("d1", 1)]),
+        board.index.part("d1", 1, 0),
+        board.index.position(),
+        board.index.events(b"0-0", wait_ms=10),
         board.changes().__aenter__(),
     ):
         with pytest.raises(BlackboardLost):
             await attempt
     valkey.start()
     await board.index.replace("d1", 1, hashes, TTL_MS)
-    assert await board.index.leading_runs(hashes[0], [("d1", 1)]) == [1]
+    assert await board.index.hashes("d1", 1) == set(hashes)
     await board.close()
 
 

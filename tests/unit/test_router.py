@@ -3,21 +3,21 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
 
 import pytest
-import redis.asyncio
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from services.router.__main__ import SERVICE
 from services.router.candidate import Weights
 from services.router.fleet import Fleet
+from services.router.mirror import Mirror
+from services.router.mirror_feed import MirrorFeed
 from services.router.servicer import RouterServicer
 from shared import rpc
 from shared.blackboard.board import Blackboard
-from shared.blackboard.index import PrefixIndex
 from shared.errors import (
     BlackboardLost,
     ContextTooLong,
@@ -49,19 +49,22 @@ class Router:
         self.telemetry = Telemetry("router", "r1")
         self.fleet = Fleet(self.board, WEIGHTS, heartbeat_ms=heartbeat_ms, ttl_ms=ttl_ms, clock=clock)
         self.server = rpc.Server(self.telemetry, [SERVICE])
-        self.servicer = RouterServicer(self.fleet, self.board.index, WEIGHTS, self.telemetry, index_timeout_ms=5_000)
+        self.mirror = Mirror(max_pages=10_000)
+        self.feed = MirrorFeed(self.board.index, self.fleet, self.mirror)
+        self.servicer = RouterServicer(self.fleet, self.mirror, WEIGHTS, self.telemetry)
         router_pb2_grpc.add_RouterServiceServicer_to_server(self.servicer, self.server.grpc)
         self.channels = rpc.Channels()
 
     async def start(self) -> None:
-        self.watching = asyncio.create_task(self.fleet.run())
+        self.watching = [asyncio.create_task(self.fleet.run()), asyncio.create_task(self.feed.run())]
         port = await self.server.start("127.0.0.1", 0)
         self.channel = self.channels.to(f"127.0.0.1:{port}")
         self.stub: Any = router_pb2_grpc.RouterServiceStub(self.channel)
 
     async def stop(self) -> None:
-        self.watching.cancel()
-        await asyncio.wait({self.watching})
+        for task in self.watching:
+            task.cancel()
+        await asyncio.wait(self.watching)
         await self.channels.close()
         await self.server.stop(0)
         await self.board.close()
@@ -69,6 +72,12 @@ class Router:
 
     async def join(self, name: str, epoch: int = 1, **changes: Any) -> None:
         await self.board.register(registration(name, epoch, **changes), TTL_MS, announce=True)
+
+    async def cache(self, name: str, hashes: list[bytes]) -> None:
+        """Make these the pages of a worker, and wait until the router knows."""
+        await self.board.index.replace(name, 1, hashes, TTL_MS)
+        joined = b"".join(HASHES)
+        await self.until(lambda _: self.mirror.runs(joined, [(name, 1)]).tolist() == [len(hashes)])
 
     async def until(self, true: Callable[[list[tuple[str, int]]], bool]) -> None:
         """Wait for the view to be as the test wants it."""
@@ -127,7 +136,7 @@ async def test_a_worker_that_stops_registering_leaves(router: Router) -> None:
 
 async def test_a_restarted_worker_is_seen_as_its_new_epoch_without_its_old_pages(router: Router) -> None:
     await router.fleet_of("d1")
-    await router.board.index.replace("d1", 1, HASHES, TTL_MS)
+    await router.cache("d1", HASHES)
     assert (await router.route()).num_cached_tokens == 992
     await router.join("d1", epoch=2)
     await router.until(lambda seen: seen == [("d1", 2)])
@@ -186,14 +195,14 @@ async def test_a_placement_names_address_and_epoch(router: Router) -> None:
 async def test_the_prefix_index_decides_among_idle_workers(router: Router) -> None:
     await router.fleet_of("p1", "p2", "d1")
     for name in ("p1", "p2"):
-        await router.board.index.replace(name, 1, HASHES[: 40 if name == "p2" else 2], TTL_MS)
+        await router.cache(name, HASHES[: 40 if name == "p2" else 2])
     placed = await router.route()
     assert (placed.placement.prefill.worker_id, placed.num_cached_tokens) == ("p2", 640)
 
 
 async def test_a_prefix_of_a_peer_is_named_as_source(router: Router) -> None:
     await router.fleet_of("p1", "d1")
-    await router.board.index.replace("d1", 1, HASHES[:30], TTL_MS)
+    await router.cache("d1", HASHES[:30])
     placement = (await router.route()).placement
     assert (placement.prefill.worker_id, placement.kv_source.worker_id) == ("p1", "d1")
 
@@ -262,23 +271,6 @@ async def test_a_passed_deadline_is_a_fault(router: Router) -> None:
     await router.fleet_of("d1")
     with rpc.deadline(-1.0), pytest.raises(DeadlineExceeded):
         await router.servicer.Route(request(), NO_CONTEXT)
-
-
-@pytest.mark.parametrize(("index_timeout_ms", "deadline_s"), [(10, None), (3_600_000, 0.05)])
-async def test_a_prefix_index_that_does_not_answer_costs_neither_the_route_nor_its_deadline(
-    router: Router, index_timeout_ms: int, deadline_s: float | None
-) -> None:
-    class Silent(PrefixIndex):
-        async def leading_runs(self, page_hashes: bytes, workers: Sequence[tuple[str, int]]) -> list[int]:
-            await asyncio.Event().wait()
-            return []
-
-    await router.fleet_of("d1")
-    silent = Silent(redis.asyncio.Redis())
-    servicer = RouterServicer(router.fleet, silent, WEIGHTS, router.telemetry, index_timeout_ms)
-    with rpc.deadline(deadline_s):
-        placed = await servicer.Route(request(), NO_CONTEXT)
-    assert (placed.placement.decode.worker_id, placed.num_cached_tokens) == ("d1", 0)
 
 
 # Explain --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,229 @@
+"""Which of some numbered sets hold which pages: 128-bit page hashes in a hash table of numpy arrays.
+
+A set is a *slot*, one bit of a page's mask; what a slot means is the mirror's business. A table of Python objects would
+take several hundred bytes a page and a microsecond a lookup; here it is 32 bytes a row, and a thousand pages are found
+at once.
+
+    hash   = low word, high word (64 bits each)
+    segment = directory[first bits of the high word]         extendible hashing (Fagin et al., 1979)
+    bucket  = one of two, by bits of the low word            8 rows, one cache line of low words
+    row     = low word (0: empty), high word, mask
+
+A new page goes to the emptier of its two buckets. If both are full its segment splits in two: each row keeps its place
+within the segment, half of them in the new one. So the table grows by one segment at a time, never pauses to be built
+anew, and never exists twice. Address space is reserved for all it may ever hold; memory is used as rows are written.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Keys = NDArray[np.uint64]  # [pages, 2], low and high words
+Words = NDArray[np.uint64]
+Ints = NDArray[np.int64]
+
+BUCKET_ROWS = 8
+SEGMENT_BUCKETS = 512
+SEGMENT_ROWS = BUCKET_ROWS * SEGMENT_BUCKETS
+SLOTS_PER_WORD = 64
+# Segments are this full at least, but for the few smallest tables: they split when 83 % of their rows are taken.
+MIN_LOAD = 0.4
+# Hashes are random, so segments split at much the same time. A directory with more entries a segment than this is
+# given hashes that are none; it takes no more of those.
+MAX_DIRECTORY = 64
+# A search for the ends of prefixes looks at this many pages first, and then at all between two that differ.
+FIRST_PROBES = 32
+
+_BUCKET_BITS, _BUCKET_MASK = np.uint64(9), np.uint64(SEGMENT_BUCKETS - 1)
+_ONE = np.uint64(1)
+
+
+def keys_of(page_hashes: bytes) -> Keys:
+    """Concatenated hashes of 16 bytes as keys [pages, 2]."""
+    return np.frombuffer(page_hashes, "<u8").reshape(-1, 2)
+
+
+class Found(NamedTuple):
+    """Rows of those keys that the table has: `rows[i]` holds key number `places[i]`."""
+
+    places: Ints
+    rows: Ints
+
+
+class PageIndex:
+    """Pages and the slots that hold them; pages beyond about `max_pages` are not taken. Not thread-safe."""
+
+    def __init__(self, max_pages: int, num_words: int = 1) -> None:
+        self.num_words = num_words
+        self.num_pages = 0
+        self._max_segments = 2 + int(max_pages / (MIN_LOAD * SEGMENT_ROWS))
+        self._depths = [1, 1]
+        self._directory: Ints = np.arange(2, dtype=np.int64)
+        self._shift = np.uint64(63)
+        num_rows = self._max_segments * SEGMENT_ROWS
+        self._lows: Words = np.zeros((num_rows // BUCKET_ROWS, BUCKET_ROWS), np.uint64)
+        self._highs: Words = np.zeros(num_rows, np.uint64)
+        self._masks: Words = np.zeros((num_rows, num_words), np.uint64)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory in use."""
+        return self._directory.nbytes + self.num_segments * SEGMENT_ROWS * 8 * (2 + self.num_words)
+
+    @property
+    def num_segments(self) -> int:
+        """Parts that `clear` can be given."""
+        return len(self._depths)
+
+    def widen(self, num_words: int) -> None:
+        """Make room for more slots."""
+        masks: Words = np.zeros((len(self._masks), num_words), np.uint64)
+        num_rows = self.num_segments * SEGMENT_ROWS
+        masks[:num_rows, : self.num_words] = self._masks[:num_rows]
+        self._masks, self.num_words = masks, num_words
+
+    # Changes ----------------------------------------------------------------------------------------------------------
+
+    def add(self, keys: Keys, slots: Ints) -> None:
+        """Each page [n] is in each of its slots [n] from now on. Pages may repeat."""
+        while len(keys):
+            found = self._find(keys)
+            words, bits = _bits_of(slots[found.places])
+            np.bitwise_or.at(self._masks, (found.rows, words), bits)
+            if len(found.places) == len(keys):
+                return
+            absent = np.ones(len(keys), np.bool_)
+            absent[found.places] = False
+            keys, slots = keys[absent], slots[absent]
+            taken = self._insert(keys)
+            keys, slots = keys[taken], slots[taken]
+
+    def discard(self, keys: Keys, slots: Ints) -> None:
+        """Each page [n] is in its slot [n] no more; a page in no slot is gone."""
+        found = self._find(keys)
+        words, bits = _bits_of(slots[found.places])
+        np.bitwise_and.at(self._masks, (found.rows, words), ~bits)
+        self._drop_empty(np.unique(found.rows))
+
+    def clear(self, slots: Ints, segment: int) -> None:
+        """Empty these slots in one segment. Slots are empty when all segments were cleared and nothing was added."""
+        kept = np.full(self.num_words, ~np.uint64(0))
+        words, bits = _bits_of(slots)
+        np.bitwise_and.at(kept, words, ~bits)
+        first = segment * SEGMENT_ROWS
+        masks = self._masks[first : first + SEGMENT_ROWS]
+        masks &= kept
+        held = self._lows.reshape(-1)[first : first + SEGMENT_ROWS] != 0
+        self._drop_empty(first + np.flatnonzero(held))
+
+    def _drop_empty(self, rows: Ints) -> None:
+        gone = rows[~self._masks[rows].any(axis=1)]
+        self._lows.reshape(-1)[gone] = 0
+        self.num_pages -= len(gone)
+
+    def _insert(self, keys: Keys) -> NDArray[np.bool_]:
+        """Give rows to keys that have none, to as many as do not get in each other's way; which are worth another try,
+        that is all but those for which there is no room."""
+        buckets = self._buckets(keys)
+        free = self._lows[buckets] == 0  # [n, 2, BUCKET_ROWS]
+        room = free.sum(axis=2)
+        fits: NDArray[np.bool_] = room.any(axis=1)
+        crowded = np.unique(buckets[~fits, 0] // SEGMENT_BUCKETS).tolist()
+        if any([self._split(segment) for segment in crowded]):  # noqa: C419 - all of them
+            return np.ones(len(keys), np.bool_)
+        mine = np.flatnonzero(fits)
+        emptier = room[mine].argmax(axis=1)
+        rows = buckets[mine, emptier] * BUCKET_ROWS + free[mine, emptier].argmax(axis=1)
+        self._lows.reshape(-1)[rows], self._highs[rows] = _lows_of(keys[mine]), keys[mine, 1]
+        self._masks[rows] = 0
+        self.num_pages += len(np.unique(rows))
+        return fits
+
+    def _split(self, segment: int) -> bool:
+        """Halve a segment: rows whose next bit of the high word is set move to a new one, to the same place there."""
+        depth, new = self._depths[segment], self.num_segments
+        if new == self._max_segments or len(self._directory) > MAX_DIRECTORY * new:
+            return False
+        if len(self._directory) == 1 << depth:
+            self._directory, self._shift = np.repeat(self._directory, 2), self._shift - _ONE
+        self._depths[segment] = depth + 1
+        self._depths.append(depth + 1)
+        entries = np.flatnonzero(self._directory == segment)
+        self._directory[entries[len(entries) // 2 :]] = new
+        lows, old = self._lows.reshape(-1), segment * SEGMENT_ROWS
+        rows = old + np.flatnonzero(lows[old : old + SEGMENT_ROWS])
+        rows = rows[(self._highs[rows] >> np.uint64(63 - depth)) & _ONE == _ONE]
+        moved = rows + (new - segment) * SEGMENT_ROWS
+        lows[moved], self._highs[moved], self._masks[moved] = lows[rows], self._highs[rows], self._masks[rows]
+        lows[rows] = 0
+        return True
+
+    # Lookups ----------------------------------------------------------------------------------------------------------
+
+    def masks(self, keys: Keys) -> Words:
+        """The slots [n, num_words] that have each page, as bits."""
+        found = self._find(keys)
+        masks: Words = np.zeros((len(keys), self.num_words), np.uint64)
+        masks[found.places] = self._masks.take(found.rows, axis=0)
+        return masks
+
+    def runs(self, keys: Keys) -> Ints:
+        """How many leading pages each slot has: [SLOTS_PER_WORD * num_words].
+
+        Hashes are chained and caches drop a prefix after what continues it, so a slot that has a page has all before
+        it: pages are probed here and there first, and one by one only where some slot's run ends. A slot that lacks a
+        page in the midst counts as having it if no probe hits it.
+        """
+        num_pages = len(keys)
+        if not num_pages:
+            return np.zeros(self.num_words * SLOTS_PER_WORD, np.int64)
+        step = -(-num_pages // FIRST_PROBES)
+        places = np.arange(0, num_pages + step - 1, step)
+        places[-1] = num_pages - 1
+        have, ends = self._probe(keys, places)
+        if len(ends) and step > 1:
+            within = (places[ends][:, None] + np.arange(step + 1)).reshape(-1)
+            places = np.unique(np.concatenate((places, within[within < num_pages])))
+            have, ends = self._probe(keys, places)
+        return self._lengths(have, places, ends, num_pages)
+
+    def _probe(self, keys: Keys, places: Ints) -> tuple[Words, Ints]:
+        """Who has all that is probed up to each place [places, num_words], and behind which places a run ends."""
+        have = np.bitwise_and.accumulate(self.masks(keys[places]), axis=0)
+        return have, np.flatnonzero((have[1:] != have[:-1]).any(axis=1))
+
+    def _lengths(self, have: Words, places: Ints, ends: Ints, num_pages: int) -> Ints:
+        """Lengths of runs from what is had up to each of `places`; it changes behind each of `ends`."""
+        stages = have[np.concatenate((ends, [len(have) - 1]))]
+        bits = np.unpackbits(stages.astype("<u8", copy=False).view(np.uint8), axis=1, bitorder="little")
+        edges = np.concatenate(([0], places[ends + 1], [num_pages]))
+        return np.asarray(np.diff(edges).astype(np.float64) @ bits, np.int64)
+
+    def _find(self, keys: Keys) -> Found:
+        lows, buckets = _lows_of(keys), self._buckets(keys)
+        candidates = self._lows.take(buckets.reshape(-1), axis=0).reshape(len(keys), 2 * BUCKET_ROWS)
+        hits = np.flatnonzero(candidates == lows[:, None])
+        places = hits // (2 * BUCKET_ROWS)
+        rows = buckets.reshape(-1)[hits // BUCKET_ROWS] * BUCKET_ROWS + hits % BUCKET_ROWS
+        right = self._highs.take(rows) == keys[:, 1].take(places)
+        return Found(places, rows) if right.all() else Found(places[right], rows[right])
+
+    def _buckets(self, keys: Keys) -> Ints:
+        """The two buckets [n, 2] of each key."""
+        lows = keys[:, 0]
+        first = self._directory.take((keys[:, 1] >> self._shift).view(np.int64)) * SEGMENT_BUCKETS
+        buckets: Ints = np.empty((len(keys), 2), np.int64)
+        buckets[:, 0] = first + (lows & _BUCKET_MASK).view(np.int64)
+        buckets[:, 1] = first + ((lows + ((lows >> _BUCKET_BITS) | _ONE)) & _BUCKET_MASK).view(np.int64)  # another one
+        return buckets
+
+
+def _lows_of(keys: Keys) -> Words:
+    """Low words, none of which is the mark of an empty row."""
+    return np.maximum(keys[:, 0], _ONE)
+
+
+def _bits_of(slots: Ints) -> tuple[Ints, Words]:
+    """Word and bit of each slot."""
+    return slots // SLOTS_PER_WORD, _ONE << (slots % SLOTS_PER_WORD).astype(np.uint64)
