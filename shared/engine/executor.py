@@ -63,18 +63,20 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     cache_dir: Path | None = None,
     shard: Shard | None = None,
     group: Group | None = None,
+    kv_dtype: str = "auto",
 ) -> TorchExecutor:
     """The executor of a model directory, with a pool of `num_pages` pages, or of at most `pool_bytes` bytes.
 
     `dtype` is "bfloat16" or "float32"; `max_model_len` at most, and by default, what the model was made for.
     `kernels` is "auto", "native" or "torch"; compiled ones are kept in `cache_dir` (`$FOREBAY_CACHE`). Of several
-    ranks this is the one at `shard`, `group` is its view of them, and the pool its own. Raises Unsupported for a model
-    or dtype that cannot be served, and for a pool that holds no page.
+    ranks this is the one at `shard`, `group` is its view of them, and the pool its own. `kv_dtype` is "auto" for
+    `dtype`, or one of `kv.formats.KV_DTYPES`. Raises Unsupported for a model or dtype that cannot be served, and for a
+    pool that holds no page.
     """
     if dtype not in DTYPES:
         raise Unsupported(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     shard, group, cache_dir = shard or Shard(), group or Alone(), cache_dir or default_cache()
-    model = registry.load(model_dir, Placement(DTYPES[dtype], num_threads, kernels, cache_dir, shard, group))
+    model = registry.load(model_dir, Placement(DTYPES[dtype], num_threads, kernels, cache_dir, shard, group, kv_dtype))
     layout, page_bytes = model.layout(page_size), model.rank_layout(page_size).page_bytes
     num_pages = num_pages or pool_bytes // page_bytes
     if num_pages < 1:
@@ -86,6 +88,6 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
         eos_token_ids=model.eos_token_ids,
         layout=layout,
         num_pages=num_pages,
-        compatibility_hash=compatibility_hash(model_name, revision(model_dir), layout),
+        compatibility_hash=compatibility_hash(model_name, revision(model_dir), dtype, layout),
     )
     return TorchExecutor(model, spec, HostMemory(num_pages, page_bytes))

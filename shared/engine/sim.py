@@ -100,7 +100,7 @@ class SimExecutor:
             eos_token_ids=model.eos_token_ids,
             layout=layout,
             num_pages=num_pages,
-            compatibility_hash=compatibility_hash(model.name, "sim", layout),
+            compatibility_hash=compatibility_hash(model.name, "sim", "", layout),
         )
         self.memory = HostMemory(num_pages, layout.page_bytes)
         self._model = model

@@ -60,6 +60,7 @@ def _torch(config: WorkerConfig) -> tuple[Executor, str]:
         pool_bytes=config.kv_cache_mb << 20,
         max_model_len=config.max_model_len or None,
         kernels=config.kernels,
+        kv_dtype=config.kv_dtype,
     )
     return executor, str(path)
 

@@ -11,7 +11,12 @@ class WorkerConfig(ServiceConfig):
     model: str = Field("SmolLM2-135M-Instruct", description="Model to serve: a known name, or a model directory.")
     served_model_name: str = Field("", description="Name that clients ask for; empty takes the model's.")
     engine: str = Field("torch", pattern="^(torch|sim)$", description="torch computes; sim computes no model.")
-    dtype: str = Field("bfloat16", pattern="^(bfloat16|float32)$", description="Type of weights, activations and KV.")
+    dtype: str = Field("bfloat16", pattern="^(bfloat16|float32)$", description="Type of weights and activations.")
+    kv_dtype: str = Field(
+        "auto",
+        pattern="^(auto|bfloat16|float32|fp8)$",
+        description="Form of KV in pages; auto takes dtype's. All workers of a cluster need the same.",
+    )
     num_threads: int = Field(0, ge=0, description="Threads that compute; 0 takes all cores.")
     kernels: str = Field("auto", description="Kernel set; auto takes the best that fits.")
     page_size: int = Field(16, ge=1, le=1024, description="Tokens per KV page.")

@@ -83,6 +83,7 @@ class Measures:
             "decode_step_ms": lambda: engine.load().decode_step_ms,
             "preemptions": lambda: engine.load().num_preemptions,
             "mean_accepted_length": lambda: engine.draft_counts().mean_accepted_length,
+            "kv_bytes_per_token": lambda: engine.spec.layout.bytes_per_token,
             "live_leases": lambda: engine.kv.lease_counts().live,
             "page_faults": lambda: _page_faults(engine),
         }

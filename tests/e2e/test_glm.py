@@ -12,11 +12,15 @@ from tests.oracle import driver
 PROMPT = [token * 37 % 499 for token in range(700)]
 
 
-@pytest.mark.parametrize("length", [20, 700], ids=["prefilled on the decode worker", "handed over"])
-async def test_a_cluster_gives_the_tokens_of_the_bare_model(length: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("length", "kv_dtype"),
+    [(20, "auto"), (700, "auto"), (700, "fp8")],
+    ids=["prefilled on the decode worker", "handed over", "handed over in fp8"],
+)
+async def test_a_cluster_gives_the_tokens_of_the_bare_model(length: int, kv_dtype: str, tmp_path: Path) -> None:
     tiny.write("glm-5.2", tmp_path / "glm")
-    expected = driver.generate(driver.load(tmp_path / "glm"), PROMPT[:length], 12)
-    with running("--model", str(tmp_path / "glm"), "--dtype", "float32") as cluster:
+    expected = driver.generate(driver.load(tmp_path / "glm", kv_dtype=kv_dtype), PROMPT[:length], 12)
+    with running("--model", str(tmp_path / "glm"), "--dtype", "float32", "--kv-dtype", kv_dtype) as cluster:
         body = {"model": cluster.model, "prompt": PROMPT[:length], "max_tokens": 12, "temperature": 0}
         body |= {"ignore_eos": True, "return_token_ids": True}
         async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:

@@ -24,12 +24,19 @@ def tiny_model(variant: str, path: Path) -> MakeExecutor:
     from shared.engine.executor import load_executor
     from tests.oracle import tiny_glm, tiny_models
 
-    if variant == "glm":  # attends to 8 of the visible tokens, so that every choice of theirs is felt
+    name, _, kv_dtype = variant.partition(" ")
+    if name == "glm":  # attends to 8 of the visible tokens, so that every choice of theirs is felt
         tiny_glm.write(path, vocab_size=211, eos_token_id=[2], pad_token_id=2)
     else:
-        tiny_models.write(variant, path)
+        tiny_models.write(name, path)
     return lambda num_pages: load_executor(
-        path, model_name="tiny", dtype="float32", page_size=16, num_threads=1, num_pages=num_pages
+        path,
+        model_name="tiny",
+        dtype="float32",
+        kv_dtype=kv_dtype or "auto",
+        page_size=16,
+        num_threads=1,
+        num_pages=num_pages,
     )
 
 
@@ -61,6 +68,7 @@ SAMPLED = replace(
 )
 PENALIZED = replace(SAMPLED, top_k=50, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1)
 CASES = [(model, sampling) for model in ("sim", "llama", "qwen3", "glm") for sampling in (GREEDY, SAMPLED)]
+CASES += [("glm fp8", GREEDY)]
 
 
 @pytest.fixture(

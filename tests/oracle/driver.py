@@ -10,7 +10,9 @@ from shared.engine.executor import TorchExecutor, load_executor
 PAGE_SIZE = 16
 
 
-def load(model_dir: Path, dtype: str = "float32", num_pages: int = 64, kernels: str = "auto") -> TorchExecutor:
+def load(
+    model_dir: Path, dtype: str = "float32", num_pages: int = 64, kernels: str = "auto", kv_dtype: str = "auto"
+) -> TorchExecutor:
     return load_executor(
         model_dir,
         model_name="tiny",
@@ -19,6 +21,7 @@ def load(model_dir: Path, dtype: str = "float32", num_pages: int = 64, kernels: 
         num_threads=1,
         num_pages=num_pages,
         kernels=kernels,
+        kv_dtype=kv_dtype,
     )
 
 

@@ -5,12 +5,30 @@ sequence, holding positions in rising order, -1 where fewer than K are visible. 
 what is needed besides the pages grows with the step and not with the context.
 """
 
+from typing import Protocol
+
 import torch
+import torch.nn.functional as F
 
 from shared.engine.batch import Batch
 
 Selection = list[torch.Tensor]
 BLOCK_VALUES = 1 << 22
+# Keys that are scored at a time. Independent of the step, so that it makes no difference how a prompt is cut.
+BLOCK_KEYS = 4096
+
+
+class Rows(Protocol):
+    """What is cached of one layer, one row [D] per token, in pages. What is read of a row may differ from what was
+    written, but depends on that alone."""
+
+    page_size: int
+
+    def write(self, pages: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> None:
+        """Keep rows [T, D], any float, at `offsets` [T] of `pages` [T], both int64."""
+
+    def read(self, pages: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Rows [..., D], a float that depends on how they are kept, at `offsets` [...] of `pages` [...]."""
 
 
 def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -20,20 +38,20 @@ def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
-def append_state(state: torch.Tensor, values: torch.Tensor, batch: Batch) -> None:
-    """Write one row per token of the step into its page. state [pages, page_size, D], values [T, D]."""
-    page_size = state.shape[1]
+def append_state(state: Rows, values: torch.Tensor, batch: Batch) -> None:
+    """Write one row per token of the step into its page. values [T, D]."""
     sequence = torch.repeat_interleave(batch.query_starts.diff())
-    pages = batch.page_ids[batch.page_starts[sequence] + batch.positions // page_size].long()
-    state[pages, (batch.positions % page_size).long()] = values
+    pages = batch.page_ids[batch.page_starts[sequence] + batch.positions // state.page_size].long()
+    state.write(pages, (batch.positions % state.page_size).long(), values)
 
 
-def select(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, batch: Batch, top_k: int) -> Selection:
+def select(q: torch.Tensor, head_weights: torch.Tensor, keys: Rows, batch: Batch, top_k: int) -> Selection:
     """The `top_k` visible tokens with the highest index scores (DeepSeek-V3.2 report, equation 1):
 
         I[s, t] = sum over heads h of w[s, h] * relu(q[s, h] . k[t]) * D^-0.5,  t <= position of s, in float32
 
-    q [T, H, D], head_weights [T, H] float32, keys [pages, page_size, D] of this layer, with this step's keys in it.
+    Of equal scores the earlier token is taken. q [T, H, D], head_weights [T, H] float32; `keys` are this layer's,
+    with this step's in them.
     """
     queries, pages, selection = batch.query_starts.tolist(), batch.page_starts.tolist(), []
     for s, context in enumerate(batch.context_lens.tolist()):
@@ -42,22 +60,39 @@ def select(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, batc
         if context <= top_k:
             selection.append(_visible(torch.arange(context).expand(len(positions), -1), positions))
             continue
-        own = batch.page_ids[pages[s] : pages[s] + -(-context // keys.shape[1])].long()
-        k = keys[own].flatten(0, 1)[:context].float()
-        size = max(1, BLOCK_VALUES // (q.shape[1] * context))
+        own = batch.page_ids[pages[s] : pages[s + 1]].long()
+        size = max(1, BLOCK_VALUES // (q.shape[1] * BLOCK_KEYS))
         blocks = (slice(at, min(at + size, rows.stop)) for at in range(rows.start, rows.stop, size))
-        chosen = [_top(q[block], head_weights[block], batch.positions[block], k, top_k) for block in blocks]
+        chosen = [_top(q[block], head_weights[block], batch.positions[block], keys, own, top_k) for block in blocks]
         selection.append(torch.cat(chosen))
     return selection
 
 
 def _top(
-    q: torch.Tensor, head_weights: torch.Tensor, positions: torch.Tensor, k: torch.Tensor, top_k: int
+    q: torch.Tensor, head_weights: torch.Tensor, positions: torch.Tensor, keys: Rows, own: torch.Tensor, top_k: int
 ) -> torch.Tensor:
-    """The selection of a block of rows: q [r, H, D], head_weights [r, H], positions [r], k [context, D]."""
-    scores = torch.einsum("rh,rht->rt", head_weights, torch.relu(q.float() @ k.T)) * k.shape[1] ** -0.5
-    scores.masked_fill_(torch.arange(len(k)) > positions[:, None], -torch.inf)
-    return _visible(scores.topk(top_k, dim=-1).indices, positions)
+    """The selection of a block of rows, over one block of keys after another: q [r, H, D], head_weights [r, H],
+    positions [r]; `own` are the pages of the sequence."""
+    best, chosen = torch.empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64)
+    end = int(positions.max()) + 1
+    for start in range(0, end, BLOCK_KEYS):
+        at = torch.arange(start, min(start + BLOCK_KEYS, end))
+        k = keys.read(own[at // keys.page_size], at % keys.page_size).float()
+        scores = torch.einsum("rh,rht->rt", head_weights, torch.relu(q.float() @ k.T)) * q.shape[2] ** -0.5
+        scores.masked_fill_((at > positions[:, None]) | scores.isnan(), -torch.inf)
+        best, chosen = torch.cat((best, scores), dim=1), torch.cat((chosen, at.expand(len(q), -1)), dim=1)
+        if best.shape[1] > top_k:
+            kept = _highest(best, top_k)
+            best, chosen = best[kept].view(len(q), -1), chosen[kept].view(len(q), -1)
+    return _visible(F.pad(chosen, (0, top_k - chosen.shape[1]), value=-1), positions)
+
+
+def _highest(scores: torch.Tensor, num: int) -> torch.Tensor:
+    """Which of scores [r, n] are the `num` highest of their row, of equal ones the first: bool [r, n]."""
+    least = scores.topk(num, dim=1).values[:, -1:]
+    above, equal = scores > least, scores == least
+    missing = num - above.sum(dim=1, keepdim=True)
+    return above | (equal & (equal.cumsum(dim=1) <= missing))
 
 
 def _visible(chosen: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -66,17 +101,16 @@ def _visible(chosen: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def sparse_attention(
-    q: torch.Tensor, latents: torch.Tensor, selection: Selection, batch: Batch, value_dim: int, scale: float
+    q: torch.Tensor, latents: Rows, selection: Selection, batch: Batch, value_dim: int, scale: float
 ) -> torch.Tensor:
     """Absorbed latent attention: every head of a token attends to the same selected latents.
 
-    q [T, H, D], latents [pages, page_size, D] of this layer -> [T, H, value_dim]; values are the first `value_dim`
-    of a latent. Softmax in float32.
+    q [T, H, D] -> [T, H, value_dim]; values are the first `value_dim` of a latent. Softmax in float32.
     """
     queries, pages, out = batch.query_starts.tolist(), batch.page_starts.tolist(), []
     for s, chosen in enumerate(selection):
         own = batch.page_ids[pages[s] : pages[s + 1]].long()
-        size = max(1, BLOCK_VALUES // (chosen.shape[1] * latents.shape[2]))
+        size = max(1, BLOCK_VALUES // (chosen.shape[1] * q.shape[2]))
         for at in range(0, len(chosen), size):
             rows = q[queries[s] + at : min(queries[s] + at + size, queries[s + 1])]
             out.append(_attend(rows, latents, own, chosen[at : at + size], value_dim, scale))
@@ -84,10 +118,10 @@ def sparse_attention(
 
 
 def _attend(
-    q: torch.Tensor, latents: torch.Tensor, own: torch.Tensor, chosen: torch.Tensor, value_dim: int, scale: float
+    q: torch.Tensor, latents: Rows, own: torch.Tensor, chosen: torch.Tensor, value_dim: int, scale: float
 ) -> torch.Tensor:
-    page_size, at = latents.shape[1], chosen.clamp_min(0)
-    k = latents[own[at // page_size], at % page_size]
+    at = chosen.clamp_min(0)
+    k = latents.read(own[at // latents.page_size], at % latents.page_size).to(q.dtype)
     scores = (q @ k.transpose(1, 2)).float() * scale
     scores.masked_fill_((chosen < 0)[:, None], -torch.inf)
     return scores.softmax(dim=-1).to(q.dtype) @ k[..., :value_dim]

@@ -8,7 +8,8 @@ from hashlib import blake2b
 
 @dataclass(frozen=True, slots=True)
 class StateClass:
-    """One kind of state per token: attention KV, MLA latents, indexer keys, quantization scales …
+    """One kind of state per token: attention KV, MLA latents, indexer keys … `dtype` is a float, or the name of a form
+    that packs floats and their scales (`kv.formats`).
 
     `offset_bytes` and `size_bytes` are within a page, all layers of the class together. A class that ranks share out
     by heads is `num_layers` x 2 spans (keys, values) of `num_heads` heads, of which `first_head` is the first; of one
@@ -36,6 +37,11 @@ class KvLayout:
         """Pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
 
+    @property
+    def bytes_per_token(self) -> float:
+        """What a token takes, its part of the padding between state classes included."""
+        return self.page_bytes / self.page_size
+
 
 def pack(
     page_size: int,
@@ -53,8 +59,8 @@ def pack(
     return KvLayout(page_size, offset, tuple(packed))
 
 
-def compatibility_hash(model: str, revision: str, layout: KvLayout) -> str:
-    """32 hex digits over everything that must agree before pages are exchanged."""
+def compatibility_hash(model: str, revision: str, dtype: str, layout: KvLayout) -> str:
+    """32 hex digits over everything that must agree before pages are exchanged; `dtype` is what computes them."""
     classes = [[c.name, c.num_layers, c.dtype, c.offset_bytes, c.size_bytes] for c in layout.state_classes]
-    facts = json.dumps([model, revision, layout.page_size, layout.page_bytes, classes], separators=(",", ":"))
+    facts = json.dumps([model, revision, dtype, layout.page_size, layout.page_bytes, classes], separators=(",", ":"))
     return blake2b(facts.encode(), digest_size=16).hexdigest()

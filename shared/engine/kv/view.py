@@ -13,10 +13,13 @@ def pool_bytes(memory: HostMemory) -> torch.Tensor:
 
 
 def state_view(pool: torch.Tensor, state: StateClass, shape: tuple[int, ...]) -> torch.Tensor:
-    """One state class as [num_pages, *shape]; `shape` begins with the layers. Strided: pages are `page_bytes` apart."""
+    """One state class as [num_pages, *shape]; `shape` begins with the layers. Strided: pages are `page_bytes` apart.
+
+    Of a form that is no dtype of torch: its bytes, uint8.
+    """
     span = pool[:, state.offset_bytes : state.offset_bytes + state.size_bytes]
-    typed: torch.Tensor = span.view(getattr(torch, state.dtype))
-    return typed.view(-1, *shape)
+    typed: torch.Tensor = span.view(getattr(torch, state.dtype, torch.uint8))
+    return typed.view(len(pool), *shape)
 
 
 def state_class(layout: KvLayout, name: str) -> StateClass:

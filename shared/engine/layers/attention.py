@@ -24,7 +24,7 @@ class Attention:
 
     def __call__(self, x: torch.Tensor, rope: Rope, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
         """Attend."""
-        q, k, v = self.qkv(x).view(-1, sum(self.heads), self.head_dim).split(self.heads, dim=1)  # type: ignore[no-untyped-call]
+        q, k, v = self.qkv(x).view(-1, sum(self.heads), self.head_dim).split(self.heads, dim=1)
         q = reference.rotate(self._norm(q, self.q_norm), *rope)
         reference.append_kv(kv, reference.rotate(self._norm(k, self.k_norm), *rope), v, batch)
         return self.output(reference.paged_attention(q, kv, batch).flatten(1))

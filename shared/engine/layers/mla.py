@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference, sparse_reference
-from shared.engine.kernels.sparse_reference import Selection
+from shared.engine.kernels.sparse_reference import Rows, Selection
 from shared.engine.layers.linear import Linear, RowLinear
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_weights import AttentionWeights, IndexerWeights
@@ -36,17 +36,16 @@ class LatentAttention:
         x: torch.Tensor,
         angles: Rope,
         batch: Batch,
-        latents: torch.Tensor,
-        index_keys: torch.Tensor | None,
+        latents: Rows,
+        index_keys: Rows | None,
         selection: Selection,
     ) -> tuple[torch.Tensor, Selection]:
         """Attend; also return the selection, for the layers that share it.
 
-        `latents` [pages, page_size, latent_dim] and `index_keys` [pages, page_size, D] (None in a sharing layer) are
-        this layer's.
+        `latents` (rows of latent_dim) and `index_keys` (None in a sharing layer) are this layer's.
         """
         config = self.config
-        q_low, latent, key_rope = self.down(x).split(self.parts, dim=1)  # type: ignore[no-untyped-call]
+        q_low, latent, key_rope = self.down(x).split(self.parts, dim=1)
         q_low = reference.rms_norm(q_low, self.query_norm, config.latent_norm_eps)
         latent = reference.rms_norm(latent, self.latent_norm, config.latent_norm_eps)
         key_rope = sparse_reference.rotate_interleaved(key_rope[:, None], *angles)[:, 0]
@@ -62,7 +61,7 @@ class LatentAttention:
         """[T, H, latent_dim]: the part without position taken into latent space, the rotary part as it is."""
         config = self.config
         q = self.query(q_low).view(-1, config.num_heads, config.qk_head_dim)
-        q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)  # type: ignore[no-untyped-call]
+        q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         absorbed = torch.einsum("thn,hnc->thc", q_nope, self.up_key)
         return torch.cat((absorbed, sparse_reference.rotate_interleaved(q_rope, *angles)), dim=-1)
 
@@ -77,9 +76,7 @@ class Indexer:
         self.key_norm_weight, self.key_norm_bias = (part.float() for part in weights.key_norm)
         self.head_weights = Linear(weights.head_weights)
 
-    def __call__(
-        self, x: torch.Tensor, q_low: torch.Tensor, angles: Rope, batch: Batch, keys: torch.Tensor
-    ) -> Selection:
+    def __call__(self, x: torch.Tensor, q_low: torch.Tensor, angles: Rope, batch: Batch, keys: Rows) -> Selection:
         """Select for each token of the step, after writing its index key. x [T, hidden], q_low [T, q_lora]."""
         key = self.key(x).float()
         key = F.layer_norm(key, (self.head_dim,), self.key_norm_weight, self.key_norm_bias, KEY_NORM_EPS).to(x.dtype)

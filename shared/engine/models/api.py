@@ -16,7 +16,8 @@ from shared.models.store import default_cache
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where and how a model computes. `kernels` names a kernel set, or is "auto" for the best that fits; `cache_dir`
-    keeps compiled ones. `shard` is the share that this process computes, together with those of `group`."""
+    keeps compiled ones. `shard` is the share that this process computes, together with those of `group`. `kv_dtype` is
+    one of `kv.formats.KV_DTYPES`, or "auto" for `dtype`."""
 
     dtype: torch.dtype
     num_threads: int
@@ -24,6 +25,17 @@ class Placement:
     cache_dir: Path = field(default_factory=default_cache)
     shard: Shard = field(default_factory=Shard)
     group: Group = field(default_factory=Alone)
+    kv_dtype: str = "auto"
+
+    @property
+    def dtype_name(self) -> str:
+        """The name of `dtype`."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def kv_format(self) -> str:
+        """One of `kv.formats.KV_DTYPES`."""
+        return self.dtype_name if self.kv_dtype == "auto" else self.kv_dtype
 
 
 class Model(Protocol):

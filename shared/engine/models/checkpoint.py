@@ -31,7 +31,7 @@ class Checkpoint:
     def __init__(self, model_dir: Path, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.files = weight_files(model_dir)
-        self._at = {name: opened for opened in map(_open, self.files) for name in opened.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
+        self._at = {name: opened for opened in map(_open, self.files) for name in opened.keys()}  # noqa: SIM118
         self._quantized = _quantized(self._at)
 
     def _names(self) -> set[str]:
@@ -43,7 +43,7 @@ class Checkpoint:
         linear = name.removesuffix(".weight")
         stored = self._quantized.get(linear, Format.PLAIN)
         first = name if stored is Format.PLAIN else f"{linear}.{stored.value[0]}"
-        shape = tuple(self._at[first].get_slice(first).get_shape())  # type: ignore[no-untyped-call]
+        shape = tuple(self._at[first].get_slice(first).get_shape())
         packed = stored in (Format.NVFP4, Format.NVFP4_RECIPROCAL)
         return (*shape[:-1], shape[-1] * 2) if packed else shape
 
@@ -79,7 +79,7 @@ class Checkpoint:
             raise Unsupported(f"the scales of {linear} do not fit its weights: {error}") from None
 
     def _tensor(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._at[name].get_tensor(name)  # type: ignore[no-untyped-call]
+        tensor: torch.Tensor = self._at[name].get_tensor(name)
         return tensor
 
 

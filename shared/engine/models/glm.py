@@ -6,9 +6,8 @@ import torch
 
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference
-from shared.engine.kernels.sparse_reference import Selection
-from shared.engine.kv import view
-from shared.engine.kv.layout import KvLayout, pack
+from shared.engine.kernels.sparse_reference import Rows, Selection
+from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import rope
 from shared.engine.layers.mla import LatentAttention
 from shared.engine.layers.moe import Mlp, Moe
@@ -16,11 +15,11 @@ from shared.engine.layers.vocabulary import Embedding, Head
 from shared.engine.models.api import Placement
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.glm_config import GlmConfig, read
+from shared.engine.models.glm_layout import INDEX_KEYS, LATENTS, layout
 from shared.engine.models.glm_weights import GlmWeights, MoeWeights
 from shared.engine.parallel.group import Group
+from shared.engine.quantization import rows
 from shared.errors import Unsupported
-
-LATENTS, INDEX_KEYS = "mla_latent", "indexer_keys"
 
 
 class GlmLayer:
@@ -39,8 +38,8 @@ class GlmLayer:
         x: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
         batch: Batch,
-        latents: torch.Tensor,
-        index_keys: torch.Tensor | None,
+        latents: Rows,
+        index_keys: Rows | None,
         selection: Selection,
     ) -> tuple[torch.Tensor, Selection]:
         """`latents`, `index_keys` and `selection` as in LatentAttention."""
@@ -53,8 +52,7 @@ class GlmLayer:
 class Glm:
     """Satisfies `models.api.Model`.
 
-    Two state classes: `mla_latent`, a page being [layers, page_size, kv_lora + rope], and `indexer_keys`
-    [full layers, page_size, D]: layers that share a selection keep no index keys.
+    State classes: `glm_layout`, in the form that the placement asks for.
     """
 
     def __init__(self, config: GlmConfig, placement: Placement, weights: GlmWeights) -> None:
@@ -62,7 +60,7 @@ class Glm:
         self.max_position = config.max_position
         self.eos_token_ids = config.eos_token_ids
         self.num_torch_threads = placement.num_threads
-        self._config, self._dtype = config, placement.dtype
+        self._config, self._kv_dtype = config, placement.kv_format
         self._frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta)
         self._embedding = Embedding(weights.embedding(), config.vocab_size, placement.group)
         self._norm = weights.final_norm()
@@ -71,11 +69,7 @@ class Glm:
 
     def layout(self, page_size: int) -> KvLayout:
         """A page: latents of every layer, index keys of the full ones."""
-        config, dtype = self._config, str(self._dtype).removeprefix("torch.")
-        num_full = sum(config.full_layers)
-        latents = config.num_layers * page_size * config.latent_dim * self._dtype.itemsize
-        keys = num_full * page_size * config.index_head_dim * self._dtype.itemsize
-        return pack(page_size, {LATENTS: (config.num_layers, dtype, latents), INDEX_KEYS: (num_full, dtype, keys)})
+        return layout(self._config, self._kv_dtype, page_size)
 
     def rank_layout(self, page_size: int) -> KvLayout:
         """The same: heads share latents, so every rank needs them all."""
@@ -83,19 +77,14 @@ class Glm:
 
     def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
         """Logits float32 [R, vocab_size or more] of the sampled rows; see `models.api.Model`."""
-        latents = self._state(LATENTS, self._config.latent_dim, pool, layout)
-        keys = iter(self._state(INDEX_KEYS, self._config.index_head_dim, pool, layout).unbind(1))
+        latents = rows.latents(pool, layout, LATENTS, self._config.kv_lora_rank)
+        keys = iter(rows.index_keys(pool, layout, INDEX_KEYS, self._config.index_head_dim))
         x = self._embedding(batch.token_ids)
         angles, selection = rope.table(self._frequencies, batch.positions), Selection()
         for index, (layer, full) in enumerate(zip(self._layers, self._config.full_layers, strict=True)):
             own_keys = next(keys) if full else None
-            x, selection = layer(x, angles, batch, latents[:, index], own_keys, selection)
+            x, selection = layer(x, angles, batch, latents[index], own_keys, selection)
         return self._head(reference.rms_norm(x[batch.sampled_rows], self._norm, self._config.rms_norm_eps))
-
-    def _state(self, name: str, dim: int, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
-        """A state class as [pages, layers, page_size, dim]."""
-        state = view.state_class(layout, name)
-        return view.state_view(pool, state, (state.num_layers, layout.page_size, dim))
 
 
 def load(model_dir: Path, placement: Placement) -> Glm:

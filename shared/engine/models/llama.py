@@ -19,6 +19,7 @@ from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.config import DenseConfig, read
 from shared.engine.models.weights import DenseWeights
 from shared.engine.parallel.partition import Shard
+from shared.errors import Unsupported
 
 KV = "kv"
 
@@ -71,6 +72,8 @@ class Llama:
 def load(model_dir: Path, placement: Placement) -> Llama:
     """The model in a directory. Raises Unsupported, naming every tensor that is missing, extra or misshapen."""
     config = read(model_dir)
+    if placement.kv_format != placement.dtype_name:
+        raise Unsupported(f"{config.architecture} keeps KV in the dtype it computes in, not in {placement.kv_format}")
     weights = DenseWeights(Checkpoint(model_dir, placement.dtype), config, placement.shard)
     composed: Build = partial(TorchDecoder, group=placement.group)
     candidates = [_native(config, placement, composed), Candidate("torch", None, composed)]
