@@ -47,12 +47,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         """See the protocol."""
         raw = _options(request.options) | {"messages": [_message(message) for message in request.messages]}
         if request.tools:
-            raw["tools"] = [json_format.MessageToDict(tool) for tool in request.tools]
+            raw["tools"] = [_plain(json_format.MessageToDict(tool)) for tool in request.tools]
         raw |= {"tool_choice": request.tool_choice or None, "reasoning_effort": request.reasoning_effort or None}
         if request.HasField("parallel_tool_calls"):
             raw["parallel_tool_calls"] = request.parallel_tool_calls
         if request.HasField("chat_template_kwargs"):
-            raw["chat_template_kwargs"] = json_format.MessageToDict(request.chat_template_kwargs)
+            raw["chat_template_kwargs"] = _plain(json_format.MessageToDict(request.chat_template_kwargs))
         if request.options.HasField("num_logprobs"):
             raw |= {"logprobs": True, "top_logprobs": request.options.num_logprobs}
         async with aclosing(self._run(self._core.chat, raw, request.options)) as events:
@@ -123,7 +123,20 @@ def _options(options: gateway_pb2.GenerationOptions) -> dict[str, Any]:
 
 def _message(message: gateway_pb2.ChatMessage) -> dict[str, Any]:
     extra: Message = message.extra
-    return json_format.MessageToDict(extra) | {"role": message.role, "content": message.content}
+    fields: dict[str, Any] = _plain(json_format.MessageToDict(extra))
+    return fields | {"role": message.role, "content": message.content}
+
+
+def _plain(value: Any) -> Any:
+    """What a Struct means: its whole numbers are integers, and its keys, which have no order, always come in the same.
+
+    2 and 2.0 are different prompts, and so are two orders of keys: no page would be found in the cache.
+    """
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in sorted(value.items())}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _delta(job: Job, delta: Delta) -> gateway_pb2.OutputDelta:

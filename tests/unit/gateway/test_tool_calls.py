@@ -270,6 +270,20 @@ async def test_grpc_has_reasoning_and_calls_in_fields_of_their_own(glm_world: Wo
     assert "Reasoning Effort: High" in sent
 
 
+async def test_grpc_s_numbers_and_keys_make_one_prompt(glm_world: World) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": {"x": 1.5, "days": 2}}}
+    tool = {"type": "function", "function": {"parameters": {"b": 3, "a": 1.5}, "name": "f"}}
+    stub: Any = gateway_pb2_grpc.GatewayServiceStub(glm_world.channels.to(await glm_world.start_grpc()))
+    request = gateway_pb2.ChatRequest(messages=[gateway_pb2.ChatMessage(role="user", content="hello")])
+    assistant = request.messages.add(role="assistant")
+    json_format.ParseDict({"tool_calls": [call]}, assistant.extra)
+    json_format.ParseDict(tool, request.tools.add())
+    assert [response async for response in rpc.stream(stub.Chat, request)]
+    sent = glm_world.tokenizer.decode(list(glm_world.decode.requests[0].prompt_token_ids))
+    assert '{"name": "f", "parameters": {"a": 1.5, "b": 3}}' in sent
+    assert "<arg_key>days</arg_key><arg_value>2</arg_value><arg_key>x</arg_key><arg_value>1.5</arg_value>" in sent
+
+
 async def test_tags_that_are_hidden_tokens_are_found_all_the_same(tmp_path: Path) -> None:
     tokenizer = glm.small_tokenizer()
     tokenizer.add_special_tokens(glm.TAGS)
