@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from services.gateway import chat, completion, output
+from services.gateway import chat, completion, output, siblings
 from services.gateway.directory import Directory
 from services.gateway.dispatch import Dispatcher
 from services.gateway.fields import Fields
@@ -41,7 +41,8 @@ class Core:
 
     def run(self, job: Job) -> AsyncGenerator[Delta, None]:
         """The outputs of a job. Raises any Fault. Leaving the iterator early cancels the job everywhere."""
-        streams = [output.deltas(job, choice, self._dispatcher.generate) for choice in job.choices]
+        starts = siblings.starts(job.choices, job.options.n, self._dispatcher.generate)
+        streams = [output.deltas(job, choice, start) for choice, start in zip(job.choices, starts, strict=True)]
         return self._meters.measure(job, merge(streams))
 
     @contextmanager

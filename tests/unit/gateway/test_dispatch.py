@@ -7,7 +7,8 @@ import pytest
 
 from protos.forebay.v1 import decode_pb2
 from services.gateway.core import Core
-from services.gateway.request import Caller
+from services.gateway.output import Delta
+from services.gateway.request import Caller, Job
 from shared import page_hash
 from shared.blackboard.records import Role
 from shared.errors import (
@@ -30,6 +31,10 @@ CALLER = Caller("r", "", 30.0)
 async def complete(core: Core) -> str:
     job = await core.complete({"model": MODEL, "prompt": "hello", "max_tokens": 50}, CALLER)
     return "".join([delta.text async for delta in core.run(job)])
+
+
+async def collect(core: Core, job: Job) -> list[Delta]:
+    return [delta async for delta in core.run(job)]
 
 
 def failing(fault: Fault, *before: Response) -> object:
@@ -259,3 +264,44 @@ async def test_a_fault_of_one_output_cancels_the_others(world: World) -> None:
         async for _ in world.core.run(job):
             pass
     await asyncio.wait_for(world.decode.idle.wait(), 5)
+
+
+async def test_outputs_of_one_prompt_start_when_the_first_has_its_prompt_computed(world: World) -> None:
+    begin = asyncio.Event()
+
+    async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        if request.request_id.endswith("-0"):
+            await begin.wait()
+        yield tokens(40)
+        yield finished()
+
+    world.decode.script = script
+    job = await world.core.complete({"prompt": list(range(40, 49)), "n": 3}, CALLER)
+    running = asyncio.create_task(collect(world.core, job))
+    await asyncio.wait_for(world.decode.busy.wait(), 5)
+    assert len(world.router.requests) == 1  # the others are not even routed, so that the router sees the pages
+    begin.set()
+    deltas = await asyncio.wait_for(running, 5)
+    assert sorted(delta.index for delta in deltas if delta.finish_reason) == [0, 1, 2]
+    assert len(world.router.requests) == 3
+
+
+async def test_a_first_output_that_fails_leaves_nobody_waiting(world: World) -> None:
+    world.decode.script = failing(InvalidRequest("not this one"))  # type: ignore[assignment]
+    job = await world.core.complete({"prompt": list(range(40, 49)), "n": 3}, CALLER)
+    with pytest.raises(InvalidRequest):
+        await asyncio.wait_for(collect(world.core, job), 5)
+
+
+async def test_outputs_of_a_prompt_without_a_whole_page_start_together(world: World) -> None:
+    async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        if world.decode.num_running == 3:
+            everybody.set()
+        await everybody.wait()
+        yield tokens(40)
+        yield finished()
+
+    everybody = asyncio.Event()
+    world.decode.script = script
+    job = await world.core.complete({"prompt": [40], "n": 3}, CALLER)
+    assert len(await asyncio.wait_for(collect(world.core, job), 5)) == 6

@@ -1,0 +1,53 @@
+"""Outputs of one prompt share its prefill: the first computes it, the others start at its first token.
+
+By then its pages are cached. Started together, each output would be routed and prefilled as if it were alone.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from protos.forebay.v1 import decode_pb2
+from services.gateway.output import Generate
+from services.gateway.request import Choice
+
+Responses = AsyncGenerator[decode_pb2.GenerateResponse, None]
+
+
+def starts(choices: Sequence[Choice], num_per_prompt: int, generate: Generate) -> list[Generate]:
+    """How to generate each choice; there are `num_per_prompt` of each prompt, one prompt after the other.
+
+    Prompts without a whole page leave nothing to share, and nobody waits for them. A wait ends when the first output
+    does, at the latest, hence by the request's deadline.
+    """
+    found: list[Generate] = []
+    for first in range(0, len(choices), num_per_prompt):
+        if num_per_prompt == 1 or not choices[first].route.page_hashes:
+            found += [generate] * num_per_prompt
+        else:
+            begun = asyncio.Event()
+            found += [_leading(generate, begun), *[_following(generate, begun)] * (num_per_prompt - 1)]
+    return found
+
+
+def _leading(generate: Generate, begun: asyncio.Event) -> Generate:
+    async def lead(choice: Choice) -> Responses:
+        try:
+            async with aclosing(generate(choice)) as responses:
+                async for response in responses:
+                    begun.set()
+                    yield response
+        finally:
+            begun.set()
+
+    return lead
+
+
+def _following(generate: Generate, begun: asyncio.Event) -> Generate:
+    async def follow(choice: Choice) -> Responses:
+        await begun.wait()
+        async with aclosing(generate(choice)) as responses:
+            async for response in responses:
+                yield response
+
+    return follow
