@@ -26,6 +26,7 @@ class ClusterOptions:
     engine: str = "torch"
     dtype: str = "bfloat16"
     kv_dtype: str = "auto"
+    tensor_parallel: int = 1
     host: str = "127.0.0.1"
     port: int = 8000
     grace_ms: int = 10_000
@@ -68,7 +69,7 @@ def _workers(options: ClusterOptions, common: list[str]) -> list[ProcessSpec]:
     threads = threads_per_worker(options.num_cores, options.num_prefill + options.num_decode)
     flags = [*common, "--model", options.model, "--served-model-name", options.served_model_name]
     flags += ["--engine", options.engine, "--dtype", options.dtype, "--kv-dtype", options.kv_dtype]
-    flags += ["--num-threads", str(threads)]
+    flags += ["--num-threads", str(threads), "--tensor-parallel", str(options.tensor_parallel)]
     flags += options.worker_flags
     # A thread that waits must not keep another worker's thread from its core.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"}

@@ -66,6 +66,7 @@ def _row(name: str, process: ProcessState | None, entry: Registration | None) ->
         "name": name,
         "state": _state(process, current),
         "pid": process.pid if process else current and current.pid,
+        "rank_pids": list(current.rank_pids) if current else [],
         "address": current and current.address,
         "http_address": (current and current.http_address) or None,
         "metrics_address": (current and current.metrics_address) or None,
@@ -110,7 +111,8 @@ def _table(rows: list[Row]) -> Table:
         pages, load = row["pages"], row["load"]
         shown = "/".join(str(pages[key]) for key in ("free", "cached", "leased", "held")) if pages else ""
         address = row["http_address"] or row["address"]
-        cells = [row["name"], row["state"], row["pid"], address, row["epoch"], shown]
+        pids = " ".join(str(pid) for pid in (row["pid"], *row["rank_pids"]) if pid)
+        cells = [row["name"], row["state"], pids, address, row["epoch"], shown]
         cells += [load["num_running"] if load else "", row["num_restarts"]]
         table.add_row(*("" if cell is None else str(cell) for cell in cells))
     return table

@@ -68,5 +68,7 @@ class Registration(Record):
     http_address: str = ""
     draining: bool = False
     card: ModelCard | None = None
+    rank_pids: tuple[int, ...] = ()
+    """Processes that compute with this one, by tensor-parallel rank from 1."""
     load: Load = Load()
     pages: Pages = Pages()

@@ -1,29 +1,42 @@
 """An engine from a worker's configuration. Torch is imported only if it is to compute."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from shared.engine.api import Executor
 from shared.engine.engine import Engine
+from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.store import KvStore
 from shared.engine.speculation.ngram import NgramProposer
 from shared.engine.speculation.speculator import Speculation
 from shared.errors import Unsupported
 from shared.models import store
 from shared.worker.config import WorkerConfig
+from shared.worker.rank_process import RankProcess
+
+# An executor, the directory of its model, the layout of its pages, and the other ranks.
+Parts = tuple[Executor, str, KvLayout, Sequence[RankProcess]]
 
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """An engine, and the directory that its model came from ("" for none)."""
+    """An engine, and the directory that its model came from ("" for none). `layout` is that of the pages in this
+    process, and `ranks` are the processes that compute with it."""
 
     engine: Engine
     model_path: str
+    layout: KvLayout
+    ranks: Sequence[RankProcess] = ()
 
 
 def assemble(config: WorkerConfig) -> Assembled:
     """Load the model and set the engine up. Raises a Fault if that is not possible."""
-    executor, model_path = _sim(config) if config.engine == "sim" else _torch(config)
+    if config.tensor_parallel > 1 and (config.engine == "sim" or config.checksums):
+        raise Unsupported("the sim engine and checksums of pages are for workers of one rank")
+    executor, model_path, layout, ranks = _sim(config) if config.engine == "sim" else _torch(config)
     spec = executor.spec
     kv = KvStore(spec.num_pages, spec.layout.page_size, config.lease_ttl_ms)
     engine = Engine(
@@ -33,7 +46,7 @@ def assemble(config: WorkerConfig) -> Assembled:
         max_num_sequences=config.max_num_sequences,
         speculation=_speculation(config, executor),
     )
-    return Assembled(engine, model_path)
+    return Assembled(engine, model_path, layout, ranks)
 
 
 def _speculation(config: WorkerConfig, executor: Executor) -> Speculation:
@@ -46,26 +59,40 @@ def _speculation(config: WorkerConfig, executor: Executor) -> Speculation:
     return Speculation(config.num_draft_tokens, config.adaptive_drafts, NgramProposer if proposed_here else None)
 
 
-def _torch(config: WorkerConfig) -> tuple[Executor, str]:
+def _torch(config: WorkerConfig) -> Parts:
     from shared.engine.executor import load_executor
 
     path = store.resolve(config.model)
-    executor = load_executor(
-        path,
-        model_name=config.served_model_name or store.served_name(config.model),
-        dtype=config.dtype,
-        page_size=config.page_size,
-        num_threads=config.num_threads or len(os.sched_getaffinity(0)),
-        num_pages=config.num_pages,
-        pool_bytes=config.kv_cache_mb << 20,
-        max_model_len=config.max_model_len or None,
-        kernels=config.kernels,
-        kv_dtype=config.kv_dtype,
-    )
-    return executor, str(path)
+    num_threads = config.num_threads or len(os.sched_getaffinity(0))
+    settings: dict[str, Any] = {
+        "model_dir": path,
+        "model_name": config.served_model_name or store.served_name(config.model),
+        "dtype": config.dtype,
+        "page_size": config.page_size,
+        "num_threads": max(1, num_threads // config.tensor_parallel),
+        "num_pages": config.num_pages,
+        "pool_bytes": config.kv_cache_mb << 20,
+        "max_model_len": config.max_model_len or None,
+        "kernels": config.kernels,
+        "kv_dtype": config.kv_dtype,
+    }
+    if config.tensor_parallel == 1:
+        executor = load_executor(**settings)
+        return executor, str(path), executor.layout, ()
+    return _ranked(config, path, settings)
 
 
-def _sim(config: WorkerConfig) -> tuple[Executor, str]:
+def _ranked(config: WorkerConfig, path: Path, settings: dict[str, Any]) -> Parts:
+    from shared.engine.parallel.executor import ParallelExecutor
+    from shared.worker.ranks import Ranks
+
+    log = (config.name, config.log_level)
+    ranks = Ranks(settings, config.tensor_parallel, config.expert_split, config.rank_timeout_ms / 1000, log)
+    own = ranks.executor
+    return ParallelExecutor(own, ranks.others), str(path), own.layout, ranks.others
+
+
+def _sim(config: WorkerConfig) -> Parts:
     from shared.engine.sim import SimExecutor, SimModel
 
     model = SimModel(
@@ -77,4 +104,5 @@ def _sim(config: WorkerConfig) -> tuple[Executor, str]:
         max_model_len=config.max_model_len or 131_072,
         draft_acceptance=config.sim_draft_acceptance,
     )
-    return SimExecutor(model, config.num_pages or (config.kv_cache_mb << 20) // model.layout.page_bytes), ""
+    executor = SimExecutor(model, config.num_pages or (config.kv_cache_mb << 20) // model.layout.page_bytes)
+    return executor, "", model.layout, ()

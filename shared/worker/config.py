@@ -1,5 +1,7 @@
 """Configuration of a prefill or decode worker."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from shared.config import ServiceConfig
@@ -20,7 +22,7 @@ class WorkerConfig(ServiceConfig):
     num_threads: int = Field(0, ge=0, description="Threads that compute; 0 takes all cores.")
     kernels: str = Field("auto", description="Kernel set; auto takes the best that fits.")
     page_size: int = Field(16, ge=1, le=1024, description="Tokens per KV page.")
-    kv_cache_mb: int = Field(1024, ge=1, description="Memory for KV pages, in MiB.")
+    kv_cache_mb: int = Field(1024, ge=1, description="Memory for KV pages, in MiB, of each rank.")
     num_pages: int = Field(0, ge=0, description="Number of KV pages; 0 takes as many as kv_cache_mb has room for.")
     max_model_len: int = Field(0, ge=0, description="Longest sequence; 0 takes what the model was made for.")
     max_step_tokens: int = Field(512, ge=1, description="Tokens computed in one step, at most.")
@@ -28,6 +30,13 @@ class WorkerConfig(ServiceConfig):
     lease_ttl_ms: int = Field(10_000, ge=100, description="Life of a lease on KV pages unless renewed.")
     checksums: bool = Field(
         False, description="Hand pages over with checksums, which readers verify; costs both sides a pass over them."
+    )
+    tensor_parallel: int = Field(1, ge=1, le=64, description="Ranks (processes) that compute the model together.")
+    expert_split: Literal["experts", "matrices"] = Field(
+        "experts", description="What ranks share out of routed experts: whole experts, or each expert's matrices."
+    )
+    rank_timeout_ms: int = Field(
+        30_000, ge=100, description="A rank that the others wait for longer than this ends the worker."
     )
     transport: str = Field(
         "nixl",

@@ -7,7 +7,7 @@ from protos.forebay.v1 import kv_pb2, kv_pb2_grpc
 from shared import page_hash
 from shared.engine.api import Engine
 from shared.engine.kv.checksum import page_checksums
-from shared.engine.transfer.api import Transport
+from shared.engine.transfer.pools import Pools
 from shared.errors import Incompatible, InvalidRequest, StaleEpoch
 from shared.worker import manifests
 from shared.worker.identity import Identity
@@ -16,29 +16,31 @@ from shared.worker.identity import Identity
 class KvServicer(kv_pb2_grpc.KvServiceServicer):
     """See protos/forebay/v1/kv.proto. Nothing here waits for the engine."""
 
-    def __init__(self, identity: Identity, engine: Engine, transport: Transport, *, checksums: bool = False) -> None:
+    def __init__(self, identity: Identity, engine: Engine, pools: Pools, *, checksums: bool = False) -> None:
         self._identity, self._checksums = identity, checksums
         self._spec, self._kv, self._memory = engine.spec, engine.kv, engine.memory
-        self._transport = transport
+        self._pools = pools
 
     async def Connect(self, request: kv_pb2.ConnectRequest, _context: Any) -> kv_pb2.ConnectResponse:
-        """Describe the pool."""
+        """Describe the pool of each rank."""
         self._identity.require(request.epoch)
         ours = self._spec.compatibility_hash
         if request.compatibility_hash != ours:
             raise Incompatible(f"compatibility hash {request.compatibility_hash} is not {ours}")
         self.serve()
         response = kv_pb2.ConnectResponse(epoch=self._identity.epoch, compatibility_hash=ours)
-        response.shards.add(
-            transport=self._transport.name,
-            agent_name=self._transport.agent_name,
-            agent_metadata=self._transport.metadata(),
-            base_address=self._memory.address,
-            num_pages=self._memory.num_pages,
-            memory_kind=self._memory.kind,
-            device_id=self._memory.device_id,
-            layout=manifests.wire_layout(self._spec.layout),
-        )
+        for rank, (pool, layout) in enumerate((own.pool, own.layout) for own in self._pools.describe()):
+            response.shards.add(
+                rank=rank,
+                transport=self._pools.name,
+                agent_name=pool.agent_name,
+                agent_metadata=pool.agent_metadata,
+                base_address=pool.base_address,
+                num_pages=pool.num_pages,
+                memory_kind=pool.memory_kind,
+                device_id=pool.device_id,
+                layout=manifests.wire_layout(layout),
+            )
         return response
 
     async def Acquire(self, request: kv_pb2.AcquireRequest, _context: Any) -> kv_pb2.AcquireResponse:
@@ -71,7 +73,7 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
         """End a lease; VALID only if it held all along, in this epoch, on all that was read."""
         valid = request.epoch == self._identity.epoch and self._kv.release(request.lease_id, request.page_ids)
         if self._kv.next_lease_end_s() is None:
-            self._transport.serve(0)
+            self._pools.serve(0)
         status = kv_pb2.RELEASE_STATUS_VALID if valid else kv_pb2.RELEASE_STATUS_STALE
         return kv_pb2.ReleaseResponse(status=status)
 
@@ -88,4 +90,4 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
 
     def serve(self) -> None:
         """Answer READs for as long as a lease given now would last."""
-        self._transport.serve(self._kv.lease_ttl_ms / 1000)
+        self._pools.serve(self._kv.lease_ttl_ms / 1000)

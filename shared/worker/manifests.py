@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from protos.forebay.v1 import kv_pb2
-from shared.engine.kv.layout import KvLayout
+from shared.engine.kv.layout import KvLayout, StateClass
 from shared.errors import BadManifest
 
 # What a worker can be configured to, too; a reader would do nothing but renew a shorter one.
@@ -57,5 +57,16 @@ def wire_layout(layout: KvLayout) -> kv_pb2.KvLayout:
             dtype=state.dtype,
             offset_bytes=state.offset_bytes,
             size_bytes=state.size_bytes,
+            first_head=state.first_head,
+            num_heads=state.num_heads,
         )
     return message
+
+
+def layout(message: kv_pb2.KvLayout) -> KvLayout:
+    """The layout in a message."""
+    states = (
+        StateClass(s.name, s.num_layers, s.dtype, s.offset_bytes, s.size_bytes, s.first_head, s.num_heads)
+        for s in message.state_classes
+    )
+    return KvLayout(message.page_size, message.page_bytes, tuple(states))

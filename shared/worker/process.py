@@ -14,7 +14,7 @@ from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import Load, ModelCard, Pages, Registration, Role
 from shared.engine.loop import EngineLoop
-from shared.engine.transfer.api import Transport
+from shared.engine.transfer.pools import Member, Pools, own_pool
 from shared.engine.transfer.registry import transport
 from shared.errors import Fault
 from shared.telemetry import Telemetry
@@ -44,6 +44,8 @@ async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
         measured, metrics_port = telemetry.start(role, name, config)
         stack.callback(measured.close)
         assembled = await asyncio.to_thread(assemble, config)
+        for rank in assembled.ranks:
+            stack.callback(rank.close)
         board = Blackboard(config.redis_url)
         stack.push_async_callback(board.close)
         epoch = await await_epoch(board, name, config.heartbeat_ms, stop)
@@ -79,15 +81,14 @@ class _Process:
 
     async def start(self, stack: AsyncExitStack, board: Blackboard, services: Services, metrics_port: int) -> None:
         """Listen, register, and stay registered; `stack` undoes it in reverse order."""
-        config, engine, name = self._config, self._assembled.engine, self._identity.name
+        config, engine = self._config, self._assembled.engine
         loop = self._loop = EngineLoop(engine, self._on_death)
         loop.start()
         stack.push_async_callback(loop.stop)
-        moves = transport(config.transport, engine.memory, f"{name}-{self._identity.epoch}")
-        stack.callback(moves.close)
+        pools = await self._pools(stack)
         self.server = rpc.Server(self._telemetry, [*services, "forebay.v1.KvService"])
         stack.push_async_callback(self.server.stop, CLOSE_GRACE_S)
-        worker = self._worker(stack, loop, moves)
+        worker = self._worker(stack, loop, pools)
         kv_pb2_grpc.add_KvServiceServicer_to_server(worker.kv_servicer, self.server.grpc)
         for add in services.values():
             add(worker, self.server)
@@ -95,13 +96,28 @@ class _Process:
         self._metrics_address = f"{config.host}:{metrics_port}"
         await self._register(stack, board)
 
-    def _worker(self, stack: AsyncExitStack, loop: EngineLoop, moves: Transport) -> Worker:
+    async def _pools(self, stack: AsyncExitStack) -> Pools:
+        """The pool of every rank, ready to be read and to be read into."""
+        assembled, agent, kind = (
+            self._assembled,
+            f"{self._identity.name}-{self._identity.epoch}",
+            self._config.transport,
+        )
+        own = transport(kind, assembled.engine.memory, agent)
+        stack.callback(own.close)
+        members = [Member(own, own_pool(own, assembled.engine.memory, assembled.layout))]
+        for rank in assembled.ranks:
+            members.append(await rank.attach(kind, f"{agent}-{rank.rank}", self._on_death))
+            stack.callback(members[-1].transport.close)
+        return Pools(members)
+
+    def _worker(self, stack: AsyncExitStack, loop: EngineLoop, pools: Pools) -> Worker:
         engine, channels = self._assembled.engine, rpc.Channels()
         stack.push_async_callback(channels.close)
         measures = Measures(self._telemetry.meter, engine)
-        puller = Puller(channels, moves, engine, measures)
+        puller = Puller(channels, pools, engine, measures)
         stack.callback(puller.close)
-        kv_servicer = KvServicer(self._identity, engine, moves, checksums=self._config.checksums)
+        kv_servicer = KvServicer(self._identity, engine, pools, checksums=self._config.checksums)
         return Worker(self._identity, self._admission, engine, loop, kv_servicer, puller, channels, measures)
 
     async def _register(self, stack: AsyncExitStack, board: Blackboard) -> None:
@@ -164,6 +180,7 @@ class _Process:
                 kv_bytes_per_token=layout.page_bytes // layout.page_size,
                 model_path=self._assembled.model_path,
             ),
+            rank_pids=tuple(rank.pid for rank in self._assembled.ranks),
             load=Load(**{name: getattr(load, name) for name in Load.model_fields}),
             pages=Pages(**{name: getattr(counts, name) for name in Pages.model_fields}),
         )

@@ -13,7 +13,8 @@ from shared.engine.api import Engine
 from shared.engine.kv.checksum import page_checksums
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.store import PageTable
-from shared.engine.transfer.api import Peer, RemotePool, Transport
+from shared.engine.transfer.api import RemotePool
+from shared.engine.transfer.pools import PeerPools, Pools, RankPool
 from shared.errors import BadManifest, CorruptPages, Fault, Incompatible, StaleEpoch, TransferFailed
 from shared.worker import manifests
 from shared.worker.measures import Measures
@@ -32,14 +33,14 @@ class Source:
 
     worker_id: str
     epoch: int
-    peer: Peer
+    peer: PeerPools
 
 
 class Puller:
     """Connections to the workers that this one reads from, made when first needed."""
 
-    def __init__(self, channels: rpc.Channels, transport: Transport, engine: Engine, measures: Measures) -> None:
-        self._channels, self._transport = channels, transport
+    def __init__(self, channels: rpc.Channels, pools: Pools, engine: Engine, measures: Measures) -> None:
+        self._channels, self._pools = channels, pools
         self._spec, self._memory, self._measures = engine.spec, engine.memory, measures
         self._sources: dict[str, asyncio.Task[Source]] = {}
         self._farewells: set[asyncio.Task[None]] = set()
@@ -66,28 +67,21 @@ class Puller:
             answer: kv_pb2.ConnectResponse = await rpc.call(self._stub(ref).Connect, request, CONNECT_TIMEOUT_S)
         if answer.epoch != ref.epoch:
             raise StaleEpoch(f"{ref.worker_id} is at epoch {answer.epoch}, not {ref.epoch}")
-        pool = self._pool(answer)
-        return Source(ref.worker_id, ref.epoch, await self._transport.connect(pool, CONNECT_TIMEOUT_S))
+        theirs = self._theirs(answer)
+        return Source(ref.worker_id, ref.epoch, await self._pools.connect(theirs, CONNECT_TIMEOUT_S))
 
     def _stub(self, ref: kv_pb2.WorkerRef) -> Any:
         return kv_pb2_grpc.KvServiceStub(self._channels.to(ref.address))
 
-    def _pool(self, answer: kv_pb2.ConnectResponse) -> RemotePool:
-        """The peer's pool, if it is what we can read. Raises Incompatible."""
-        if answer.compatibility_hash != self._spec.compatibility_hash or len(answer.shards) != 1:
+    def _theirs(self, answer: kv_pb2.ConnectResponse) -> list[RankPool]:
+        """The pools of the peer's ranks, if they are of our model. Raises Incompatible."""
+        if answer.compatibility_hash != self._spec.compatibility_hash:
             raise Incompatible("the peer's pages are not ours")
-        (shard,) = answer.shards
-        if shard.layout != manifests.wire_layout(self._spec.layout) or shard.transport != self._transport.name:
-            raise Incompatible(f"the peer lays out pages differently, or moves them by {shard.transport!r}")
-        return RemotePool(
-            agent_name=shard.agent_name,
-            agent_metadata=shard.agent_metadata,
-            base_address=shard.base_address,
-            num_pages=shard.num_pages,
-            page_bytes=shard.layout.page_bytes,
-            memory_kind=shard.memory_kind,
-            device_id=shard.device_id,
-        )
+        if [shard.rank for shard in answer.shards] != list(range(len(answer.shards))):
+            raise Incompatible("the peer's ranks are not numbered from 0")
+        if others := {shard.transport for shard in answer.shards} - {self._pools.name}:
+            raise Incompatible(f"the peer moves pages by {', '.join(sorted(others))}, we by {self._pools.name}")
+        return [RankPool(_pool(shard), manifests.layout(shard.layout)) for shard in answer.shards]
 
     def forget(self, worker_id: str, source: Source | None = None) -> None:
         """Disconnect a worker, or only this connection to it; the next read connects anew."""
@@ -98,18 +92,20 @@ class Puller:
         if not task.done():
             task.cancel()
         elif _connected(task):
-            self._transport.disconnect(task.result().peer)
+            self._pools.disconnect(task.result().peer)
 
     async def read(
         self, source: Source, remote: Sequence[int], local: Sequence[int], checksums: Sequence[int] = ()
     ) -> None:
         """Read pages, and compare them with the owner's checksums if it gave any. A source whose read failed is
-        disconnected. Raises as `Transport.read`, and CorruptPages.
+        disconnected. Raises as `Pools.read`, Incompatible for checksums that cannot be compared, and CorruptPages.
         """
+        if checksums and not source.peer.whole:
+            raise Incompatible(f"the checksums of {source.worker_id} are of pages that its or our ranks share out")
         started = asyncio.get_running_loop().time()
         timeout_s = min(READ_TIMEOUT_S, rpc.time_remaining() or READ_TIMEOUT_S)
         try:
-            num_bytes = await self._transport.read(source.peer, remote, local, timeout_s)
+            num_bytes = await self._pools.read(source.peer, remote, local, timeout_s)
         finally:
             if not source.peer.is_open:
                 self.forget(source.worker_id, source)
@@ -219,6 +215,18 @@ class Puller:
         """Disconnect all."""
         for worker_id in list(self._sources):
             self.forget(worker_id)
+
+
+def _pool(shard: kv_pb2.PoolShard) -> RemotePool:
+    return RemotePool(
+        agent_name=shard.agent_name,
+        agent_metadata=shard.agent_metadata,
+        base_address=shard.base_address,
+        num_pages=shard.num_pages,
+        page_bytes=shard.layout.page_bytes,
+        memory_kind=shard.memory_kind,
+        device_id=shard.device_id,
+    )
 
 
 def _check(answer: kv_pb2.AcquireResponse, layout: KvLayout, num_wanted: int) -> None:

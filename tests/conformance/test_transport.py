@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from shared.engine.transfer.api import Peer
+from shared.engine.transfer.layout_plan import Slices, Span
 from shared.errors import BadManifest, DeadlineExceeded, Incompatible, TransferFailed
 from tests.conformance.worlds import NUM_PAGES, PAGE_BYTES, LocalWorld, NixlWorld, Owner, World, page_byte
 
@@ -53,6 +54,20 @@ async def test_pages_that_were_not_asked_for_stay_as_they_were(world: World) -> 
 async def test_reading_nothing_reads_nothing(world: World) -> None:
     _, peer = await connected(world)
     assert await world.reader.read(peer, [], [], LONG_S) == 0
+
+
+@pytest.mark.parametrize("staged", [False, True])
+async def test_slices_of_larger_pages_arrive_in_their_places(staged: bool, world: World) -> None:
+    slices = Slices((Span(100, 7, 1000), Span(5_000, 3_000, 200)), staged)
+    owner = world.owner("owner", 1, 3, 9 << 20)  # staged, fewer of them than are read fit the buffer
+    peer = await world.reader.connect(owner.pool, LONG_S, slices)
+    assert await world.reader.read(peer, [2, 0, 1], [5, 4, 9], LONG_S) >= 3 * 1200
+    for remote, local in ((2, 5), (0, 4), (1, 9)):
+        expected = bytearray(PAGE_BYTES)
+        for start, size in ((7, 1000), (3_000, 200)):
+            expected[start : start + size] = bytes([page_byte(1, remote)]) * size
+        assert world.memory.page(local) == expected
+    assert all(world.bytes_of(page) == {0} for page in range(NUM_PAGES) if page not in (5, 4, 9))
 
 
 async def test_many_reads_at_once_do_not_mix(world: World) -> None:

@@ -1,5 +1,6 @@
 """Ranks of one model as threads of one process, over the process group that processes would use."""
 
+import ctypes
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from shared.engine.parallel import distributed
 from shared.engine.parallel.executor import ParallelExecutor
 from shared.engine.parallel.group import Group
 from shared.engine.parallel.partition import ExpertSplit, Shard
+from shared.engine.transfer.layout_plan import Reader, Span, plan
+from tests.law.worker import Worker
 
 TIMEOUT_S = 30.0
 
@@ -84,3 +87,38 @@ class RankedExecutor(ParallelExecutor):
     def __init__(self, executors: list[TorchExecutor], followers: Sequence[Thread]) -> None:
         super().__init__(executors[0], followers)
         self.executors = executors
+
+
+class RankedWorker(Worker):
+    """Reads pages as its ranks' transports would."""
+
+    def __init__(self, executor: RankedExecutor) -> None:
+        super().__init__(executor)
+        self.executors: Sequence[TorchExecutor] = executor.executors
+
+    def read(self, peer: Worker, remote: Sequence[int], local: Sequence[int]) -> None:
+        assert isinstance(peer, RankedWorker)
+        theirs = [each.layout for each in peer.executors]
+        for rank, own in enumerate(self.executors):
+            for take in plan(own.layout, theirs, Reader(rank, len(self.executors))):
+                spans = take.slices.spans if take.slices else (Span(0, 0, own.layout.page_bytes),)
+                _copy(peer.executors[take.rank], remote, own, local, spans)
+
+
+class AloneWorker(RankedWorker):
+    """The same with one rank."""
+
+    def __init__(self, executor: Executor) -> None:
+        assert isinstance(executor, TorchExecutor)
+        Worker.__init__(self, executor)
+        self.executors = [executor]
+
+
+def _copy(
+    source: TorchExecutor, remote: Sequence[int], target: TorchExecutor, local: Sequence[int], spans: Sequence[Span]
+) -> None:
+    for theirs, ours in zip(remote, local, strict=False):
+        at = source.memory.address + theirs * source.memory.page_bytes
+        to = target.memory.address + ours * target.memory.page_bytes
+        for span in spans:
+            ctypes.memmove(to + span.local, at + span.remote, span.num_bytes)

@@ -12,7 +12,7 @@ from shared.engine.parallel.partition import ExpertSplit
 from shared.errors import WorkerLost
 from tests.law import test_same_tokens as laws
 from tests.law.conftest import GREEDY, SAMPLED, Law, MakeExecutor, tiny_model
-from tests.law.ranks import Ranks
+from tests.law.ranks import AloneWorker, RankedWorker, Ranks
 from tests.law.worker import Worker
 
 # Four ranks have each of Llama's two KV heads twice, and one of Qwen3's four each.
@@ -76,6 +76,16 @@ def test_chunked_with_whole_experts(model: Model, ranks: Ranks) -> None:
 
 def test_prefix_cached_with_split_experts(model: Model, ranks: Ranks) -> None:
     laws.test_prefix_cached(33, model.law(ranks, GREEDY, "matrices"))
+
+
+@pytest.mark.parametrize("split_side", ["prefill", "decode"])
+def test_prefilled_by_another_number_of_ranks(split_side: str, model: Model, ranks: Ranks) -> None:
+    law = model.law(ranks, GREEDY)
+    split, alone = RankedWorker(ranks.load(model.path, 64)), AloneWorker(model.alone(64))
+    prefill, decode = (split, alone) if split_side == "prefill" else (alone, split)
+    prompt = law.prompt(49)
+    first, pages = decode.pull(law.request(prompt), prefill)
+    assert first + decode.run(law.request(prompt, output=first), pages) == law.tokens(prompt)
 
 
 def test_a_rank_that_is_late_ends_the_engine_with_a_fault(model: Model) -> None:

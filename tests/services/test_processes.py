@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -28,8 +28,8 @@ FLAGS = ["--engine", "sim", "--kv-cache-mb", "16", "--max-step-tokens", "128", "
 class Pair:
     """A prefill and a decode worker, each a process of its own, and what Redis knows of them."""
 
-    def __init__(self, valkey: ValkeyProcess) -> None:
-        self.valkey = valkey
+    def __init__(self, valkey: ValkeyProcess, flags: Sequence[str] = FLAGS, model: str = "sim") -> None:
+        self.valkey, self.flags, self.model = valkey, flags, model
         self.board = Blackboard(valkey.url)
         self.channels = rpc.Channels()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -37,9 +37,9 @@ class Pair:
 
     def launch(self, name: str, *flags: str) -> None:
         command = [sys.executable, "-m", f"services.{name}", "--name", name, "--redis-url", self.valkey.url]
-        self.processes[name] = subprocess.Popen([*command, *FLAGS, *flags], stderr=subprocess.DEVNULL)
+        self.processes[name] = subprocess.Popen([*command, *self.flags, *flags], stderr=subprocess.DEVNULL)
 
-    async def registered(self) -> None:
+    async def registered(self, patience_s: float = PATIENCE_S) -> None:
         """Wait until both are registered by their present processes."""
 
         async def both() -> bool:
@@ -47,7 +47,7 @@ class Pair:
             self.found = {each.name: each for each in listed if each.pid == self.processes[each.name].pid}
             return len(self.found) == 2
 
-        await comes_true(both)
+        await comes_true(both, patience_s)
 
     def request(self, num_tokens: int, max_tokens: int = 8, first: int = 100) -> decode_pb2.GenerateRequest:
         """A prompt for the prefill worker, to be continued on the decode worker."""
@@ -58,7 +58,7 @@ class Pair:
         sampling = generation_pb2.SamplingParams(max_tokens=max_tokens, top_p=1, repetition_penalty=1, ignore_eos=True)
         return decode_pb2.GenerateRequest(
             request_id="r",
-            model="sim",
+            model=self.model,
             prompt_token_ids=prompt(num_tokens, first),
             sampling=sampling,
             hash_key=KEY,
@@ -98,8 +98,8 @@ class Pair:
         await self.board.close()
 
 
-async def comes_true(condition: Callable[[], Awaitable[bool]]) -> None:
-    end = time.monotonic() + PATIENCE_S
+async def comes_true(condition: Callable[[], Awaitable[bool]], patience_s: float = PATIENCE_S) -> None:
+    end = time.monotonic() + patience_s
     while not await condition():
         assert time.monotonic() < end
         await asyncio.sleep(0.02)

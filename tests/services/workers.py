@@ -29,6 +29,7 @@ from shared.engine.loop import EngineLoop
 from shared.engine.sim import SimExecutor, SimModel
 from shared.engine.transfer.api import Peer
 from shared.engine.transfer.local import LocalTransport
+from shared.engine.transfer.pools import Member, Pools, own_pool
 from shared.telemetry import Telemetry
 from shared.worker.identity import Admission, Identity
 from shared.worker.kv_servicer import KvServicer
@@ -220,8 +221,9 @@ class Fleet:
         identity = Identity(name, epoch, engine.spec.model)
         transport = Wire(engine.memory, f"{name}-{epoch}", self.hub)
         measures, channels = Measures(self.telemetry.meter, engine), rpc.Channels()
-        kv_servicer = TamperedKv(identity, engine, transport, checksums=checksums)
-        puller = Puller(channels, transport, engine, measures)
+        pools = Pools([Member(transport, own_pool(transport, engine.memory, engine.spec.layout))])
+        kv_servicer = TamperedKv(identity, engine, pools, checksums=checksums)
+        puller = Puller(channels, pools, engine, measures)
         worker = Worker(identity, Admission(), engine, loop, kv_servicer, puller, channels, measures)
         server = rpc.Server(self.telemetry, SERVICES)
         kv_pb2_grpc.add_KvServiceServicer_to_server(kv_servicer, server.grpc)

@@ -41,6 +41,11 @@ def test_workers_share_the_cores(num_cores: int, num_workers: int, expected: int
     assert plan.threads_per_worker(num_cores, num_workers) == expected
 
 
+def test_every_worker_has_as_many_ranks_as_were_asked_for() -> None:
+    workers = plan.services(ClusterOptions(model="m", tensor_parallel=2), URL)[2:]
+    assert [_flag(spec.command, "--tensor-parallel") for spec in workers] == ["2", "2"]
+
+
 def test_extra_flags_go_to_the_role_they_are_meant_for() -> None:
     options = ClusterOptions(model="m", worker_flags=["--page-size", "32"], router_flags=["--r"], gateway_flags=["--g"])
     for spec in plan.services(options, URL):

@@ -54,6 +54,11 @@ def test_a_stopped_cluster_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_ranks_of_a_worker_are_shown_with_it() -> None:
+    (row,) = join(_run(1), [_registration(pid=7).model_copy(update={"rank_pids": (8, 9)})])
+    assert (row["pid"], row["rank_pids"]) == (7, [8, 9])
+
+
 def test_a_process_is_shown_as_it_registered_itself() -> None:
     (row,) = join(_run(1), [_registration(pid=7)])
     assert (row["state"], row["epoch"], row["address"], row["num_restarts"]) == ("serving", 5, "a:1", 2)

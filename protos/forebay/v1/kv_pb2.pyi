@@ -82,6 +82,8 @@ class StateClass(google.protobuf.message.Message):
     DTYPE_FIELD_NUMBER: builtins.int
     OFFSET_BYTES_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
+    FIRST_HEAD_FIELD_NUMBER: builtins.int
+    NUM_HEADS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name of the class; unique within a layout."""
     num_layers: builtins.int
@@ -92,6 +94,12 @@ class StateClass(google.protobuf.message.Message):
     """Where the class begins within a page."""
     size_bytes: builtins.int
     """Its bytes in a page, all layers together."""
+    first_head: builtins.int
+    """Of a class that tensor-parallel ranks share out by heads: the first head that this page holds. The class is then
+    num_layers times 2 spans (keys, values) of num_heads heads each.
+    """
+    num_heads: builtins.int
+    """Heads that this page holds; 0 for a class that every rank has whole."""
     def __init__(
         self,
         *,
@@ -100,8 +108,10 @@ class StateClass(google.protobuf.message.Message):
         dtype: builtins.str = ...,
         offset_bytes: builtins.int = ...,
         size_bytes: builtins.int = ...,
+        first_head: builtins.int = ...,
+        num_heads: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "name", b"name", "num_layers", b"num_layers", "offset_bytes", b"offset_bytes", "size_bytes", b"size_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "first_head", b"first_head", "name", b"name", "num_heads", b"num_heads", "num_layers", b"num_layers", "offset_bytes", b"offset_bytes", "size_bytes", b"size_bytes"]) -> None: ...
 
 global___StateClass = StateClass
 
@@ -305,7 +315,9 @@ class Manifest(google.protobuf.message.Message):
 
     @property
     def state_classes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___StateClassBytes]:
-        """Every state class of the layout; a reader refuses a manifest that misses one."""
+        """Every state class of the layout; a reader refuses a manifest that misses one. Of a worker with several ranks, the
+        bytes that a single rank would have.
+        """
 
     @property
     def page_checksums(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:

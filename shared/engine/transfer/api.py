@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from shared.engine.transfer.layout_plan import Slices
 from shared.errors import BadManifest, Incompatible
 
 # A reader prepares 24 bytes for each page of a peer: 400 MB for so many, which hold 268 million tokens, 16 each.
@@ -52,8 +53,9 @@ class Transport(Protocol):
         owner serves while a lease of its own lives, and sleeps otherwise.
         """
 
-    async def connect(self, pool: RemotePool, timeout_s: float) -> Peer:
-        """Make a peer's pool readable, and see that it is. The peer must be serving.
+    async def connect(self, pool: RemotePool, timeout_s: float, slices: Slices | None = None) -> Peer:
+        """Make a peer's pool readable, and see that it is. The peer must be serving. Of each of its pages `slices` will
+        be read, by default all of it.
 
         Raises TransferFailed (garbage metadata, unreachable, not the peer's memory), Incompatible (another page size,
         an absurd number of pages) or DeadlineExceeded.
@@ -74,10 +76,14 @@ class Transport(Protocol):
         """End the agent. The pool stays where it is."""
 
 
-def check_pool(pool: RemotePool, page_bytes: int) -> None:
-    """Raise Incompatible unless a peer's pages fit pages of `page_bytes`, and their number is believable."""
-    if pool.page_bytes != page_bytes:
+def check_pool(pool: RemotePool, page_bytes: int, slices: Slices | None) -> None:
+    """Raise Incompatible unless a peer's pages, or the slices of them, fit pages of `page_bytes`, and their number is
+    believable."""
+    if slices is None and pool.page_bytes != page_bytes:
         raise Incompatible(f"pages of {pool.page_bytes} bytes do not fit pages of {page_bytes}")
+    for span in slices.spans if slices else ():
+        if span.remote + span.num_bytes > pool.page_bytes or span.local + span.num_bytes > page_bytes:
+            raise Incompatible(f"{span} does not lie in pages of {pool.page_bytes} and {page_bytes} bytes")
     if not 0 < pool.num_pages <= MAX_POOL_PAGES:
         raise Incompatible(f"{pool.agent_name} says that it has {pool.num_pages} pages")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from shared.engine.kv.memory import PoolMemory
 from shared.engine.transfer.api import Peer, RemotePool, check_page_ids, check_pool
+from shared.engine.transfer.layout_plan import Slices, Span
 from shared.errors import DeadlineExceeded, TransferFailed
 
 
@@ -19,6 +20,7 @@ class LocalPeer:
     """A pool of this process."""
 
     pool: RemotePool
+    spans: tuple[Span, ...]
     is_open: bool = True
 
 
@@ -58,14 +60,14 @@ class LocalTransport:
         else:
             self._answering.clear()
 
-    async def connect(self, pool: RemotePool, timeout_s: float) -> LocalPeer:
+    async def connect(self, pool: RemotePool, timeout_s: float, slices: Slices | None = None) -> LocalPeer:
         """See `Transport.connect`."""
-        check_pool(pool, self._memory.page_bytes)
+        check_pool(pool, self._memory.page_bytes, slices)
         owner = self._owner(pool)
         if not owner._has(pool):
             raise TransferFailed(f"{pool.agent_name} has registered no such memory")
         await _within(timeout_s, owner._answering.wait())
-        return LocalPeer(pool)
+        return LocalPeer(pool, slices.spans if slices else (Span(0, 0, pool.page_bytes),))
 
     def disconnect(self, peer: Peer) -> None:
         """See `Transport.disconnect`."""
@@ -75,21 +77,25 @@ class LocalTransport:
     async def read(self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float) -> int:
         """See `Transport.read`."""
         check_page_ids(peer.pool, remote, self._memory.num_pages, local)
+        if not isinstance(peer, LocalPeer):
+            raise TransferFailed("the peer belongs to another transport")
         await _within(timeout_s, self._copy(peer, remote, local))
-        return len(remote) * self._memory.page_bytes
+        return len(remote) * sum(span.num_bytes for span in peer.spans)
 
     def close(self) -> None:
         """See `Transport.close`."""
         if self._hub.get(self.agent_name) is self:
             del self._hub[self.agent_name]
 
-    async def _copy(self, peer: Peer, remote: Sequence[int], local: Sequence[int]) -> None:
-        size = self._memory.page_bytes
+    async def _copy(self, peer: LocalPeer, remote: Sequence[int], local: Sequence[int]) -> None:
         for source, target in zip(remote, local, strict=True):
             if not peer.is_open:
                 raise TransferFailed(f"{peer.pool.agent_name} is not connected")
             await self._owner(peer.pool)._page_is_due()
-            ctypes.memmove(self._memory.address + target * size, peer.pool.base_address + source * size, size)
+            to = self._memory.address + target * self._memory.page_bytes
+            at = peer.pool.base_address + source * peer.pool.page_bytes
+            for span in peer.spans:
+                ctypes.memmove(to + span.local, at + span.remote, span.num_bytes)
             await asyncio.sleep(0)
 
     async def _page_is_due(self) -> None:

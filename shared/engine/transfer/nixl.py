@@ -18,10 +18,12 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from shared.engine.kv.memory import PoolMemory
 from shared.engine.transfer.api import Peer, RemotePool, check_page_ids, check_pool
+from shared.engine.transfer.layout_plan import Slices
 from shared.engine.transfer.nixl_link import Link, Read, new_agent
 from shared.engine.transfer.nixl_thread import NixlThread
 from shared.errors import Fault, TransferFailed
@@ -59,11 +61,11 @@ class NixlTransport:
         self._thread.serve_until = max(now + seconds, self._linger_until)
         self._thread.call(lambda: None)
 
-    async def connect(self, pool: RemotePool, timeout_s: float) -> Link:
+    async def connect(self, pool: RemotePool, timeout_s: float, slices: Slices | None = None) -> Link:
         """See `Transport.connect`. Reads the head of the pool once, which also completes UCX's connection."""
-        check_pool(pool, self._memory.page_bytes)
+        check_pool(pool, self._memory.page_bytes, slices)
         self._num_links += 1
-        link = Link(pool, self._memory, f"{self.agent_name}/{self._num_links}")
+        link = Link(pool, self._memory, f"{self.agent_name}/{self._num_links}", slices)
         try:
             await _outcome(self._thread.call(link.open))
             await self._run(Read(link, link.probe, timeout_s))
@@ -82,9 +84,22 @@ class NixlTransport:
         check_page_ids(peer.pool, remote, self._memory.num_pages, local)
         if not isinstance(peer, Link):
             raise TransferFailed("the peer belongs to another transport")
-        if remote:
+        if remote and peer.num_staged:
+            await self._read_staged(peer, remote, local, timeout_s)
+        elif remote:
             await self._run(Read(peer, lambda: peer.request(remote, local), timeout_s))
-        return len(remote) * self._memory.page_bytes
+        wanted = None if peer.slices is None or peer.num_staged else peer.slices.num_bytes
+        return len(remote) * (wanted or peer.pool.page_bytes)
+
+    async def _read_staged(self, link: Link, remote: Sequence[int], local: Sequence[int], timeout_s: float) -> None:
+        """Whole pages into the link's buffer, as many as fit at a time, and from there into place."""
+        ends_at = time.monotonic() + timeout_s
+        async with link.staging:
+            for at in range(0, len(remote), link.num_staged):
+                theirs, ours = remote[at : at + link.num_staged], local[at : at + link.num_staged]
+                left_s = ends_at - time.monotonic()
+                await self._run(Read(link, partial(link.request, theirs, range(len(theirs))), left_s))
+                await _outcome(self._thread.call(partial(link.scatter, ours)))
 
     def close(self) -> None:
         """See `Transport.close`."""

@@ -1,5 +1,7 @@
 """One connection of NIXL: a reading agent and the one pool that it reads. Only the NIXL thread calls what is here."""
 
+import asyncio
+import ctypes
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -11,10 +13,12 @@ import numpy.typing as npt
 
 from shared.engine.kv.memory import HostMemory, PoolMemory
 from shared.engine.transfer.api import RemotePool
+from shared.engine.transfer.layout_plan import Slices, Span
 from shared.errors import TransferFailed
 
 CANCEL_GRACE_S = 0.2
 PROBE_BYTES = 64
+STAGING_BYTES = 16 << 20
 ENVIRONMENT = {
     # Without it READ between two GPUs of a host is emulated over TCP, 2,000 times slower.
     "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "y",
@@ -38,27 +42,39 @@ def new_agent(name: str, memory: PoolMemory) -> Any:
 
 
 class Link:
-    """A peer's pool and the agent that reads it: open, then perhaps parked, then closed."""
+    """A peer's pool and the agent that reads it: open, then perhaps parked, then closed.
 
-    def __init__(self, pool: RemotePool, memory: PoolMemory, agent_name: str) -> None:
-        self.pool = pool
+    Staged slices are read as whole pages into a buffer of `num_staged` pages, and `scatter` copies them into place.
+    """
+
+    def __init__(self, pool: RemotePool, memory: PoolMemory, agent_name: str, slices: Slices | None = None) -> None:
+        self.pool, self.slices = pool, slices
         self.parked = False
-        self._memory = memory
+        self.num_staged = max(1, STAGING_BYTES // pool.page_bytes) if slices and slices.staged else 0
+        self.staging = asyncio.Lock()  # the buffer has one user at a time
+        self._pool_memory = memory
+        self._memory = HostMemory(self.num_staged, pool.page_bytes) if self.num_staged else memory
+        whole = (Span(0, 0, pool.page_bytes),)
+        self._spans = slices.spans if slices and not slices.staged else whole
         self._agent_name = agent_name
         self._scratch = HostMemory(1, PROBE_BYTES)
         self._agent: Any = None
         self._handles: list[Any] = []
 
     def open(self) -> None:
-        """Make the agent and prepare a descriptor for each page of both pools. Raises TransferFailed."""
+        """Make the agent and prepare a descriptor for each span of each page of both pools. Raises TransferFailed."""
         agent = self._agent = new_agent(self._agent_name, self._memory)
         agent.register_memory([_region(self._scratch)], self._scratch.kind)
         found = agent.add_remote_agent(self.pool.agent_metadata)
         if (found.decode() if isinstance(found, bytes) else found) != self.pool.agent_name:
             raise TransferFailed(f"the metadata of {self.pool.agent_name} are of another agent")
         ours, theirs = self._memory, self.pool
-        local = _pages(ours.address, ours.num_pages, ours.page_bytes, ours.device_id)
-        remote = _pages(theirs.base_address, theirs.num_pages, theirs.page_bytes, theirs.device_id)
+        starts = [span.local for span in self._spans], [span.remote for span in self._spans]
+        sizes = [span.num_bytes for span in self._spans]
+        local = _descriptors(ours.address, ours.num_pages, ours.page_bytes, ours.device_id, starts[0], sizes)
+        remote = _descriptors(
+            theirs.base_address, theirs.num_pages, theirs.page_bytes, theirs.device_id, starts[1], sizes
+        )
         self._handles.append(agent.prep_xfer_dlist("NIXL_INIT_AGENT", local, ours.kind))
         self._handles.append(agent.prep_xfer_dlist(theirs.agent_name, remote, theirs.memory_kind))
 
@@ -75,10 +91,18 @@ class Link:
         return self._agent
 
     def request(self, remote: Sequence[int], local: Sequence[int]) -> Any:
-        """A READ of whole pages, not yet posted. NIXL itself merges pages that are adjacent on both sides."""
-        agent = self.agent
-        ours, theirs = (np.asarray(ids, dtype=np.int32) for ids in (local, remote))
+        """A READ, not yet posted. NIXL itself merges descriptors that are adjacent on both sides."""
+        agent, count = self.agent, len(self._spans)
+        spans = np.arange(count, dtype=np.int32)
+        ours, theirs = ((np.asarray(ids, np.int32)[:, None] * count + spans).ravel() for ids in (local, remote))
         return agent.make_prepped_xfer("READ", self._handles[0], ours, self._handles[1], theirs, b"")
+
+    def scatter(self, local: Sequence[int]) -> None:
+        """Copy the slices of the first pages of the buffer to our pages `local`."""
+        staged, pool, ids = _bytes(self._memory), _bytes(self._pool_memory), list(local)
+        for span in self.slices.spans if self.slices else ():
+            there, here = span.remote + span.num_bytes, span.local + span.num_bytes
+            pool[ids, span.local : here] = staged[: len(ids), span.remote : there]
 
     def probe(self) -> Any:
         """A READ of the first bytes of the peer's pool into scratch memory, not yet posted."""
@@ -121,9 +145,18 @@ def _region(memory: PoolMemory) -> tuple[int, int, int, str]:
     return (memory.address, memory.num_bytes, memory.device_id, "")
 
 
-def _pages(address: int, num_pages: int, page_bytes: int, device_id: int) -> npt.NDArray[np.uint64]:
-    """[num_pages, 3]: address, length, device."""
-    pages = np.empty((num_pages, 3), dtype=np.uint64)
-    pages[:, 0] = np.uint64(address) + np.arange(num_pages, dtype=np.uint64) * np.uint64(page_bytes)
-    pages[:, 1], pages[:, 2] = page_bytes, device_id
-    return pages
+def _descriptors(
+    address: int, num_pages: int, page_bytes: int, device_id: int, starts: Sequence[int], sizes: Sequence[int]
+) -> npt.NDArray[np.uint64]:
+    """[num_pages * spans, 3]: address, length, device."""
+    found = np.empty((num_pages, len(starts), 3), dtype=np.uint64)
+    pages = np.uint64(address) + np.arange(num_pages, dtype=np.uint64) * np.uint64(page_bytes)
+    found[..., 0] = pages[:, None] + np.asarray(starts, np.uint64)
+    found[..., 1], found[..., 2] = np.asarray(sizes, np.uint64), device_id
+    return found.reshape(-1, 3)
+
+
+def _bytes(memory: PoolMemory) -> npt.NDArray[np.uint8]:
+    """Host memory as [num_pages, page_bytes]."""
+    held = (ctypes.c_uint8 * memory.num_bytes).from_address(memory.address)
+    return np.ctypeslib.as_array(held).reshape(memory.num_pages, memory.page_bytes)

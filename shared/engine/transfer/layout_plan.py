@@ -1,0 +1,138 @@
+"""What each rank of a reader takes from which rank of a peer whose ranks are as many or not: pure functions of layouts.
+
+A class that every rank has whole (latents, index keys) can be taken from any rank of the peer: readers are spread over
+them. Of one that ranks share out by heads, a page of the peer holds more heads than are wanted, or fewer: then the plan
+names the spans of a page to read from each rank that has some. There are two ways to move spans. *Slices*: a descriptor
+for each span, straight into place. *Staged*: one descriptor for the whole page into a buffer, and the spans are copied
+out of it. Slices move no byte too many, staged pages need fewer descriptors; the estimate below decides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shared.engine.kv.layout import KvLayout, StateClass
+from shared.errors import Incompatible
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`num_bytes` bytes of a page: where they are in the peer's page, and where in ours."""
+
+    remote: int
+    local: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """The spans to take of each page of one rank of the peer."""
+
+    spans: tuple[Span, ...]
+    staged: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes wanted of a page."""
+        return sum(span.num_bytes for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """One of the peer's ranks, and what to take of its pages; None is all of them, as they are."""
+
+    rank: int
+    slices: Slices | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What moving pages costs, measured by `bench.layouts` (docs/LOG.md)."""
+
+    descriptor_us: float = 1.0
+    move_us_per_kib: float = 0.25
+    copy_us_per_kib: float = 0.12
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """One rank of a reader. Readers of different `salt` begin at different ranks of a peer that has more ranks."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    salt: int = 0
+    can_stage: bool = True
+
+    def among(self, candidates: Sequence[int]) -> int:
+        """Which of several ranks that have the same to read from: equal numbers of ranks read one to one."""
+        return candidates[(self.rank + self.salt * self.num_ranks) % len(candidates)]
+
+
+def plan(ours: KvLayout, theirs: Sequence[KvLayout], reader: Reader, costs: Costs | None = None) -> tuple[Take, ...]:
+    """What to read so that each of our pages is complete. Raises Incompatible if the peer's ranks cannot make it so."""
+    if same := [rank for rank, layout in enumerate(theirs) if layout == ours]:
+        return (Take(reader.among(same)),)
+    for layout in theirs:
+        if _kind(layout) != _kind(ours):
+            raise Incompatible(f"the peer's pages hold {_kind(layout)}, ours {_kind(ours)}")
+    spans: dict[int, list[Span]] = {}
+    for index, state in enumerate(ours.state_classes):
+        for rank, span in _spans(state, [layout.state_classes[index] for layout in theirs], reader):
+            spans.setdefault(rank, []).append(span)
+    return tuple(
+        Take(rank, _choose(_merged(found), theirs[rank].page_bytes, reader, costs or Costs()))
+        for rank, found in sorted(spans.items())
+    )
+
+
+def _kind(layout: KvLayout) -> tuple[object, ...]:
+    """What layouts of different ranks have in common."""
+    return (layout.page_size, *((state.name, state.num_layers, state.dtype) for state in layout.state_classes))
+
+
+def _spans(ours: StateClass, theirs: Sequence[StateClass], reader: Reader) -> list[tuple[int, Span]]:
+    if not ours.num_heads:
+        if any(state.size_bytes != ours.size_bytes for state in theirs):
+            raise Incompatible(f"{ours.name} takes other room in the peer's pages")
+        rank = reader.among(range(len(theirs)))
+        return [(rank, Span(theirs[rank].offset_bytes, ours.offset_bytes, ours.size_bytes))]
+    found: list[tuple[int, Span]] = []
+    for head in range(ours.first_head, ours.first_head + ours.num_heads):
+        have = [rank for rank, s in enumerate(theirs) if s.first_head <= head < s.first_head + s.num_heads]
+        if not have or any(_head_bytes(theirs[rank]) != _head_bytes(ours) for rank in have):
+            raise Incompatible(f"no rank of the peer has head {head} of {ours.name} as we would store it")
+        rank = reader.among(have)
+        found += [(rank, span) for span in _head(ours, theirs[rank], head)]
+    return found
+
+
+def _head_bytes(state: StateClass) -> int:
+    return state.size_bytes // (state.num_layers * 2 * state.num_heads)
+
+
+def _head(ours: StateClass, theirs: StateClass, head: int) -> list[Span]:
+    """Keys and values of one head in every layer."""
+    size = _head_bytes(ours)
+
+    def at(state: StateClass, row: int) -> int:
+        return state.offset_bytes + (row * state.num_heads + head - state.first_head) * size
+
+    return [Span(at(theirs, row), at(ours, row), size) for row in range(ours.num_layers * 2)]
+
+
+def _merged(spans: list[Span]) -> tuple[Span, ...]:
+    """Spans that follow each other on both sides are one."""
+    merged: list[Span] = []
+    for span in sorted(spans, key=lambda span: span.remote):
+        last = merged[-1] if merged else None
+        if last and (last.remote + last.num_bytes, last.local + last.num_bytes) == (span.remote, span.local):
+            merged[-1] = Span(last.remote, last.local, last.num_bytes + span.num_bytes)
+        else:
+            merged.append(span)
+    return tuple(merged)
+
+
+def _choose(spans: tuple[Span, ...], page_bytes: int, reader: Reader, costs: Costs) -> Slices:
+    num_kib = sum(span.num_bytes for span in spans) / 1024
+    sliced_us = len(spans) * costs.descriptor_us + num_kib * costs.move_us_per_kib
+    staged_us = costs.descriptor_us + page_bytes / 1024 * costs.move_us_per_kib + num_kib * costs.copy_us_per_kib
+    return Slices(spans, staged=reader.can_stage and staged_us < sliced_us)

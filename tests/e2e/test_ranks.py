@@ -1,0 +1,68 @@
+"""Clusters whose workers are several ranks each, through four services, in float32, by token ids."""
+
+import json
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+
+from shared.engine.models import tiny
+from tests.e2e.cluster import RunningCluster, running
+from tests.e2e.test_failover import busy
+from tests.oracle import driver, tiny_models
+
+PROMPT = [3 + token * 37 % 200 for token in range(150)]
+NUM_TOKENS = 300
+DEADLINE_S = 150.0
+
+
+async def stream(cluster: RunningCluster, amid: Callable[[], Awaitable[None]] | None = None) -> list[int]:
+    """The tokens of the prompt; `amid` happens after the first ones."""
+    tokens: list[int] = []
+    body = {"model": cluster.model, "prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "stream": True}
+    body |= {"ignore_eos": True, "return_token_ids": True}
+    async with (
+        httpx.AsyncClient(base_url=cluster.url, timeout=DEADLINE_S) as http,
+        http.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    tokens += choice.get("token_ids") or []
+                if tokens and amid is not None:
+                    await amid()
+                    amid = None
+    return tokens
+
+
+def flags_for(path: Path, *flags: str) -> list[str]:
+    fixed = ["--model", str(path), "--dtype", "float32", "--tp", "2", "--deadline", str(DEADLINE_S)]
+    return [*fixed, "--worker-flags=--num-pages 64", *flags]
+
+
+async def test_a_prompt_handed_over_in_a_cluster_of_ranks_gets_the_tokens_of_the_bare_model(tmp_path: Path) -> None:
+    tiny.write("glm-5.2", tmp_path / "glm")
+    with running(*flags_for(tmp_path / "glm")) as cluster:
+        tokens = await stream(cluster)
+        await cluster.until(lambda rows: rows["prefill-0"]["pages"]["cached"] >= len(PROMPT) // 16)
+        rows = await cluster.status()
+    assert [len(rows[name]["rank_pids"]) for name in ("decode-0", "prefill-0")] == [1, 1]
+    assert tokens == driver.generate(driver.load(tmp_path / "glm"), PROMPT, NUM_TOKENS)
+
+
+async def test_a_rank_killed_amid_an_output_costs_no_token(tmp_path: Path) -> None:
+    tiny_models.write("llama-8-heads", tmp_path / "llama")
+
+    with running(*flags_for(tmp_path / "llama", "--prefill", "0", "--decode", "2")) as cluster:
+
+        async def kill_a_busy_rank() -> None:
+            await cluster.until(lambda rows: len(busy(rows)) == 1)
+            rows = await cluster.status()
+            os.kill(rows[busy(rows)[0]]["rank_pids"][0], signal.SIGKILL)
+
+        tokens = await stream(cluster, kill_a_busy_rank)
+        restarts = [row["num_restarts"] for name, row in (await cluster.status()).items() if name.startswith("decode")]
+    assert tokens == driver.generate(driver.load(tmp_path / "llama"), PROMPT, NUM_TOKENS)
+    assert sorted(restarts) == [0, 1]

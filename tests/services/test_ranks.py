@@ -1,0 +1,68 @@
+"""Workers of several ranks, as they are deployed: a process for each rank, pages read by NIXL into each rank's pool."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from shared.engine.models import tiny
+from tests.oracle import driver, tiny_models
+from tests.services.test_processes import PATIENCE_S, Pair
+from tests.valkey import ValkeyProcess
+
+NUM_TOKENS = 8
+# Every rank is a process that imports torch.
+START_S = 150.0
+
+
+def glm(path: Path) -> None:
+    tiny.write("glm-5.2", path)
+
+
+def llama(path: Path) -> None:
+    tiny_models.write("llama-8-heads", path)
+
+
+@asynccontextmanager
+async def pair(path: Path, valkey: ValkeyProcess, prefill: int, decode: int) -> AsyncGenerator[Pair, None]:
+    """Workers of so many ranks each."""
+    flags = ["--model", str(path), "--served-model-name", "tiny", "--dtype", "float32", "--num-pages", "64"]
+    made = Pair(valkey, [*flags, "--num-threads", "1", "--max-step-tokens", "64"], "tiny")
+    try:
+        made.launch("prefill", "--tensor-parallel", str(prefill))
+        made.launch("decode", "--tensor-parallel", str(decode))
+        await made.registered(START_S)
+        yield made
+    finally:
+        await made.close()
+
+
+@pytest.mark.parametrize(("write", "prefill", "decode"), [(llama, 1, 2), (glm, 2, 1)], ids=["llama", "glm"])
+async def test_pages_go_back_and_forth_between_workers_of_one_and_of_two_ranks_and_a_lost_rank_ends_its_worker(
+    write: Callable[[Path], None], prefill: int, decode: int, tmp_path: Path, valkey: ValkeyProcess
+) -> None:
+    write(tmp_path)
+    async with pair(tmp_path, valkey, prefill, decode) as workers:
+        ranks = {name: workers.found[name].rank_pids for name in ("prefill", "decode")}
+        assert {name: len(pids) + 1 for name, pids in ranks.items()} == {"prefill": prefill, "decode": decode}
+        message = workers.request(90, 24)
+        first = await workers.generate(message)
+        turn = workers.request(0, NUM_TOKENS)
+        turn.prompt_token_ids.extend([*message.prompt_token_ids, *first, 7, 8, 9])
+        turn.placement.kv_source.CopyFrom(turn.placement.decode)
+        second = await workers.generate(turn)
+        for measure in ("forebay_prefill_fallbacks_total", "forebay_stale_releases_total"):
+            assert workers.measure("decode", measure) == 0
+        # There and back: what the decode worker computed behind the first prompt, the prefill worker pulled.
+        assert all(workers.measure(name, "forebay_transfer_bytes_total") > 0 for name in ranks)
+        (lost,) = (*ranks["prefill"], *ranks["decode"])
+        os.kill(lost, signal.SIGKILL)
+        worker = workers.processes["prefill" if ranks["prefill"] else "decode"]
+        assert await asyncio.to_thread(worker.wait, PATIENCE_S) == 1
+    executor = driver.load(tmp_path)
+    assert first == driver.generate(executor, list(message.prompt_token_ids), 24)
+    assert second == driver.generate(executor, list(turn.prompt_token_ids), NUM_TOKENS)
