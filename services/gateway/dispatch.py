@@ -6,6 +6,7 @@ everywhere, because every random choice depends on seed and position alone.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -49,6 +50,7 @@ class Dispatcher:
         self._directory, self._channels = directory, channels
         self._recovery_wait_s = recovery_wait_ms / 1000
         self._turn = 0
+        self._num_asked: Counter[str] = Counter()
 
     async def generate(self, choice: Choice) -> AsyncGenerator[decode_pb2.GenerateResponse, None]:
         """What the decode worker sends, up to and with GenerateFinished. Raises any Fault.
@@ -95,18 +97,26 @@ class Dispatcher:
             await self._directory.changed(min(left, ROUTER_RETRY_S, rpc.time_remaining() or left))
 
     async def _ask_routers(self, route: router_pb2.RouteRequest) -> router_pb2.RouteResponse:
-        """Ask one after the other, a different one first each time, until one answers."""
+        """Ask one after the other until one answers.
+
+        The one with the fewest calls of ours to answer comes first, of equals a different one each time: one that has
+        stopped holds up those who asked it before that shows, and nobody else.
+        """
         routers = self._directory.routers
-        self._turn += 1
+        self._turn = (self._turn + 1) % max(1, len(routers))
+        in_turn = [*routers[self._turn :], *routers[: self._turn]]
         fault: Fault = WorkerLost("none is registered")
-        for i in range(len(routers)):
-            router = routers[(self._turn + i) % len(routers)]
+        for router in sorted(in_turn, key=lambda router: self._num_asked[router.address]):
             stub: Any = router_pb2_grpc.RouterServiceStub(self._channels.to(router.address))
+            self._num_asked[router.address] += 1
             try:
                 return await rpc.call(stub.Route, route)
             except _ROUTER_FAULTS as error:
                 log.info("router %s does not answer: %s", router.name, error.message)
                 fault = error
+            finally:
+                self._num_asked[router.address] -= 1
+                self._num_asked += Counter()  # forget those with none
         raise fault
 
 

@@ -59,14 +59,14 @@ async def _serve(
     board: Blackboard,
     stop: asyncio.Event,
 ) -> None:
+    interval_ms, ttl_ms = config.blackboard_interval_ms, config.registration_ttl_ms
+    following = asyncio.create_task(follow(board, core.directory, interval_ms, ttl_ms))
+    await core.directory.changed(interval_ms / 1000)  # who comes first must not be told that nobody is there
     http, http_port = rest_server(config, core, telemetry_)
     grpc_server = rpc.Server(telemetry_, [SERVICE])
     servicer = GatewayServicer(core, config.request_timeout_ms)
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, grpc_server.grpc)
     grpc_port = await grpc_server.start(config.host, config.port)
-    interval_ms, ttl_ms = config.blackboard_interval_ms, config.registration_ttl_ms
-    following = asyncio.create_task(follow(board, core.directory, interval_ms, ttl_ms))
-    await core.directory.changed(interval_ms / 1000)  # clients who come already wait in the listener's queue
     serving = asyncio.create_task(http.serve())
     log.info("serving REST at http://%s:%d and gRPC at %s:%d", config.host, http_port, config.host, grpc_port)
     epoch = await await_epoch(board, name, config.heartbeat_ms, stop)

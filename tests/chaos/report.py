@@ -1,7 +1,7 @@
 """What a chaos run showed, as a table, and what of it must not be."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tests.chaos.answers import COMPLETE, GATEWAY_LOST, LATE, NOT_TAKEN, Answer
@@ -34,12 +34,9 @@ class Report:
     reclaim_s: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def stall_s(self, kind: str, share: float, beyond: bool = False) -> float:
-        """A percentile of the stalls by a kind of fault, of long stops only."""
-        return percentile([stall.beyond_s if beyond else stall.gap_s for stall in self._of(kind)], share)
-
-    def _of(self, kind: str) -> list[Stall]:
-        found = [stall for stall in self.stalls if stall.fault.kind == kind]
+    def stalls_after(self, kind: str, alone: bool = True) -> list[Stall]:
+        """By a kind of fault that came alone, or at the same time as others; of stops, only long ones."""
+        found = [stall for stall in self.stalls if stall.fault.kind == kind and stall.alone is alone]
         return [s for s in found if s.fault.until - s.fault.at >= LONG_STOP_S] if kind == STOP else found
 
     def failovers_without_a_fault(self) -> list[Suspected]:
@@ -56,7 +53,7 @@ class Report:
         if self.num_leaked_pages or self.num_bystanders:
             found.append(f"{self.num_leaked_pages} pages leaked, {self.num_bystanders} processes ended unbidden")
         for kind, limit_s in stall_limits_s.items():
-            if (stall_s := self.stall_s(kind, 0.99, beyond=kind == KILL)) > limit_s:
+            if (stall_s := percentile([_seconds(stall) for stall in self.stalls_after(kind)], 0.99)) > limit_s:
                 found.append(f"stall after {kind}: {stall_s:.3f} s is more than {limit_s} s")
         return found
 
@@ -83,18 +80,23 @@ class Report:
             "pages leaked, one lease later": self.num_leaked_pages,
             "processes that ended unbidden": self.num_bystanders,
             "workers given up without a fault": len(self.failovers_without_a_fault()),
-            "stall, decode worker killed, beyond recomputing": self._stall_row(KILL, beyond=True),
-            "the same with recomputing": self._stall_row(KILL),
-            f"stall, decode worker stopped for {LONG_STOP_S:.0f} s or longer": self._stall_row(STOP),
-            "stall, decode worker drained": self._stall_row(END),
+            "stall, decode worker killed, beyond recomputing": _spread(map(_seconds, self.stalls_after(KILL))),
+            "the same with recomputing": _spread(stall.gap_s for stall in self.stalls_after(KILL)),
+            f"stall, decode worker stopped for {LONG_STOP_S:.0f} s or longer": _spread(
+                stall.gap_s for stall in self.stalls_after(STOP)
+            ),
+            "the three with another fault at the same time": "; ".join(
+                (
+                    _spread(map(_seconds, self.stalls_after(KILL, alone=False))),
+                    _spread(stall.gap_s for stall in self.stalls_after(KILL, alone=False)),
+                    _spread(stall.gap_s for stall in self.stalls_after(STOP, alone=False)),
+                )
+            ),
+            "stall, decode worker drained": _spread(stall.gap_s for stall in self.stalls_after(END)),
             "time to reclaim all pages": ", ".join(f"{what} {s:.2f} s" for what, s in self.reclaim_s.items()),
             "KV read from peers": f"{self.num_bytes / 1e6:,.0f} MB at least",
         }
         return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-
-    def _stall_row(self, kind: str, beyond: bool = False) -> str:
-        median, high, most = (self.stall_s(kind, share, beyond) * 1000 for share in (0.5, 0.99, 1.0))
-        return f"median {median:.0f} ms, p99 {high:.0f} ms, longest {most:.0f} ms ({len(self._of(kind))} streams)"
 
     @property
     def num_complete(self) -> int:
@@ -103,6 +105,17 @@ class Report:
 
 def _explains(fault: Done, suspected: Suspected) -> bool:
     return fault.name == suspected.decode and fault.at - 0.1 <= suspected.at <= fault.until + AFTERMATH_S
+
+
+def _seconds(stall: Stall) -> float:
+    """What a bound is for: after a kill, what is left when computing the sequence anew is taken off."""
+    return stall.beyond_s if stall.fault.kind == KILL else stall.gap_s
+
+
+def _spread(seconds: Iterable[float]) -> str:
+    values = list(seconds)
+    median, high, most = (percentile(values, share) * 1000 for share in (0.5, 0.99, 1.0))
+    return f"median {median:.0f} ms, p99 {high:.0f} ms, longest {most:.0f} ms ({len(values)} streams)"
 
 
 def _counts(counter: Counter[str]) -> str:

@@ -32,13 +32,14 @@ class Plan:
     seed: int = 5
     num_requests: int = 10_000
     seconds: float = 1_200.0
-    num_clients: int = 16
+    num_clients: int = 20
     client_pause_s: float = 0.5
     num_prefill: int = 3
     num_decode: int = 3
     worker_pause_s: tuple[float, float] = (1.0, 4.0)
-    other_pause_s: tuple[float, float] = (6.0, 20.0)
+    other_pause_s: tuple[float, float] = (10.0, 30.0)
     prefill_ms_per_token: float = 0.2
+    decode_ms: float = 25.0
 
     def flags(self, port: int) -> list[str]:
         """Of `forebay up`."""
@@ -48,7 +49,9 @@ class Plan:
 
 async def sim(plan: Plan) -> Report:
     """The run on the sim engine, whose answers are known."""
-    worker_flags = f"--sim-prefill-ms-per-token {plan.prefill_ms_per_token} --sim-decode-ms 8 --kv-cache-mb 64"
+    worker_flags = (
+        f"--sim-prefill-ms-per-token {plan.prefill_ms_per_token} --sim-decode-ms {plan.decode_ms} --kv-cache-mb 64"
+    )
     with TemporaryDirectory() as folder, ExitStack() as stack:
         port, text = two_free_ports(), write_tokenizer(Path(folder))
         engine = ["--engine", "sim", f"--worker-flags={worker_flags}", f"--gateway-flags=--model sim={text}"]
@@ -120,7 +123,10 @@ async def run(plan: Plan, cluster: RunningCluster, clients: Clients, twin: Twin)
 
 def _hitting(plan: Plan, faults: Faults) -> list[Coroutine[None, None, None]]:
     """Workers are hit all the time and in every way; what others need is hit now and then."""
-    workers = [f"decode-{i}" for i in range(plan.num_decode)] + [f"prefill-{i}" for i in range(plan.num_prefill)]
+    decode, prefill = (
+        [f"{r}-{i}" for i in range(n)] for r, n in (("decode", plan.num_decode), ("prefill", plan.num_prefill))
+    )
+    workers = [*decode, *decode, *prefill]
     others = ["gateway-0", "gateway-1", "router-0", "router-1", "blackboard"]
     return [
         faults.run(workers, (KILL, KILL, END, STOP), plan.worker_pause_s),

@@ -15,6 +15,7 @@ SHORT = Plan(
     num_prefill=2,
     num_decode=2,
     other_pause_s=(4.0, 10.0),
+    decode_ms=8.0,
 )
 
 

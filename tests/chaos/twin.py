@@ -1,4 +1,4 @@
-"""The fault-free twin of a request on the sim engine: the same engine in this process, one request after another."""
+"""The fault-free twin of a request on the sim engine: the same engine in this process, where nothing fails."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +8,16 @@ from tokenizers import Tokenizer, decoders, models
 
 from services.gateway.request import derive_seed
 from services.gateway.stops import StopStrings
-from shared.engine.api import EngineRequest, SamplingParams
+from shared.engine.api import EngineRequest, SamplingParams, TokensSampled
+from shared.engine.engine import Engine
+from shared.engine.kv.store import KvStore
 from shared.engine.sim import SimExecutor, SimModel
 from tests.chaos.answers import COMPLETE, Answer, Output
 from tests.chaos.requests import Ask
-from tests.law.worker import Worker
+
+# Requests at once, and pages that are enough for all of them.
+BATCH = 32
+NUM_PAGES = 4_096
 
 
 def word(token_id: int) -> str:
@@ -30,33 +35,48 @@ def write_tokenizer(directory: Path) -> Path:
 
 
 class Twin(Protocol):
-    """Knows what a client gets without faults."""
+    """Knows what clients get without faults."""
 
-    def answer(self, ask: Ask) -> list[Output]:
-        """Each choice."""
+    def answers(self, asks: Sequence[Ask]) -> list[list[Output]]:
+        """Each choice of each request."""
 
 
 def wrong(answers: Sequence[Answer], twin: Twin) -> list[str]:
     """Every answer that is not what its twin got, as far as it goes."""
     spoken = [answer for answer in answers if answer.outputs]
-    problems = ((answer, answer.difference(twin.answer(answer.ask))) for answer in spoken)
-    return [f"{answer.ask.name}, {answer.end}: {problem}" for answer, problem in problems if problem]
+    problems: list[str] = []
+    for begin in range(0, len(spoken), BATCH):
+        batch = spoken[begin : begin + BATCH]
+        for answer, right in zip(batch, twin.answers([answer.ask for answer in batch]), strict=True):
+            if problem := answer.difference(right):
+                problems.append(f"{answer.ask.name}, {answer.end}: {problem}")
+    return problems
 
 
 class SimTwin:
-    """Knows every answer, because nothing ever fails here."""
+    """Knows every answer, by computing it once more."""
 
     def __init__(self) -> None:
-        self._worker = Worker(SimExecutor(SimModel(), 256, sleep=lambda seconds: None))
+        executor = SimExecutor(SimModel(), NUM_PAGES, sleep=lambda seconds: None)
+        kv = KvStore(NUM_PAGES, executor.spec.layout.page_size, lease_ttl_ms=10_000, clock=lambda: 0.0)
+        self._engine = Engine(executor, kv, max_step_tokens=2_048, max_num_sequences=BATCH)
 
-    def answer(self, ask: Ask) -> list[Output]:
-        """What a client gets without faults, for each choice."""
-        seeds = [derive_seed(ask.body["seed"], i) for i in range(ask.body.get("n", 1))]
-        names = [f"{ask.name}-{i}" for i in range(len(seeds))]
-        for name, seed in zip(names, seeds, strict=True):
-            self._worker.submit(EngineRequest(name, tuple(ask.body["prompt"]), _params(ask, seed)))
-        self._worker.finish()
-        return [_spoken(ask, self._worker.outputs.pop(name)) for name in names]
+    def answers(self, asks: Sequence[Ask]) -> list[list[Output]]:
+        """What clients get without faults."""
+        tokens: dict[str, list[int]] = {}
+        for number, ask in enumerate(asks):
+            for choice in range(ask.body.get("n", 1)):
+                name = f"{number}-{choice}"
+                tokens[name] = []
+                self._engine.submit(EngineRequest(name, tuple(ask.body["prompt"]), _params(ask, choice)))
+        while self._engine.has_work():
+            for event in self._engine.step():
+                assert isinstance(event, TokensSampled), event
+                tokens[event.request_id] += [token.token_id for token in event.tokens]
+        return [
+            [_spoken(ask, tokens[f"{number}-{choice}"]) for choice in range(ask.body.get("n", 1))]
+            for number, ask in enumerate(asks)
+        ]
 
 
 class RecordedTwin:
@@ -66,16 +86,17 @@ class RecordedTwin:
         assert all(answer.end == COMPLETE for answer in answers), "the twin was not free of faults"
         self._outputs = {answer.ask.name: answer.outputs for answer in answers}
 
-    def answer(self, ask: Ask) -> list[Output]:
-        """What it was then, for each choice."""
-        outputs = self._outputs[ask.name]
-        return [outputs[index] for index in sorted(outputs)]
+    def answers(self, asks: Sequence[Ask]) -> list[list[Output]]:
+        """What they were then."""
+        return [[outputs[i] for i in sorted(outputs)] for outputs in (self._outputs[ask.name] for ask in asks)]
 
 
-def _params(ask: Ask, seed: int) -> SamplingParams:
+def _params(ask: Ask, choice: int) -> SamplingParams:
     """Only what matters to the sim engine, which shapes no probabilities."""
-    body = ask.body
-    return SamplingParams(temperature=body["temperature"], ignore_eos=True, max_tokens=body["max_tokens"], seed=seed)
+    seed = derive_seed(ask.body["seed"], choice)
+    return SamplingParams(
+        temperature=ask.body["temperature"], ignore_eos=True, max_tokens=ask.body["max_tokens"], seed=seed
+    )
 
 
 def _spoken(ask: Ask, token_ids: Sequence[int]) -> Output:

@@ -23,7 +23,7 @@ from shared.errors import (
     StaleEpoch,
     WorkerLost,
 )
-from tests.unit.gateway.world import MODEL, Response, World, finished, tokens
+from tests.unit.gateway.world import MODEL, FakeRouter, Response, World, finished, tokens
 
 CALLER = Caller("r", "", 30.0)
 
@@ -189,6 +189,20 @@ async def test_another_router_is_asked_when_one_is_gone(world: World) -> None:
     await world.servers["router-0"].stop(0)
     for _ in range(3):
         assert await complete(world.core) == "hello world"
+
+
+async def test_a_router_that_stops_answering_holds_up_nobody_who_comes_later(world: World) -> None:
+    stopped = FakeRouter()
+    stopped.workers = world.router.workers
+    stopped.answers.clear()
+    await world.start_router("router-1", stopped)
+    await world.directory.update(world.registrations)
+    first = [asyncio.create_task(complete(world.core)) for _ in range(2)]
+    await asyncio.wait_for(stopped.asked.wait(), 10)
+    for _ in range(6):
+        assert await asyncio.wait_for(complete(world.core), 10) == "hello world"
+    stopped.answers.set()
+    assert await asyncio.gather(*first) == ["hello world"] * 2
 
 
 async def test_a_request_waits_for_a_router_to_come_back(world: World) -> None:

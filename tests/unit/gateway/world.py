@@ -79,11 +79,13 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
         self.workers: list[kv_pb2.WorkerRef] = []
         self.requests: list[router_pb2.RouteRequest] = []
         self.fault: Fault | None = None
-        self.asked = asyncio.Event()
+        self.asked, self.answers = asyncio.Event(), asyncio.Event()
+        self.answers.set()
 
     async def Route(self, request: router_pb2.RouteRequest, _context: Any) -> router_pb2.RouteResponse:
         self.requests.append(request)
         self.asked.set()
+        await self.answers.wait()
         if self.fault is not None:
             raise self.fault
         for worker in self.workers:
@@ -153,9 +155,9 @@ class World:
         if self.directory.models[0].text.tokenizer is not None:
             await self.says("hello world")
 
-    async def start_router(self, name: str = "router-0") -> None:
+    async def start_router(self, name: str = "router-0", router: FakeRouter | None = None) -> None:
         server = rpc.Server(self.telemetry, [])
-        router_pb2_grpc.add_RouterServiceServicer_to_server(self.router, server.grpc)
+        router_pb2_grpc.add_RouterServiceServicer_to_server(router or self.router, server.grpc)
         self._register(Role.ROUTER, name, await server.start("127.0.0.1", 0))
         self.servers[name] = server
 
