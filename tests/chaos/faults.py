@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
+from cli.state import ProcessState
 from tests.e2e.cluster import RunningCluster
 
 KILL, END, STOP = "kill", "end", "stop"
@@ -37,18 +39,31 @@ class Faults:
         self._cluster, self._chance = cluster, chance
         self.done: list[Done] = []
         self.restarts: Counter[str] = Counter()
+        self.enough = asyncio.Event()
+        self._at_work: set[str] = set()
 
     async def run(self, names: Sequence[str], kinds: Sequence[str], pause_s: tuple[float, float]) -> None:
-        """Hit one process after another until cancelled. One that does not serve again yet is left alone."""
-        while True:
-            await asyncio.sleep(self._chance.uniform(*pause_s))
+        """Hit one process after another until it is `enough`. One that does not serve again yet is left alone."""
+        while not await self._enough_after(self._chance.uniform(*pause_s)):
             name, kind = self._chance.choice(names), self._chance.choice(kinds)
-            if self._cluster.pid(name) is not None and await self._serves(name):
+            if name not in self._at_work and await self._serves(name):
                 with suppress(ProcessLookupError):
                     await self.hit(name, kind)
 
+    async def _enough_after(self, seconds: float) -> bool:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.enough.wait(), seconds)
+        return self.enough.is_set()
+
     async def hit(self, name: str, kind: str) -> None:
-        """Do one thing to one process, and wait until it is done."""
+        """Do one thing to one process, and wait until it is done. Nobody else does anything to it meanwhile."""
+        self._at_work.add(name)
+        try:
+            await self._hit(name, kind)
+        finally:
+            self._at_work.discard(name)
+
+    async def _hit(self, name: str, kind: str) -> None:
         at = time.time()
         if kind == STOP:
             await self._stop(name)
@@ -72,5 +87,19 @@ class Faults:
             while self._cluster.pid(name) == pid:  # noqa: ASYNC110 - the supervisor tells by a file
                 await asyncio.sleep(0.05)
 
+    def bystanders(self) -> list[str]:
+        """Processes that were started again more or less often than they were made to end, with what they said last."""
+        return [
+            f"{process.name}: {process.num_restarts} restarts, not {self.restarts[process.name]}; {_said(process)}"
+            for process in self._cluster.state().processes
+            if process.num_restarts != self.restarts[process.name]
+        ]
+
     async def _serves(self, name: str) -> bool:
         return bool((await self._cluster.status())[name]["state"] == "serving")
+
+
+def _said(process: ProcessState) -> str:
+    """The last lines of every start of which there is a log."""
+    logs = sorted(Path(process.log).parent.glob(f"{process.name}*.log"))
+    return "\n".join([process.last_exit, *(f"{log.name}: {log.read_text()[-600:]}" for log in logs)])

@@ -30,7 +30,7 @@ class Report:
     defects: Sequence[str]
     num_bytes: float
     num_leaked_pages: int
-    num_bystanders: int
+    bystanders: Sequence[str]
     reclaim_s: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -50,8 +50,9 @@ class Report:
         found += [f"{a.ask.name}: {a.end}, {a.overrun_s:+.2f} s from its deadline" for a in late]
         cut = (a for a in self.answers if a.end == GATEWAY_LOST and not self._killed(a))
         found += [f"{a.ask.name}: gateway-{a.gateway} broke the connection, unbidden" for a in cut]
-        if self.num_leaked_pages or self.num_bystanders:
-            found.append(f"{self.num_leaked_pages} pages leaked, {self.num_bystanders} processes ended unbidden")
+        found += self.bystanders
+        if self.num_leaked_pages:
+            found.append(f"{self.num_leaked_pages} pages leaked")
         for kind, limit_s in stall_limits_s.items():
             if (stall_s := percentile([_seconds(stall) for stall in self.stalls_after(kind)], 0.99)) > limit_s:
                 found.append(f"stall after {kind}: {stall_s:.3f} s is more than {limit_s} s")
@@ -78,7 +79,7 @@ class Report:
             ),
             "latest end of a request, from its deadline": f"{longest:+.2f} s",
             "pages leaked, one lease later": self.num_leaked_pages,
-            "processes that ended unbidden": self.num_bystanders,
+            "processes that ended unbidden": len(self.bystanders),
             "workers given up without a fault": len(self.failovers_without_a_fault()),
             "stall, decode worker killed, beyond recomputing": _spread(map(_seconds, self.stalls_after(KILL))),
             "the same with recomputing": _spread(stall.gap_s for stall in self.stalls_after(KILL)),

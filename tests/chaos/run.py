@@ -91,19 +91,18 @@ async def run(plan: Plan, cluster: RunningCluster, clients: Clients, twin: Twin)
     def more() -> bool:
         return time.monotonic() - began < plan.seconds and clients.num_requests < plan.num_requests
 
-    meanwhile = [asyncio.create_task(work) for work in (*_hitting(plan, faults), watch.run())]
+    watching = asyncio.create_task(watch.run())
+    hitting = asyncio.gather(*_hitting(plan, faults))
     await asyncio.gather(*(clients.run(number, more) for number in range(plan.num_clients)))
     seconds = time.monotonic() - began
-    for task in meanwhile[:-1]:
-        assert not task.done(), task.exception()
-        task.cancel()
-    await asyncio.wait(meanwhile[:-1])
+    faults.enough.set()
+    await hitting
     await cluster.until(lambda rows: all(row["state"] == "serving" for row in rows.values()), START_S)
     began = time.monotonic()
     await cluster.until_pages_are_free(LEASE_S + 5)
     reclaim_s = {"after the last request": time.monotonic() - began}
-    assert not meanwhile[-1].done(), meanwhile[-1].exception()
-    meanwhile[-1].cancel()
+    assert not watching.done(), watching.exception()
+    watching.cancel()
     rows = await cluster.status()
     report = Report(
         answers=clients.answers,
@@ -114,7 +113,7 @@ async def run(plan: Plan, cluster: RunningCluster, clients: Clients, twin: Twin)
         defects=[*clients.defects, *watch.wrong_pages],
         num_bytes=sum(watch.num_bytes.values()),
         num_leaked_pages=sum(row["pages"]["held"] + row["pages"]["leased"] for row in rows.values() if row["pages"]),
-        num_bystanders=sum(abs(row["num_restarts"] - faults.restarts[name]) for name, row in rows.items()),
+        bystanders=faults.bystanders(),
         reclaim_s=reclaim_s,
         seconds=seconds,
     )

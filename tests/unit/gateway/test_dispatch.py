@@ -199,6 +199,7 @@ async def test_a_router_that_stops_answering_holds_up_nobody_who_comes_later(wor
     await world.directory.update(world.registrations)
     first = [asyncio.create_task(complete(world.core)) for _ in range(2)]
     await asyncio.wait_for(stopped.asked.wait(), 10)
+    await asyncio.wait(first, timeout=10, return_when=asyncio.FIRST_COMPLETED)
     for _ in range(6):
         assert await asyncio.wait_for(complete(world.core), 10) == "hello world"
     stopped.answers.set()
