@@ -1,0 +1,106 @@
+"""A chaos run finds what it looks for: wrong answers, late ends, stalls and whom to blame for them."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.chaos.answers import COMPLETE, GATEWAY_LOST, LEFT, Answer, Output
+from tests.chaos.faults import KILL, STOP, Done
+from tests.chaos.report import Report
+from tests.chaos.requests import Ask
+from tests.chaos.stalls import percentile, stalls
+from tests.chaos.watch import Placed, Suspected
+
+ASK = Ask("r", {"prompt": [1, 2, 3], "stream": True}, deadline_s=30.0)
+TWIN = Output([5, 6, 7], " 5 6 7", 0, "length")
+KILLED = Done(KILL, "decode-0", at=10.0, until=10.0)
+STOPPED = Done(STOP, "decode-0", at=10.0, until=13.0)
+PLACED = [Placed("r", 0, "decode-0", 9.0), Placed("r", 0, "decode-1", 10.1)]
+
+
+def answer(output: Output, end: str = COMPLETE, ended: float = 20.0) -> Answer:
+    return Answer(ASK, 0, started=9.0, give_up=39.0, begun=True, end=end, ended=ended, outputs={0: output})
+
+
+def report(*answers: Answer, **fields: object) -> Report:
+    empty: dict[str, object] = dict.fromkeys(("faults", "stalls", "suspected", "wrong", "defects", "bystanders"), ())
+    return Report(**{"answers": answers, "num_bytes": 0, "num_leaked_pages": 0, **empty, **fields})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        replace(TWIN, token_ids=[5, 6, 8]),
+        replace(TWIN, token_ids=[5, 6]),
+        replace(TWIN, text=" 5 6 8"),
+        replace(TWIN, finish_reason=None),
+        replace(TWIN, num_logprobs=3),
+    ],
+)
+def test_an_answer_that_is_not_its_twin_is_found(output: Output) -> None:
+    assert answer(output).difference([TWIN]) is not None
+    assert answer(TWIN).difference([TWIN]) is None
+
+
+def test_an_answer_that_was_cut_short_may_only_be_a_beginning() -> None:
+    assert answer(Output([5, 6], " 5 6"), LEFT).difference([TWIN]) is None
+    assert answer(Output([5, 7], " 5 7"), LEFT).difference([TWIN]) is not None
+
+
+def test_a_missing_choice_is_found() -> None:
+    assert answer(TWIN).difference([TWIN, TWIN]) is not None
+
+
+def test_a_request_that_ends_more_than_a_second_late_is_told() -> None:
+    assert report(answer(TWIN, ended=40.0)).violations({}) == []
+    assert report(answer(TWIN, ended=40.1)).violations({}) != []
+
+
+def test_a_connection_may_break_only_with_a_killed_gateway() -> None:
+    broken = answer(TWIN, GATEWAY_LOST)
+    assert report(broken).violations({}) != []
+    assert report(broken, faults=[Done(KILL, "gateway-0", 15.0, 15.0)]).violations({}) == []
+    assert report(broken, faults=[Done(KILL, "gateway-1", 15.0, 15.0)]).violations({}) != []
+
+
+def test_a_stall_is_the_gap_around_the_failover() -> None:
+    output = replace(TWIN, arrivals=[9.5, 9.99, 10.4, 12.0])
+    (stall,) = stalls([answer(output)], [KILLED], PLACED, prefill_s_per_token=0.01)
+    assert (round(stall.gap_s, 3), round(stall.beyond_s, 3), stall.alone) == (0.41, 0.35, True)
+    found = report(answer(output), stalls=[stall])
+    assert found.violations({KILL: 0.34}) != []
+    assert found.violations({KILL: 0.36}) == []
+
+
+def test_a_stall_counts_as_double_when_something_else_was_hit_meanwhile() -> None:
+    output = replace(TWIN, arrivals=[9.5, 9.99, 10.4])
+    faults = [KILLED, Done(STOP, "router-0", 9.8, 12.0)]
+    assert [stall.alone for stall in stalls([answer(output)], faults, PLACED, 0.0)] == [False]
+
+
+def test_a_stopped_worker_stalls_its_streams_whether_or_not_they_move() -> None:
+    waited = replace(TWIN, arrivals=[9.5, 9.99, 13.05])
+    (stall,) = stalls([answer(waited)], [STOPPED], PLACED[:1], 0.0)
+    assert round(stall.gap_s, 2) == 3.06
+    moved = replace(TWIN, arrivals=[9.5, 9.99, 11.5, 11.6])
+    late = [PLACED[0], Placed("r", 0, "decode-1", 11.4)]
+    assert [round(s.gap_s, 2) for s in stalls([answer(moved)], [STOPPED], late, 0.0)] == [1.51]
+
+
+@pytest.mark.parametrize("arrivals", [[10.2, 10.4], [9.5, 9.6]])
+def test_streams_that_had_not_begun_or_had_all_they_needed_did_not_stall(arrivals: list[float]) -> None:
+    placed = PLACED if arrivals[0] > 10 else PLACED[:1]
+    assert list(stalls([answer(replace(TWIN, arrivals=arrivals))], [KILLED], placed, 0.0)) == []
+
+
+def test_a_worker_given_up_without_a_fault_is_told() -> None:
+    blamed = [Suspected("r", 0, name, "WORKER_LOST", 10.2) for name in ("decode-0", "decode-1")]
+    found = report(faults=[KILLED], suspected=blamed).failovers_without_a_fault()
+    assert [suspected.decode for suspected in found] == ["decode-1"]
+
+
+def test_the_percentile_is_a_value_that_the_share_does_not_exceed() -> None:
+    assert percentile([], 0.99) == 0
+    assert percentile([float(i) for i in range(1, 101)], 0.99) == 99
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2
+    assert percentile([3.0, 1.0, 2.0], 1.0) == 3
