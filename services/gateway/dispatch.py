@@ -13,6 +13,7 @@ from typing import Any
 
 from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, router_pb2, router_pb2_grpc
 from services.gateway.directory import Directory
+from services.gateway.meters import Meters
 from services.gateway.request import Choice
 from shared import page_hash, rpc
 from shared.errors import (
@@ -46,8 +47,8 @@ _CACHED = ("num_cached_local", "num_cached_remote", "num_cached_transferred")
 class Dispatcher:
     """Sends choices to workers. Calls end by the deadline of the work at hand (`rpc.deadline`)."""
 
-    def __init__(self, directory: Directory, channels: rpc.Channels, recovery_wait_ms: int) -> None:
-        self._directory, self._channels = directory, channels
+    def __init__(self, directory: Directory, channels: rpc.Channels, meters: Meters, recovery_wait_ms: int) -> None:
+        self._directory, self._channels, self._meters = directory, channels, meters
         self._recovery_wait_s = recovery_wait_ms / 1000
         self._turn = 0
         self._num_asked: Counter[str] = Counter()
@@ -63,6 +64,8 @@ class Dispatcher:
             try:
                 async with aclosing(self._stream(attempt)) as responses:
                     async for response in responses:
+                        if attempt.failed is not None:
+                            self._meters.recovered(*attempt.failed)
                         attempt.note(response)
                         yield response
                 if attempt.finished:
@@ -132,6 +135,8 @@ class _Attempt:
         self._cached: dict[str, int] | None = None
         self.finished = False
         self.fault: Fault | None = None
+        self.failed: tuple[str, float] | None = None
+        """Reason and time of the first fault since the last message; None if there was none."""
         self._passes = True
         self._num_failures = 0
         self._recovery_wait_s, self._recover_by = recovery_wait_s, time.monotonic() + recovery_wait_s
@@ -145,7 +150,7 @@ class _Attempt:
     def note(self, response: decode_pb2.GenerateResponse) -> None:
         """Remember what the client gets."""
         self._token_ids.extend(response.tokens.token_ids)
-        self._num_failures = 0
+        self._num_failures, self.failed = 0, None
         self.finished = response.HasField("finished")
         said = response.finished if self.finished else response.tokens
         if said.HasField("usage"):
@@ -166,6 +171,7 @@ class _Attempt:
         log.warning("worker %s failed: %s", worker, fault.message, extra=failed)
         self.fault = self._lost(worker, fault) if self._token_ids else fault
         self._num_failures += 1
+        self.failed = self.failed or (fault.reason, time.monotonic())
         if self._num_failures == 1:
             self._recover_by = time.monotonic() + self._recovery_wait_s
         self._passes = isinstance(fault, _PASSING_FAULTS)

@@ -34,6 +34,17 @@ class Meters:
             explicit_bucket_boundaries_advisory=_SECONDS,
         )
 
+        self._recovery = meter.create_histogram(
+            "forebay_gateway_recovery",
+            unit="s",
+            description="Time from a decode worker's fault to the first message of the one that goes on.",
+            explicit_bucket_boundaries_advisory=_SECONDS,
+        )
+
+    def recovered(self, reason: str, since: float) -> None:
+        """An output goes on after a fault that was noticed at a time of the monotonic clock."""
+        self._recovery.record(time.monotonic() - since, {"fault": reason})
+
     async def measure(self, job: Job, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
         """Pass deltas on, and count the request when they end, however they end."""
         labels, begin, first = {"model": job.model.name}, time.perf_counter(), True

@@ -45,8 +45,9 @@ async def run(config: GatewayConfig) -> None:
         stack.push_async_callback(channels.close)
         formats = Formats(config.reasoning_parser, config.tool_parser)
         directory = Directory(model_paths(config.model), formats)
-        dispatcher = Dispatcher(directory, channels, config.recovery_wait_ms)
-        core = Core(directory, dispatcher, Meters(telemetry_.meter), config.max_choices)
+        meters = Meters(telemetry_.meter)
+        dispatcher = Dispatcher(directory, channels, meters, config.recovery_wait_ms)
+        core = Core(directory, dispatcher, meters, config.max_choices)
         await _serve(config, name, metrics_port, core, telemetry_, board, stop)
 
 

@@ -159,6 +159,15 @@ async def test_the_router_is_told_of_the_pages_that_an_output_has_filled(world: 
     assert [request.page_hashes for request in world.router.requests] == [whole[: 10 // page_size * 16], whole]
 
 
+async def test_a_recovery_is_counted_by_the_fault_that_it_is_from(world: World) -> None:
+    await world.start_decode("decode-1")
+    ids = await world.says("hello world")
+    world.decode.script = failing(Draining("soon gone"), tokens(ids[0]))  # type: ignore[assignment]
+    await complete(world.core)
+    metrics = (await world.http.get("/metrics")).text
+    assert 'forebay_gateway_recovery_seconds_count{fault="DRAINING"} 1.0' in metrics
+
+
 async def test_the_only_worker_is_waited_for_until_it_is_back(world: World) -> None:
     ids = await world.says("hello world")
     faults = iter([WorkerLost("gone"), WorkerLost("still gone"), WorkerLost("and still"), WorkerLost("nearly back")])

@@ -117,8 +117,9 @@ class World:
         self.servers: dict[str, rpc.Server] = {}
         self.router, self.decodes = FakeRouter(), {"decode-0": FakeDecode(self.script)}
         self.directory = Directory({})
-        self.dispatcher = Dispatcher(self.directory, self.channels, recovery_wait_ms=5_000)
-        self.core = Core(self.directory, self.dispatcher, Meters(self.telemetry.meter), max_choices=16)
+        meters = Meters(self.telemetry.meter)
+        self.dispatcher = Dispatcher(self.directory, self.channels, meters, recovery_wait_ms=5_000)
+        self.core = Core(self.directory, self.dispatcher, meters, max_choices=16)
         rest = Rest(self.core, self.telemetry, tenants=tenants or {}, timeout_ms=30_000, max_body_bytes=100_000)
         self.app = rest.app()
         transport = httpx.ASGITransport(self.app)
