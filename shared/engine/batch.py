@@ -1,8 +1,9 @@
 """A step as tensors: the parts of all sequences laid end to end, page tables as compressed rows."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 
@@ -11,8 +12,8 @@ from shared.engine.api import BatchItem
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All tensors int32 [..] on the device of the model; T tokens in S sequences, R of which have a token chosen that
-    follows them: the last one of a sequence, and the ones before its drafts.
+    """All tensors int32 [..], on one device; T tokens in S sequences, R of which have a token chosen that follows them:
+    the last one of a sequence, and the ones before its drafts.
 
     Sequence s computes rows query_starts[s] .. query_starts[s+1] of the T tokens, attends to context_lens[s] tokens
     (its own included), and lives in pages page_ids[page_starts[s] : page_starts[s+1]].
@@ -27,6 +28,14 @@ class Batch:
     page_starts: torch.Tensor  # [S + 1]
     page_ids: torch.Tensor  # [all pages]
     sampled_rows: torch.Tensor  # [R], rows of T
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on another device; itself if it is there."""
+        if self.token_ids.device == device:
+            return self
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in fields.items() if isinstance(x, torch.Tensor)}
+        return replace(self, **moved)
 
 
 def build(items: Sequence[BatchItem], page_size: int) -> Batch:

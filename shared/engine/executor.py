@@ -9,9 +9,9 @@ from shared.engine.api import BatchItem, Chosen, EngineSpec
 from shared.engine.batch import build
 from shared.engine.kv.layout import KvLayout, compatibility_hash
 from shared.engine.kv.memory import HostMemory, PoolMemory
-from shared.engine.kv.view import pool_bytes
+from shared.engine.kv.view import DeviceMemory, pool_bytes
 from shared.engine.models import registry
-from shared.engine.models.api import Model, Placement
+from shared.engine.models.api import CPU, Model, Placement
 from shared.engine.models.checkpoint import revision
 from shared.engine.parallel.group import Alone, Group
 from shared.engine.parallel.partition import Shard
@@ -25,7 +25,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class TorchExecutor:
     """Satisfies `shared.engine.api.Executor`; `layout` is that of its pages, a rank's share of the spec's."""
 
-    def __init__(self, model: Model, spec: EngineSpec, memory: HostMemory) -> None:
+    def __init__(self, model: Model, spec: EngineSpec, memory: PoolMemory) -> None:
         self.spec = spec
         self.layout: KvLayout = model.rank_layout(spec.layout.page_size)
         self.memory: PoolMemory = memory
@@ -46,6 +46,8 @@ class TorchExecutor:
         logits = self._model.forward(build(batch, self.layout.page_size), self._pool, self.layout)
         sampled = [item for item in batch if item.sample]
         chosen = iter(self._sampler(logits, sampled) if sampled else ())
+        if not sampled and self._pool.is_cuda:  # choosing waits for the GPU; pages must not be announced before either
+            torch.cuda.current_stream(self._pool.device).synchronize()
         return [Chosen(next(chosen)) if item.sample else None for item in batch]
 
 
@@ -55,6 +57,7 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     model_name: str,
     dtype: str,
     page_size: int,
+    device: str = "cpu",
     num_threads: int,
     num_pages: int = 0,
     pool_bytes: int = 0,
@@ -67,7 +70,8 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
 ) -> TorchExecutor:
     """The executor of a model directory, with a pool of `num_pages` pages, or of at most `pool_bytes` bytes.
 
-    `dtype` is "bfloat16" or "float32"; `max_model_len` at most, and by default, what the model was made for.
+    `dtype` is "bfloat16" or "float32"; `device` "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one;
+    `max_model_len` at most, and by default, what the model was made for.
     `kernels` is "auto", "native" or "torch"; compiled ones are kept in `cache_dir` (`$FOREBAY_CACHE`). Of several
     ranks this is the one at `shard`, `group` is its view of them, and the pool its own. `kv_dtype` is "auto" for
     `dtype`, or one of `kv.formats.KV_DTYPES`. Raises Unsupported for a model or dtype that cannot be served, and for a
@@ -76,7 +80,9 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     if dtype not in DTYPES:
         raise Unsupported(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     shard, group, cache_dir = shard or Shard(), group or Alone(), cache_dir or default_cache()
-    model = registry.load(model_dir, Placement(DTYPES[dtype], num_threads, kernels, cache_dir, shard, group, kv_dtype))
+    where = _device(device)
+    placement = Placement(DTYPES[dtype], num_threads, kernels, cache_dir, shard, group, kv_dtype, where)
+    model = registry.load(model_dir, placement)
     layout, page_bytes = model.layout(page_size), model.rank_layout(page_size).page_bytes
     num_pages = num_pages or pool_bytes // page_bytes
     if num_pages < 1:
@@ -90,4 +96,16 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
         num_pages=num_pages,
         compatibility_hash=compatibility_hash(model_name, revision(model_dir), dtype, layout),
     )
-    return TorchExecutor(model, spec, HostMemory(num_pages, page_bytes))
+    if where == CPU:
+        return TorchExecutor(model, spec, HostMemory(num_pages, page_bytes))
+    return TorchExecutor(model, spec, DeviceMemory(num_pages, page_bytes, where))
+
+
+def _device(name: str) -> torch.device:
+    """Raises Unsupported for a GPU that is not there."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return CPU
+    index = int(name.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise Unsupported(f"there is no GPU {index} here: torch sees {torch.cuda.device_count()}")
+    return torch.device("cuda", index)

@@ -77,8 +77,10 @@ def _torch(config: WorkerConfig) -> Parts:
         "kv_dtype": config.kv_dtype,
     }
     if config.tensor_parallel == 1:
-        executor = load_executor(**settings)
+        executor = load_executor(**settings, device=config.device)
         return executor, str(path), executor.layout, ()
+    if config.device.startswith("cuda"):
+        raise Unsupported("several ranks compute on the CPU only: --device cpu, or --tensor-parallel 1")
     return _ranked(config, path, settings)
 
 

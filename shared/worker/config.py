@@ -20,6 +20,11 @@ class WorkerConfig(ServiceConfig):
         description="Form of KV in pages; auto takes dtype's. All workers of a cluster need the same.",
     )
     num_threads: int = Field(0, ge=0, description="Threads that compute; 0 takes all cores.")
+    device: str = Field(
+        "auto",
+        pattern="^(auto|cpu|cuda(:[0-9]+)?)$",
+        description="cpu, cuda or cuda:N; auto takes a GPU if any.",
+    )
     kernels: str = Field("auto", description="Kernel set; auto takes the best that fits.")
     page_size: int = Field(16, ge=1, le=1024, description="Tokens per KV page.")
     kv_cache_mb: int = Field(1024, ge=1, description="Memory for KV pages, in MiB, of each rank.")

@@ -50,7 +50,7 @@ def paged_attention(q: torch.Tensor, kv: torch.Tensor, batch: Batch) -> torch.Te
         rows = slice(queries[s], queries[s + 1])
         k, v = gather_kv(kv, batch.page_ids[pages[s] : pages[s + 1]], context)
         positions = batch.positions[rows]
-        mask = torch.arange(context, dtype=torch.int32)[None] <= positions[:, None]
+        mask = torch.arange(context, dtype=torch.int32, device=q.device)[None] <= positions[:, None]
         attended = F.scaled_dot_product_attention(q[rows].transpose(0, 1), k, v, attn_mask=mask, enable_gqa=True)
         out[rows] = attended.transpose(0, 1)
     return out

@@ -37,14 +37,15 @@ class TorchDecoder:
     def __init__(self, config: DenseConfig, weights: DenseWeights, num_threads: int, group: Group) -> None:
         self.num_torch_threads = num_threads
         self.eps = config.rms_norm_eps
-        self.frequencies = rope.inverse_frequencies(config)
         self.embedding = Embedding(weights.embedding(), config.vocab_size, group)
         self.norm = weights.final_norm()
+        self.frequencies = rope.inverse_frequencies(config).to(self.norm.device)
         self.layers = [DecoderLayer(config, weights.layer(index), group) for index in range(config.num_layers)]
         self.head = Head(weights.head(), config.vocab_size, group)
 
     def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
         """Logits float32 [R, vocab_size or more]. `kv` [pages, layers, 2, Hkv, page_size, D]."""
+        batch = batch.to(self.norm.device)
         x = self.embedding(batch.token_ids)
         angles = rope.table(self.frequencies, batch.positions)
         for index, layer in enumerate(self.layers):

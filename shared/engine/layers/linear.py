@@ -17,7 +17,8 @@ class Linear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.bias = bias
-        self.prepacked = weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+        suits = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+        self.prepacked = suits and torch.backends.mkldnn.is_available()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT) if self.prepacked else weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -12,12 +12,14 @@ from shared.engine.parallel.group import Alone, Group
 from shared.engine.parallel.partition import Shard
 from shared.models.store import default_cache
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where and how a model computes. `kernels` names a kernel set, or is "auto" for the best that fits; `cache_dir`
-    keeps compiled ones. `shard` is the share that this process computes, together with those of `group`. `kv_dtype` is
-    one of `kv.formats.KV_DTYPES`, or "auto" for `dtype`."""
+    keeps compiled ones. `shard` is the share that this process computes, together with those of `group`,
+    on `device`. `kv_dtype` is one of `kv.formats.KV_DTYPES`, or "auto" for `dtype`."""
 
     dtype: torch.dtype
     num_threads: int
@@ -26,6 +28,7 @@ class Placement:
     shard: Shard = field(default_factory=Shard)
     group: Group = field(default_factory=Alone)
     kv_dtype: str = "auto"
+    device: torch.device = CPU
 
     @property
     def dtype_name(self) -> str:
@@ -55,4 +58,5 @@ class Model(Protocol):
 
     def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
         """Write the state of the step's tokens into their pages and return logits float32 [R, vocab_size or more]
-        of the sampled rows. `pool` is uint8 [num_pages, page_bytes], laid out by `layout`, the rank's."""
+        of the sampled rows. `batch` is in host memory; `pool`, on the device, is uint8 [num_pages, page_bytes], laid
+        out by `layout`, the rank's."""

@@ -26,10 +26,10 @@ NUM_SAMPLES = 16
 
 
 class Checkpoint:
-    """The tensors of a model directory, read on demand."""
+    """The tensors of a model directory, read on demand onto a device (the CPU)."""
 
-    def __init__(self, model_dir: Path, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, model_dir: Path, dtype: torch.dtype, device: torch.device | None = None) -> None:
+        self.dtype, self._device = dtype, device
         self.files = weight_files(model_dir)
         self._at = {name: opened for opened in map(_open, self.files) for name in opened.keys()}  # noqa: SIM118
         self._quantized = _quantized(self._at)
@@ -61,9 +61,10 @@ class Checkpoint:
             raise Unsupported(f"the weights do not fit the configuration: {'; '.join(sorted(faults))}")
 
     def read(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> torch.Tensor:
-        """A tensor, or a part of it, in the dtype of this checkpoint, or in another."""
+        """A tensor, or a part of it, on the device and in the dtype of this checkpoint, or in another."""
         whole = self._read(name, dtype)
-        return whole if part is None else whole.narrow(part.dim, part.start, part.length).contiguous()
+        read = whole if part is None else whole.narrow(part.dim, part.start, part.length).contiguous()
+        return read.to(self._device)
 
     def _read(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
         linear, wanted = name.removesuffix(".weight"), dtype or self.dtype

@@ -12,7 +12,7 @@ from shared.engine.layers import rope
 from shared.engine.layers.mla import LatentAttention
 from shared.engine.layers.moe import Mlp, Moe
 from shared.engine.layers.vocabulary import Embedding, Head
-from shared.engine.models.api import Placement
+from shared.engine.models.api import CPU, Placement
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.glm_config import GlmConfig, read
 from shared.engine.models.glm_layout import INDEX_KEYS, LATENTS, layout
@@ -91,5 +91,7 @@ def load(model_dir: Path, placement: Placement) -> Glm:
     """The model in a directory. Raises Unsupported, naming every tensor that is missing, extra or misshapen."""
     if placement.kernels not in ("auto", "torch"):
         raise Unsupported(f"there are no {placement.kernels} kernels for this architecture")
+    if placement.device != CPU:
+        raise Unsupported(f"there are no kernels for this architecture on {placement.device}; it computes on the CPU")
     config = read(model_dir)
     return Glm(config, placement, GlmWeights(Checkpoint(model_dir, placement.dtype), config, placement.shard))

@@ -14,7 +14,7 @@ from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout, pack
 from shared.engine.layers import native_decoder
 from shared.engine.layers.decoder import TorchDecoder
-from shared.engine.models.api import Placement
+from shared.engine.models.api import CPU, Placement
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.config import DenseConfig, read
 from shared.engine.models.weights import DenseWeights
@@ -74,16 +74,33 @@ def load(model_dir: Path, placement: Placement) -> Llama:
     config = read(model_dir)
     if placement.kv_format != placement.dtype_name:
         raise Unsupported(f"{config.architecture} keeps KV in the dtype it computes in, not in {placement.kv_format}")
-    weights = DenseWeights(Checkpoint(model_dir, placement.dtype), config, placement.shard)
+    checkpoint = Checkpoint(model_dir, placement.dtype, placement.device)
+    weights = DenseWeights(checkpoint, config, placement.shard)
     composed: Build = partial(TorchDecoder, group=placement.group)
-    candidates = [_native(config, placement, composed), Candidate("torch", None, composed)]
+    candidates = [
+        _cuda(config, placement, composed),
+        _native(config, placement, composed),
+        Candidate("torch", None, composed),
+    ]
     chosen = choose(candidates, placement.kernels)
     decoder = chosen.built(weights.config, weights, placement.num_threads)
     return Llama(config, placement.dtype, decoder, placement.shard)
 
 
+def _cuda(config: DenseConfig, placement: Placement, otherwise: Build) -> Candidate[Build]:
+    if placement.device.type != "cuda":
+        return Candidate("cuda", "the model is not on a GPU", otherwise)
+    if placement.shard.num_ranks > 1:
+        return Candidate("cuda", "they know nothing of ranks", otherwise)
+    try:
+        from shared.engine.layers import cuda_decoder
+    except ImportError as error:
+        return Candidate("cuda", f"{error.name} is not installed", otherwise)
+    return Candidate("cuda", cuda_decoder.obstacle(config, placement.dtype), cuda_decoder.CudaDecoder)
+
+
 def _native(config: DenseConfig, placement: Placement, otherwise: Build) -> Candidate[Build]:
-    obstacle = native_decoder.obstacle(config)
+    obstacle = native_decoder.obstacle(config) if placement.device == CPU else "the model is not on the CPU"
     if placement.shard.num_ranks > 1:
         obstacle = "they compute a step in one call, in which ranks cannot meet"
     if obstacle is not None:

@@ -1,0 +1,54 @@
+"""Causal attention of prompts over pages, by FlashInfer."""
+
+from dataclasses import dataclass
+
+import flashinfer
+import torch
+
+from shared.engine.batch import Batch
+
+WORKSPACE_BYTES = 384 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PagedShape:
+    """What a model's attention is made of."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: torch.dtype
+
+
+class PagedAttention:
+    """Planned once a step, run once a layer."""
+
+    def __init__(self, shape: PagedShape, device: torch.device) -> None:
+        self._shape = shape
+        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+
+    def plan(self, batch: Batch) -> None:
+        """Prepare a step. `batch` is in host memory."""
+        shape, ids, starts = self._shape, batch.page_ids.tolist(), batch.page_starts.tolist()
+        counts = [-(-length // shape.page_size) for length in batch.context_lens.tolist()]
+        used = [page for start, count in zip(starts, counts, strict=False) for page in ids[start : start + count]]
+        self._wrapper.plan(
+            batch.query_starts,
+            torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+            torch.tensor(used, dtype=torch.int32),
+            (batch.context_lens - 1) % shape.page_size + 1,
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.page_size,
+            causal=True,
+            q_data_type=shape.dtype,
+            kv_data_type=shape.dtype,
+        )
+
+    def __call__(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """q [T, H, D] -> [T, H, D]. kv [pages, 2, Hkv, page_size, D], one layer's view of the pool."""
+        out: torch.Tensor = self._wrapper.run(q, kv)
+        return out

@@ -1,0 +1,115 @@
+"""The small operations of a dense decoder on a GPU, fused, in Triton. Their twins are in `kernels.reference`.
+
+Reductions are in float32; results are rounded where the twins round, so that both give the same bits but for the order
+of sums.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+SILU_BLOCK = 1024
+
+
+@triton.jit
+def _add_rms_norm(x, delta, weight, out, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * size
+    at = tl.arange(0, BLOCK)
+    inside = at < size
+    value = tl.load(x + row + at, inside, 0.0)
+    if ADD:
+        added = value.to(tl.float32) + tl.load(delta + row + at, inside, 0.0).to(tl.float32)
+        value = added.to(value.dtype)
+        tl.store(x + row + at, value, inside)
+    wide = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide) / size + eps)
+    tl.store(out + row + at, (wide * scale).to(value.dtype) * tl.load(weight + at, inside, 0.0), inside)
+
+
+@triton.jit
+def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    gate = tl.load(gate_up + row * 2 * size + at, inside, 0.0)
+    up = tl.load(gate_up + row * 2 * size + size + at, inside, 0.0)
+    wide = gate.to(tl.float32)
+    tl.store(out + row * size + at, (wide * tl.sigmoid(wide)).to(gate.dtype) * up, inside)
+
+
+@triton.jit
+def _rotate_and_append(
+    qkv, cos, sin, q_norm, k_norm, slots, q_out, kv, page_stride, kind_stride, head_stride, eps,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, PAGE_SIZE: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, HALF)
+    source = qkv + (row * (NUM_Q + 2 * NUM_KV) + head) * 2 * HALF
+    low, high = tl.load(source + at), tl.load(source + HALF + at)
+    if head < NUM_Q + NUM_KV:
+        first, second = low.to(tl.float32), high.to(tl.float32)
+        if NORM:
+            weight = q_norm if head < NUM_Q else k_norm
+            scale = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / (2 * HALF) + eps)
+            first = ((first * scale).to(low.dtype) * tl.load(weight + at)).to(tl.float32)
+            second = ((second * scale).to(low.dtype) * tl.load(weight + HALF + at)).to(tl.float32)
+        c, s = tl.load(cos + row * HALF + at), tl.load(sin + row * HALF + at)
+        low = (first * c - second * s).to(low.dtype)
+        high = (second * c + first * s).to(low.dtype)
+    if head < NUM_Q:
+        target = q_out + (row * NUM_Q + head) * 2 * HALF
+        tl.store(target + at, low)
+        tl.store(target + HALF + at, high)
+    else:
+        slot = tl.load(slots + row).to(tl.int64)
+        if slot >= 0:
+            kind, kv_head = (head - NUM_Q) // NUM_KV, (head - NUM_Q) % NUM_KV
+            page = kv + (slot // PAGE_SIZE) * page_stride + kind * kind_stride + kv_head * head_stride
+            target = page + (slot % PAGE_SIZE) * 2 * HALF
+            tl.store(target + at, low)
+            tl.store(target + HALF + at, high)
+
+
+def add_rms_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Add `delta` to the residual `x`, in place, and return the RMSNorm of the sum. All [T, N] but weight [N]."""
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(x.shape[1])
+    warps = min(16, max(1, block // 512))
+    _add_rms_norm[(x.shape[0],)](
+        x, x if delta is None else delta, weight, out, x.shape[1], eps, delta is not None, block, num_warps=warps
+    )
+    return out
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up. gate_up [T, 2 I], gate first; result [T, I]."""
+    size = gate_up.shape[1] // 2
+    out = gate_up.new_empty(gate_up.shape[0], size)
+    _silu_mul[(gate_up.shape[0], triton.cdiv(size, SILU_BLOCK))](gate_up, out, size, SILU_BLOCK)
+    return out
+
+
+def rotate_and_append(
+    qkv: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    norms: tuple[torch.Tensor | None, torch.Tensor | None],
+    eps: float,
+    slots: torch.Tensor,
+    kv: torch.Tensor,
+) -> torch.Tensor:
+    """Norm (where there is one) and rotate queries and keys; write keys and values into their pages.
+
+    qkv [T, (H + 2 Hkv) D]; angles cos, sin float32 [T, D/2]; norms of queries and keys [D] or None; slots int32 [T],
+    the page times the page size plus the place within it, -1 for a row that belongs to nobody; kv [pages, 2, Hkv,
+    page_size, D], one layer's view of the pool. Returns the queries [T, H, D].
+    """
+    num_kv, page_size, head_dim = kv.shape[2:]
+    num_q = qkv.shape[1] // head_dim - 2 * num_kv
+    q = qkv.new_empty(qkv.shape[0], num_q, head_dim)
+    q_norm, k_norm = norms
+    page_stride, kind_stride, head_stride = kv.stride()[:3]
+    _rotate_and_append[(qkv.shape[0], num_q + 2 * num_kv)](
+        qkv, *angles, q_norm, k_norm, slots, q, kv, page_stride, kind_stride, head_stride, eps,
+        num_q, num_kv, page_size, head_dim // 2, q_norm is not None, num_warps=1,
+    )  # fmt: skip
+    return q

@@ -1,0 +1,195 @@
+"""The GPU path beside its twins. Needs an NVIDIA GPU, Triton and FlashInfer."""
+
+import pytest
+import torch
+
+from shared.engine.api import BatchItem, SamplingParams
+from shared.engine.batch import build
+from shared.engine.kernels import reference
+from shared.engine.layers.decoder import TorchDecoder
+from shared.engine.models.config import DenseConfig, parse
+from shared.engine.models.llama import Decoder
+from shared.engine.models.weights import DenseWeights, LayerWeights
+from shared.engine.parallel.group import Alone
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+PAGE_SIZE, NUM_PAGES, VOCABULARY = 16, 64, 512
+PLAIN = SamplingParams()
+
+
+def config(qk_norm: bool) -> DenseConfig:
+    return parse(
+        {
+            "architectures": ["Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM"],
+            "vocab_size": VOCABULARY,
+            "hidden_size": 768,
+            "intermediate_size": 1000,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+        }
+    )
+
+
+class Weights(DenseWeights):
+    """Equal whenever they are asked for."""
+
+    def __init__(self, made: DenseConfig) -> None:
+        self.config, self._chance = made, torch.Generator("cuda")
+
+    def embedding(self) -> torch.Tensor:
+        self._chance.manual_seed(100)
+        return self._random(VOCABULARY, 768)
+
+    def head(self) -> torch.Tensor:
+        self._chance.manual_seed(101)
+        return self._random(VOCABULARY, 768)
+
+    def final_norm(self) -> torch.Tensor:
+        self._chance.manual_seed(102)
+        return 1 + self._random(768)
+
+    def layer(self, index: int) -> LayerWeights:
+        self._chance.manual_seed(index)
+        norm = 1 + self._random(128) if self.config.qk_norm else None
+        return LayerWeights(
+            input_norm=1 + self._random(768),
+            qkv=self._random(12 * 128, 768),
+            qkv_bias=self._random(12 * 128),
+            q_norm=norm,
+            k_norm=norm,
+            output=self._random(768, 1024),
+            output_bias=None,
+            post_norm=1 + self._random(768),
+            gate_up=self._random(2000, 768),
+            gate_up_bias=None,
+            down=self._random(768, 1000),
+            down_bias=None,
+        )
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self._chance, dtype=torch.bfloat16, device="cuda") * 0.05
+
+
+class Both:
+    """The same weights in the GPU path and in its twin, each with pages of its own."""
+
+    def __init__(self, qk_norm: bool) -> None:
+        from shared.engine.layers.cuda_decoder import CudaDecoder
+
+        made = config(qk_norm)
+        shape = (NUM_PAGES, made.num_layers, 2, made.num_kv_heads, PAGE_SIZE, made.head_dim)
+        self.kv = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        twin: Decoder = TorchDecoder(made, Weights(made), 1, Alone())
+        self.decoders: list[Decoder] = [CudaDecoder(made, Weights(made), 1), twin]
+
+    @torch.inference_mode()
+    def logits(self, items: list[BatchItem]) -> list[torch.Tensor]:
+        batch = build(items, PAGE_SIZE)
+        return [decoder(batch, kv) for decoder, kv in zip(self.decoders, self.kv, strict=True)]
+
+
+def item(first_page: int, start: int, num_tokens: int, sample: bool = True) -> BatchItem:
+    tokens = [(7 * first_page + 3 * position) % VOCABULARY for position in range(start, start + num_tokens)]
+    pages = range(first_page, first_page + 12)
+    return BatchItem(str(first_page), tokens, start, pages, sample, SamplingParams(), start + num_tokens)
+
+
+@pytest.fixture(params=[False, True], ids=["llama", "qwen3"])
+def both(request: pytest.FixtureRequest) -> Both:
+    return Both(request.param)
+
+
+def assert_close(ours: torch.Tensor, twin: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, twin, atol=0.06 * float(twin.abs().max()), rtol=0)
+
+
+def test_steps_of_every_kind_equal_the_twin(both: Both) -> None:
+    for step in (
+        [item(0, 0, 40)],  # a prompt
+        [item(12, 0, 17, sample=False), item(0, 40, 1)],  # a chunk that asks for no token, beside a decode
+        [item(12, 17, 33), item(24, 0, 5)],
+        [item(0, 41, 1), item(12, 50, 1), item(24, 5, 1)],  # decode: a graph of 4, one of them empty
+        [item(0, 42, 1), item(12, 51, 1), item(24, 6, 1)],
+        [item(0, 43, 3), item(12, 52, 3)],  # verification
+        [item(0, 46, 1)],
+    ):
+        assert_close(*both.logits(step))
+    assert_close(*(kv.float() for kv in both.kv))
+
+
+def test_a_padded_graph_writes_no_page_but_those_of_its_sequences(both: Both) -> None:
+    both.logits([item(12, 0, 1), item(24, 0, 1), item(36, 0, 1)])
+    written = {page for page in range(NUM_PAGES) if bool(both.kv[0][page].any())}
+    assert written == {12, 24, 36}
+
+
+def test_rotated_keys_and_values_equal_the_reference() -> None:
+    from shared.engine.kernels import triton_dense
+
+    made, rows = config(qk_norm=False), 5
+    qkv = torch.randn(rows, 12 * 128, dtype=torch.bfloat16, device="cuda")
+    kv = torch.zeros(4, 2, 2, PAGE_SIZE, 128, dtype=torch.bfloat16, device="cuda")
+    angles = torch.rand(rows, 64, device="cuda")
+    slots = torch.tensor([17, 3, -1, 63, 32], dtype=torch.int32, device="cuda")
+    q = triton_dense.rotate_and_append(qkv, (angles.cos(), angles.sin()), (None, None), made.rms_norm_eps, slots, kv)
+    heads = qkv.view(rows, 12, 128)
+    want_q, want_k, want_v = heads[:, :8], heads[:, 8:10], heads[:, 10:]
+    torch.testing.assert_close(q, reference.rotate(want_q, angles.cos(), angles.sin()))
+    keys = reference.rotate(want_k, angles.cos(), angles.sin())
+    for row, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            torch.testing.assert_close(kv[slot // PAGE_SIZE, 0, :, slot % PAGE_SIZE], keys[row])
+            torch.testing.assert_close(kv[slot // PAGE_SIZE, 1, :, slot % PAGE_SIZE], want_v[row])
+    assert int((kv.abs().sum(dim=(1, 2, 4)) > 0).sum()) == 4
+
+
+@pytest.mark.parametrize(("width", "group"), [(1, 4), (3, 2), (8, 4)])
+def test_attention_of_few_queries_equals_the_reference(width: int, group: int) -> None:
+    from shared.engine.kernels import triton_paged
+
+    lengths, pages = (8, 200, 1000), iter(torch.randperm(80).tolist())
+    items = [
+        BatchItem(
+            str(length), [0] * width, length - width, [next(pages) for _ in range(-(-length // 16))], True, PLAIN, 0
+        )
+        for length in lengths
+    ]
+    batch = build(items, PAGE_SIZE).to(torch.device("cuda"))
+    kv = torch.randn(80, 3, 2, 2, PAGE_SIZE, 128, dtype=torch.bfloat16, device="cuda")[:, 1]
+    q = torch.randn(3 * width, 2 * group, 128, dtype=torch.bfloat16, device="cuda")
+    found = triton_paged.attend(q, kv, batch.page_ids, batch.page_starts, batch.context_lens)
+    torch.testing.assert_close(found, reference.paged_attention(q, kv, batch), atol=0.02, rtol=0.02)
+
+
+def test_attention_of_prompts_equals_the_reference() -> None:
+    from shared.engine.kernels.flashinfer_paged import PagedAttention, PagedShape
+
+    pages = torch.randperm(80).tolist()
+    items = [
+        BatchItem("new", [0] * 300, 0, pages[:20], True, PLAIN, 0),
+        BatchItem("chunk", [0] * 100, 150, pages[20:40], True, PLAIN, 0),
+        BatchItem("decode", [0], 33, pages[40:50], True, PLAIN, 0),
+    ]
+    batch, cuda = build(items, PAGE_SIZE), torch.device("cuda")
+    kv = torch.randn(80, 3, 2, 2, PAGE_SIZE, 128, dtype=torch.bfloat16, device="cuda")[:, 1]
+    q = torch.randn(401, 8, 128, dtype=torch.bfloat16, device="cuda")
+    attention = PagedAttention(PagedShape(8, 2, 128, PAGE_SIZE, torch.bfloat16), cuda)
+    attention.plan(batch)
+    expected = reference.paged_attention(q, kv, batch.to(cuda))
+    torch.testing.assert_close(attention(q, kv), expected, atol=0.02, rtol=0.02)
+
+
+def test_small_kernels_equal_the_reference() -> None:
+    from shared.engine.kernels import triton_dense
+
+    x, delta = (torch.randn(3, 1000, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    weight = torch.randn(1000, dtype=torch.bfloat16, device="cuda")
+    total = x + delta
+    torch.testing.assert_close(triton_dense.silu_mul(x), reference.silu_mul(x))
+    torch.testing.assert_close(
+        triton_dense.add_rms_norm(x, delta, weight, 1e-5), reference.rms_norm(total, weight, 1e-5)
+    )
+    assert torch.equal(x, total)
