@@ -19,6 +19,7 @@ from shared import page_hash, rpc
 from shared.errors import (
     BlackboardLost,
     Cancelled,
+    DeadlineExceeded,
     Draining,
     Fault,
     ModelNotFound,
@@ -36,7 +37,7 @@ _WORKER_FAULTS = (WorkerLost, StaleEpoch, Draining, Overloaded, Cancelled)
 # These pass when the worker is back; one that is full will not be emptier in a moment.
 _PASSING_FAULTS = (WorkerLost, StaleEpoch, Draining, Cancelled)
 # Of a router: another one may do better, or this one in a moment.
-_ROUTER_FAULTS = (WorkerLost, Draining, BlackboardLost)
+_ROUTER_FAULTS = (WorkerLost, Draining, Cancelled, BlackboardLost)
 # Without a token in between.
 MAX_ATTEMPTS = 4
 # While no router answers: time between two tries, unless the blackboard announces one earlier.
@@ -97,7 +98,7 @@ class Dispatcher:
                 left = give_up - time.monotonic()
                 if left <= 0:
                     raise NoWorker(f"no router answers: {fault.message}") from None
-            await self._directory.changed(min(left, ROUTER_RETRY_S, rpc.time_remaining() or left))
+            await self._directory.changed(min(left, ROUTER_RETRY_S, _time_remaining(left)))
 
     async def _ask_routers(self, route: router_pb2.RouteRequest) -> router_pb2.RouteResponse:
         """Ask one after the other until one answers.
@@ -121,6 +122,14 @@ class Dispatcher:
                 self._num_asked[router.address] -= 1
                 self._num_asked += Counter()  # forget those with none
         raise fault
+
+
+def _time_remaining(otherwise: float) -> float:
+    """Seconds until the deadline of the work at hand. Raises DeadlineExceeded."""
+    left = rpc.time_remaining()
+    if left is not None and left <= 0:
+        raise DeadlineExceeded("the deadline passed before a router answered")
+    return otherwise if left is None else left
 
 
 class _Attempt:

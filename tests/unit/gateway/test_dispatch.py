@@ -9,11 +9,12 @@ from protos.forebay.v1 import decode_pb2
 from services.gateway.core import Core
 from services.gateway.output import Delta
 from services.gateway.request import Caller, Job
-from shared import page_hash
+from shared import page_hash, rpc
 from shared.blackboard.records import Role
 from shared.errors import (
     BlackboardLost,
     Cancelled,
+    DeadlineExceeded,
     Draining,
     Fault,
     InvalidRequest,
@@ -231,6 +232,22 @@ async def test_without_a_router_the_wait_ends_with_a_reason(world: World) -> Non
     world.dispatcher._recovery_wait_s = 0.0
     with pytest.raises(NoWorker, match="no router answers: none is registered"):
         await complete(world.core)
+
+
+async def test_the_wait_for_a_router_ends_with_the_deadline(world: World) -> None:
+    await world.stop("router-0")
+    await world.directory.update(world.registrations)
+    with rpc.deadline(0.05), pytest.raises(DeadlineExceeded):
+        await asyncio.wait_for(complete(world.core), 4)
+
+
+async def test_a_router_that_closes_while_it_answers_is_asked_no_more(world: World) -> None:
+    closing = FakeRouter()
+    closing.fault = Cancelled("closing")
+    await world.start_router("router-1", closing)
+    await world.directory.update(world.registrations)
+    for _ in range(3):
+        assert await complete(world.core) == "hello world"
 
 
 async def test_a_known_model_whose_workers_are_away_is_not_an_unknown_one(world: World) -> None:
