@@ -2,11 +2,18 @@
 
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, prefill_pb2, prefill_pb2_grpc
+from protos.forebay.v1 import (
+    decode_pb2,
+    decode_pb2_grpc,
+    generation_pb2,
+    kv_pb2,
+    prefill_pb2,
+    prefill_pb2_grpc,
+)
 from services.decode.handoff import Handoff
 from shared import rpc
 from shared.engine.api import EngineRequest, Failed, TokensSampled
@@ -17,9 +24,12 @@ from shared.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
+Source = kv_pb2.WorkerRef | None
 Responses = AsyncGenerator[decode_pb2.GenerateResponse, None]
 # A deadline that is this near has passed: clocks of two processes do not end it at the same moment.
 NO_TIME_S = 0.05
+# A rest of a prompt as short as this is computed here: another handoff would cost about as much.
+REST_TOKENS = 128
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -50,7 +60,10 @@ class Generation:
             num_prompt_tokens=len(request.prompt_token_ids), num_output_tokens=len(request.output_token_ids)
         )
         self._started = time.monotonic()
-        self._emitted = False
+        self._emitted = self._over = False
+        self._num_cached_here = 0
+        self._first: Sequence[int] = ()
+        self._drafts: Sequence[int] = ()
 
     async def run(self) -> Responses:
         """Prefill where the placement says, then decode here."""
@@ -58,7 +71,7 @@ class Generation:
         table = await worker.loop.reserve(hashes, num_pages)
         try:
             if self._request.placement.HasField("prefill"):
-                run = self._behind_remote_prefill(table)
+                run = self._behind_remote_prefill(hashes, table)
             else:
                 await self._pull(hashes, table)
                 run = self._decode(self._job, table)
@@ -75,41 +88,61 @@ class Generation:
             pull = self._worker.puller.pull_prefix(source, request_id, hashes, table)
             self._usage.num_cached_transferred = await pull
 
-    async def _behind_remote_prefill(self, table: PageTable) -> Responses:
+    async def _behind_remote_prefill(self, hashes: Sequence[bytes], table: PageTable) -> Responses:
         """The first token goes out as soon as it is known, while the last pages are still being read.
 
-        Whatever goes wrong over there, the prompt is computed here instead; tokens that are out already stay right,
-        because equal sequences get equal tokens everywhere.
+        Whatever goes wrong over there, the rest of the prompt is computed by the second choice or here instead; tokens
+        that are out already stay right, because equal sequences get equal tokens everywhere.
         """
-        layout, prefill = self._worker.engine.spec.layout, self._request.placement.prefill
+        self._num_cached_here = table.num_tokens
+        for prefill, source in self._choices(hashes, table):
+            async with aclosing(self._take_over(prefill, source, table)) as responses:
+                async for response in responses:
+                    yield response
+        if not self._over:
+            job = wire.engine_request(self._request, more_output=self._first, drafts=self._drafts)
+            async with aclosing(self._decode(job, table)) as responses:
+                async for response in responses:
+                    yield response
+
+    def _choices(self, hashes: Sequence[bytes], table: PageTable) -> Iterator[tuple[kv_pb2.WorkerRef, Source]]:
+        """Who is to compute the prompt, and whom to pull a prefix from: the second choice only if the first one left
+        more to do than is worth a handoff. It may pull from here what was kept."""
+        placement, layout = self._request.placement, self._worker.engine.spec.layout
+        source = placement.kv_source if placement.HasField("kv_source") else None
+        yield placement.prefill, source
+        num_left = len(self._job.token_ids) - table.num_tokens
+        if self._over or self._first or num_left <= REST_TOKENS or not placement.HasField("second_prefill"):
+            return
+        if table.num_tokens > self._num_cached_here:
+            self._worker.engine.kv.publish(table, 0, hashes[: table.num_tokens // layout.page_size])
+            source = placement.decode
+        yield placement.second_prefill, source
+
+    async def _take_over(self, prefill: kv_pb2.WorkerRef, source: Source, table: PageTable) -> Responses:
+        layout = self._worker.engine.spec.layout
         num_held = table.num_tokens // layout.page_size
         handoff = Handoff(self._worker.puller, layout, prefill, table, num_held)
-        first: list[int] = []
-        drafts: list[int] = []
         try:
             # The handoff ends before the stream does: closing the stream early ends the lease.
-            async with aclosing(self._prefill_events(num_held)) as events, handoff:
+            async with aclosing(self._prefill_events(prefill, source, num_held)) as events, handoff:
                 finished = await _announce(events, handoff)
-                self._take_usage(finished.usage)
+                self._take_usage(finished.usage, source)
                 if finished.HasField("tokens"):
-                    first, drafts = list(finished.tokens.token_ids), list(finished.draft_token_ids)
+                    self._first, self._drafts = finished.tokens.token_ids, finished.draft_token_ids
                     yield self._tokens(finished.tokens)
                 if finished.finish_reason:
+                    self._over = True
                     yield self._finished(finished.finish_reason, _stop_token(finished))
                     return
                 await handoff.complete(finished.num_pages, len(self._job.token_ids))
         except Fault as fault:
             if _is_ours(fault):
                 raise
-            self._note_fallback(fault, handoff.num_kept, num_held * layout.page_size)
-        job = wire.engine_request(self._request, more_output=first, drafts=drafts)
-        async with aclosing(self._decode(job, table)) as responses:
-            async for response in responses:
-                yield response
+            self._note_fallback(prefill, fault, handoff.num_kept)
 
-    def _prefill_events(self, num_held: int) -> Any:
-        placement = self._request.placement
-        stub: Any = prefill_pb2_grpc.PrefillServiceStub(self._worker.channels.to(placement.prefill.address))
+    def _prefill_events(self, prefill: kv_pb2.WorkerRef, source: Source, num_held: int) -> Any:
+        stub: Any = prefill_pb2_grpc.PrefillServiceStub(self._worker.channels.to(prefill.address))
         request = prefill_pb2.PrefillRequest(
             request_id=self._request.request_id,
             model=self._request.model,
@@ -118,8 +151,8 @@ class Generation:
             sampling=self._request.sampling,
             hash_key=self._request.hash_key,
             num_pages_held=num_held,
-            epoch=placement.prefill.epoch,
-            kv_source=placement.kv_source if placement.HasField("kv_source") else None,
+            epoch=prefill.epoch,
+            kv_source=source,
             priority=self._request.priority,
         )
         return rpc.stream(stub.Prefill, request)
@@ -158,20 +191,24 @@ class Generation:
         finished = decode_pb2.GenerateFinished(reason=reason, usage=usage, stop_token_id=stop_token_id)
         return decode_pb2.GenerateResponse(finished=finished)
 
-    def _take_usage(self, usage: generation_pb2.Usage) -> None:
-        self._usage.num_cached_remote = usage.num_cached_remote
-        self._usage.num_cached_transferred = usage.num_cached_transferred
+    def _take_usage(self, usage: generation_pb2.Usage, source: Source) -> None:
+        """What a prefill worker pulled from here was cached only as far as it was here before this request came."""
+        pulled = usage.num_cached_transferred
+        if source is not None and source.worker_id == self._worker.identity.name:
+            pulled = min(pulled, max(0, self._num_cached_here - usage.num_cached_remote))
+        self._usage.num_cached_local = 0
+        self._usage.num_cached_remote, self._usage.num_cached_transferred = usage.num_cached_remote, pulled
 
-    def _note_fallback(self, fault: Fault, num_kept: int, num_cached: int) -> None:
-        prefill, measures = self._request.placement.prefill, self._worker.measures
+    def _note_fallback(self, prefill: kv_pb2.WorkerRef, fault: Fault, num_kept: int) -> None:
+        measures = self._worker.measures
         log.warning(
-            "computing here: prefill on %s: %s %s; %d tokens of it are kept",
+            "prefill on %s failed: %s %s; %d tokens of it are kept",
             *(prefill.worker_id, fault.reason, fault.message, num_kept),
         )
         measures.prefill_fallbacks.add(1, {"reason": fault.reason})
         measures.kept_tokens.add(num_kept)
         if not self._emitted:
-            self._usage.num_cached_local = num_cached
+            self._usage.num_cached_local = self._num_cached_here
             self._usage.ClearField("num_cached_remote")
             self._usage.ClearField("num_cached_transferred")
 

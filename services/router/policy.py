@@ -17,7 +17,7 @@ O(workers), not O(pairs).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 from services.router.candidate import Candidate, Query, Side, Weights, Worker
@@ -159,7 +159,17 @@ def place(query: Query, workers: Sequence[Worker], weights: Weights) -> Candidat
         best += [Candidate.pair(p, d) for p in prefill for d in decode]
     if not best:
         raise nobody(query, workers, weights)
-    return min(best, key=lambda candidate: (candidate.cost_ms, candidate.names))
+    chosen = min(best, key=lambda candidate: (candidate.cost_ms, candidate.names))
+    return replace(chosen, second_prefill=_second_prefill(scored, chosen))
+
+
+def _second_prefill(scored: Sides, chosen: Candidate) -> Worker | None:
+    """Who would compute the prompt the cheapest should the chosen prefill worker fail."""
+    if chosen.prefill is None:
+        return None
+    group, first = chosen.prefill.group, chosen.prefill
+    others = [side for side in scored.prefills if side.worker.group == group and side.worker is not first]
+    return min(others, key=lambda side: (side.cost_ms, side.worker.name)).worker if others else None
 
 
 def _pick(query: Query, among: Iterable[Side], weights: Weights) -> list[Side]:

@@ -108,7 +108,10 @@ def summarize(query: Query, chosen: Candidate, num_candidates: int) -> str:
 
 def _placement(candidate: Candidate) -> decode_pb2.Placement:
     return decode_pb2.Placement(
-        decode=_ref(candidate.decode), prefill=_ref(candidate.prefill), kv_source=_ref(candidate.source)
+        decode=_ref(candidate.decode),
+        prefill=_ref(candidate.prefill),
+        kv_source=_ref(candidate.source),
+        second_prefill=_ref(candidate.second_prefill),
     )
 
 

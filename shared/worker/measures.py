@@ -16,7 +16,7 @@ class Measures:
         self.output_tokens = meter.create_counter("forebay_output_tokens", description="Tokens emitted")
         self.cached_tokens = meter.create_counter("forebay_cached_tokens", description="Prompt tokens not computed")
         self.prefill_fallbacks = meter.create_counter(
-            "forebay_prefill_fallbacks", description="Prompts computed here because a remote prefill failed"
+            "forebay_prefill_fallbacks", description="Remote prefills that failed"
         )
         self.kept_tokens = meter.create_counter(
             "forebay_kept_tokens", description="Prompt tokens kept of remote prefills that failed midway"

@@ -10,15 +10,19 @@ NUM_STEPS = -(-LONG // MAX_STEP_TOKENS) + 11  # of a worker that computes it all
 NUM_KEPT = 3 * MAX_STEP_TOKENS
 
 
-async def amid_a_prompt(world: Fleet, asked: decode_pb2.GenerateRequest, prefill: Running) -> "asyncio.Task[Answer]":
-    """A request of which three chunks were computed, read and compared; the fourth is being held."""
+async def amid_a_prompt(
+    world: Fleet, asked: decode_pb2.GenerateRequest, prefill: Running, num_held: int = 0
+) -> "asyncio.Task[Answer]":
+    """A request of which three chunks were computed and, but for what the decode worker had, read; the fourth is being
+    held.
+    """
     prefill.gate.close()
     running = asyncio.ensure_future(generate(world, asked))
     for _ in range(3):
         await prefill.held_up()
         prefill.gate.let_through()
     await prefill.held_up()
-    await prefill.comes_true(lambda: num_tokens_read(world, prefill) == NUM_KEPT)
+    await prefill.comes_true(lambda: num_tokens_read(world, prefill) == NUM_KEPT - num_held)
     return running
 
 

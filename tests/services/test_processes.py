@@ -210,3 +210,21 @@ async def test_a_worker_that_waits_for_redis_ends_when_it_is_told_to() -> None:
         if worker.returncode is None:
             worker.kill()
             await worker.communicate()
+
+
+async def test_what_a_killed_worker_handed_over_with_checksums_is_kept(pair: Pair) -> None:
+    pair.processes["prefill"].kill()
+    pair.processes["prefill"].wait()
+    pair.launch("prefill", "--checksums", "--sim-prefill-ms-per-token", "2")
+    await pair.registered()
+    message = pair.request(4_000)
+    running = asyncio.ensure_future(pair.generate(message))
+
+    async def some_pages_are_verified() -> bool:
+        return await asyncio.to_thread(pair.measure, "decode", "forebay_checked_pages_total") > 0
+
+    await comes_true(some_pages_are_verified)
+    pair.processes["prefill"].kill()
+    assert await running == await pair.aggregated(message)
+    assert pair.measure("decode", "forebay_kept_tokens_total") >= 128
+    assert pair.measure("decode", 'forebay_prefill_fallbacks_total{reason="WORKER_LOST"}') == 1

@@ -299,6 +299,7 @@ def request(
     decode: Running,
     prefill: Running | None = None,
     source: Running | None = None,
+    second: Running | None = None,
     **sampling: Any,
 ) -> decode_pb2.GenerateRequest:
     """A request for 12 greedy tokens unless told otherwise."""
@@ -318,6 +319,8 @@ def request(
     made.placement.decode.CopyFrom(decode.ref)
     if prefill is not None:
         made.placement.prefill.CopyFrom(prefill.ref)
+    if second is not None:
+        made.placement.second_prefill.CopyFrom(second.ref)
     if source is not None:
         made.placement.kv_source.CopyFrom(source.ref)
     return made

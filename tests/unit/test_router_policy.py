@@ -198,6 +198,19 @@ def test_losing_a_worker_moves_only_its_own_prompts() -> None:
         assert before in (after, ("d0", ""))
 
 
+def test_the_second_choice_for_the_prompt_is_the_next_cheapest_that_can_exchange_pages() -> None:
+    stranger = worker("p4", model=card(compatibility_hash="other"))
+    fleet = [worker("p1", queue_ms=50), worker("p2", queue_ms=900), worker("p3", queue_ms=90), stranger, worker("d1")]
+    placed = place(query(), fleet, WEIGHTS)
+    assert placed.names == ("d1", "p1")
+    assert placed.second_prefill is fleet[2]
+
+
+def test_without_another_prefill_worker_there_is_no_second_choice() -> None:
+    assert place(query(), [worker("p1"), worker("d1")], WEIGHTS).second_prefill is None
+    assert place(query(50), [worker("p1"), worker("p2"), worker("d1")], WEIGHTS).second_prefill is None
+
+
 # Pulling a prefix from a peer -----------------------------------------------------------------------------------------
 
 

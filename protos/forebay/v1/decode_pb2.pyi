@@ -78,6 +78,7 @@ class Placement(google.protobuf.message.Message):
     DECODE_FIELD_NUMBER: builtins.int
     PREFILL_FIELD_NUMBER: builtins.int
     KV_SOURCE_FIELD_NUMBER: builtins.int
+    SECOND_PREFILL_FIELD_NUMBER: builtins.int
     @property
     def decode(self) -> protos.forebay.v1.kv_pb2.WorkerRef:
         """Generates."""
@@ -90,15 +91,20 @@ class Placement(google.protobuf.message.Message):
     def kv_source(self) -> protos.forebay.v1.kv_pb2.WorkerRef:
         """Has a longer prefix cached than the worker that computes the prompt; absent: none worth pulling."""
 
+    @property
+    def second_prefill(self) -> protos.forebay.v1.kv_pb2.WorkerRef:
+        """Computes what is left of the prompt should `prefill` fail; absent: the decode worker does."""
+
     def __init__(
         self,
         *,
         decode: protos.forebay.v1.kv_pb2.WorkerRef | None = ...,
         prefill: protos.forebay.v1.kv_pb2.WorkerRef | None = ...,
         kv_source: protos.forebay.v1.kv_pb2.WorkerRef | None = ...,
+        second_prefill: protos.forebay.v1.kv_pb2.WorkerRef | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["decode", b"decode", "kv_source", b"kv_source", "prefill", b"prefill"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["decode", b"decode", "kv_source", b"kv_source", "prefill", b"prefill"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["decode", b"decode", "kv_source", b"kv_source", "prefill", b"prefill", "second_prefill", b"second_prefill"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["decode", b"decode", "kv_source", b"kv_source", "prefill", b"prefill", "second_prefill", b"second_prefill"]) -> None: ...
 
 global___Placement = Placement
 
