@@ -1,6 +1,6 @@
 """What the policy weighs: a query, workers as the router sees them, and candidates with their costs."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from shared.blackboard.records import ModelCard, Registration, Role
 
@@ -102,7 +102,7 @@ class Candidate:
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
     rejection: str = ""
-    second_prefill: Worker | None = field(default=None, compare=False)
+    second_prefill: Worker | None = None
 
     @staticmethod
     def local(side: Side, rejection: str = "") -> "Candidate":

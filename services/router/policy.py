@@ -211,8 +211,10 @@ def explain(query: Query, workers: Sequence[Worker], weights: Weights) -> list[C
     possible += [
         Candidate.pair(p, d) for p in scored.prefills for d in scored.decodes if p.worker.group == d.worker.group
     ]
-    chosen = place(query, workers, weights).names if possible else ()
-    possible.sort(key=lambda candidate: (candidate.names != chosen, candidate.cost_ms, candidate.names))
+    if possible:
+        chosen = place(query, workers, weights)
+        possible.sort(key=lambda candidate: (candidate.names != chosen.names, candidate.cost_ms, candidate.names))
+        possible[0] = chosen
     return possible + list(_rejected(query, workers, weights, scored))
 
 
