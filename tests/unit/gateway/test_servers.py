@@ -11,20 +11,16 @@ import pytest
 from google.protobuf import struct_pb2
 
 from protos.forebay.v1 import decode_pb2, gateway_pb2, gateway_pb2_grpc, generation_pb2
-from services.gateway.config import GatewayConfig
-from services.gateway.process import listen, model_paths, rest_server
+from services.gateway.process import listen, model_paths
 from shared import rpc
 from shared.errors import InvalidRequest, ModelNotFound, Unsupported
-from tests.unit.gateway.world import MODEL, Response, World, finished, tokens
+from tests.unit.gateway.world import MODEL, Response, World, finished, served, tokens
 
 
 @pytest.fixture
 async def url(world: World) -> AsyncIterator[str]:
-    server, port = rest_server(GatewayConfig.load(["--http-port", "0"]), world.core, world.telemetry)
-    serving = asyncio.create_task(server.serve())
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    await serving
+    async with served(world) as url:
+        yield url
 
 
 @pytest.fixture
@@ -106,19 +102,14 @@ async def test_a_client_that_leaves_while_waiting_cancels_the_worker(world: Worl
 
 
 async def test_an_api_key_tells_the_tenant(world: World) -> None:
-    config = GatewayConfig.load(["--http-port", "0", "--api-key", "k1=ada", "--api-key", "k2=bob"])
-    server, port = rest_server(config, world.core, world.telemetry)
-    serving = asyncio.create_task(server.serve())
-    url = f"http://127.0.0.1:{port}/v1/completions"
-    async with httpx.AsyncClient() as http:
+    async with served(world, "--api-key", "k1=ada", "--api-key", "k2=bob") as base, httpx.AsyncClient() as http:
+        url = f"{base}/v1/completions"
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "k1"}):
             response = await http.post(url, json={"prompt": "x"}, headers=headers)
             assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
         headers = {"Authorization": "Bearer k2", "X-Forebay-Tenant": "ada"}
         assert (await http.post(url, json={"prompt": "x"}, headers=headers)).status_code == 200
     assert [request.tenant for request in world.router.requests] == ["bob"]
-    server.should_exit = True
-    await serving
 
 
 async def test_connections_send_without_delay() -> None:

@@ -12,12 +12,10 @@ import pytest
 from google.protobuf import json_format
 
 from protos.forebay.v1 import decode_pb2, gateway_pb2, gateway_pb2_grpc, generation_pb2
-from services.gateway.config import GatewayConfig
-from services.gateway.process import rest_server
 from shared import rpc
 from shared.errors import WorkerLost
 from tests.unit.gateway import glm
-from tests.unit.gateway.world import Response, World, finished, tokens
+from tests.unit.gateway.world import Response, World, finished, served, tokens
 
 WEATHER = {
     "name": "weather",
@@ -232,16 +230,14 @@ async def test_a_conversation_with_an_answered_call_can_be_continued(glm_world: 
 
 async def test_the_official_client_streams_calls(glm_world: World) -> None:
     await glm_world.says(OUTPUT)
-    server, port = rest_server(GatewayConfig.load(["--http-port", "0"]), glm_world.core, glm_world.telemetry)
-    serving = asyncio.create_task(server.serve())
-    base_url = f"http://127.0.0.1:{port}/v1"
-    async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=20) as client:
+    async with (
+        served(glm_world) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
+    ):
         async with client.chat.completions.stream(model="tiny", messages=USER, tools=TOOLS) as events:
             kinds = {event.type async for event in events}
             final = (await events.get_final_completion()).choices[0]
         whole = (await client.chat.completions.create(model="tiny", messages=USER, tools=TOOLS)).choices[0]
-    server.should_exit = True
-    await serving
     assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
     for choice in (final, whole):
         assert choice.finish_reason == "tool_calls"

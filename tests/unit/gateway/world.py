@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from protos.forebay.v1 import (
     router_pb2,
     router_pb2_grpc,
 )
+from services.gateway.config import GatewayConfig
 from services.gateway.core import Core
 from services.gateway.directory import Directory
 from services.gateway.dispatch import Dispatcher
 from services.gateway.meters import Meters
+from services.gateway.process import rest_server
 from services.gateway.rest import Rest
 from services.gateway.servicer import SERVICE, GatewayServicer
 from services.gateway.tokenizer import Tokenizer
@@ -210,3 +213,15 @@ class World:
                 card=card if role is Role.DECODE else None,
             )
         )
+
+
+@asynccontextmanager
+async def served(world: World, *flags: str) -> AsyncIterator[str]:
+    """The URL of a world's REST face behind a real server, which ends whatever becomes of the test."""
+    server, port = rest_server(GatewayConfig.load(["--http-port", "0", *flags]), world.core, world.telemetry)
+    serving = asyncio.create_task(server.serve())
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await serving
