@@ -12,7 +12,7 @@ from shared.engine.kv.memory import HostMemory, PoolMemory
 from shared.engine.kv.view import DeviceMemory, pool_bytes
 from shared.engine.models import registry
 from shared.engine.models.api import CPU, Model, Placement
-from shared.engine.models.checkpoint import revision
+from shared.engine.models.inventory import revision
 from shared.engine.parallel.group import Alone, Group
 from shared.engine.parallel.partition import Shard
 from shared.engine.sampling.sampler import Sampler

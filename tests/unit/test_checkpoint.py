@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shared.engine.models.checkpoint import Checkpoint, revision, weight_files
+from shared.engine.models.checkpoint import Checkpoint
+from shared.engine.models.inventory import Inventory, revision, weight_files
 from shared.errors import Unsupported
 
 SHAPES = {"a": (2, 3), "b": (4,)}
@@ -19,14 +20,14 @@ def save(model_dir: Path, **tensors: torch.Tensor) -> None:
 def test_every_difference_is_named_in_one_fault(tmp_path: Path) -> None:
     save(tmp_path, a=torch.zeros(3, 2), c=torch.zeros(1))
     with pytest.raises(Unsupported) as caught:
-        Checkpoint(tmp_path, torch.float32).check(SHAPES)
+        Inventory(tmp_path).check(SHAPES)
     for difference in ("missing b", "unexpected c", r"a is [3, 2], not [2, 3]"):
         assert difference in caught.value.message
 
 
 def test_tensors_that_are_computed_anyway_are_ignored(tmp_path: Path) -> None:
     save(tmp_path, a=torch.zeros(2, 3), b=torch.zeros(4), **{"layers.0.rotary_emb.inv_freq": torch.zeros(2)})
-    Checkpoint(tmp_path, torch.float32).check(SHAPES)
+    Inventory(tmp_path).check(SHAPES)
 
 
 def test_tensors_are_read_in_the_wanted_dtype(tmp_path: Path) -> None:

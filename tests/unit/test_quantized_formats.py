@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shared.engine.quantization import fp8_block, nvfp4
-from shared.engine.quantization.formats import Format, detect, nvfp4_tensor
+from shared.engine.quantization.formats import Format, detect
 from shared.errors import Unsupported
 
 # What ModelOpt 0.47's NVFP4QTensor.quantize makes of `golden_weight`.
@@ -72,5 +72,5 @@ def test_tensors_that_make_up_no_format_are_refused() -> None:
 
 def test_a_reciprocal_scale_becomes_a_factor() -> None:
     made = nvfp4.quantize(golden_weight())
-    read = nvfp4_tensor(Format.NVFP4_RECIPROCAL, made.codes, made.scale, 1.0 / made.scale_2)
+    read = nvfp4.from_stored(Format.NVFP4_RECIPROCAL, made.codes, made.scale, 1.0 / made.scale_2)
     torch.testing.assert_close(nvfp4.dequantize(read, torch.float32), nvfp4.dequantize(made, torch.float32))

@@ -1,6 +1,7 @@
 """The dense decoder composed of torch operations: the twin of the native one, and its stand-in without a compiler."""
 
 import torch
+from tqdm import tqdm
 
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference
@@ -40,7 +41,8 @@ class TorchDecoder:
         self.embedding = Embedding(weights.embedding(), config.vocab_size, group)
         self.norm = weights.final_norm()
         self.frequencies = rope.inverse_frequencies(config).to(self.norm.device)
-        self.layers = [DecoderLayer(config, weights.layer(index), group) for index in range(config.num_layers)]
+        layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
+        self.layers = [DecoderLayer(config, weights.layer(index), group) for index in layers]
         self.head = Head(weights.head(), config.vocab_size, group)
 
     def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:

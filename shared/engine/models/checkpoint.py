@@ -1,28 +1,26 @@
-"""Reading the weights of a Hugging Face directory: `model.safetensors`, or shards with their index.
+"""Reading the weights of a Hugging Face directory: whole tensors or parts, dequantized where they are quantized.
 
-A linear layer may be stored in a quantized format, told by the tensors that are there. Here it looks as if it were
-plain: it has one tensor, NAME.weight, of its true shape, and reading that dequantizes it.
+A file is mapped only while tensors are read from it, and a part is copied: a process holds what it asked for, and while
+it loads at most one file besides.
 """
 
-import json
-from collections.abc import Collection, Mapping
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from shared.engine.models.inventory import Inventory
 from shared.engine.parallel.partition import Part
 from shared.engine.quantization import fp8_block, nvfp4
-from shared.engine.quantization.formats import KNOWN, Format, detect, nvfp4_tensor
+from shared.engine.quantization.formats import Format
 from shared.errors import Unsupported
 
-# Scales of activations and of cached keys and values: of no use to kernels that compute in the weights' full dtype.
-RUN_TIME_SUFFIXES = ("input_scale", "input_global_scale", "k_scale", "v_scale")
-# Facts of old exporters that are computed from the configuration instead.
-COMPUTED_SUFFIXES = ("rotary_emb.inv_freq",)
-SAMPLE_BYTES = 4096
-NUM_SAMPLES = 16
+# A scale stands for so many rows and columns of weights.
+SPANS = {
+    Format.FP8_BLOCK: (fp8_block.BLOCK, fp8_block.BLOCK),
+    Format.NVFP4: (1, nvfp4.GROUP),
+    Format.NVFP4_RECIPROCAL: (1, nvfp4.GROUP),
+}
 
 
 class Checkpoint:
@@ -30,101 +28,76 @@ class Checkpoint:
 
     def __init__(self, model_dir: Path, dtype: torch.dtype, device: torch.device | None = None) -> None:
         self.dtype, self._device = dtype, device
-        self.files = weight_files(model_dir)
-        self._at = {name: opened for opened in map(_open, self.files) for name in opened.keys()}  # noqa: SIM118
-        self._quantized = _quantized(self._at)
+        self.inventory = Inventory(model_dir)
+        self._open: tuple[Path, safe_open] | None = None
 
-    def _names(self) -> set[str]:
-        """Names as if nothing were quantized."""
-        parts = {f"{linear}.{suffix}" for linear in self._quantized for suffix in (*KNOWN, *RUN_TIME_SUFFIXES)}
-        return {name for name in self._at if name not in parts} | {f"{linear}.weight" for linear in self._quantized}
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        linear = name.removesuffix(".weight")
-        stored = self._quantized.get(linear, Format.PLAIN)
-        first = name if stored is Format.PLAIN else f"{linear}.{stored.value[0]}"
-        shape = tuple(self._at[first].get_slice(first).get_shape())
-        packed = stored in (Format.NVFP4, Format.NVFP4_RECIPROCAL)
-        return (*shape[:-1], shape[-1] * 2) if packed else shape
-
-    def check(self, shapes: Mapping[str, tuple[int, ...]], ignored: tuple[str, ...] = ()) -> None:
-        """Compare names and shapes with what the model needs; one Unsupported names every difference."""
-        names = self._names()
-        faults = [f"missing {name}" for name in shapes if name not in names]
-        for name in names:
-            if name not in shapes and name not in ignored and not name.endswith(COMPUTED_SUFFIXES):
-                faults.append(f"unexpected {name}")
-        for name in shapes.keys() & names:
-            if (found := self._shape(name)) != shapes[name]:
-                faults.append(f"{name} is {list(found)}, not {list(shapes[name])}")
-        if faults:
-            raise Unsupported(f"the weights do not fit the configuration: {'; '.join(sorted(faults))}")
+    def has(self, prefix: str) -> bool:
+        """Whether the name of any tensor begins so."""
+        return any(name.startswith(prefix) for name in self.inventory.stored)
 
     def read(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> torch.Tensor:
-        """A tensor, or a part of it, on the device and in the dtype of this checkpoint, or in another."""
-        whole = self._read(name, dtype)
-        read = whole if part is None else whole.narrow(part.dim, part.start, part.length).contiguous()
-        return read.to(self._device)
+        """A tensor, or a part of it, on the device and in the dtype of this checkpoint, or in another.
 
-    def _read(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
-        linear, wanted = name.removesuffix(".weight"), dtype or self.dtype
-        stored = self._quantized.get(linear, Format.PLAIN)
+        A part may begin anywhere: what is read of quantized weights begins and ends with a scale, and is cut after it
+        has been dequantized. Raises Unsupported for scales that do not fit.
+        """
+        stored, wanted = self.inventory.format(name), dtype or self.dtype
         if stored is Format.PLAIN:
-            return self._tensor(name).to(wanted)
-        parts = [self._tensor(f"{linear}.{suffix}") for suffix in stored.value]
+            found = self._tensor(name, part)
+            return found.to(self._device, wanted, copy=True, memory_format=torch.contiguous_format)
         try:
-            if stored is Format.FP8_BLOCK:
-                return fp8_block.dequantize(parts[0], parts[1], wanted)
-            return nvfp4.dequantize(nvfp4_tensor(stored, parts[0], parts[1], parts[2]), wanted)
+            return self._quantized(stored, name, part, wanted).to(self._device)
         except (ValueError, RuntimeError) as error:
+            linear = name.removesuffix(".weight")
             raise Unsupported(f"the scales of {linear} do not fit its weights: {error}") from None
 
-    def _tensor(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._at[name].get_tensor(name)
-        return tensor
+    def _quantized(self, stored: Format, name: str, part: Part | None, dtype: torch.dtype) -> torch.Tensor:
+        weight, scale, *factor = self.inventory.parts(name)
+        dim, span = 0 if part is None else part.dim, 1
+        outer = None
+        if part is not None:
+            span = SPANS[stored][dim]
+            outer = _widened(part, span, self.inventory.shape(name)[dim])
+        per_byte = 2 if dim == 1 and stored is not Format.FP8_BLOCK else 1
+        weights = self._tensor(weight, _scaled(outer, per_byte))
+        scales = self._tensor(scale, _scaled(outer, span))
+        if stored is Format.FP8_BLOCK:
+            whole = fp8_block.dequantize(weights, scales, dtype)
+        else:
+            whole = nvfp4.dequantize(nvfp4.from_stored(stored, weights, scales, self._tensor(factor[0], None)), dtype)
+        if part is None or outer is None or outer == part:
+            return whole
+        return whole.narrow(dim, part.start - outer.start, part.length).clone(memory_format=torch.contiguous_format)
+
+    def _tensor(self, name: str, part: Part | None) -> torch.Tensor:
+        """A stored tensor or a part of it, a view of its file."""
+        opened = self._file(self.inventory.stored[name].file)
+        if part is None:
+            whole: torch.Tensor = opened.get_tensor(name)
+            return whole
+        indices = (slice(None),) * part.dim + (slice(part.start, part.start + part.length),)
+        found: torch.Tensor = opened.get_slice(name)[indices]
+        return found
+
+    def _file(self, path: Path) -> safe_open:
+        if self._open is None or self._open[0] != path:
+            self._open = None  # unmapped before the next is mapped
+            try:
+                self._open = (path, safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise Unsupported(f"{path} cannot be read as safetensors: {error}") from None
+        return self._open[1]
 
 
-def _quantized(names: Collection[str]) -> dict[str, Format]:
-    """The linear layers that are not plain. Raises Unsupported for one whose tensors make up no format."""
-    suffixes = KNOWN - {"weight"}
-    linears = {linear for name in names for linear, _, suffix in [name.rpartition(".")] if suffix in suffixes}
-    return {linear: detect(linear, names) for linear in linears}
+def _widened(part: Part, span: int, size: int) -> Part:
+    """The smallest part around `part` of a dimension of `size` that begins and ends with a span."""
+    start = part.start // span * span
+    return Part(part.dim, start, min(size, -(-(part.start + part.length) // span) * span) - start)
 
 
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise Unsupported(f"{path} cannot be read as safetensors: {error}") from None
-
-
-def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a model directory, in the order of their names. Raises Unsupported."""
-    index = model_dir / "model.safetensors.index.json"
-    if not index.exists():
-        names = {"model.safetensors"}
-    else:
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise Unsupported(f"{index} is not an index of weights: {error}") from None
-    files = [model_dir / name for name in sorted(names)]
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise Unsupported(f"{model_dir} lacks weight files: {', '.join(missing)}")
-    return files
-
-
-def revision(model_dir: Path) -> str:
-    """A hash that tells checkpoints apart without reading them whole: the configuration, and of each weight file its
-    size and evenly spaced samples (the first holds the header with every name, dtype and shape)."""
-    digest = blake2b(digest_size=16)
-    digest.update((model_dir / "config.json").read_bytes())
-    for path in weight_files(model_dir):
-        size = path.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
-        with path.open("rb") as file:
-            for sample in range(NUM_SAMPLES):
-                file.seek(size * sample // NUM_SAMPLES)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+def _scaled(part: Part | None, span: int) -> Part | None:
+    """The same part, counted in spans, the last of which may be ragged."""
+    if part is None:
+        return None
+    start = part.start // span
+    return Part(part.dim, start, -(-(part.start + part.length) // span) - start)

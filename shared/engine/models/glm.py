@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference
@@ -64,7 +65,8 @@ class Glm:
         self._frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta)
         self._embedding = Embedding(weights.embedding(), config.vocab_size, placement.group)
         self._norm = weights.final_norm()
-        self._layers = [GlmLayer(weights, layer, placement.group) for layer in range(config.num_layers)]
+        layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
+        self._layers = [GlmLayer(weights, layer, placement.group) for layer in layers]
         self._head = Head(weights.head(), config.vocab_size, placement.group)
 
     def layout(self, page_size: int) -> KvLayout:

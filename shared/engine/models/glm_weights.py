@@ -63,7 +63,7 @@ class GlmWeights:
 
     def __init__(self, checkpoint: Checkpoint, config: GlmConfig, shard: Shard) -> None:
         mtp = {name for layer in range(config.num_mtp_layers) for name in mtp_shapes(config, config.num_layers + layer)}
-        checkpoint.check(shapes(config), ignored=tuple(mtp))
+        checkpoint.inventory.check(shapes(config), ignored=tuple(mtp))
         self.config, self._part_of = of_glm(config, shard)
         self._expert_ids = shard.experts(config.num_experts)
         self._checkpoint = checkpoint

@@ -35,7 +35,7 @@ class DenseWeights:
 
     def __init__(self, checkpoint: Checkpoint, config: DenseConfig, shard: Shard) -> None:
         # A tied model may still carry its head; it is the embedding.
-        checkpoint.check(shapes(config), ignored=(HEAD,) if config.tied_embeddings else ())
+        checkpoint.inventory.check(shapes(config), ignored=(HEAD,) if config.tied_embeddings else ())
         self.config, self._part_of = of_dense(config, shard)
         self._checkpoint = checkpoint
 

@@ -4,9 +4,6 @@ are wrong often enough (they name modules that do not exist and miss others)."""
 from collections.abc import Collection
 from enum import Enum
 
-import torch
-
-from shared.engine.quantization.nvfp4 import Nvfp4Tensor
 from shared.errors import Unsupported
 
 
@@ -20,6 +17,7 @@ class Format(Enum):
     NVFP4_RECIPROCAL = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
+PACKED = (Format.NVFP4, Format.NVFP4_RECIPROCAL)  # two codes a byte
 KNOWN = frozenset(suffix for format_ in Format for suffix in format_.value)
 
 
@@ -34,9 +32,3 @@ def detect(linear: str, names: Collection[str]) -> Format:
         if found == set(format_.value):
             return format_
     raise Unsupported(f"the weights of {linear} are stored in a way that is not known: {sorted(found) or 'nothing'}")
-
-
-def nvfp4_tensor(format_: Format, weight: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -> Nvfp4Tensor:
-    """The three tensors of an NVFP4 `format_`, in the order of its suffixes; its global scale becomes a factor."""
-    factor = factor.float().reshape(())
-    return Nvfp4Tensor(weight, scale, 1.0 / factor if format_ is Format.NVFP4_RECIPROCAL else factor)

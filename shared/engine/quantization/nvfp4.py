@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from shared.engine.quantization.formats import Format
+
 GROUP = 16
 CODE_MAX, SCALE_MAX, SCALE_MIN = 6.0, 448.0, 2.0**-9
 # Magnitudes by code 0..7; bit 3 of a code is the sign. A value rounds up when it passes the bound between two of them.
@@ -26,6 +28,12 @@ class Nvfp4Tensor:
     codes: torch.Tensor
     scale: torch.Tensor
     scale_2: torch.Tensor
+
+
+def from_stored(format_: Format, codes: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -> Nvfp4Tensor:
+    """The three tensors of an NVFP4 `format_`, in the order of its suffixes; its global scale becomes a factor."""
+    factor = factor.float().reshape(())
+    return Nvfp4Tensor(codes, scale, 1.0 / factor if format_ is Format.NVFP4_RECIPROCAL else factor)
 
 
 def matrix_scale(*weights: torch.Tensor) -> torch.Tensor:
