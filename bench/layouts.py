@@ -1,6 +1,6 @@
 """What it costs to hand pages over between workers of different numbers of ranks.
 
-    python -m bench.layouts [--total-mib 32]
+    [UCX_TLS=tcp] python -m bench.layouts [--total-mib 32]
 
 One rank reads from one other, over NIXL on this host: whole pages (equal ranks), half of each page's heads as slices,
 and the same staged. Prints the median of a few READs in ms per MiB wanted, and how much longer than whole pages.
@@ -25,6 +25,7 @@ SHAPES = {
     "30 layers, 4 heads of 2 KiB": (30, 4, 2048),
     "32 layers, 8 heads of 4 KiB": (32, 8, 4096),
     "80 layers, 2 heads of 4 KiB": (80, 2, 4096),
+    "30 layers, 2 heads of 1 KiB": (30, 2, 1024),
 }
 SLICED, STAGED = Costs(descriptor_us=0.0), Costs(descriptor_us=1e6)
 

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared.engine.models import tiny
+from shared.errors import WorkerLost
 from tests.oracle import driver, tiny_models
 from tests.services.test_processes import PATIENCE_S, Pair
 from tests.valkey import ValkeyProcess
@@ -28,10 +31,10 @@ def llama(path: Path) -> None:
 
 
 @asynccontextmanager
-async def pair(path: Path, valkey: ValkeyProcess, prefill: int, decode: int) -> AsyncGenerator[Pair, None]:
+async def pair(path: Path, valkey: ValkeyProcess, prefill: int, decode: int, *more: str) -> AsyncGenerator[Pair, None]:
     """Workers of so many ranks each."""
     flags = ["--model", str(path), "--served-model-name", "tiny", "--dtype", "float32", "--num-pages", "64"]
-    made = Pair(valkey, [*flags, "--num-threads", "1", "--max-step-tokens", "64"], "tiny")
+    made = Pair(valkey, [*flags, "--num-threads", "1", "--max-step-tokens", "64", *more], "tiny")
     try:
         made.launch("prefill", "--tensor-parallel", str(prefill))
         made.launch("decode", "--tensor-parallel", str(decode))
@@ -39,6 +42,26 @@ async def pair(path: Path, valkey: ValkeyProcess, prefill: int, decode: int) -> 
         yield made
     finally:
         await made.close()
+
+
+async def test_a_rank_that_stands_still_ends_its_worker_within_its_time(tmp_path: Path, valkey: ValkeyProcess) -> None:
+    llama(tmp_path)
+    async with pair(tmp_path, valkey, 1, 2, "--rank-timeout-ms", "2000") as workers:
+        (rank,) = workers.found["decode"].rank_pids
+        os.kill(rank, signal.SIGSTOP)
+        with pytest.raises(WorkerLost):
+            await workers.aggregated(workers.request(20, NUM_TOKENS))
+        assert await asyncio.to_thread(workers.processes["decode"].wait, PATIENCE_S) == 1
+        with pytest.raises(ProcessLookupError):
+            os.kill(rank, 0)
+
+
+def test_a_model_that_so_many_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
+    llama(tmp_path)
+    command = [sys.executable, "-m", "services.decode", "--model", str(tmp_path), "--tensor-parallel", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
+    assert done.returncode != 0
+    assert "8 attention heads cannot be shared out evenly to 3 ranks" in done.stderr
 
 
 @pytest.mark.parametrize(("write", "prefill", "decode"), [(llama, 1, 2), (glm, 2, 1)], ids=["llama", "glm"])

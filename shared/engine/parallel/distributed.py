@@ -15,14 +15,29 @@ HOST = "127.0.0.1"
 
 
 class DistributedGroup:
-    """Satisfies `Group`. A collective that takes longer than `timeout_s` raises RuntimeError."""
+    """Satisfies `Group`. Tensors in host memory go by gloo, those of a GPU by NCCL, whose group the first one makes.
+
+    A collective of gloo that takes longer than `timeout_s` raises RuntimeError; one of NCCL ends the process.
+    """
 
     def __init__(self, store: Store, rank: int, num_ranks: int, timeout_s: float) -> None:
         self.rank, self.num_ranks = rank, num_ranks
+        self._store, self._timeout = store, timedelta(seconds=timeout_s)
+        self._gloo: Any = self._make_gloo()
+        self._nccl: Any = None
+
+    def _make_gloo(self) -> Any:
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
-        options._timeout = timedelta(seconds=timeout_s)
-        self._gloo: Any = ProcessGroupGloo(PrefixStore("forebay", store), rank, num_ranks, options)
+        options._timeout = self._timeout
+        return ProcessGroupGloo(PrefixStore("gloo", self._store), self.rank, self.num_ranks, options)
+
+    def _make_nccl(self) -> Any:
+        from torch.distributed import ProcessGroupNCCL  # absent from builds of torch without CUDA
+
+        options: Any = ProcessGroupNCCL.Options()
+        options._timeout = self._timeout
+        return ProcessGroupNCCL(PrefixStore("nccl", self._store), self.rank, self.num_ranks, options)
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         """See `Group.sum`. Gathered and added in rank order: a ring would add in an order that depends on the shape."""
@@ -35,7 +50,9 @@ class DistributedGroup:
     def _gather(self, part: torch.Tensor) -> list[torch.Tensor]:
         part = part.contiguous()
         parts = [torch.empty_like(part) for _ in range(self.num_ranks)]
-        self._gloo.allgather([parts], [part]).wait()
+        if part.is_cuda and self._nccl is None:
+            self._nccl = self._make_nccl()
+        (self._nccl if part.is_cuda else self._gloo).allgather([parts], [part]).wait()
         return parts
 
 

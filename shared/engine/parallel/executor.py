@@ -5,9 +5,11 @@ sampler that depends on seed and position alone. So nothing but batches goes fro
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from shared.engine.api import BatchItem, Chosen, Executor
+from shared.engine.sampling.logits import has_penalties
 from shared.errors import WorkerLost
 
 
@@ -32,9 +34,15 @@ class ParallelExecutor:
 
     def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
         """Compute a step on all ranks. Whatever goes wrong, ranks may be out of step from then on: WorkerLost."""
+        lean = [_lean(item) for item in batch]
         try:
             for follower in self._followers:
-                follower.follow(batch)
-            return self._own.forward(batch)
+                follower.follow(lean)
+            return self._own.forward(lean)
         except Exception as error:
             raise WorkerLost(f"a rank is gone or late: {type(error).__name__}: {error}") from error
+
+
+def _lean(item: BatchItem) -> BatchItem:
+    """Without what only penalties need: a history may be a million tokens, sent to every rank in every step."""
+    return item if has_penalties(item.sampling) else replace(item, history=())

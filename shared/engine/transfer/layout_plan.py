@@ -46,11 +46,11 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What moving pages costs, measured by `bench.layouts` (docs/LOG.md)."""
+    """What moving pages costs; the defaults are of shared memory, by `bench.layouts` (docs/LOG.md)."""
 
-    descriptor_us: float = 1.0
-    move_us_per_kib: float = 0.25
-    copy_us_per_kib: float = 0.12
+    descriptor_us: float = 2.0
+    move_us_per_kib: float = 0.3
+    copy_us_per_kib: float = 0.2
 
 
 @dataclass(frozen=True, slots=True)
