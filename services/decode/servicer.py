@@ -16,10 +16,12 @@ from protos.forebay.v1 import (
 )
 from services.decode.handoff import Handoff
 from shared import rpc
+from shared.blackboard.admission import ASSUMED_OUTPUT_TOKENS
 from shared.engine.api import EngineRequest, Failed, TokensSampled
 from shared.engine.kv.store import PageTable
 from shared.errors import BadManifest, DeadlineExceeded, Fault, Internal, InvalidRequest
 from shared.worker import wire
+from shared.worker.admission import Stay
 from shared.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -42,9 +44,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Generate the output of one request; see the protocol."""
         worker = self._worker
         worker.identity.require(request.placement.decode.epoch, request.model)
-        with worker.admission.request():
+        with worker.admission.request(request.request_id, *_takes(worker, request)) as stay:
             worker.measures.requests.add(1)
-            generation = Generation(worker, request)
+            generation = Generation(worker, request, stay)
             async with aclosing(generation.run()) as responses:
                 async for response in responses:
                     yield response
@@ -53,8 +55,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 class Generation:
     """One request on its way through this worker."""
 
-    def __init__(self, worker: Worker, request: decode_pb2.GenerateRequest) -> None:
-        self._worker, self._request = worker, request
+    def __init__(self, worker: Worker, request: decode_pb2.GenerateRequest, stay: Stay) -> None:
+        self._worker, self._request, self._stay = worker, request, stay
         self._job = wire.engine_request(request)
         self._usage = generation_pb2.Usage(
             num_prompt_tokens=len(request.prompt_token_ids), num_output_tokens=len(request.output_token_ids)
@@ -69,6 +71,7 @@ class Generation:
         """Prefill where the placement says, then decode here."""
         worker, hashes, num_pages = self._worker, *self._worker.pages_for(self._job)
         table = await worker.loop.reserve(hashes, num_pages)
+        self._stay.cached(table.num_tokens, table.num_tokens // worker.engine.spec.layout.page_size)
         try:
             if self._request.placement.HasField("prefill"):
                 run = self._behind_remote_prefill(hashes, table)
@@ -176,6 +179,7 @@ class Generation:
         measures = self._worker.measures
         measures.output_tokens.add(len(chunk.token_ids))
         self._usage.num_output_tokens += len(chunk.token_ids)
+        self._stay.computed()
         if not self._emitted:
             self._emitted = True
             measures.first_token.record(time.monotonic() - self._started)
@@ -224,6 +228,14 @@ async def _announce(events: AsyncIterator[Any], handoff: Handoff) -> prefill_pb2
     if finished is None:
         raise BadManifest("the prefill worker ended its stream without a token")
     return finished
+
+
+def _takes(worker: Worker, request: decode_pb2.GenerateRequest) -> tuple[int, int]:
+    """Prompt tokens that are to be computed here, and pages, as the router reserved them."""
+    num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+    num_output = min(request.sampling.max_tokens, ASSUMED_OUTPUT_TOKENS)
+    num_computed = 0 if request.placement.HasField("prefill") else num_tokens
+    return num_computed, worker.engine.spec.layout.num_pages(num_tokens + num_output)
 
 
 def _is_ours(fault: Fault) -> bool:

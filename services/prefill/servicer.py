@@ -29,10 +29,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         """Compute a prompt; see the protocol."""
         worker = self._worker
         worker.identity.require(request.epoch, request.model)
-        with worker.admission.request():
+        job = wire.engine_request(request, prefill_only=True)
+        num_tokens = len(job.token_ids)
+        with worker.admission.request(
+            job.request_id, num_tokens, worker.engine.spec.layout.num_pages(num_tokens)
+        ) as stay:
             worker.measures.requests.add(1)
-            job = wire.engine_request(request, prefill_only=True)
             table, usage = await self._reserve(job, request)
+            stay.cached(table.num_tokens, table.num_tokens // worker.engine.spec.layout.page_size)
             with self._lease(request.num_pages_held, table) as handed:
                 async with aclosing(self._compute(job, table, handed, usage)) as responses:
                     async for response in responses:

@@ -8,6 +8,7 @@ import socket
 import uvloop
 
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
+from services.router.admission import Admission
 from services.router.config import RouterConfig
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
@@ -45,8 +46,10 @@ async def serve(
     fleet = Fleet(board, weights, heartbeat_ms=config.heartbeat_ms, ttl_ms=config.registration_ttl_ms)
     feed = MirrorFeed(board.index, fleet, mirror)
     server = rpc.Server(observed, [SERVICE])
-    router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(fleet, mirror, weights, observed), server.grpc)
-    watching = [asyncio.create_task(fleet.run()), asyncio.create_task(feed.run())]
+    admission = Admission(board.admission, name, config.limits(), observed.meter)
+    servicer = RouterServicer(fleet, mirror, admission, weights, observed, config.no_worker_wait_ms)
+    router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server.grpc)
+    watching = [asyncio.create_task(work) for work in (fleet.run(), feed.run(), admission.run())]
     for task in watching:
         task.add_done_callback(lambda _: ended.set())  # a defect there must not leave a router that sees nothing
     port = await server.start(config.host, config.port, serving=False)
@@ -55,7 +58,9 @@ async def serve(
         heartbeat = _register(config, name, epoch, board, port, metrics_port, ended)
         await ended.wait()
         await heartbeat.stop()
+    admission.drain()
     await server.stop(config.drain_grace_ms / 1000)
+    await admission.settled()
     for task in watching:
         task.cancel()
     await asyncio.wait(watching)

@@ -14,7 +14,6 @@ class Weights:
     local_prefill_max_tokens: int = 128
     min_pull_tokens: int = 256
     chunk_tokens: int = 512
-    max_waiting: int = 256
     transfer_gb_per_s: float = 1.0
     handoff_ms: float = 3.0
     missing_page_ms: float = 20.0
@@ -35,6 +34,7 @@ class Query:
     num_prompt_tokens: int
     affinity: bytes = b""
     excluded: frozenset[str] = frozenset()
+    max_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

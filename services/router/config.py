@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from services.router.admission import Limits
 from services.router.candidate import Weights
 from shared.config import ServiceConfig
 
@@ -19,7 +20,6 @@ class RouterConfig(ServiceConfig):
         256, ge=1, description="A prefix is pulled from a peer only if it is longer than ours by this many tokens."
     )
     chunk_tokens: int = Field(512, ge=1, description="Tokens of a prefill chunk, whose transfer no computation hides.")
-    max_waiting: int = Field(256, ge=1, description="A worker with this many waiting sequences is full.")
     transfer_gb_per_s: float = Field(1.0, gt=0, description="Rate at which workers read pages from each other.")
     handoff_ms: float = Field(3.0, ge=0, description="Fixed cost of a handoff or a pull.")
     missing_page_ms: float = Field(20.0, ge=0, description="Cost of each page that must be waited for.")
@@ -33,6 +33,17 @@ class RouterConfig(ServiceConfig):
         0.1, ge=0, description="Weight of the time to recompute the pages that must be evicted."
     )
     tie_ms: float = Field(1.0, ge=0, description="Costs that differ by no more than this are equal.")
+
+    max_queued: int = Field(
+        1_024, ge=0, description="Requests of a model that may wait in its queue when all workers are full."
+    )
+    no_worker_wait_ms: int = Field(
+        5_000, ge=0, description="Time that a request waits for a worker to come, while none is there."
+    )
+
+    def limits(self) -> Limits:
+        """The part of admission."""
+        return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
 
     def weights(self) -> Weights:
         """The policy's part."""

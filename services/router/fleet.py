@@ -8,7 +8,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from services.router.candidate import Candidate, Weights, Worker
@@ -51,6 +52,7 @@ class Fleet:
         self._members: dict[tuple[Role, str], Member] = {}
         self._models: set[str] = set()
         self._keep_missing_until = 0.0
+        self._changed = asyncio.Event()
         self.is_known = False
         """Whether the blackboard was ever read."""
         self.is_current = False
@@ -77,15 +79,25 @@ class Fleet:
     def observe(self, registrations: Iterable[Registration]) -> None:
         """Make the view equal to what the blackboard lists."""
         now = self._clock()
-        if self.is_known and not self.is_current:
+        was_known = self.is_known
+        if was_known and not self.is_current:
             self._keep_missing_until = now + self._ttl_s
         self.is_known = self.is_current = True
         members = {(r.role, r.name): self._member(r, r.card, now) for r in registrations if r.card is not None}
         if now < self._keep_missing_until:
             members = self._members | members
         self._log_changes(members)
+        changed = not was_known or _available(members) != _available(self._members)
         self._members = members
         self._models |= {member.card.model for member in members.values()}
+        if changed:
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def changed(self, timeout_s: float) -> None:
+        """Wait until workers come, go or begin to drain, or for the time given."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     def _member(self, registration: Registration, card: ModelCard, now: float) -> Member:
         rate = registration.load.prefill_ms_per_token or self._weights.default_prefill_ms_per_token
@@ -110,8 +122,8 @@ class Fleet:
         return [(member.registration.name, member.registration.epoch) for member in self._members.values()]
 
     def knows(self, model: str) -> bool:
-        """Whether any worker ever served this model."""
-        return model in self._models
+        """Whether any worker ever served this model; nobody can tell before the first worker came."""
+        return model in self._models or not self._models
 
     def members(self, model: str) -> list[Member]:
         """Workers of a model, by role and name."""
@@ -134,6 +146,11 @@ class Fleet:
     def _incarnation(self, worker: Worker) -> Member | None:
         member = self._members.get((worker.role, worker.name))
         return member if member and member.registration.epoch == worker.registration.epoch else None
+
+
+def _available(members: Mapping[tuple[Role, str], Member]) -> set[tuple[str, int]]:
+    entries = (member.registration for member in members.values())
+    return {(entry.name, entry.epoch) for entry in entries if not entry.draining}
 
 
 def _worker(member: Member, num_cached_pages: int, now: float) -> Worker:

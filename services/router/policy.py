@@ -18,13 +18,14 @@ O(workers), not O(pairs).
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
+from heapq import merge
+from itertools import chain
 
 from services.router.candidate import Candidate, Query, Side, Weights, Worker
 from shared.blackboard.records import Role
-from shared.errors import ContextTooLong, Fault, NoWorker, Overloaded
-
-MIN_RETRY_MS, MAX_RETRY_MS = 100, 10_000
+from shared.errors import ContextTooLong, Fault, NoWorker
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,9 @@ def longest_prefixes(query: Query, workers: Iterable[Worker]) -> dict[str, Worke
 # Filter ---------------------------------------------------------------------------------------------------------------
 
 
-def refusal(query: Query, worker: Worker, weights: Weights) -> Fault | None:
+def refusal(query: Query, worker: Worker) -> Fault | None:
     """Why a worker cannot take a request now; None if it can."""
-    card, pages, load = worker.card, worker.registration.pages, worker.registration.load
+    card, pages = worker.card, worker.registration.pages
     if worker.name in query.excluded:
         return NoWorker("already failed this request")
     if worker.registration.draining:
@@ -60,8 +61,6 @@ def refusal(query: Query, worker: Worker, weights: Weights) -> Fault | None:
         return ContextTooLong(f"{query.num_prompt_tokens} prompt tokens, context of {card.max_model_len}")
     if pages.total and num_pages(query, worker) > pages.total:
         return ContextTooLong(f"{num_pages(query, worker)} pages needed, pool of {pages.total}")
-    if load.num_waiting >= weights.max_waiting:
-        return Overloaded(f"{load.num_waiting} sequences are waiting")
     return None
 
 
@@ -131,7 +130,7 @@ def remote_decode_side(query: Query, worker: Worker, weights: Weights) -> Side:
 
 def sides(query: Query, workers: Sequence[Worker], weights: Weights) -> Sides:
     """Score every worker that may take part, in each part that it may take."""
-    fit = [worker for worker in workers if refusal(query, worker, weights) is None]
+    fit = [worker for worker in workers if refusal(query, worker) is None]
     sources = longest_prefixes(query, workers)
     prefills = [compute_side(query, worker, sources, weights) for worker in fit if worker.role is Role.PREFILL]
     groups = {side.worker.group for side in prefills}
@@ -149,18 +148,22 @@ def sides(query: Query, workers: Sequence[Worker], weights: Weights) -> Sides:
 # Pick -----------------------------------------------------------------------------------------------------------------
 
 
-def place(query: Query, workers: Sequence[Worker], weights: Weights) -> Candidate:
-    """The cheapest placement. Raises NoWorker, Overloaded (with retry_after_ms) or ContextTooLong."""
+def rank(query: Query, workers: Sequence[Worker], weights: Weights) -> Iterator[Candidate]:
+    """Every placement, the cheapest first, whether there is room for it or not. Raises NoWorker or ContextTooLong."""
     scored = sides(query, workers, weights)
-    best = [Candidate.local(side) for side in _pick(query, scored.locals, weights)]
+    locals_ = _in_order(query, scored.locals, weights)
+    heads, others = [Candidate.local(side) for side in locals_[:1]], [map(Candidate.local, by_cost(locals_))]
     for group in sorted({side.worker.group for side in scored.decodes}):
-        prefill = _pick(query, (side for side in scored.prefills if side.worker.group == group), weights)
-        decode = _pick(query, (side for side in scored.decodes if side.worker.group == group), weights)
-        best += [Candidate.pair(p, d) for p in prefill for d in decode]
-    if not best:
-        raise nobody(query, workers, weights)
-    chosen = min(best, key=lambda candidate: (candidate.cost_ms, candidate.names))
-    return replace(chosen, second_prefill=_second_prefill(scored, chosen))
+        prefills = _in_order(query, (side for side in scored.prefills if side.worker.group == group), weights)
+        decodes = _in_order(query, (side for side in scored.decodes if side.worker.group == group), weights)
+        heads.append(Candidate.pair(prefills[0], decodes[0]))
+        # Made only as far as somebody asks for them.
+        others += [map(partial(Candidate.pair, prefill), by_cost(decodes)) for prefill in prefills]
+    if not heads:
+        raise nobody(query, workers)
+    first = min(heads, key=_cost)
+    in_order = chain([first], (other for other in merge(*others, key=_cost) if other.names != first.names))
+    return (replace(each, second_prefill=_second_prefill(scored, each)) for each in in_order)
 
 
 def _second_prefill(scored: Sides, chosen: Candidate) -> Worker | None:
@@ -172,13 +175,26 @@ def _second_prefill(scored: Sides, chosen: Candidate) -> Worker | None:
     return min(others, key=lambda side: (side.cost_ms, side.worker.name)).worker if others else None
 
 
-def _pick(query: Query, among: Iterable[Side], weights: Weights) -> list[Side]:
-    """The cheapest side, or none. Costs within `tie_ms` are equal; a rendezvous hash of the prompt's first page spreads
+def _cost(candidate: Candidate) -> tuple[float, tuple[str, str]]:
+    return candidate.cost_ms, candidate.names
+
+
+def place(query: Query, workers: Sequence[Worker], weights: Weights) -> Candidate:
+    """The cheapest placement. Raises NoWorker or ContextTooLong."""
+    return next(rank(query, workers, weights))
+
+
+def by_cost(sides: Iterable[Side]) -> list[Side]:
+    """The cheapest first."""
+    return sorted(sides, key=lambda side: side.cost_ms)
+
+
+def _in_order(query: Query, among: Iterable[Side], weights: Weights) -> list[Side]:
+    """By cost. Costs within `tie_ms` of the lowest are equal; a rendezvous hash of the prompt's first page spreads
     them, so that routers agree and prompts that begin alike meet on one worker."""
-    all_sides = list(among)
-    lowest = min((side.cost_ms for side in all_sides), default=0.0)
-    tied = [side for side in all_sides if side.cost_ms <= lowest + weights.tie_ms]
-    return sorted(tied, key=lambda side: rendezvous(query.affinity, side.worker.name))[:1] if len(tied) > 1 else tied
+    all_sides = by_cost(among)
+    tied = [side for side in all_sides if side.cost_ms <= all_sides[0].cost_ms + weights.tie_ms]
+    return sorted(tied, key=lambda side: rendezvous(query.affinity, side.worker.name)) + all_sides[len(tied) :]
 
 
 def rendezvous(affinity: bytes, name: str) -> bytes:
@@ -186,16 +202,12 @@ def rendezvous(affinity: bytes, name: str) -> bytes:
     return blake2b(affinity + name.encode(), digest_size=8).digest()
 
 
-def nobody(query: Query, workers: Sequence[Worker], weights: Weights) -> Fault:
-    """The fault that says why no worker can take the request; full workers come first, because waiting helps them."""
+def nobody(query: Query, workers: Sequence[Worker]) -> Fault:
+    """The fault that says why no worker can take the request."""
     decodes = [worker for worker in workers if worker.role is Role.DECODE]
-    refusals = {worker.name: refusal(query, worker, weights) for worker in decodes}
+    refusals = {worker.name: refusal(query, worker) for worker in decodes}
     reasons = "; ".join(f"{name}: {fault.message}" for name, fault in sorted(refusals.items()) if fault)
     message = f"no decode worker for model {query.model!r} ({reasons or 'none is registered'})"
-    full = [worker for worker in decodes if isinstance(refusals[worker.name], Overloaded)]
-    if full:
-        wait_ms = min(max(min(worker.queue_ms for worker in full), MIN_RETRY_MS), MAX_RETRY_MS)
-        return Overloaded(message, metadata={"retry_after_ms": str(round(wait_ms))})
     if any(isinstance(fault, ContextTooLong) for fault in refusals.values()):
         return ContextTooLong(message)
     return NoWorker(message)
@@ -205,7 +217,7 @@ def nobody(query: Query, workers: Sequence[Worker], weights: Weights) -> Fault:
 
 
 def explain(query: Query, workers: Sequence[Worker], weights: Weights) -> list[Candidate]:
-    """Every candidate with its terms: what `place` would choose first, then the cheapest, the rejected ones last."""
+    """Every candidate with its terms: what `rank` puts first, then the cheapest, the rejected ones last."""
     scored = sides(query, workers, weights)
     possible = [Candidate.local(side) for side in scored.locals]
     possible += [
@@ -220,7 +232,7 @@ def explain(query: Query, workers: Sequence[Worker], weights: Weights) -> list[C
 
 def _rejected(query: Query, workers: Sequence[Worker], weights: Weights, scored: Sides) -> Iterator[Candidate]:
     for worker in workers:
-        if fault := refusal(query, worker, weights):
+        if fault := refusal(query, worker):
             yield Candidate.rejected(worker, fault.message)
     sources = longest_prefixes(query, workers)
     for side in scored.decodes:

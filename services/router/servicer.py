@@ -1,11 +1,14 @@
 """RouterService: reads the request, looks prefixes up in the mirror, asks the policy, and answers."""
 
+import math
 import time
+from collections.abc import Iterator
 
 from grpc.aio import ServicerContext
 
 from protos.forebay.v1 import decode_pb2, kv_pb2, router_pb2, router_pb2_grpc
 from services.router import policy
+from services.router.admission import Admission
 from services.router.candidate import Candidate, Query, Weights, Worker
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
@@ -21,8 +24,17 @@ ExplainContext = ServicerContext[router_pb2.ExplainRequest, router_pb2.ExplainRe
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Places requests on the workers of a fleet."""
 
-    def __init__(self, fleet: Fleet, mirror: Mirror, weights: Weights, telemetry: Telemetry) -> None:
-        self._fleet, self._mirror, self._weights = fleet, mirror, weights
+    def __init__(
+        self,
+        fleet: Fleet,
+        mirror: Mirror,
+        admission: Admission,
+        weights: Weights,
+        telemetry: Telemetry,
+        no_worker_wait_ms: int = 0,
+    ) -> None:
+        self._fleet, self._mirror, self._admission, self._weights = fleet, mirror, admission, weights
+        self._no_worker_wait_s = no_worker_wait_ms / 1000
         self._routes = telemetry.meter.create_counter("forebay_routes", description="Routes by outcome")
         self._seconds = telemetry.meter.create_histogram(
             "forebay_route_seconds", unit="s", description="Time to decide on a route"
@@ -30,32 +42,52 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
     async def Route(self, request: router_pb2.RouteRequest, context: RouteContext) -> router_pb2.RouteResponse:  # noqa: ARG002
         """Place a request."""
-        started, outcome = time.perf_counter(), "ok"
+        outcome = "ok"
         try:
-            query, workers = self._survey(request)
-            chosen = policy.place(query, workers, self._weights)
+            query = parse(request)
+            chosen = await self._admission.place(
+                request,
+                query,
+                lambda: self._rank(request, query),
+                self._fleet.record,
+                can_reserve=self._fleet.is_current,
+            )
         except Fault as fault:
             outcome = fault.reason
             raise
         finally:
             self._routes.add(1, {"outcome": outcome})
-            self._seconds.record(time.perf_counter() - started)
-        self._fleet.record(chosen)
         return router_pb2.RouteResponse(placement=_placement(chosen), num_cached_tokens=chosen.num_cached_tokens)
 
     async def Explain(self, request: router_pb2.ExplainRequest, context: ExplainContext) -> router_pb2.ExplainResponse:  # noqa: ARG002
         """Say what Route would answer, and why."""
-        query, workers = self._survey(request.request)
+        query = parse(request.request)
+        workers = self._survey(request.request, query)
         candidates = policy.explain(query, workers, self._weights)
         if not candidates or candidates[0].rejection:
-            summary = str(policy.nobody(query, workers, self._weights))
+            summary = str(policy.nobody(query, workers))
         else:
             summary = summarize(query, candidates[0], len(candidates))
         return router_pb2.ExplainResponse(candidates=[_candidate(c) for c in candidates], summary=summary)
 
-    def _survey(self, request: router_pb2.RouteRequest) -> tuple[Query, list[Worker]]:
-        """The query, and the workers of its model with what they have of its prompt."""
-        query = parse(request)
+    async def _rank(self, request: router_pb2.RouteRequest, query: Query) -> Iterator[Candidate]:
+        """Placements, the best first. While no worker is there at all, one may be about to come."""
+        give_up = time.monotonic() + self._no_worker_wait_s
+        while True:
+            started = time.perf_counter()
+            try:
+                ranked = policy.rank(query, self._survey(request, query), self._weights)
+            except (NoWorker, BlackboardLost):
+                left = min(give_up - time.monotonic(), rpc.time_remaining() or math.inf)
+                if query.excluded or left <= 0:
+                    raise
+                await self._fleet.changed(left)
+            else:
+                self._seconds.record(time.perf_counter() - started)
+                return ranked
+
+    def _survey(self, request: router_pb2.RouteRequest, query: Query) -> list[Worker]:
+        """The workers of the query's model with what they have of its prompt."""
         remaining = rpc.time_remaining()
         if remaining is not None and remaining <= 0:
             raise DeadlineExceeded("the deadline passed before the request could be placed")
@@ -67,7 +99,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             raise kind(f"no worker serves the model {query.model!r}", param="model")
         incarnations = [(member.registration.name, member.registration.epoch) for member in members]
         runs = self._mirror.runs(request.page_hashes, incarnations).tolist()
-        return query, self._fleet.at_this_moment(members, runs)
+        return self._fleet.at_this_moment(members, runs)
 
 
 def parse(request: router_pb2.RouteRequest) -> Query:
@@ -91,6 +123,7 @@ def parse(request: router_pb2.RouteRequest) -> Query:
         request.num_prompt_tokens,
         affinity=request.page_hashes[:HASH_BYTES] or request.request_id.encode(),
         excluded=frozenset(request.excluded_worker_ids),
+        max_tokens=request.max_tokens,
     )
 
 

@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 
 from shared.blackboard import keys
+from shared.blackboard.admission import AdmissionBoard
 from shared.blackboard.connection import connect, faults
 from shared.blackboard.index import PrefixIndex
 from shared.blackboard.records import Registration, Role
@@ -31,6 +32,7 @@ class Blackboard:
     def __init__(self, url: str, timeout_ms: int = TIMEOUT_MS) -> None:
         self._redis: Redis = connect(url, timeout_ms)
         self.index = PrefixIndex(self._redis)
+        self.admission = AdmissionBoard(self._redis)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -56,6 +56,14 @@ class Pages(Record):
     total: int = 0
 
 
+class Room(Record):
+    """Sequences, prompt tokens yet to compute, and pages: of a worker, what it can have at once or has."""
+
+    sequences: int = 0
+    tokens: int = 0
+    pages: int = 0
+
+
 class Registration(Record):
     """One incarnation of a process. Addresses are host:port; `card` is present for workers."""
 

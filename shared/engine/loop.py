@@ -44,6 +44,8 @@ class EngineLoop:
         self._streams: dict[str, asyncio.Queue[Event]] = {}
         self._waiters: deque[Waiter] = deque()
         self._numbers = count(1)
+        self.on_pages_freed: Callable[[], None] = lambda: None
+        """Called in the event loop when pages were freed."""
 
     def start(self) -> None:
         """Begin to step."""
@@ -147,8 +149,11 @@ class EngineLoop:
     def _on_capacity(self) -> None:
         """From any thread: pages were freed."""
         self._wake.set()
-        if self._waiters:
-            self._call(self._serve)
+        self._call(self._on_freed)
+
+    def _on_freed(self) -> None:
+        self._serve()
+        self.on_pages_freed()
 
     def _serve(self) -> None:
         """Give pages to those who wait, in order, as far as they go."""

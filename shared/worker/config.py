@@ -32,6 +32,14 @@ class WorkerConfig(ServiceConfig):
     max_model_len: int = Field(0, ge=0, description="Longest sequence; 0 takes what the model was made for.")
     max_step_tokens: int = Field(512, ge=1, description="Tokens computed in one step, at most.")
     max_num_sequences: int = Field(64, ge=1, description="Sequences that run at once, at most.")
+    max_waiting: int = Field(
+        2,
+        ge=0,
+        description="Sequences that routers send beyond those that can run; others wait in the queue.",
+    )
+    max_queued_tokens: int = Field(
+        0, ge=0, description="Prompt tokens that routers send before earlier ones are computed; 0 takes 16 full steps."
+    )
     lease_ttl_ms: int = Field(10_000, ge=100, description="Life of a lease on KV pages unless renewed.")
     checksums: bool = Field(
         False, description="Hand pages over with checksums, which readers verify; costs both sides a pass over them."

@@ -12,19 +12,21 @@ from protos.forebay.v1 import kv_pb2_grpc
 from shared import rpc, telemetry
 from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
-from shared.blackboard.records import Load, ModelCard, Pages, Registration, Role
+from shared.blackboard.records import Load, ModelCard, Pages, Registration, Role, Room
 from shared.engine.loop import EngineLoop
 from shared.engine.transfer.pools import Member, Pools, own_pool
 from shared.engine.transfer.registry import transport
 from shared.errors import Fault
 from shared.telemetry import Telemetry
+from shared.worker.admission import Admission
 from shared.worker.assembly import Assembled, assemble
 from shared.worker.config import WorkerConfig
-from shared.worker.identity import Admission, Identity
+from shared.worker.identity import Identity
 from shared.worker.index_writer import IndexWriter
 from shared.worker.kv_servicer import KvServicer
 from shared.worker.measures import Measures
 from shared.worker.puller import Puller
+from shared.worker.room_writer import RoomWriter
 from shared.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ Services = dict[str, Callable[[Worker, rpc.Server], None]]
 CLOSE_GRACE_S = 1.0
 # Whoever goes on with a sequence needs to be found, and to lease the pages of what was computed here.
 HANDOVER_S = 1.0
+# Enough that the engine does not wait for routers, and so little that the shared queue decides who is next.
+STEPS_QUEUED = 16
 
 
 async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
@@ -136,6 +140,19 @@ class _Process:
         stack.push_async_callback(self.heartbeat.stop)
         index.start()
         stack.push_async_callback(index.stop)
+        room = RoomWriter(board.admission, self._admission, kv, identity, self._limits(), config.heartbeat_ms, ttl_ms)
+        room.start()
+        stack.push_async_callback(room.stop)
+        self._loop.on_pages_freed = room.freed
+
+    def _limits(self) -> Room:
+        """What routers may send here at once."""
+        config, kv = self._config, self._assembled.engine.kv
+        return Room(
+            sequences=config.max_num_sequences + config.max_waiting,
+            tokens=config.max_queued_tokens or STEPS_QUEUED * config.max_step_tokens,
+            pages=kv.num_pages,
+        )
 
     async def drain(self) -> None:
         """Take no more work, say so, and let what is running finish. What still runs after the grace is handed over: it

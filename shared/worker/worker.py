@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from shared import page_hash, rpc
 from shared.engine.api import Engine, EngineRequest
 from shared.engine.loop import EngineLoop
-from shared.worker.identity import Admission, Identity
+from shared.worker.admission import Admission
+from shared.worker.identity import Identity
 from shared.worker.kv_servicer import KvServicer
 from shared.worker.measures import Measures
 from shared.worker.puller import Puller

@@ -31,7 +31,8 @@ from shared.engine.transfer.api import Peer
 from shared.engine.transfer.local import LocalTransport
 from shared.engine.transfer.pools import Member, Pools, own_pool
 from shared.telemetry import Telemetry
-from shared.worker.identity import Admission, Identity
+from shared.worker.admission import Admission
+from shared.worker.identity import Identity
 from shared.worker.kv_servicer import KvServicer
 from shared.worker.measures import Measures
 from shared.worker.puller import Puller

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from services.router.__main__ import SERVICE
+from services.router.admission import Admission, Limits
 from services.router.candidate import Weights
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
@@ -26,11 +27,9 @@ from shared.errors import (
     InvalidRequest,
     ModelNotFound,
     NoWorker,
-    Overloaded,
 )
 from shared.telemetry import Telemetry
 from tests.unit.fleets import registration
-from tests.unit.test_router_policy import FULL
 from tests.valkey import ValkeyProcess
 
 TTL_MS = 60_000
@@ -43,7 +42,15 @@ class Router:
     """A router in this process, its clients' channel, and the workers that a test registers."""
 
     def __init__(
-        self, url: str, heartbeat_ms: int = 20, ttl_ms: int = TTL_MS, clock: Callable[[], float] = time.monotonic
+        self,
+        url: str,
+        name: str = "r1",
+        *,
+        heartbeat_ms: int = 20,
+        ttl_ms: int = TTL_MS,
+        no_worker_wait_ms: int = 0,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.board = Blackboard(url)
         self.telemetry = Telemetry("router", "r1")
@@ -51,12 +58,16 @@ class Router:
         self.server = rpc.Server(self.telemetry, [SERVICE])
         self.mirror = Mirror(max_pages=10_000)
         self.feed = MirrorFeed(self.board.index, self.fleet, self.mirror)
-        self.servicer = RouterServicer(self.fleet, self.mirror, WEIGHTS, self.telemetry)
+        self.admission = Admission(self.board.admission, name, limits, self.telemetry.meter)
+        self.servicer = RouterServicer(
+            self.fleet, self.mirror, self.admission, WEIGHTS, self.telemetry, no_worker_wait_ms
+        )
         router_pb2_grpc.add_RouterServiceServicer_to_server(self.servicer, self.server.grpc)
         self.channels = rpc.Channels()
 
     async def start(self) -> None:
-        self.watching = [asyncio.create_task(self.fleet.run()), asyncio.create_task(self.feed.run())]
+        running = (self.fleet.run(), self.feed.run(), self.admission.run())
+        self.watching = [asyncio.create_task(each) for each in running]
         port = await self.server.start("127.0.0.1", 0)
         self.channel = self.channels.to(f"127.0.0.1:{port}")
         self.stub: Any = router_pb2_grpc.RouterServiceStub(self.channel)
@@ -250,13 +261,6 @@ async def test_a_request_that_cannot_be_placed_is_told_why(
     with pytest.raises(fault) as caught:
         await router.route(**changes)
     assert caught.value.param == param
-
-
-async def test_a_full_fleet_answers_when_to_retry(router: Router) -> None:
-    await router.fleet_of("d1", load=FULL)
-    with pytest.raises(Overloaded) as caught:
-        await router.route()
-    assert int(caught.value.metadata["retry_after_ms"]) >= 100
 
 
 async def test_a_model_whose_workers_are_gone_is_unavailable_and_not_unknown(router: Router) -> None:

@@ -7,13 +7,12 @@ import pytest
 
 from services.router.candidate import Candidate, Query, Weights, Worker
 from services.router.config import RouterConfig
-from services.router.policy import explain, place
+from services.router.policy import explain, place, rank
 from shared.blackboard.records import Load, Pages
-from shared.errors import ContextTooLong, NoWorker, Overloaded
+from shared.errors import ContextTooLong, NoWorker
 from tests.unit.fleets import card, query, worker
 
 WEIGHTS = Weights()
-FULL = Load(num_waiting=WEIGHTS.max_waiting)
 
 
 def where(workers: list[Worker], asked: Query | None = None, **weights: Any) -> tuple[str, str]:
@@ -53,7 +52,7 @@ def test_without_prefill_workers_decode_workers_prefill() -> None:
 
 
 def test_when_every_prefill_worker_is_refused_decode_workers_prefill() -> None:
-    fleet = [worker("p1", draining=True), worker("p2", load=FULL), worker("p3"), worker("d1")]
+    fleet = [worker("p1", draining=True), worker("p3"), worker("d1")]
     assert where(fleet, query(excluded=("p3",))) == ("d1", "")
 
 
@@ -72,9 +71,8 @@ def test_workers_that_cannot_exchange_pages_are_never_paired() -> None:
 # Who may take part ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"draining": True}, {"load": FULL}], ids=["draining", "full"])
-def test_a_worker_that_takes_no_work_gets_none(changes: dict[str, Any]) -> None:
-    assert where([worker("d1", **changes), worker("d2", decoding=50)]) == ("d2", "")
+def test_a_worker_that_takes_no_work_gets_none() -> None:
+    assert where([worker("d1", draining=True), worker("d2", decoding=50)]) == ("d2", "")
 
 
 def test_a_worker_that_failed_the_request_is_not_asked_again() -> None:
@@ -103,18 +101,6 @@ def test_prefill_workers_alone_are_no_fleet() -> None:
 def test_the_fault_names_every_reason() -> None:
     with pytest.raises(NoWorker, match=r"d1: draining; d2: already failed this request"):
         where([worker("d1", draining=True), worker("d2")], query(excluded=("d2",)))
-
-
-@pytest.mark.parametrize(("queue_ms", "retry_after"), [(740.4, "740"), (0.0, "100"), (1e9, "10000")])
-def test_a_full_fleet_says_when_to_come_back(queue_ms: float, retry_after: str) -> None:
-    fleet = [
-        worker("d1", load=FULL, queue_ms=queue_ms),
-        worker("d2", load=FULL, queue_ms=2e9),
-        worker("d3", draining=True),
-    ]
-    with pytest.raises(Overloaded) as caught:
-        where(fleet)
-    assert caught.value.metadata == {"retry_after_ms": retry_after}
 
 
 # Which worker ---------------------------------------------------------------------------------------------------------
@@ -281,7 +267,7 @@ FLEETS = {
     "mixed": [worker("p1"), worker("d1", cached=60), worker("d2"), worker("d3", draining=True)],
     "equal": [worker(name) for name in ("p1", "p2", "p3", "d1", "d2", "d3")],
     "local": [worker("d1"), worker("d2", queue_ms=3)],
-    "incompatible": [worker("p1", model=card(compatibility_hash="x")), worker("d1"), worker("d2", load=FULL)],
+    "incompatible": [worker("p1", model=card(compatibility_hash="x")), worker("d1"), worker("d2", draining=True)],
 }
 
 
@@ -324,3 +310,11 @@ def test_a_fleet_that_can_do_nothing_is_still_explained() -> None:
 
 def test_configuration_and_policy_have_the_same_defaults() -> None:
     assert RouterConfig.load([]).weights() == WEIGHTS
+
+
+def test_every_pair_is_ranked_once_the_chosen_first_and_then_by_cost() -> None:
+    fleet = [worker("p1", queue_ms=900), worker("p2"), worker("d1"), worker("d2", decoding=9), worker("d3", decoding=4)]
+    ranked = list(rank(query(), fleet, WEIGHTS))
+    assert ranked[0] == place(query(), fleet, WEIGHTS)
+    assert len({candidate.names for candidate in ranked}) == len(ranked) == 6
+    assert [candidate.cost_ms for candidate in ranked] == sorted(candidate.cost_ms for candidate in ranked)

@@ -105,7 +105,7 @@ async def test_a_router_can_be_ended_before_it_reached_redis(outside: Outside, v
 
 
 async def test_a_wrong_flag_ends_the_process_with_a_message(outside: Outside) -> None:
-    process = await outside.start("--max-waiting", "0")
+    process = await outside.start("--max-queued", "-1")
     _, said = await asyncio.wait_for(process.communicate(), 20)
     assert process.returncode == 2
-    assert b"--max-waiting" in said
+    assert b"--max-queued" in said

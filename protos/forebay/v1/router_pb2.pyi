@@ -27,6 +27,7 @@ class RouteRequest(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
     EXCLUDED_WORKER_IDS_FIELD_NUMBER: builtins.int
+    RESUMED_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Unique name of the request."""
     model: builtins.str
@@ -41,6 +42,8 @@ class RouteRequest(google.protobuf.message.Message):
     """Higher goes first."""
     tenant: builtins.str
     """Whose it is, for fair shares."""
+    resumed: builtins.bool
+    """Its client already has output, and waits for more: it goes before all others."""
     @property
     def excluded_worker_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Workers that already failed this request."""
@@ -56,8 +59,9 @@ class RouteRequest(google.protobuf.message.Message):
         priority: builtins.int = ...,
         tenant: builtins.str = ...,
         excluded_worker_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        resumed: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["excluded_worker_ids", b"excluded_worker_ids", "max_tokens", b"max_tokens", "model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "page_hashes", b"page_hashes", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["excluded_worker_ids", b"excluded_worker_ids", "max_tokens", b"max_tokens", "model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "page_hashes", b"page_hashes", "priority", b"priority", "request_id", b"request_id", "resumed", b"resumed", "tenant", b"tenant"]) -> None: ...
 
 global___RouteRequest = RouteRequest
 

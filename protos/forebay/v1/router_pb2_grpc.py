@@ -52,8 +52,9 @@ class RouterServiceServicer(object):
     """
 
     def Route(self, request, context):
-        """Chooses the workers for one request. Faults: INVALID_REQUEST, CONTEXT_TOO_LONG, MODEL_NOT_FOUND, NO_WORKER,
-        OVERLOADED, DEADLINE, BLACKBOARD_LOST.
+        """Chooses the workers for one request and reserves room on them; while all are full the call waits in the model's
+        queue. Asked again under the same request_id, also at another router, the request keeps its place there. Faults: INVALID_REQUEST, CONTEXT_TOO_LONG, MODEL_NOT_FOUND, NO_WORKER,
+        OVERLOADED, DEADLINE, DRAINING, BLACKBOARD_LOST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

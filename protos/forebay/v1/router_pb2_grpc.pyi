@@ -25,8 +25,9 @@ class RouterServiceStub:
         protos.forebay.v1.router_pb2.RouteRequest,
         protos.forebay.v1.router_pb2.RouteResponse,
     ]
-    """Chooses the workers for one request. Faults: INVALID_REQUEST, CONTEXT_TOO_LONG, MODEL_NOT_FOUND, NO_WORKER,
-    OVERLOADED, DEADLINE, BLACKBOARD_LOST.
+    """Chooses the workers for one request and reserves room on them; while all are full the call waits in the model's
+    queue. Asked again under the same request_id, also at another router, the request keeps its place there. Faults: INVALID_REQUEST, CONTEXT_TOO_LONG, MODEL_NOT_FOUND, NO_WORKER,
+    OVERLOADED, DEADLINE, DRAINING, BLACKBOARD_LOST.
     """
 
     Explain: grpc.UnaryUnaryMultiCallable[
@@ -42,8 +43,9 @@ class RouterServiceAsyncStub:
         protos.forebay.v1.router_pb2.RouteRequest,
         protos.forebay.v1.router_pb2.RouteResponse,
     ]
-    """Chooses the workers for one request. Faults: INVALID_REQUEST, CONTEXT_TOO_LONG, MODEL_NOT_FOUND, NO_WORKER,
-    OVERLOADED, DEADLINE, BLACKBOARD_LOST.
+    """Chooses the workers for one request and reserves room on them; while all are full the call waits in the model's
+    queue. Asked again under the same request_id, also at another router, the request keeps its place there. Faults: INVALID_REQUEST, CONTEXT_TOO_LONG, MODEL_NOT_FOUND, NO_WORKER,
+    OVERLOADED, DEADLINE, DRAINING, BLACKBOARD_LOST.
     """
 
     Explain: grpc.aio.UnaryUnaryMultiCallable[
@@ -61,8 +63,9 @@ class RouterServiceServicer(metaclass=abc.ABCMeta):
         request: protos.forebay.v1.router_pb2.RouteRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.forebay.v1.router_pb2.RouteResponse, collections.abc.Awaitable[protos.forebay.v1.router_pb2.RouteResponse]]:
-        """Chooses the workers for one request. Faults: INVALID_REQUEST, CONTEXT_TOO_LONG, MODEL_NOT_FOUND, NO_WORKER,
-        OVERLOADED, DEADLINE, BLACKBOARD_LOST.
+        """Chooses the workers for one request and reserves room on them; while all are full the call waits in the model's
+        queue. Asked again under the same request_id, also at another router, the request keeps its place there. Faults: INVALID_REQUEST, CONTEXT_TOO_LONG, MODEL_NOT_FOUND, NO_WORKER,
+        OVERLOADED, DEADLINE, DRAINING, BLACKBOARD_LOST.
         """
 
     @abc.abstractmethod

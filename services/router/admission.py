@@ -1,0 +1,283 @@
+"""Admission: a request gets room on workers before it is told to go there, or waits its turn, or is refused.
+
+The blackboard decides (`shared/blackboard/admission.py`); here a request waits for the decision. It is woken when room
+may have come free and then asks again, with placements ranked anew. Whatever ends a call while it waits (the client
+goes away, its deadline passes) takes the request out of the queue at once.
+
+While Redis is away nothing can be reserved: requests are placed as if there were room, and workers queue them.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
+
+from protos.forebay.v1 import router_pb2
+from services.router.candidate import Candidate, Query, Worker
+from shared import rpc
+from shared.blackboard.admission import (
+    ASSUMED_OUTPUT_TOKENS,
+    LEASE_MS,
+    AdmissionBoard,
+    Ask,
+    Need,
+    NoneFits,
+    Pair,
+    Placed,
+    Refused,
+    Verdict,
+)
+from shared.errors import BlackboardLost, DeadlineExceeded, Draining, Fault, Overloaded
+
+log = logging.getLogger(__name__)
+
+Rank = Callable[[], Awaitable[Iterator[Candidate]]]
+Record = Callable[[Candidate], None]
+# Pairs offered at first; the others follow only if none of these has room.
+FIRST_PAIRS = 16
+# A waiting router gives a sign of life this often, and is woken then at the latest should a promise have lapsed.
+TEND_S = LEASE_MS / 4000
+# A request in the queue waits this long for Redis to come back, before it is placed without.
+LOST_WAIT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What admission is told by configuration; each field is described in `services/router/config.py`."""
+
+    max_queued: int = 1_024
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """A request on its way to a verdict."""
+
+    ask: Ask
+    pairs: list[Pair] = field(default_factory=list)
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    call: asyncio.Future[Verdict] | None = None
+    parked_at: float | None = None
+
+
+class Admission:
+    """One router's side of admission. `run` must be running for parked requests to be woken."""
+
+    def __init__(self, board: AdmissionBoard, router: str, limits: Limits, meter: Meter) -> None:
+        self._board, self._router, self._limits = board, router, limits
+        self._waiters: dict[str, _Waiter] = {}
+        self._clearing: set[asyncio.Task[None]] = set()
+        self._num_parked: Counter[str] = Counter()
+        self._draining = False
+        self._refusals = meter.create_counter("forebay_refusals", description="Requests refused, by reason")
+        self._unreserved = meter.create_counter(
+            "forebay_unreserved_routes", description="Requests placed without a reservation, because Redis was away"
+        )
+        self._waits = meter.create_histogram(
+            "forebay_queue_wait_seconds", unit="s", description="Time that placed requests spent in the queue"
+        )
+        meter.create_observable_gauge(
+            "forebay_queued_requests", [self._num_queued], description="Requests that wait here for room, by priority"
+        )
+
+    async def place(
+        self, request: router_pb2.RouteRequest, query: Query, rank: Rank, record: Record, *, can_reserve: bool = True
+    ) -> Candidate:
+        """Wait for room on the best of the ranked placements that has any, reserve it, and `record` it.
+
+        While nobody waits here the best one is recorded before the blackboard has answered: it will almost certainly
+        be chosen, and requests of a burst must see each other.
+        Raises Overloaded (with retry_after_ms), DeadlineExceeded, and what `rank` raises.
+        """
+        ask = self._ask(request)
+        async with self._waiting(ask) as waiter:
+            ends = None if ask.remaining_ms is None else time.monotonic() + ask.remaining_ms / 1000
+            while True:
+                waiter.woken.clear()
+                ranked = await rank()
+                candidates = list(islice(ranked, FIRST_PAIRS + 1))
+                expected = None if self._num_parked[ask.model] else candidates[0]
+                if expected:
+                    record(expected)
+                if not can_reserve and waiter.parked_at is None:
+                    self._unreserved.add(1)
+                    return candidates[0]
+                try:
+                    verdict = await self._reserve(waiter, query, candidates, ranked)
+                except BlackboardLost as fault:
+                    if waiter.parked_at is None or not await _wait(waiter.woken, LOST_WAIT_S):
+                        log.warning("placed without a reservation: %s", fault.message)
+                        self._unreserved.add(1)
+                        return candidates[0]
+                    continue
+                if isinstance(verdict, Placed):
+                    chosen = candidates[verdict.index]
+                    if chosen is not expected:
+                        record(chosen)
+                    self._note_placed(waiter)
+                    return chosen
+                if isinstance(verdict, Refused):
+                    raise self._refusal(ask, verdict)
+                if self._draining:
+                    raise Draining("this router is shutting down; the request keeps its place in the queue")
+                self._park(waiter)
+                if not await _wait(waiter.woken, None if ends is None else ends - time.monotonic()):
+                    self._refusals.add(1, {"reason": DeadlineExceeded.reason})
+                    raise DeadlineExceeded("the deadline passed while the request waited for room on a worker")
+
+    def _park(self, waiter: _Waiter) -> None:
+        if waiter.parked_at is None:
+            waiter.parked_at = time.monotonic()
+            self._num_parked[waiter.ask.model] += 1
+
+    def _ask(self, request: router_pb2.RouteRequest) -> Ask:
+        """A tenant's share pays for the tokens it sends and those it will probably get."""
+        remaining = rpc.time_remaining()
+        output = min(request.max_tokens, ASSUMED_OUTPUT_TOKENS)
+        return Ask(
+            request.request_id,
+            request.model,
+            request.tenant,
+            request.priority,
+            cost=request.num_prompt_tokens + output,
+            remaining_ms=None if remaining is None else int(remaining * 1000),
+            resumed=request.resumed,
+        )
+
+    async def _reserve(
+        self, waiter: _Waiter, query: Query, candidates: list[Candidate], others: Iterator[Candidate]
+    ) -> Verdict:
+        """Ask the blackboard for the first candidates; only if none has room, for all, which `candidates` then are."""
+        needs = [self._pair(query, candidate) for candidate in candidates[:FIRST_PAIRS]]
+        verdict = await self._call(waiter, needs, is_partial=len(candidates) > FIRST_PAIRS)
+        if isinstance(verdict, NoneFits):
+            candidates += others
+            needs += [self._pair(query, candidate) for candidate in candidates[FIRST_PAIRS:]]
+            verdict = await self._call(waiter, needs, is_partial=False)
+        return verdict
+
+    async def _call(self, waiter: _Waiter, pairs: list[Pair], *, is_partial: bool) -> Verdict:
+        """Should the caller be cancelled meanwhile, the answer is still known afterwards."""
+        waiter.pairs = pairs
+        waiter.call = asyncio.ensure_future(
+            self._board.reserve(
+                waiter.ask, pairs, router=self._router, max_queued=self._limits.max_queued, is_partial=is_partial
+            )
+        )
+        return await asyncio.shield(waiter.call)
+
+    def _pair(self, query: Query, candidate: Candidate) -> Pair:
+        assert candidate.decode is not None
+        output = min(query.max_tokens, ASSUMED_OUTPUT_TOKENS)
+        num_tokens, num_computed = query.num_prompt_tokens, candidate.num_computed_tokens
+        if candidate.prefill is None:
+            return Pair(_need(candidate.decode, num_computed, num_tokens + output))
+        return Pair(_need(candidate.decode, 0, num_tokens + output), _need(candidate.prefill, num_computed, num_tokens))
+
+    @asynccontextmanager
+    async def _waiting(self, ask: Ask) -> AsyncIterator[_Waiter]:
+        """Can be woken inside. Whoever leaves by an exception leaves nothing behind on the blackboard."""
+        waiter = self._waiters[ask.request_id] = _Waiter(ask)
+        try:
+            yield waiter
+        except Draining:
+            raise  # its place is kept for the next router
+        except BaseException:
+            if waiter.call is not None:
+                self._spawn(self._withdraw(waiter.call, waiter))
+            raise
+        finally:
+            if waiter.parked_at is not None:
+                self._num_parked[ask.model] -= 1
+            if self._waiters.get(ask.request_id) is waiter:
+                del self._waiters[ask.request_id]
+
+    async def _withdraw(self, call: asyncio.Future[Verdict], waiter: _Waiter) -> None:
+        with suppress(BlackboardLost):  # then the promise lapses, and the queue is gone or passes over a router's
+            await asyncio.wait({call})
+            if waiter.ask.request_id in self._waiters or (not call.exception() and isinstance(call.result(), Refused)):
+                return  # it has come again meanwhile, or has nothing
+            needs = (need for pair in waiter.pairs for need in (pair.decode, pair.prefill) if need)
+            await self._board.withdraw(waiter.ask, self._router, {(need.name, need.epoch) for need in needs})
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._clearing.add(task)
+        task.add_done_callback(self._clearing.discard)
+
+    async def settled(self) -> None:
+        """Wait until what calls left behind is cleared up."""
+        if self._clearing:
+            await asyncio.wait(set(self._clearing))
+
+    def drain(self) -> None:
+        """Send away whoever is in the queue, now and later: another router will take over."""
+        self._draining = True
+        for waiter in self._waiters.values():
+            waiter.woken.set()
+
+    # Waking -----------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Wake parked requests until cancelled."""
+        while True:
+            try:
+                async with self._board.wakes(self._router) as wakes:
+                    for waiter in self._waiters.values():
+                        waiter.woken.set()  # something may have been missed
+                    due = 0.0
+                    while True:
+                        if time.monotonic() >= due:
+                            await self._tend()
+                            due = time.monotonic() + TEND_S
+                        if request_id := await wakes.wait(max(0.0, due - time.monotonic())):
+                            self._wake(request_id)
+            except BlackboardLost as fault:
+                log.warning("nobody is woken: %s", fault.message)
+                await asyncio.sleep(TEND_S)
+
+    async def _tend(self) -> None:
+        for model in [model for model, number in self._num_parked.items() if number]:
+            await self._board.tend(model, self._router)
+
+    def _wake(self, request_id: str) -> None:
+        if waiter := self._waiters.get(request_id):
+            waiter.woken.set()
+
+    # Reporting --------------------------------------------------------------------------------------------------------
+
+    def _note_placed(self, waiter: _Waiter) -> None:
+        if waiter.parked_at is not None:
+            self._waits.record(time.monotonic() - waiter.parked_at)
+
+    def _refusal(self, ask: Ask, verdict: Refused) -> Fault:
+        self._refusals.add(1, {"reason": verdict.reason})
+        retry = {"retry_after_ms": str(verdict.retry_ms)}
+        if verdict.reason == DeadlineExceeded.reason:
+            message = f"the queue takes about {verdict.retry_ms} ms, and the request has {ask.remaining_ms} ms left"
+            return DeadlineExceeded(message, metadata=retry)
+        return Overloaded(f"all workers of model {ask.model!r} are full, and so is the queue", metadata=retry)
+
+    def _num_queued(self, _: CallbackOptions) -> Iterable[Observation]:
+        parked = Counter(waiter.ask.priority for waiter in self._waiters.values() if waiter.parked_at is not None)
+        for priority, number in parked.items() or ((0, 0),):
+            yield Observation(number, {"priority": str(priority)})
+
+
+def _need(worker: Worker, num_computed: int, num_tokens: int) -> Need:
+    num_pages = -(-num_tokens // worker.card.page_size) - worker.num_cached_pages
+    return Need(worker.name, worker.registration.epoch, num_computed, max(0, num_pages))
+
+
+async def _wait(event: asyncio.Event, timeout_s: float | None) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,364 @@
+-- Admission: room on workers is promised, and requests without room are parked, each in one atomic step.
+--
+-- KEYS   queue, parked, shares, pace (of a model), then room and promises of each worker that takes part.
+-- ARGV   a command and its arguments, see the functions at the end.
+--
+-- Room. A worker reports what it has (absolute numbers); a router adds promises, which count until the worker reports
+-- that their request arrived, or lapse.
+--
+-- Queue. Order: class, then start-time fair queueing between tenants (Goyal, Vin and Cheng, 1996): a request's start tag is
+-- the later of the virtual time and its tenant's last finish tag, its finish tag lies its cost further; the virtual time is
+-- the start tag of who left last. Whenever room may have come free, the first in the queue whose router is alive is woken;
+-- nobody overtakes it. So nobody is admitted twice, and no room is left unnoticed.
+
+local QUEUE, PARKED, SHARES, PACE = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local CLASS_WIDTH = 17592186044416 -- 2^44 tokens: class and start tag share the 53 exact bits of a score
+local KEEP_MS = 15000 -- a request whose router is gone keeps its place for so long
+local PROMISES_TTL_MS = 60000
+local PACE_TTL_MS = 60000
+local PACE_SAMPLES = 4 -- a pace is told from so many departures on
+local MIN_RETRY_MS, MAX_RETRY_MS, UNKNOWN_RETRY_MS = 100, 60000, 1000
+
+local clock = redis.call('TIME')
+local NOW = clock[1] * 1000 + math.floor(clock[2] / 1000)
+
+local function exact(number)
+  return string.format('%.0f', number)
+end
+
+-- Room ----------------------------------------------------------------------------------------------------------------
+
+local function forget(room, promises, id)
+  redis.call('ZREM', promises, id)
+  local promise = redis.call('HGET', room, 'r:' .. id)
+  if not promise then
+    return false
+  end
+  local tokens, pages = string.match(promise, '(%d+) (%d+)')
+  redis.call('HDEL', room, 'r:' .. id)
+  redis.call('HINCRBY', room, 'promised_sequences', -1)
+  redis.call('HINCRBY', room, 'promised_tokens', -tokens)
+  redis.call('HINCRBY', room, 'promised_pages', -pages)
+  return true
+end
+
+local function lapse(room, promises)
+  local lapsed = redis.call('ZRANGEBYSCORE', promises, '-inf', NOW)
+  for _, id in ipairs(lapsed) do
+    forget(room, promises, id)
+  end
+  return #lapsed > 0
+end
+
+local function keys_of(number)
+  return KEYS[3 + 2 * number], KEYS[4 + 2 * number]
+end
+
+local rooms = {}
+
+local function room_of(number)
+  if not rooms[number] then
+    local room, promises = keys_of(number)
+    lapse(room, promises)
+    local fields = redis.call('HMGET', room, 'max_sequences', 'max_tokens', 'max_pages', 'sequences', 'tokens', 'pages',
+      'promised_sequences', 'promised_tokens', 'promised_pages')
+    for i = 1, 9 do
+      fields[i] = tonumber(fields[i] or 0)
+    end
+    rooms[number] = {
+      max_sequences = fields[1], max_tokens = fields[2], max_pages = fields[3],
+      sequences = fields[4] + fields[7], tokens = fields[5] + fields[8], pages = fields[6] + fields[9],
+    }
+  end
+  return rooms[number]
+end
+
+-- A worker without limits has not reported yet; one that has nobody takes whatever it is given.
+local function fits(number, tokens, pages)
+  local room = room_of(number)
+  if room.max_sequences == 0 or room.sequences <= 0 then
+    return true
+  end
+  return room.sequences < room.max_sequences
+    and (tokens == 0 or room.tokens <= 0 or room.tokens + tokens <= room.max_tokens)
+    and room.pages + pages <= room.max_pages
+end
+
+local function promise(number, id, tokens, pages, ttl_ms)
+  local room, promises = keys_of(number)
+  forget(room, promises, id)
+  redis.call('HSET', room, 'r:' .. id, tokens .. ' ' .. pages)
+  redis.call('HINCRBY', room, 'promised_sequences', 1)
+  redis.call('HINCRBY', room, 'promised_tokens', tokens)
+  redis.call('HINCRBY', room, 'promised_pages', pages)
+  redis.call('ZADD', promises, exact(NOW + ttl_ms), id)
+  redis.call('PEXPIRE', promises, PROMISES_TTL_MS)
+  if redis.call('PTTL', room) < 0 then
+    redis.call('PEXPIRE', room, PROMISES_TTL_MS)
+  end
+end
+
+-- Queue ---------------------------------------------------------------------------------------------------------------
+
+local function read(id)
+  local raw = redis.call('HGET', PARKED, id)
+  return raw and cjson.decode(raw)
+end
+
+local function write(id, entry)
+  redis.call('HSET', PARKED, id, cjson.encode(entry))
+end
+
+local function member_of(id, entry)
+  return string.format('%012d', entry.number) .. id
+end
+
+local function share_of(entry)
+  return 'f:' .. entry.class .. ':' .. entry.tenant
+end
+
+local function leave(id, entry)
+  redis.call('ZREM', QUEUE, member_of(id, entry))
+  redis.call('HDEL', PARKED, id)
+  if redis.call('ZCARD', QUEUE) == 0 then
+    redis.call('DEL', PARKED, SHARES)
+  end
+end
+
+-- Out of the queue without having been served: its tenant need not pay for it, unless others of it already stand behind.
+local function give_up(id, entry)
+  local finish = tonumber(redis.call('HGET', SHARES, share_of(entry)) or 0)
+  if finish == entry.start + entry.cost then
+    redis.call('HSET', SHARES, share_of(entry), exact(entry.start))
+  end
+  leave(id, entry)
+end
+
+local living = {}
+
+local function is_alive(router)
+  if living[router] == nil then
+    living[router] = redis.call('EXISTS', 'WAITER' .. router) == 1
+      and redis.call('PUBSUB', 'NUMSUB', 'WAKE' .. router)[2] > 0
+  end
+  return living[router]
+end
+
+-- The first whose router is alive; requests whose router is gone are passed over, and dropped after a while.
+local function first()
+  local from, gone, found, entry = 0, {}, nil, nil
+  repeat
+    local members = redis.call('ZRANGE', QUEUE, from, from + 15)
+    for _, member in ipairs(members) do
+      local id = string.sub(member, 13)
+      entry = read(id)
+      if is_alive(entry.router) then
+        found = id
+        break
+      elseif not entry.left then
+        entry.left = NOW
+        write(id, entry)
+      elseif NOW - entry.left > KEEP_MS then
+        gone[id] = entry
+      end
+    end
+    from = from + 16
+  until found or #members == 0
+  for id, lost in pairs(gone) do
+    give_up(id, lost)
+  end
+  if found then
+    return found, entry
+  end
+end
+
+local function wake()
+  local id, entry = first()
+  if id then
+    redis.call('PUBLISH', 'WAKE' .. entry.router, id)
+  end
+end
+
+local function score_of(class, start)
+  return class * CLASS_WIDTH + start
+end
+
+-- Mean time between two that leave the queue while it is not empty; nil if it is not known.
+local function interval_ms()
+  local pace = redis.call('HMGET', PACE, 'interval_ms', 'samples')
+  if pace[2] and tonumber(pace[2]) >= PACE_SAMPLES then
+    return tonumber(pace[1])
+  end
+end
+
+local function served(id, entry)
+  leave(id, entry)
+  local virtual = 'v:' .. entry.class
+  if redis.call('EXISTS', SHARES) == 1 and entry.start > tonumber(redis.call('HGET', SHARES, virtual) or 0) then
+    redis.call('HSET', SHARES, virtual, exact(entry.start))
+  end
+  local pace = redis.call('HMGET', PACE, 'interval_ms', 'last')
+  local last = math.min(NOW - tonumber(pace[2] or NOW), PACE_TTL_MS)
+  local interval = pace[1] and 0.8 * tonumber(pace[1]) + 0.2 * last or last
+  redis.call('HSET', PACE, 'interval_ms', tostring(interval), 'last', exact(NOW))
+  redis.call('HINCRBY', PACE, 'samples', 1)
+  redis.call('PEXPIRE', PACE, PACE_TTL_MS)
+end
+
+local function retry_ms(position)
+  local interval = interval_ms()
+  return interval and math.max(MIN_RETRY_MS, math.min(math.ceil(position * interval), MAX_RETRY_MS)) or UNKNOWN_RETRY_MS
+end
+
+-- Tenants whose finish tag the virtual time has passed are as good as new.
+local function prune_shares(class)
+  local virtual = tonumber(redis.call('HGET', SHARES, 'v:' .. class) or 0)
+  local shares = redis.call('HGETALL', SHARES)
+  local prefix = 'f:' .. class .. ':'
+  for i = 1, #shares, 2 do
+    if string.sub(shares[i], 1, #prefix) == prefix and tonumber(shares[i + 1]) <= virtual then
+      redis.call('HDEL', SHARES, shares[i])
+    end
+  end
+end
+
+local function refuse(reason, position)
+  return { 'refused', reason, retry_ms(position) }
+end
+
+-- Commands ------------------------------------------------------------------------------------------------------------
+
+local commands = {}
+
+-- reserve ID ROUTER CLASS TENANT COST REMAINING_MS MAX_QUEUED LEASE_MS PROMISE_MS IS_PARTIAL, then for each candidate
+-- decode worker, its tokens and pages, prefill worker (0: none), its tokens and pages.
+-- → placed CANDIDATE | parked POSITION | refused REASON RETRY_MS | more (none of a partial list has room)
+function commands.reserve()
+  local id, router, class, tenant = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
+  local cost, remaining, max_queued = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+  local mine = read(id)
+  local entry = mine
+  if not mine then
+    local shares = redis.call('HMGET', SHARES, 'v:' .. class, 'f:' .. class .. ':' .. tenant)
+    local start = math.max(tonumber(shares[1] or 0), tonumber(shares[2] or 0))
+    entry = { class = class, tenant = tenant, cost = cost, start = start }
+  end
+  if not mine or entry.router ~= router or entry.left then
+    entry.router, entry.left = router, nil
+    if mine then
+      write(id, entry)
+    end
+  end
+  local score = score_of(entry.class, entry.start)
+  living[router] = true
+
+  local head, ahead = first()
+  if not head or head == id or (not mine and score < score_of(ahead.class, ahead.start)) then
+    for at = 12, #ARGV, 6 do
+      local decode, prefill = tonumber(ARGV[at]), tonumber(ARGV[at + 3])
+      if fits(decode, tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]))
+        and (prefill == 0 or fits(prefill, tonumber(ARGV[at + 4]), tonumber(ARGV[at + 5]))) then
+        promise(decode, id, ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[10]))
+        if prefill > 0 then
+          promise(prefill, id, ARGV[at + 4], ARGV[at + 5], tonumber(ARGV[10]))
+        end
+        if mine then
+          served(id, entry)
+        end
+        wake() -- there may be room for the next one, too
+        return { 'placed', (at - 12) / 6 }
+      end
+    end
+    if ARGV[11] == '1' then
+      return { 'more' }
+    end
+  end
+
+  local position
+  if mine then
+    position = redis.call('ZRANK', QUEUE, member_of(id, entry)) + 1
+  else
+    position = redis.call('ZCOUNT', QUEUE, '-inf', exact(score)) + 1
+  end
+  local interval = interval_ms()
+  if remaining >= 0 and interval and position * interval > remaining then
+    if mine then
+      give_up(id, entry)
+      wake()
+    end
+    return refuse('DEADLINE', position)
+  end
+  redis.call('SET', 'WAITER' .. router, '1', 'PX', ARGV[9])
+  if mine then
+    return { 'parked', position }
+  end
+
+  if redis.call('ZCARD', QUEUE) >= max_queued then
+    local tail = redis.call('ZRANGE', QUEUE, -1, -1, 'WITHSCORES')
+    if #tail == 0 or tonumber(tail[2]) <= score then
+      return refuse('OVERLOADED', max_queued)
+    end
+    local last = string.sub(tail[1], 13)
+    local evicted = read(last)
+    give_up(last, evicted)
+    redis.call('PUBLISH', 'WAKE' .. evicted.router, last) -- it asks again, and hears that it is refused
+  end
+  if redis.call('ZCARD', QUEUE) == 0 then
+    redis.call('HSET', PACE, 'last', exact(NOW))
+    redis.call('PEXPIRE', PACE, PACE_TTL_MS)
+  elseif redis.call('HLEN', SHARES) > 4 * max_queued then
+    prune_shares(class)
+  end
+  entry.number = redis.call('HINCRBY', SHARES, 'number', 1)
+  redis.call('HSET', SHARES, share_of(entry), exact(entry.start + cost))
+  redis.call('ZADD', QUEUE, exact(score), member_of(id, entry))
+  write(id, entry)
+  return { 'parked', position }
+end
+
+-- withdraw ID ROUTER: it is parked there no longer, and what the workers in KEYS promised it is free.
+function commands.withdraw()
+  local entry = read(ARGV[2])
+  if entry and entry.router == ARGV[3] then
+    give_up(ARGV[2], entry)
+  end
+  for number = 1, (#KEYS - 4) / 2 do
+    local room, promises = keys_of(number)
+    forget(room, promises, ARGV[2])
+  end
+  wake()
+  return { 'ok' }
+end
+
+-- report MAX_SEQUENCES MAX_TOKENS MAX_PAGES SEQUENCES TOKENS PAGES TTL_MS, then the ids that arrived since the last one.
+-- → the length of the queue
+function commands.report()
+  local room, promises = keys_of(1)
+  local lapsed = lapse(room, promises)
+  local before = room_of(1)
+  for at = 9, #ARGV do
+    forget(room, promises, ARGV[at])
+  end
+  redis.call('HSET', room, 'max_sequences', ARGV[2], 'max_tokens', ARGV[3], 'max_pages', ARGV[4], 'sequences', ARGV[5],
+    'tokens', ARGV[6], 'pages', ARGV[7])
+  redis.call('PEXPIRE', room, ARGV[8])
+  local length = redis.call('ZCARD', QUEUE)
+  if length > 0 then
+    rooms = {}
+    local now = room_of(1)
+    if lapsed or now.sequences < before.sequences or now.tokens < before.tokens or now.pages < before.pages
+      or now.max_sequences ~= before.max_sequences then
+      wake()
+    end
+  end
+  return length
+end
+
+-- tend ROUTER LEASE_MS: the router is alive. Wakes the first, because promises lapse in silence.
+function commands.tend()
+  redis.call('SET', 'WAITER' .. ARGV[2], '1', 'PX', ARGV[3])
+  wake()
+  return { 'ok' }
+end
+
+return commands[ARGV[1]]()

@@ -1,0 +1,209 @@
+"""Admission on the blackboard: room that workers report, promises of it, and the queue of those who wait for it.
+
+The steps themselves are in `admission.lua`, each of them atomic and one round trip.
+"""
+
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+
+from shared.blackboard import keys
+from shared.blackboard.connection import faults
+from shared.blackboard.records import Room
+from shared.errors import BlackboardLost
+
+_SCRIPT = Path(__file__).with_suffix(".lua").read_text()
+# Classes are numbered from the highest priority; 0 is kept for those whose clients already have output.
+MAX_PRIORITY = 100
+# A promise that no worker took up lapses after this time; a router that gave no sign of life for that is passed over.
+PROMISE_MS = 5_000
+# Pages are kept for at most so many tokens of an output that has not begun.
+ASSUMED_OUTPUT_TOKENS = 256
+LEASE_MS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a request takes of one worker, besides a sequence: prompt tokens to compute, and pages."""
+
+    name: str
+    epoch: int
+    tokens: int
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One way to serve a request; without `prefill` the decode worker computes the prompt."""
+
+    decode: Need
+    prefill: Need | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request that wants room. `cost` (tokens) is what its tenant's share pays for it; `remaining_ms` is None without
+    a deadline; a `resumed` one, whose client has output already, goes before all others."""
+
+    request_id: str
+    model: str
+    tenant: str = ""
+    priority: int = 0
+    cost: int = 1
+    remaining_ms: int | None = None
+    resumed: bool = False
+
+    @property
+    def klass(self) -> int:
+        """Rank of its class, 0 first."""
+        return 0 if self.resumed else 1 + MAX_PRIORITY - max(-MAX_PRIORITY, min(self.priority, MAX_PRIORITY))
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Pair number `index` is reserved."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """The request waits in the queue; its router is told when there may be room."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The queue is full (OVERLOADED), or longer than the request has time (DEADLINE)."""
+
+    reason: str
+    retry_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoneFits:
+    """No pair of a partial list has room; nothing was changed."""
+
+
+Verdict = Placed | Parked | Refused | NoneFits
+
+
+class AdmissionBoard:
+    """All methods are one round trip each and raise BlackboardLost."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        script = _SCRIPT.replace("'WAITER'", f"'{keys.WAITER}'").replace("'WAKE'", f"'{keys.WAKE}'")
+        self._script = redis.register_script(script)
+
+    async def reserve(
+        self, ask: Ask, pairs: Sequence[Pair], *, router: str, max_queued: int, is_partial: bool = False
+    ) -> Verdict:
+        """Reserve the first pair that has room on both workers, if it is this request's turn; else park it.
+
+        A request that is parked already keeps its place, also if another router has parked it. `is_partial`: there are
+        more pairs; nothing is done if it is the request's turn and none of these has room.
+        """
+        workers = list(dict.fromkeys((n.name, n.epoch) for pair in pairs for n in (pair.decode, pair.prefill) if n))
+        number = {worker: i + 1 for i, worker in enumerate(workers)}
+        remaining = -1 if ask.remaining_ms is None else max(0, ask.remaining_ms)
+        about: list[str | int] = [
+            ask.request_id,
+            router,
+            ask.klass,
+            ask.tenant,
+            max(1, ask.cost),
+            remaining,
+            max_queued,
+            LEASE_MS,
+        ]
+        args: list[str | int] = ["reserve", *about, PROMISE_MS, int(is_partial)]
+        for pair in pairs:
+            decode, prefill = pair.decode, pair.prefill
+            args += [number[decode.name, decode.epoch], decode.tokens, decode.pages]
+            args += [number[prefill.name, prefill.epoch], prefill.tokens, prefill.pages] if prefill else [0, 0, 0]
+        with faults():
+            return _verdict(await self._script(keys=_keys(ask.model, workers), args=args))
+
+    async def withdraw(self, ask: Ask, router: str, workers: Iterable[tuple[str, int]]) -> None:
+        """Take a request out of the queue, unless another router has it now, and back what these workers (name, epoch)
+        were promised of it."""
+        with faults():
+            await self._script(keys=_keys(ask.model, workers), args=["withdraw", ask.request_id, router])
+
+    async def report(
+        self, model: str, name: str, epoch: int, *, limits: Room, used: Room, arrived: Iterable[str], ttl_ms: int
+    ) -> int:
+        """A worker's own account, which takes the place of the last one. Requests in `arrived` are promised no longer:
+        they are part of `used`, or over. Wakes the queue if there is more room. Returns the queue's length."""
+        amounts = [limits.sequences, limits.tokens, limits.pages, used.sequences, used.tokens, used.pages]
+        with faults():
+            worker = [(name, epoch)]
+            return int(await self._script(keys=_keys(model, worker), args=["report", *amounts, ttl_ms, *arrived]))
+
+    async def tend(self, model: str, router: str) -> None:
+        """A sign of life of a router that has requests in this queue; wakes the first of the queue."""
+        with faults():
+            await self._script(keys=_keys(model, ()), args=["tend", router, LEASE_MS])
+
+    async def num_queued(self, models: Sequence[str]) -> list[int]:
+        """Lengths of these models' queues."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for model in models:
+            pipeline.zcard(keys.queue(model))
+        with faults():
+            return [int(length) for length in await pipeline.execute()]
+
+    @asynccontextmanager
+    async def wakes(self, router: str) -> AsyncIterator["Wakes"]:
+        """Listen for requests of a router that may have room now, while inside."""
+        pubsub = self._redis.pubsub(ignore_subscribe_messages=True)
+        try:
+            with faults():
+                await pubsub.subscribe(keys.WAKE + router)
+                await pubsub.get_message(timeout=None)  # its confirmation: from here on nothing is missed
+            yield Wakes(pubsub)
+        finally:
+            # A fault here would take the place of a cancellation, and the task that was cancelled would go on.
+            with suppress(BlackboardLost), faults():
+                await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+
+class Wakes:
+    """Requests of one router, as they are woken."""
+
+    def __init__(self, pubsub: PubSub) -> None:
+        self._pubsub = pubsub
+
+    async def wait(self, timeout_s: float) -> str | None:
+        """The next request id; None if there was none in time. Raises BlackboardLost."""
+        end = time.monotonic() + timeout_s
+        with faults():
+            while (left := end - time.monotonic()) > 0:
+                if message := await self._pubsub.get_message(ignore_subscribe_messages=True, timeout=left):
+                    return bytes(message["data"]).decode()
+        return None
+
+
+def _keys(model: str, workers: Iterable[tuple[str, int]]) -> list[str]:
+    rooms = (key for name, epoch in workers for key in (keys.room(name, epoch), keys.promises(name, epoch)))
+    return [*keys.admission(model), *rooms]
+
+
+def _verdict(answer: Sequence[bytes | int]) -> Verdict:
+    kind, *rest = answer
+    match kind:
+        case b"placed":
+            return Placed(int(rest[0]))
+        case b"parked":
+            return Parked(int(rest[0]))
+        case b"refused":
+            return Refused(bytes(rest[0]).decode(), int(rest[1]))
+        case _:
+            return NoneFits()
