@@ -52,10 +52,11 @@ class Engine:
         self.memory = executor.memory
         self.kv = kv
         self._executor = executor
-        self._scheduler = Scheduler(kv, max_step_tokens, max_num_sequences)
+        speculation = speculation or Speculation()
+        self._scheduler = Scheduler(kv, max_step_tokens, max_num_sequences, speculation.num_ahead)
         self._limits = limits(executor.spec)
         self._meter = Meter()
-        self._speculator = Speculator(speculation or Speculation(), self._meter)
+        self._speculator = Speculator(speculation, self._meter)
         self._clock = clock
         self._numbers = count()
         self._load = EngineLoad()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from shared.engine.api import BatchItem, Chosen, EngineSpec
+from shared.engine.api import BatchItem, Chosen, EngineSpec, SampledToken
 from shared.engine.batch import build
 from shared.engine.kv.layout import KvLayout, compatibility_hash
 from shared.engine.kv.memory import HostMemory, PoolMemory
@@ -16,6 +16,7 @@ from shared.engine.models.inventory import revision
 from shared.engine.parallel.group import Alone, Group
 from shared.engine.parallel.partition import Shard
 from shared.engine.sampling.sampler import Sampler
+from shared.engine.speculation.mtp import MtpDrafter
 from shared.errors import Unsupported
 from shared.models.store import default_cache
 
@@ -31,24 +32,33 @@ class TorchExecutor:
         self.memory: PoolMemory = memory
         self._model = model
         self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids)
+        drafts = model.draft_layer
+        self._drafter = None if drafts is None else MtpDrafter(drafts, self._sampler, self.layout)
         self._pool = pool_bytes(memory)
 
     @property
     def proposes(self) -> bool:
         """Whether `forward` has drafts where they are wanted."""
-        return False
+        return self._drafter is not None
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
         """Write the KV of every item's tokens into its pages; return what is chosen for each item with `sample`."""
         if torch.get_num_threads() != self._model.num_torch_threads:
             torch.set_num_threads(self._model.num_torch_threads)  # OpenMP keeps it per calling thread
-        logits = self._model.forward(build(batch, self.layout.page_size), self._pool, self.layout)
+        step = build(batch, self.layout.page_size), self._pool, self.layout
+        if self._drafter is None:
+            chosen = self._choose(self._model.forward(*step), batch)
+            return [None if tokens is None else Chosen(tokens) for tokens in chosen]
+        logits, states = self._drafter.layer.forward(*step)
+        return self._drafter(batch, self._choose(logits, batch), states, self._pool)
+
+    def _choose(self, logits: torch.Tensor, batch: Sequence[BatchItem]) -> list[tuple[SampledToken, ...] | None]:
         sampled = [item for item in batch if item.sample]
         chosen = iter(self._sampler(logits, sampled) if sampled else ())
         if not sampled and self._pool.is_cuda:  # choosing waits for the GPU; pages must not be announced before either
             torch.cuda.current_stream(self._pool.device).synchronize()
-        return [Chosen(next(chosen)) if item.sample else None for item in batch]
+        return [next(chosen) if item.sample else None for item in batch]
 
 
 def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, each field by its name
@@ -67,6 +77,7 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     shard: Shard | None = None,
     group: Group | None = None,
     kv_dtype: str = "auto",
+    mtp: bool = False,
 ) -> TorchExecutor:
     """The executor of a model directory, with a pool of `num_pages` pages, or of at most `pool_bytes` bytes.
 
@@ -74,14 +85,14 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     `max_model_len` at most, and by default, what the model was made for.
     `kernels` is "auto", "native" or "torch"; compiled ones are kept in `cache_dir` (`$FOREBAY_CACHE`). Of several
     ranks this is the one at `shard`, `group` is its view of them, and the pool its own. `kv_dtype` is "auto" for
-    `dtype`, or one of `kv.formats.KV_DTYPES`. Raises Unsupported for a model or dtype that cannot be served, and for a
-    pool that holds no page.
+    `dtype`, or one of `kv.formats.KV_DTYPES`. With `mtp` the model's own layer proposes drafts, if it has one. Raises
+    Unsupported for a model or dtype that cannot be served, and for a pool that holds no page.
     """
     if dtype not in DTYPES:
         raise Unsupported(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     shard, group, cache_dir = shard or Shard(), group or Alone(), cache_dir or default_cache()
     where = _device(device)
-    placement = Placement(DTYPES[dtype], num_threads, kernels, cache_dir, shard, group, kv_dtype, where)
+    placement = Placement(DTYPES[dtype], num_threads, kernels, cache_dir, shard, group, kv_dtype, where, mtp)
     model = registry.load(model_dir, placement)
     layout, page_bytes = model.layout(page_size), model.rank_layout(page_size).page_bytes
     num_pages = num_pages or pool_bytes // page_bytes

@@ -48,10 +48,10 @@ class Scheduler:
     those who run, the first by rank always makes progress.
 
     Drafts are verified with what is left: of the budget behind all tokens, of the pages behind all who grow, and not at
-    all while somebody waits.
+    all while somebody waits. An executor that proposes drafts may want room for `num_ahead` of them in turn.
     """
 
-    def __init__(self, kv: KvStore, max_step_tokens: int, max_num_sequences: int) -> None:
+    def __init__(self, kv: KvStore, max_step_tokens: int, max_num_sequences: int, num_ahead: int = 0) -> None:
         if not 1 <= max_num_sequences <= max_step_tokens:
             raise ValueError(f"{max_num_sequences} sequences cannot share a budget of {max_step_tokens} tokens a step")
         self.running: list[Sequence] = []
@@ -60,6 +60,7 @@ class Scheduler:
         self._kv = kv
         self._max_step_tokens = max_step_tokens
         self._max_num_sequences = max_num_sequences
+        self._num_ahead = num_ahead
         self._short = False
         self._stalled_at: int | None = None
 
@@ -118,12 +119,15 @@ class Scheduler:
 
     def _num_verifiable(self, sequence: Sequence, budget: int) -> int:
         """As many of a sequence's drafts as budget and pages have room for, once everybody else could grow."""
-        num_drafts = min(sequence.num_draftable, budget)
-        table = sequence.table
-        num_pages = -(-(len(sequence.tokens) + num_drafts) // self._kv.page_size) - len(table.page_ids)
-        if num_pages > 0 and not self._kv.extend(table, num_pages, num_spare=len(self.running)):
-            return min(num_drafts, len(table.page_ids) * self._kv.page_size - len(sequence.tokens))
-        return num_drafts
+        num_drafts, table = min(sequence.num_draftable, budget), sequence.table
+        if not num_drafts + self._num_ahead:
+            return 0
+        end = len(sequence.tokens) + num_drafts
+        for num_tokens in (min(end + self._num_ahead, sequence.limits.max_len), end):
+            num_pages = max(0, -(-num_tokens // self._kv.page_size) - len(table.page_ids))
+            if self._kv.extend(table, num_pages, num_spare=len(self.running)):
+                break
+        return min(num_drafts, len(table.page_ids) * self._kv.page_size - len(sequence.tokens))
 
     def _prompts(self) -> Iterator[Sequence]:
         yield from [sequence for sequence in self.running if sequence.num_uncomputed > 1]

@@ -75,6 +75,7 @@ def _torch(config: WorkerConfig) -> Parts:
         "max_model_len": config.max_model_len or None,
         "kernels": config.kernels,
         "kv_dtype": config.kv_dtype,
+        "mtp": config.speculation in ("auto", "mtp"),
     }
     if config.tensor_parallel == 1:
         executor = load_executor(**settings, device=config.device)

@@ -22,11 +22,13 @@ def sim(num_pages: int) -> Executor:
 
 def tiny_model(variant: str, path: Path) -> MakeExecutor:
     from shared.engine.executor import load_executor
-    from tests.oracle import tiny_glm, tiny_models
+    from tests.oracle import tiny_glm, tiny_models, tiny_mtp
 
     name, _, kv_dtype = variant.partition(" ")
     if name == "glm":  # attends to 8 of the visible tokens, so that every choice of theirs is felt
         tiny_glm.write(path, vocab_size=211, eos_token_id=[2], pad_token_id=2)
+    elif name == "glm-mtp":
+        tiny_mtp.write(path, vocab_size=211, eos_token_id=[2], pad_token_id=2)
     else:
         tiny_models.write(name, path)
     return lambda num_pages: load_executor(
@@ -37,6 +39,7 @@ def tiny_model(variant: str, path: Path) -> MakeExecutor:
         page_size=16,
         num_threads=1,
         num_pages=num_pages,
+        mtp=True,
     )
 
 

@@ -51,10 +51,16 @@ def make(seed: int = 1, **changes: Any) -> Any:
     config = transformers.GlmMoeDsaConfig(**(FIELDS | changes))
     config._attn_implementation = config._experts_implementation = "eager"
     model = transformers.GlmMoeDsaForCausalLM(config).float().eval()  # type: ignore[no-untyped-call]
-    biases = [(name, buffer) for name, buffer in model.named_buffers() if "e_score_correction_bias" in name]
+    randomize(model, seed)
+    return model
+
+
+def randomize(module: Any, seed: int) -> None:
+    """Draw every parameter, and the correction biases."""
+    biases = [(name, buffer) for name, buffer in module.named_buffers() if "e_score_correction_bias" in name]
     torch.manual_seed(seed)
     with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *biases]:
+        for name, tensor in [*module.named_parameters(), *biases]:
             noise = torch.randn(tensor.shape)
             if name.endswith("bias"):
                 tensor.copy_(0.1 * noise)
@@ -62,7 +68,6 @@ def make(seed: int = 1, **changes: Any) -> Any:
                 tensor.copy_(1 + 0.1 * noise)
             else:
                 tensor.copy_(noise * 1.5 / tensor.shape[-1] ** 0.5)
-    return model
 
 
 def write(model_dir: Path, seed: int = 1, **changes: Any) -> Any:

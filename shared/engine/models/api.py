@@ -1,5 +1,6 @@
 """What a model is to the executor: a pure function of a step and the paged state."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,8 @@ CPU = torch.device("cpu")
 class Placement:
     """Where and how a model computes. `kernels` names a kernel set, or is "auto" for the best that fits; `cache_dir`
     keeps compiled ones. `shard` is the share that this process computes, together with those of `group`,
-    on `device`. `kv_dtype` is one of `kv.formats.KV_DTYPES`, or "auto" for `dtype`."""
+    on `device`. `kv_dtype` is one of `kv.formats.KV_DTYPES`, or "auto" for `dtype`. With `mtp` a model's layer that
+    proposes drafts is loaded, if it has one."""
 
     dtype: torch.dtype
     num_threads: int
@@ -29,6 +31,7 @@ class Placement:
     group: Group = field(default_factory=Alone)
     kv_dtype: str = "auto"
     device: torch.device = CPU
+    mtp: bool = False
 
     @property
     def dtype_name(self) -> str:
@@ -41,6 +44,32 @@ class Placement:
         return self.dtype_name if self.kv_dtype == "auto" else self.kv_dtype
 
 
+@dataclass(frozen=True, slots=True)
+class DraftStep:
+    """What a step of a draft layer leaves: for each sequence that drafts, logits float32 [S, vocab_size or more] of its
+    next draft, its state [S, hidden], and whatever else the layer takes to the step after it."""
+
+    logits: torch.Tensor
+    states: torch.Tensor
+    carried: Sequence[torch.Tensor]
+
+
+class DraftLayer(Protocol):
+    """A model's own layer that proposes drafts (multi-token prediction)."""
+
+    def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Model.forward`; also the model's states [T, hidden], of every token of the step."""
+
+    def extend(self, batch: Batch, states: torch.Tensor, pool: torch.Tensor, layout: KvLayout) -> DraftStep:
+        """Follow the model: `batch` has for each position the token behind it, `states` [T, hidden] what the model has
+        there. The sampled rows draft."""
+
+    def advance(
+        self, batch: Batch, last: DraftStep, going_on: Sequence[int], pool: torch.Tensor, layout: KvLayout
+    ) -> DraftStep:
+        """Go on alone: `batch` has the last drafts, one for each of the sequences `going_on` of those in `last`."""
+
+
 class Model(Protocol):
     """A loaded model. `num_torch_threads` is what torch may use during its steps, sampling included: one where kernels
     bring threads of their own, which torch's would only spin against."""
@@ -49,6 +78,7 @@ class Model(Protocol):
     max_position: int
     eos_token_ids: tuple[int, ...]
     num_torch_threads: int
+    draft_layer: DraftLayer | None
 
     def layout(self, page_size: int) -> KvLayout:
         """A page with every state class of the whole model."""

@@ -7,47 +7,19 @@ from tqdm import tqdm
 
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference
-from shared.engine.kernels.sparse_reference import Rows, Selection
+from shared.engine.kernels.sparse_reference import Selection
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import rope
-from shared.engine.layers.mla import LatentAttention
-from shared.engine.layers.moe import Mlp, Moe
+from shared.engine.layers.glm_layer import GlmLayer
 from shared.engine.layers.vocabulary import Embedding, Head
-from shared.engine.models.api import CPU, Placement
+from shared.engine.models.api import CPU, DraftLayer, Placement
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.glm_config import GlmConfig, read
 from shared.engine.models.glm_layout import INDEX_KEYS, LATENTS, layout
-from shared.engine.models.glm_weights import GlmWeights, MoeWeights
-from shared.engine.parallel.group import Group
+from shared.engine.models.glm_mtp import GlmMtp
+from shared.engine.models.glm_weights import GlmWeights
 from shared.engine.quantization import rows
 from shared.errors import Unsupported
-
-
-class GlmLayer:
-    """x [T, hidden] -> [T, hidden]: attention and MLP, each behind a norm and beside a residual."""
-
-    def __init__(self, weights: GlmWeights, layer: int, group: Group) -> None:
-        config = weights.config
-        self.eps = config.rms_norm_eps
-        self.input_norm, self.post_norm = weights.norms(layer)
-        self.attention = LatentAttention(config, weights.attention(layer), group)
-        mlp = weights.mlp(layer)
-        self.mlp = Moe(config, mlp, group) if isinstance(mlp, MoeWeights) else Mlp(mlp, group)
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        batch: Batch,
-        latents: Rows,
-        index_keys: Rows | None,
-        selection: Selection,
-    ) -> tuple[torch.Tensor, Selection]:
-        """`latents`, `index_keys` and `selection` as in LatentAttention."""
-        normed = reference.rms_norm(x, self.input_norm, self.eps)
-        attended, selection = self.attention(normed, angles, batch, latents, index_keys, selection)
-        x = x + attended
-        return x + self.mlp(reference.rms_norm(x, self.post_norm, self.eps)), selection
 
 
 class Glm:
@@ -62,16 +34,17 @@ class Glm:
         self.eos_token_ids = config.eos_token_ids
         self.num_torch_threads = placement.num_threads
         self._config, self._kv_dtype = config, placement.kv_format
-        self._frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta)
-        self._embedding = Embedding(weights.embedding(), config.vocab_size, placement.group)
+        self.frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta)
+        self.embedding = Embedding(weights.embedding(), config.vocab_size, placement.group)
         self._norm = weights.final_norm()
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
         self._layers = [GlmLayer(weights, layer, placement.group) for layer in layers]
-        self._head = Head(weights.head(), config.vocab_size, placement.group)
+        self.head = Head(weights.head(), config.vocab_size, placement.group)
+        self.draft_layer: DraftLayer | None = GlmMtp(weights, placement.group, self) if weights.has_mtp else None
 
     def layout(self, page_size: int) -> KvLayout:
         """A page: latents of every layer, index keys of the full ones."""
-        return layout(self._config, self._kv_dtype, page_size)
+        return layout(self._config, self._kv_dtype, page_size, mtp=self.draft_layer is not None)
 
     def rank_layout(self, page_size: int) -> KvLayout:
         """The same: heads share latents, so every rank needs them all."""
@@ -79,14 +52,22 @@ class Glm:
 
     def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
         """Logits float32 [R, vocab_size or more] of the sampled rows; see `models.api.Model`."""
+        return self.head(self.norm(self.hidden(batch, pool, layout)[batch.sampled_rows]))
+
+    def hidden(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
+        """What the last layer leaves of every token of the step, [T, hidden], before the norm."""
         latents = rows.latents(pool, layout, LATENTS, self._config.kv_lora_rank)
         keys = iter(rows.index_keys(pool, layout, INDEX_KEYS, self._config.index_head_dim))
-        x = self._embedding(batch.token_ids)
-        angles, selection = rope.table(self._frequencies, batch.positions), Selection()
+        x = self.embedding(batch.token_ids)
+        angles, selection = rope.table(self.frequencies, batch.positions), Selection()
         for index, (layer, full) in enumerate(zip(self._layers, self._config.full_layers, strict=True)):
             own_keys = next(keys) if full else None
             x, selection = layer(x, angles, batch, latents[index], own_keys, selection)
-        return self._head(reference.rms_norm(x[batch.sampled_rows], self._norm, self._config.rms_norm_eps))
+        return x
+
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, hidden] as the head, and the MTP layer, take it."""
+        return reference.rms_norm(hidden, self._norm, self._config.rms_norm_eps)
 
 
 def load(model_dir: Path, placement: Placement) -> Glm:
@@ -96,4 +77,5 @@ def load(model_dir: Path, placement: Placement) -> Glm:
     if placement.device != CPU:
         raise Unsupported(f"there are no kernels for this architecture on {placement.device}; it computes on the CPU")
     config = read(model_dir)
-    return Glm(config, placement, GlmWeights(Checkpoint(model_dir, placement.dtype), config, placement.shard))
+    checkpoint = Checkpoint(model_dir, placement.dtype)
+    return Glm(config, placement, GlmWeights(checkpoint, config, placement.shard, mtp=placement.mtp))

@@ -45,6 +45,7 @@ class GlmConfig:
     latent_norm_eps: float
     rope_theta: float
     num_mtp_layers: int
+    share_mtp_selection: bool  # whether drafts keep the selection of the last token before them (5.2), or select anew
     max_position: int
     eos_token_ids: tuple[int, ...]
 
@@ -118,6 +119,7 @@ def _parse(fields: Fields) -> GlmConfig:
         latent_norm_eps=float(fields.get("latent_norm_eps", eps)),
         rope_theta=float(rope["rope_theta"]),
         num_mtp_layers=int(fields.get("num_nextn_predict_layers") or 0),
+        share_mtp_selection=bool(fields.get("index_share_for_mtp_iteration", False)),
         max_position=int(fields["max_position_embeddings"]),
         eos_token_ids=token_ids(fields["eos_token_id"]),
     )

@@ -57,13 +57,31 @@ class MoeWeights:
     shared: MlpWeights
 
 
+@dataclass(frozen=True, slots=True)
+class MtpWeights:
+    """What joins an MTP layer to the model: norms [hidden] of its two inputs and of its output, and `join`
+    [hidden, 2 hidden], embedding first."""
+
+    embedding_norm: torch.Tensor
+    state_norm: torch.Tensor
+    join: torch.Tensor
+    output_norm: torch.Tensor
+
+
 class GlmWeights:
     """The weights of a checkpoint that has been checked against a configuration, or a rank's share of them; layers are
-    read one at a time. `config` is that of the share."""
+    read one at a time. `config` is that of the share.
 
-    def __init__(self, checkpoint: Checkpoint, config: GlmConfig, shard: Shard) -> None:
-        mtp = {name for layer in range(config.num_mtp_layers) for name in mtp_shapes(config, config.num_layers + layer)}
-        checkpoint.inventory.check(shapes(config), ignored=tuple(mtp))
+    `has_mtp` says whether there is an MTP layer, and with `mtp` it is wanted: exporters leave it out.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: GlmConfig, shard: Shard, *, mtp: bool) -> None:
+        layers = range(config.num_layers, config.num_layers + config.num_mtp_layers)
+        self.has_mtp = mtp and bool(layers) and checkpoint.has(f"model.layers.{layers[0]}.")
+        expected = shapes(config) | (mtp_shapes(config, layers[0]) if self.has_mtp else {})
+        checkpoint.inventory.check(
+            expected, ignored=tuple(name for layer in layers for name in mtp_shapes(config, layer))
+        )
         self.config, self._part_of = of_glm(config, shard)
         self._expert_ids = shard.experts(config.num_experts)
         self._checkpoint = checkpoint
@@ -101,7 +119,7 @@ class GlmWeights:
             up_key=both[:, : config.qk_nope_head_dim].contiguous(),
             up_value=both[:, config.qk_nope_head_dim :].contiguous(),
             output=read(prefix + "o_proj.weight"),
-            indexer=self._indexer(prefix + "indexer.") if config.full_layers[layer] else None,
+            indexer=self._indexer(prefix + "indexer.") if self._is(config.full_layers, layer) else None,
         )
 
     def _indexer(self, prefix: str) -> IndexerWeights:
@@ -116,7 +134,7 @@ class GlmWeights:
     def mlp(self, layer: int) -> MlpWeights | MoeWeights:
         """One layer's MLP, dense or a mixture."""
         prefix = f"model.layers.{layer}.mlp."
-        if not self.config.moe_layers[layer]:
+        if not self._is(self.config.moe_layers, layer):
             return self._mlp(prefix)
         experts = [self._mlp(f"{prefix}experts.{expert}.") for expert in self._expert_ids]
         return MoeWeights(
@@ -126,6 +144,20 @@ class GlmWeights:
             expert_ids=self._expert_ids,
             shared=self._mlp(prefix + "shared_experts."),
         )
+
+    def mtp(self) -> MtpWeights:
+        """What the first layer behind the model has besides a layer's weights."""
+        prefix, read = f"model.layers.{self.config.num_layers}.", self._read
+        return MtpWeights(
+            embedding_norm=read(prefix + "enorm.weight"),
+            state_norm=read(prefix + "hnorm.weight"),
+            join=read(prefix + "eh_proj.weight"),
+            output_norm=read(prefix + "shared_head.norm.weight"),
+        )
+
+    def _is(self, layers: tuple[bool, ...], layer: int) -> bool:
+        """An MTP layer, behind the others, selects for itself and is a mixture."""
+        return layer >= len(layers) or layers[layer]
 
     def _mlp(self, prefix: str) -> MlpWeights:
         read = self._read

@@ -14,7 +14,7 @@ from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout, pack
 from shared.engine.layers import native_decoder
 from shared.engine.layers.decoder import TorchDecoder
-from shared.engine.models.api import CPU, Placement
+from shared.engine.models.api import CPU, DraftLayer, Placement
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.config import DenseConfig, read
 from shared.engine.models.weights import DenseWeights
@@ -37,13 +37,16 @@ Build = Callable[[DenseConfig, DenseWeights, int], Decoder]
 
 
 class Llama:
-    """Satisfies `models.api.Model`. One state class: `kv`, a page being [layers, 2, Hkv, page_size, D]."""
+    """Satisfies `models.api.Model`; no layer of it proposes drafts.
+
+    One state class: `kv`, a page being [layers, 2, Hkv, page_size, D]."""
 
     def __init__(self, config: DenseConfig, dtype: torch.dtype, decoder: Decoder, shard: Shard) -> None:
         self.vocab_size = config.vocab_size
         self.max_position = config.max_position
         self.eos_token_ids = config.eos_token_ids
         self.num_torch_threads = decoder.num_torch_threads
+        self.draft_layer: DraftLayer | None = None
         self._config = config
         self._dtype = dtype
         self._decoder = decoder

@@ -21,6 +21,11 @@ class Speculation:
     adaptive: bool = True
     make_proposer: Callable[[], Proposer] | None = None
 
+    @property
+    def num_ahead(self) -> int:
+        """Drafts for which a step should have pages beyond its own: those that the executor proposes."""
+        return self.num_drafts if self.make_proposer is None else 0
+
 
 class Speculator:
     """For one engine, in its thread."""

@@ -1,0 +1,38 @@
+"""A layer of a GLM-5 decoder."""
+
+import torch
+
+from shared.engine.batch import Batch
+from shared.engine.kernels import reference
+from shared.engine.kernels.sparse_reference import Rows, Selection
+from shared.engine.layers.mla import LatentAttention
+from shared.engine.layers.moe import Mlp, Moe
+from shared.engine.models.glm_weights import GlmWeights, MoeWeights
+from shared.engine.parallel.group import Group
+
+
+class GlmLayer:
+    """x [T, hidden] -> [T, hidden]: attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, weights: GlmWeights, layer: int, group: Group) -> None:
+        config = weights.config
+        self.eps = config.rms_norm_eps
+        self.input_norm, self.post_norm = weights.norms(layer)
+        self.attention = LatentAttention(config, weights.attention(layer), group)
+        mlp = weights.mlp(layer)
+        self.mlp = Moe(config, mlp, group) if isinstance(mlp, MoeWeights) else Mlp(mlp, group)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        batch: Batch,
+        latents: Rows,
+        index_keys: Rows | None,
+        selection: Selection,
+    ) -> tuple[torch.Tensor, Selection]:
+        """`latents`, `index_keys` and `selection` as in LatentAttention."""
+        normed = reference.rms_norm(x, self.input_norm, self.eps)
+        attended, selection = self.attention(normed, angles, batch, latents, index_keys, selection)
+        x = x + attended
+        return x + self.mlp(reference.rms_norm(x, self.post_norm, self.eps)), selection

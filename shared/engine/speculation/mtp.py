@@ -1,0 +1,99 @@
+"""Drafts by a model's own layer for it (multi-token prediction; DeepSeek-V3 report, section 2.2).
+
+The layer predicts from the model's last state at a position and the token behind it what comes after that token. After
+each step it follows the model over what was computed for good, so that its own state covers the same tokens; from the
+last of them it then goes on alone, draft by draft.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from shared.engine.api import BatchItem, Chosen, SampledToken
+from shared.engine.batch import build
+from shared.engine.kv.layout import KvLayout
+from shared.engine.models.api import DraftLayer
+from shared.engine.sampling import logits
+from shared.engine.sampling.sampler import Sampler
+
+Tokens = tuple[SampledToken, ...] | None
+
+
+class MtpDrafter:
+    """For one executor. Drafts are chosen as the model chooses, with the random number of their position: where both
+    are of one mind the draft is right, at any temperature."""
+
+    def __init__(self, layer: DraftLayer, choose: Sampler, layout: KvLayout) -> None:
+        self.layer, self._choose, self._layout = layer, choose, layout
+
+    def __call__(
+        self, items: Sequence[BatchItem], tokens: Sequence[Tokens], states: torch.Tensor, pool: torch.Tensor
+    ) -> list[Chosen | None]:
+        """Follow a step of `items`, which chose `tokens` (None: a part that is not the last), and propose.
+
+        `states` [T, hidden] are the model's, a row for each token of the step, drafts included.
+        """
+        followed = [_follow(item, chosen) for item, chosen in zip(items, tokens, strict=True)]
+        batch = build(followed, self._layout.page_size)
+        step = self.layer.extend(batch, states[_kept(items, followed)], pool, self._layout)
+        runs = {s: _Run(item, tokens[s] or ()) for s, item in enumerate(followed) if item.sample}
+        asking = list(runs)
+        while asking:
+            chosen = self._choose(step.logits, [runs[s].view() for s in asking])
+            for s, (token,) in zip(asking, chosen, strict=True):
+                runs[s].drafts.append(token.token_id)
+            going_on = [place for place, s in enumerate(asking) if runs[s].num_left(self._layout.page_size)]
+            asking = [asking[place] for place in going_on]
+            if asking:
+                batch = build([runs[s].item() for s in asking], self._layout.page_size)
+                step = self.layer.advance(batch, step, going_on, pool, self._layout)
+        return [
+            None if chosen is None else Chosen(chosen, tuple(runs[s].drafts) if s in runs else ())
+            for s, chosen in enumerate(tokens)
+        ]
+
+
+class _Run:
+    """The drafts of one sequence, whose chosen tokens are known."""
+
+    def __init__(self, followed: BatchItem, chosen: tuple[SampledToken, ...]) -> None:
+        self.drafts: list[int] = []
+        self._item = followed
+        self._end = followed.start + len(followed.token_ids)
+        # Copying a long history is for those who need it.
+        self._history = list(followed.history) if logits.has_penalties(followed.sampling) else []
+        self._history += [token.token_id for token in chosen] if self._history else []
+
+    def num_left(self, page_size: int) -> int:
+        """Drafts that are still to be proposed and have room in the sequence's pages."""
+        wanted = self._item.num_wanted - len(self.drafts)
+        return max(0, min(wanted, len(self._item.page_ids) * page_size - self._end - len(self.drafts) + 1))
+
+    def view(self) -> BatchItem:
+        """What the sampler has to know: the next draft is behind the chosen tokens and the drafts so far."""
+        position = self._end + 1 + len(self.drafts)
+        sampling = replace(self._item.sampling, num_logprobs=None)
+        history = self._history + self.drafts if self._history else ()
+        return replace(self._item, token_ids=(0,), start=position - 1, sampling=sampling, history=history)
+
+    def item(self) -> BatchItem:
+        """The layer's next token: the last draft, one position on."""
+        return replace(self._item, token_ids=self.drafts[-1:], start=self._end + len(self.drafts) - 1)
+
+
+def _follow(item: BatchItem, chosen: Tokens) -> BatchItem:
+    """The layer's part of a step: the tokens behind those that were computed for good."""
+    num_rows = len(item.token_ids) if chosen is None else len(item.token_ids) - item.num_drafts + len(chosen) - 1
+    known = item.history[item.start + 1 : item.start + 1 + num_rows]
+    token_ids = [*known, *(token.token_id for token in chosen or ())]
+    return replace(item, token_ids=token_ids, sample=chosen is not None and item.num_wanted > 0, num_drafts=0)
+
+
+def _kept(items: Sequence[BatchItem], followed: Sequence[BatchItem]) -> torch.Tensor:
+    """The rows of a step whose tokens are right: all but those of wrong drafts."""
+    rows, start = list[int](), 0
+    for item, kept in zip(items, followed, strict=True):
+        rows += range(start, start + len(kept.token_ids))
+        start += len(item.token_ids)
+    return torch.tensor(rows, dtype=torch.int64)
