@@ -27,6 +27,7 @@ from shared.engine.kv.pages import PageCounts
 from shared.engine.kv.store import KvStore
 from shared.engine.loop import EngineLoop
 from shared.engine.sim import SimExecutor, SimModel
+from shared.engine.speculation.speculator import Speculation
 from shared.engine.transfer.api import Peer
 from shared.engine.transfer.local import LocalTransport
 from shared.engine.transfer.pools import Member, Pools, own_pool
@@ -210,13 +211,14 @@ class Fleet:
         lease_ttl_ms: int = LEASE_TTL_MS,
         model: SimModel = MODEL,
         checksums: bool = False,
+        speculation: Speculation | None = None,
     ) -> Running:
         """A worker called `name`."""
         gate, clock = Gate(), Clock()
         # A clock that stands still: a step of which the computation alone took its time would not sleep, nor be held.
         executor = SimExecutor(model, num_pages, sleep=gate, clock=lambda: 0.0)
         kv = KvStore(num_pages, model.page_size, lease_ttl_ms, clock)
-        engine = Engine(executor, kv, max_step_tokens=MAX_STEP_TOKENS, max_num_sequences=16)
+        engine = Engine(executor, kv, max_step_tokens=MAX_STEP_TOKENS, max_num_sequences=16, speculation=speculation)
         loop = EngineLoop(engine)
         loop.start()
         identity = Identity(name, epoch, engine.spec.model)

@@ -34,7 +34,7 @@ class ParallelExecutor:
 
     def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
         """Compute a step on all ranks. Whatever goes wrong, ranks may be out of step from then on: WorkerLost."""
-        lean = [_lean(item) for item in batch]
+        lean = batch if self.proposes else [_lean(item) for item in batch]  # a drafting layer looks one token ahead
         try:
             for follower in self._followers:
                 follower.follow(lean)
