@@ -1,0 +1,66 @@
+"""Placement under load, with real processes: how much is found cached, how long it takes, and what it costs.
+
+    python -m bench.placement agents                policies compared, on conversations of agents
+    python -m bench.placement trace --trace FILE    the same on the conversation trace published with Mooncake
+    python -m bench.placement splits                aggregated, always disaggregated, by cost: three shapes of load
+    python -m bench.placement routers               1, 2 and 4 routers
+    python -m bench.placement streams               the real model: running streams while long prompts arrive
+    python -m bench.placement path                  CPU and added time of gateway and router
+
+The first four use the sim engine on four workers, 60 s or so each time; prompts, answers and times come from --seed.
+The oracle's hit rate is that of one cache as large as all workers' together, which knows the future.
+"""
+
+import argparse
+from pathlib import Path
+
+from bench import provenance
+from bench.placement import comparisons, path, streams
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser("python -m bench.placement", description=__doc__)
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made.add_argument("what", choices=("agents", "trace", "splits", "routers", "streams", "path"))
+    made.add_argument("--trace", type=Path, help="JSONL: timestamp, input_length, output_length, hash_ids")
+    made.add_argument("--divide", type=int, default=8, help="lengths of the trace are divided by this")
+    made.add_argument("--speed", type=float, default=2.0, help="the trace runs so many times as fast")
+    made.add_argument("--policies", nargs="+", default=comparisons.POLICIES, help="those to compare")
+    made.add_argument("--routers", nargs="+", type=int, default=[1, 2, 4], help="numbers of routers")
+    made.add_argument("--rate", type=float, default=2.0, help="conversations of agents that begin per second")
+    made.add_argument("--duration-s", type=float, default=60.0, help="time in which conversations begin")
+    made.add_argument("--requests", type=int, default=1000, help="of path, at each number of streams")
+    made.add_argument("--concurrency", nargs="+", type=int, default=[16, 64, 256], help="streams of path")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--out", type=Path, default=Path("build/placement"), help="folder for plots")
+    return made
+
+
+def main() -> None:
+    made = parser()
+    options = made.parse_args()
+    print(provenance.banner("bench.placement"), flush=True)
+    duration_s, seed, out = options.duration_s, options.seed, options.out
+    match options.what:
+        case "agents":
+            load = comparisons.on_agents(options.rate, duration_s, seed)
+            comparisons.compare("agents", comparisons.with_policies(options.policies), load, out)
+        case "trace":
+            if options.trace is None:
+                made.error("trace needs --trace FILE")
+            load = comparisons.on_trace(options.trace, options.divide, options.speed, duration_s)
+            comparisons.compare("trace", comparisons.with_policies(options.policies), load, out)
+        case "routers":
+            load = comparisons.on_agents(options.rate, duration_s, seed)
+            comparisons.compare("routers", comparisons.with_routers(options.routers), load, out)
+        case "splits":
+            for name, load in comparisons.shapes(duration_s, seed).items():
+                comparisons.compare(name, comparisons.with_splits(), load, out)
+        case "streams":
+            streams.measure(streams.Load(duration_s=duration_s, seed=seed))
+        case _:
+            path.measure(options.requests, options.concurrency, seed)
+
+
+if __name__ == "__main__":
+    main()

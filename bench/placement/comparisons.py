@@ -1,0 +1,64 @@
+"""Which fleets hold which conversations."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bench.placement import harness, report, trace
+from bench.placement.figures import Figures, figures
+from bench.placement.harness import Fleet
+from bench.placement.workloads import Agents, Conversation, agents, singles
+
+POLICIES = ("cost", "prefix", "least-loaded", "round-robin", "random")
+NUM_WORKERS = 4
+
+
+def compare(title: str, fleets: Iterable[tuple[str, Fleet]], conversations: Sequence[Conversation], out: Path) -> None:
+    """Run each fleet, print what it did as soon as it is known, and plot them all."""
+    rows: dict[str, Figures] = {}
+    print(f"\n## {title}: {len(conversations)} conversations", flush=True)
+    for name, fleet in fleets:
+        rows[name] = figures(harness.run(fleet, conversations), fleet.total_pages)
+        print(report.table({name: rows[name]}).splitlines()[2], flush=True)
+    print(report.table(rows), flush=True)
+    report.plot(rows, title, out / f"{title.replace(' ', '-').replace(',', '')}.png")
+
+
+def with_policies(names: Sequence[str]) -> Iterator[tuple[str, Fleet]]:
+    """Workers that all do both, under one policy after the other."""
+    for name in names:
+        yield name, Fleet(num_decode=NUM_WORKERS, router_flags=f"--policy {name}")
+
+
+def with_routers(counts: Sequence[int]) -> Iterator[tuple[str, Fleet]]:
+    """The same, by cost, with more and more routers."""
+    for count in counts:
+        yield f"{count} routers" if count > 1 else "1 router", Fleet(num_decode=NUM_WORKERS, num_routers=count)
+
+
+def with_splits() -> Iterator[tuple[str, Fleet]]:
+    """The same number of workers: none of them for prefill alone; half of them, always used; half, used by cost."""
+    yield "aggregated", Fleet(num_decode=NUM_WORKERS)
+    half = Fleet(num_prefill=NUM_WORKERS // 2, num_decode=NUM_WORKERS // 2)
+    yield "always", replace(half, router_flags="--local-prefill-max-tokens 0 --remote-prefill-min-tokens 1")
+    yield "conditional", half
+
+
+def on_agents(rate: float, duration_s: float, seed: int) -> list[Conversation]:
+    """Conversations of agents."""
+    return agents(Agents(rate=rate, duration_s=duration_s, seed=seed))
+
+
+def on_trace(path: Path, divide: int, speed: float, duration_s: float) -> list[Conversation]:
+    """Requests of the trace in a file."""
+    with path.open() as lines:
+        return trace.load(lines, divide, speed, duration_s)
+
+
+def shapes(duration_s: float, seed: int) -> dict[str, list[Conversation]]:
+    """Long prompts with short answers, short ones with long answers, and agents."""
+    return {
+        "long prompts": singles(3.0, duration_s, 2048, 16, seed),
+        "long answers": singles(3.0, duration_s, 128, 128, seed),
+        "agents in turns": on_agents(1.0, duration_s, seed),
+    }
