@@ -18,6 +18,7 @@ from shared.errors import WorkerLost
 from shared.worker import wire
 from tests.law.conftest import MakeExecutor, tiny_model
 from tests.law.worker import Worker
+from tests.unit.gateway.tiny_tokenizers import byte_level
 from tests.unit.gateway.world import Response, World, finished
 
 NUM_TOKENS = 12
@@ -105,7 +106,7 @@ def make_executor(tmp_path_factory: pytest.TempPathFactory) -> MakeExecutor:
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     """Two workers, so that one is left."""
-    made = World(tmp_path / "text")
+    made = World(tmp_path / "text", tokenizer=byte_level())
     await made.start()
     await made.start_decode("decode-1")
     yield made
