@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 from bench.serve.client import Answer
 
 TIMEOUT_S = 120.0
+# The first event repeats the prompt's ids.
+LINE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Client:
         return Reply(answer, tuple(tokens))
 
     async def _exchange(self, request: bytes, answer: Answer, tokens: list[int], ids: bool) -> None:
-        reader, writer = await asyncio.open_connection(self._address.hostname, self._address.port)
+        reader, writer = await asyncio.open_connection(self._address.hostname, self._address.port, limit=LINE_BYTES)
         try:
             answer.sent_s = time.perf_counter()
             writer.write(request)
