@@ -195,6 +195,10 @@ def _status_of(fault: Fault) -> bytes:
     info = error_details_pb2.ErrorInfo(reason=fault.reason, domain=DOMAIN, metadata=metadata)
     status = status_pb2.Status(code=code_pb2.Code.Value(fault.grpc_status), message=fault.message)
     status.details.add().Pack(info)
+    if retry_after_ms := fault.metadata.get("retry_after_ms"):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(int(retry_after_ms))
+        status.details.add().Pack(retry)
     return bytes(status.SerializeToString())
 
 

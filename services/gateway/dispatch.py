@@ -187,6 +187,7 @@ class _Attempt:
         if self._num_failures >= MAX_ATTEMPTS and not self.may_recover:
             raise self.fault from None
         self.request.output_token_ids[:] = self._token_ids
+        self.route.resumed = bool(self._token_ids)
         token_ids = [*self.request.prompt_token_ids, *self._token_ids]
         self.route.num_prompt_tokens = len(token_ids)
         # A worker that drains has the pages of the output, too.

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from opentelemetry import trace
@@ -16,6 +17,8 @@ from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, kv_pb2_grpc
 from shared import rpc, telemetry
 from shared.errors import DeadlineExceeded, Fault, Internal, Overloaded, StaleEpoch, Unsupported, WorkerLost
 from shared.telemetry import Telemetry
+
+RETRY_INFO = error_details_pb2.RetryInfo.DESCRIPTOR
 
 
 class Kv(kv_pb2_grpc.KvServiceServicer):
@@ -103,6 +106,17 @@ async def test_a_fault_arrives_as_the_fault_that_was_raised(world: World) -> Non
     assert caught.value.message == "full"
     assert caught.value.param == "model"
     assert caught.value.metadata == {"retry_after_ms": "250"}
+
+
+async def test_a_fault_that_says_when_to_come_back_has_retry_info(world: World) -> None:
+    stub: Any = kv_pb2_grpc.KvServiceStub(world.channel)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Acquire(kv_pb2.AcquireRequest(request_id="fault"))
+    details = dict(caught.value.trailing_metadata() or ())[rpc.DETAILS_KEY]
+    found = [detail for detail in status_pb2.Status.FromString(details).details if detail.Is(RETRY_INFO)]
+    assert len(found) == 1
+    retry = error_details_pb2.RetryInfo.FromString(found[0].value)
+    assert retry.retry_delay.ToMilliseconds() == 250
 
 
 async def test_a_defect_tells_the_caller_nothing_of_itself(world: World) -> None:

@@ -55,6 +55,13 @@ async def test_a_worker_that_fails_before_the_first_token_is_replaced(world: Wor
     assert list(world.router.requests[1].excluded_worker_ids) == ["decode-0"]
 
 
+async def test_a_request_whose_client_has_output_goes_before_all_others(world: World) -> None:
+    await world.start_decode("decode-1")
+    world.decode.script = failing(WorkerLost("gone"), tokens(40))  # type: ignore[assignment]
+    await complete(world.core)
+    assert [request.resumed for request in world.router.requests] == [False, True]
+
+
 async def test_a_worker_that_is_gone_is_replaced(world: World) -> None:
     await world.start_decode("decode-1")
     await world.stop("decode-0")

@@ -1,0 +1,62 @@
+"""More requests than the workers have room for: they wait their turn, whichever router they wait at."""
+
+import asyncio
+from typing import Any
+
+import httpx
+
+from shared.blackboard.board import Blackboard
+from tests.e2e.cluster import RunningCluster
+from tests.e2e.test_faults import Start, client_of
+
+NARROW = "--worker-flags=--max-num-sequences 2 --sim-decode-ms 20"
+NUM_REQUESTS = 10
+
+
+async def ask_all(cluster: RunningCluster, num_tokens: int = 30) -> list[list[int]]:
+    async with client_of(cluster) as client:
+        asked = (client.complete([number, 6, 7], max_tokens=num_tokens) for number in range(NUM_REQUESTS))
+        return await asyncio.gather(*asked)
+
+
+async def until_queued(cluster: RunningCluster, num_requests: int) -> None:
+    board = Blackboard(cluster.redis_url)
+    try:
+        async with asyncio.timeout(20):
+            while (await board.admission.num_queued([cluster.model]))[0] < num_requests:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.01)
+    finally:
+        await board.close()
+
+
+async def test_what_workers_have_no_room_for_waits_and_is_served(start_cluster: Start) -> None:
+    cluster = start_cluster("--engine", "sim", NARROW)
+    answers = asyncio.create_task(ask_all(cluster))
+    await until_queued(cluster, 4)
+    assert [len(token_ids) for token_ids in await answers] == [30] * NUM_REQUESTS
+    await cluster.until_pages_are_free()
+
+
+async def test_requests_that_wait_at_a_router_that_dies_are_served(start_cluster: Start) -> None:
+    cluster = start_cluster("--engine", "sim", "--routers", "2", NARROW)
+    expected = await ask_all(cluster)
+    answers = asyncio.create_task(ask_all(cluster, 30))
+    await until_queued(cluster, 4)
+    cluster.kill("router-0")
+    assert await answers == expected
+
+
+async def test_a_full_queue_refuses_and_says_when_to_come_back(start_cluster: Start) -> None:
+    cluster = start_cluster("--engine", "sim", NARROW, "--router-flags=--max-queued 1")
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
+
+        async def ask(number: int) -> httpx.Response:
+            body: dict[str, Any] = {"model": cluster.model, "prompt": [number, 6, 7], "max_tokens": 100}
+            return await http.post("/v1/completions", json=body | {"ignore_eos": True})
+
+        responses = await asyncio.gather(*(ask(number) for number in range(NUM_REQUESTS)))
+    refused = [response for response in responses if response.status_code != 200]
+    assert 0 < len(refused) < NUM_REQUESTS
+    for response in refused:
+        assert response.status_code == 429, response.text
+        assert int(response.headers["retry-after"]) >= 1
