@@ -4,8 +4,9 @@
 
 Half of the workers prefill, half decode. Each prompt is new and begins with what some conversation had: four workers
 have different parts of it cached, so that its pages lie cold and scattered among the million. `decision` is all that
-the router does between reading a request and having its answer, the reservation in Valkey included, `lookup`
-the part of it that finds prefixes; `over gRPC` includes a client in the same process. CPU is that of the process.
+the router does between reading a request and having its answer, the reservation in Valkey included, `lookup` the part
+of it that finds prefixes, `policy` the one that weighs placements; `over gRPC` includes a client in the same process.
+CPU is that of the process.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from services.router.admission import Admission, Limits
 from services.router.candidate import Weights
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
-from services.router.servicer import RouterServicer
+from services.router.policy import place
+from services.router.servicer import RouterServicer, parse
 from shared import rpc
 from shared.blackboard.board import Blackboard
 from shared.blackboard.index import IndexEvent, IndexPart
@@ -125,23 +127,28 @@ async def measure(num_workers: int, args: argparse.Namespace) -> None:
         board = Blackboard(url)
         admission = Admission(board.admission, "bench", Limits(), telemetry.meter)
         servicer = RouterServicer(fleet, mirror, admission, Weights(), telemetry)
-        await time_route(servicer, prompts, fleet.incarnations(), telemetry, args.seconds)
+        await time_route(servicer, prompts, fleet, telemetry, args.seconds)
         await board.close()
     telemetry.close()
 
 
 async def time_route(
-    servicer: RouterServicer, prompts: Prompts, workers: list[tuple[str, int]], telemetry: Telemetry, seconds: float
+    servicer: RouterServicer, prompts: Prompts, fleet: Fleet, telemetry: Telemetry, seconds: float
 ) -> None:
-    mirror, asked = prompts.mirror, iter(prompts)
+    mirror, roster, asked = prompts.mirror, fleet.roster("m"), iter(prompts)
+    request = next(asked)
+    query, table = parse(request), fleet.table(roster, mirror.runs(request.page_hashes, roster.incarnations))
 
     async def look_up() -> None:
-        mirror.runs(next(asked).page_hashes, workers)
+        mirror.runs(next(asked).page_hashes, roster.incarnations)
+
+    async def weigh() -> None:
+        place(query, table, Weights())
 
     async def decide() -> None:
         await servicer.Route(next(asked), NO_CONTEXT)
 
-    for name, action in (("lookup", look_up), ("decision", decide)):
+    for name, action in (("lookup", look_up), ("policy", weigh), ("decision", decide)):
         print(f"  {name:10} {await repeat(action, seconds)}")
     await over_grpc(servicer, asked, telemetry, seconds)
 

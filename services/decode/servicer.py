@@ -192,6 +192,7 @@ class Generation:
         usage = self._usage
         cached = usage.num_cached_local + usage.num_cached_remote + usage.num_cached_transferred
         self._worker.measures.cached_tokens.add(cached)
+        self._worker.measures.finished(usage.num_output_tokens)
         finished = decode_pb2.GenerateFinished(reason=reason, usage=usage, stop_token_id=stop_token_id)
         return decode_pb2.GenerateResponse(finished=finished)
 

@@ -167,7 +167,7 @@ class _Attempt:
 
     def _keep_cached(self, usage: generation_pb2.Usage) -> None:
         """What was cached is what the first worker that answered found: whoever goes on finds this request's own pages,
-        too (docs/decisions/0012)."""
+        too (docs/decisions/0015)."""
         if self._cached is None:
             self._cached = {name: getattr(usage, name) for name in _CACHED}
         for name, num_tokens in self._cached.items():

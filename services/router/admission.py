@@ -11,10 +11,9 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
@@ -38,7 +37,7 @@ from shared.errors import BlackboardLost, DeadlineExceeded, Draining, Fault, Ove
 
 log = logging.getLogger(__name__)
 
-Rank = Callable[[], Awaitable[Iterator[Candidate]]]
+Rank = Callable[[], Awaitable[Sequence[Candidate]]]
 Record = Callable[[Candidate], None]
 # Pairs offered at first; the others follow only if none of these has room.
 FIRST_PAIRS = 16
@@ -101,7 +100,7 @@ class Admission:
             while True:
                 waiter.woken.clear()
                 ranked = await rank()
-                candidates = list(islice(ranked, FIRST_PAIRS + 1))
+                candidates = list(ranked[: FIRST_PAIRS + 1])
                 expected = None if self._num_parked[ask.model] else candidates[0]
                 if expected:
                     record(expected)
@@ -109,7 +108,7 @@ class Admission:
                     self._unreserved.add(1)
                     return candidates[0]
                 try:
-                    verdict = await self._reserve(waiter, query, candidates, ranked)
+                    verdict = await self._reserve(waiter, query, candidates, ranked[FIRST_PAIRS + 1 :])
                 except BlackboardLost as fault:
                     if waiter.parked_at is None or not await _wait(waiter.woken, LOST_WAIT_S):
                         log.warning("placed without a reservation: %s", fault.message)
@@ -151,7 +150,7 @@ class Admission:
         )
 
     async def _reserve(
-        self, waiter: _Waiter, query: Query, candidates: list[Candidate], others: Iterator[Candidate]
+        self, waiter: _Waiter, query: Query, candidates: list[Candidate], others: Sequence[Candidate]
     ) -> Verdict:
         """Ask the blackboard for the first candidates; only if none has room, for all, which `candidates` then are."""
         needs = [self._pair(query, candidate) for candidate in candidates[:FIRST_PAIRS]]

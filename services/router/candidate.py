@@ -1,6 +1,6 @@
 """What the policy weighs: a query, workers as the router sees them, and candidates with their costs."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shared.blackboard.records import ModelCard, Registration, Role
 
@@ -11,7 +11,9 @@ Terms = tuple[tuple[str, float], ...]
 class Weights:
     """What the policy is told by configuration; each field is described in `services/router/config.py`."""
 
+    policy: str = "cost"
     local_prefill_max_tokens: int = 128
+    remote_prefill_min_tokens: int = 0
     min_pull_tokens: int = 256
     chunk_tokens: int = 512
     transfer_gb_per_s: float = 1.0
@@ -19,6 +21,9 @@ class Weights:
     missing_page_ms: float = 20.0
     default_prefill_ms_per_token: float = 0.5
     default_decode_step_ms: float = 20.0
+    output_tokens: int = 128
+    min_sequence_share: float = 0.02
+    min_stalled: float = 1.0
     load_weight: float = 1.0
     stall_weight: float = 1.0
     eviction_weight: float = 0.1
@@ -27,7 +32,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A request to place. `affinity` is equal for prompts that begin alike."""
+    """A request to place. `affinity` is equal for prompts that begin alike; 0 `max_tokens` are as many as usual."""
 
     request_id: str
     model: str
@@ -46,6 +51,7 @@ class Worker:
     num_cached_pages: int = 0
     queue_ms: float = 0.0
     num_decoding: int = 0
+    stale_ms: float = 0.0
 
     @property
     def name(self) -> str:
@@ -72,26 +78,6 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """One worker's part in a placement, and what it costs."""
-
-    worker: Worker
-    terms: Terms
-    num_cached_tokens: int
-    num_computed_tokens: int
-    source: Worker | None
-
-    @property
-    def cost_ms(self) -> float:
-        """Sum of the terms."""
-        return sum(cost for _, cost in self.terms)
-
-    def plus(self, terms: Terms) -> "Side":
-        """The same worker taking another part, too."""
-        return replace(self, terms=self.terms + terms)
-
-
-@dataclass(frozen=True, slots=True)
 class Candidate:
     """A placement with its cost, or with the reason why it cannot be."""
 
@@ -103,20 +89,6 @@ class Candidate:
     num_computed_tokens: int = 0
     rejection: str = ""
     second_prefill: Worker | None = None
-
-    @staticmethod
-    def local(side: Side, rejection: str = "") -> "Candidate":
-        """Prefill on the decode worker."""
-        return Candidate(
-            side.worker, None, side.source, side.terms, side.num_cached_tokens, side.num_computed_tokens, rejection
-        )
-
-    @staticmethod
-    def pair(prefill: Side, decode: Side, rejection: str = "") -> "Candidate":
-        """Prefill elsewhere; a rejected pair's cost is not known."""
-        terms = () if rejection else prefill.terms + decode.terms
-        cached, computed = prefill.num_cached_tokens, prefill.num_computed_tokens
-        return Candidate(decode.worker, prefill.worker, prefill.source, terms, cached, computed, rejection)
 
     @staticmethod
     def rejected(worker: Worker, reason: str) -> "Candidate":

@@ -12,7 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from services.router.candidate import Candidate, Weights, Worker
+from services.router.page_index import Ints
+from services.router.table import Facts, Table
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import ModelCard, Registration, Role
 from shared.errors import BlackboardLost
@@ -21,6 +25,8 @@ log = logging.getLogger(__name__)
 
 # A placed sequence counts as running until the worker has surely reported it: this many heartbeats.
 UNREPORTED_HEARTBEATS = 2
+# A report may be so old: a worker writes once in a heartbeat, and the router reads as often.
+FRESH_HEARTBEATS = 2
 
 
 @dataclass(slots=True)
@@ -31,8 +37,19 @@ class Member:
 
     registration: Registration
     card: ModelCard
+    reported_at: float
     busy_until: float = 0.0
     unreported: deque[float] = field(default_factory=deque)
+    last_placed: int = 0
+
+
+class Roster:
+    """The workers of one model between two reports."""
+
+    def __init__(self, members: Sequence[Member], weights: Weights) -> None:
+        self.members = members
+        self.incarnations = [(member.registration.name, member.registration.epoch) for member in members]
+        self.facts = Facts([Worker(member.registration, member.card) for member in members], weights)
 
 
 class Fleet:
@@ -50,6 +67,8 @@ class Fleet:
         self._board, self._weights, self._clock = board, weights, clock
         self._heartbeat_s, self._ttl_s = heartbeat_ms / 1000, ttl_ms / 1000
         self._members: dict[tuple[Role, str], Member] = {}
+        self._rosters: dict[str, Roster] = {}
+        self._num_placed = 0
         self._models: set[str] = set()
         self._keep_missing_until = 0.0
         self._changed = asyncio.Event()
@@ -88,7 +107,7 @@ class Fleet:
             members = self._members | members
         self._log_changes(members)
         changed = not was_known or _available(members) != _available(self._members)
-        self._members = members
+        self._members, self._rosters = members, {}
         self._models |= {member.card.model for member in members.values()}
         if changed:
             self._changed.set()
@@ -104,10 +123,12 @@ class Fleet:
         reported = now + registration.load.num_queued_tokens * rate / 1000
         old = self._members.get((registration.role, registration.name))
         if old is None or old.registration.epoch != registration.epoch:
-            return Member(registration, card, reported)
+            return Member(registration, card, now, reported)
+        reported_at = old.reported_at if old.registration.num_beats == registration.num_beats > 0 else now
         if old.registration.load == registration.load:
             reported = 0.0  # nothing new: do not start its queue over again
-        return Member(registration, card, max(old.busy_until, reported), old.unreported)
+        busy_until = max(old.busy_until, reported)
+        return Member(registration, card, reported_at, busy_until, old.unreported, old.last_placed)
 
     def _log_changes(self, members: dict[tuple[Role, str], Member]) -> None:
         before = {(key, member.registration.epoch) for key, member in self._members.items()}
@@ -129,19 +150,42 @@ class Fleet:
         """Workers of a model, by role and name."""
         return [member for _, member in sorted(self._members.items()) if member.card.model == model]
 
-    def at_this_moment(self, members: Sequence[Member], num_cached_pages: Sequence[int]) -> list[Worker]:
-        """What the policy may know of them; `num_cached_pages` in the same order."""
-        now = self._clock()
-        return [_worker(member, pages, now) for member, pages in zip(members, num_cached_pages, strict=True)]
+    def roster(self, model: str) -> Roster:
+        """Workers of a model, by role and name, with what they last reported."""
+        if (roster := self._rosters.get(model)) is None:
+            roster = self._rosters[model] = Roster(self.members(model), self._weights)
+        return roster
+
+    def table(self, roster: Roster, num_cached_pages: Ints) -> Table:
+        """What the policy may know of a roster at this moment; cached pages in the same order."""
+        now, members = self._clock(), roster.members
+        for member in members:
+            while member.unreported and member.unreported[0] <= now:
+                member.unreported.popleft()
+        loads = [member.registration.load for member in members]
+        running = [
+            load.num_running + load.num_waiting + len(m.unreported) for m, load in zip(members, loads, strict=True)
+        ]
+        fresh_s = FRESH_HEARTBEATS * self._heartbeat_s
+        return Table(
+            roster.facts,
+            num_cached_pages,
+            queue_ms=1000 * np.maximum(0.0, np.array([member.busy_until for member in members]) - now),
+            num_decoding=np.array(running, np.int64),
+            stale_ms=1000 * np.maximum(0.0, now - fresh_s - np.array([member.reported_at for member in members])),
+            last_placed=np.array([member.last_placed for member in members], np.int64),
+        )
 
     def record(self, placed: Candidate) -> None:
         """Remember a placement that no report shows yet."""
         now = self._clock()
+        self._num_placed += 1
         if placed.computing and (member := self._incarnation(placed.computing)):
-            cost_s = placed.num_computed_tokens * placed.computing.prefill_ms_per_token(self._weights) / 1000
-            member.busy_until = max(now, member.busy_until) + cost_s
+            member.busy_until = max(now, member.busy_until) + dict(placed.terms)["prefill"] / 1000
+            member.last_placed = self._num_placed
         if placed.decode and (member := self._incarnation(placed.decode)):
             member.unreported.append(now + UNREPORTED_HEARTBEATS * self._heartbeat_s)
+            member.last_placed = self._num_placed
 
     def _incarnation(self, worker: Worker) -> Member | None:
         member = self._members.get((worker.role, worker.name))
@@ -151,16 +195,3 @@ class Fleet:
 def _available(members: Mapping[tuple[Role, str], Member]) -> set[tuple[str, int]]:
     entries = (member.registration for member in members.values())
     return {(entry.name, entry.epoch) for entry in entries if not entry.draining}
-
-
-def _worker(member: Member, num_cached_pages: int, now: float) -> Worker:
-    while member.unreported and member.unreported[0] <= now:
-        member.unreported.popleft()
-    load = member.registration.load
-    return Worker(
-        member.registration,
-        member.card,
-        num_cached_pages,
-        queue_ms=max(0.0, member.busy_until - now) * 1000,
-        num_decoding=load.num_running + load.num_waiting + len(member.unreported),
-    )

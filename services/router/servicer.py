@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from grpc.aio import ServicerContext
 
@@ -12,6 +12,7 @@ from services.router.admission import Admission
 from services.router.candidate import Candidate, Query, Weights, Worker
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
+from services.router.table import Table
 from shared import rpc
 from shared.errors import BlackboardLost, DeadlineExceeded, Fault, InvalidRequest, ModelNotFound, NoWorker
 from shared.page_hash import HASH_BYTES
@@ -62,15 +63,15 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Explain(self, request: router_pb2.ExplainRequest, context: ExplainContext) -> router_pb2.ExplainResponse:  # noqa: ARG002
         """Say what Route would answer, and why."""
         query = parse(request.request)
-        workers = self._survey(request.request, query)
-        candidates = policy.explain(query, workers, self._weights)
+        table = self._survey(request.request, query)
+        candidates = policy.explain(query, table, self._weights)
         if not candidates or candidates[0].rejection:
-            summary = str(policy.nobody(query, workers))
+            summary = str(policy.nobody(query, table))
         else:
             summary = summarize(query, candidates[0], len(candidates))
         return router_pb2.ExplainResponse(candidates=[_candidate(c) for c in candidates], summary=summary)
 
-    async def _rank(self, request: router_pb2.RouteRequest, query: Query) -> Iterator[Candidate]:
+    async def _rank(self, request: router_pb2.RouteRequest, query: Query) -> Sequence[Candidate]:
         """Placements, the best first. While no worker is there at all, one may be about to come."""
         give_up = time.monotonic() + self._no_worker_wait_s
         while True:
@@ -86,20 +87,18 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 self._seconds.record(time.perf_counter() - started)
                 return ranked
 
-    def _survey(self, request: router_pb2.RouteRequest, query: Query) -> list[Worker]:
+    def _survey(self, request: router_pb2.RouteRequest, query: Query) -> Table:
         """The workers of the query's model with what they have of its prompt."""
         remaining = rpc.time_remaining()
         if remaining is not None and remaining <= 0:
             raise DeadlineExceeded("the deadline passed before the request could be placed")
         if not self._fleet.is_known:
             raise BlackboardLost("the router has not seen the fleet yet: Redis cannot be reached")
-        members = self._fleet.members(query.model)
-        if not members:
+        roster = self._fleet.roster(query.model)
+        if not roster.members:
             kind = NoWorker if self._fleet.knows(query.model) else ModelNotFound
             raise kind(f"no worker serves the model {query.model!r}", param="model")
-        incarnations = [(member.registration.name, member.registration.epoch) for member in members]
-        runs = self._mirror.runs(request.page_hashes, incarnations).tolist()
-        return self._fleet.at_this_moment(members, runs)
+        return self._fleet.table(roster, self._mirror.runs(request.page_hashes, roster.incarnations))
 
 
 def parse(request: router_pb2.RouteRequest) -> Query:

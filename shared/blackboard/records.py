@@ -35,13 +35,21 @@ class ModelCard(Record):
 
 
 class Load(Record):
-    """Measured by the worker's engine; fields of `shared.engine.api.EngineLoad`."""
+    """Measured by the worker: fields of `shared.engine.api.EngineLoad` by its engine, the others by its services.
+
+    A prompt's tokens start … end take (end - start) x `prefill_ms_per_token` + (end² - start²) / 2 x
+    `prefill_ms_per_pair`. 0 is a rate that was not measured yet.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
     num_queued_tokens: int = 0
     prefill_ms_per_token: float = 0.0
+    prefill_ms_per_pair: float = 0.0
     decode_step_ms: float = 0.0
+    decode_ms_per_sequence: float = 0.0
+    transfer_bytes_per_ms: float = 0.0
+    output_tokens: float = 0.0
     num_steps: int = 0
     num_preemptions: int = 0
 
@@ -75,6 +83,8 @@ class Registration(Record):
     metrics_address: str = ""
     http_address: str = ""
     draining: bool = False
+    num_beats: int = 0
+    """Counts the registrations of this incarnation: a higher one is a newer report."""
     card: ModelCard | None = None
     rank_pids: tuple[int, ...] = ()
     """Processes that compute with this one, by tensor-parallel rank from 1."""

@@ -148,7 +148,9 @@ class EngineLoad:
     num_waiting: int = 0
     num_queued_tokens: int = 0
     prefill_ms_per_token: float = 0.0
+    prefill_ms_per_pair: float = 0.0
     decode_step_ms: float = 0.0
+    decode_ms_per_sequence: float = 0.0
     num_steps: int = 0
     num_preemptions: int = 0
 

@@ -237,7 +237,9 @@ class Engine:
             num_waiting=len(waiting),
             num_queued_tokens=sum(each.num_uncomputed for each in (*running, *waiting) if each.num_uncomputed > 1),
             prefill_ms_per_token=self._meter.prefill_ms_per_token,
+            prefill_ms_per_pair=self._meter.prefill_ms_per_pair,
             decode_step_ms=self._meter.decode_step_ms,
+            decode_ms_per_sequence=self._meter.draft_ms,
             num_steps=self._meter.num_steps,
             num_preemptions=self._scheduler.num_preemptions,
         )

@@ -55,6 +55,41 @@ class Slope:
         return min(max(0.0, slope), self._y / self._x)
 
 
+@dataclass(slots=True)
+class PromptCost:
+    """What a token of a prompt takes, and what each token before it adds: least squares through the steps so far, old
+    ones fading after `memory` tokens. A step of tokens start … end has (end² - start²) / 2 pairs."""
+
+    memory: float
+    _tt: float = 0.0
+    _tp: float = 0.0
+    _pp: float = 0.0
+    _tm: float = 0.0
+    _pm: float = 0.0
+
+    def add(self, num_tokens: float, num_pairs: float, ms: float) -> None:
+        """Prompt tokens with so many pairs took so long in a step."""
+        keep = max(0.0, 1 - num_tokens / self.memory)
+        self._tt, self._tm = self._tt * keep + num_tokens * num_tokens, self._tm * keep + num_tokens * ms
+        self._tp, self._pp = self._tp * keep + num_tokens * num_pairs, self._pp * keep + num_pairs * num_pairs
+        self._pm = self._pm * keep + num_pairs * ms
+
+    @property
+    def ms_per_pair(self) -> float:
+        """What a pair adds, neither less than nothing nor more than would leave nothing for the token itself; 0 before
+        steps at different depths were seen."""
+        spread = self._tt * self._pp - self._tp * self._tp
+        if spread <= 1e-2 * self._tt * self._pp:
+            return 0.0
+        per_pair = (self._tt * self._pm - self._tp * self._tm) / spread
+        return min(max(0.0, per_pair), self._tm / self._tp)
+
+    @property
+    def ms_per_token(self) -> float:
+        """What a token takes by itself."""
+        return (self._tm - self.ms_per_pair * self._tp) / self._tt if self._tt else 0.0
+
+
 class Meter:
     """Prefill time per token, and what steps take that only decode.
 
@@ -63,15 +98,20 @@ class Meter:
 
     def __init__(self) -> None:
         self.num_steps = 0
-        self._prefill = Rate(memory=8192)
+        self._prefill = PromptCost(memory=8192)
         self._step = Rate(memory=64)
         self._tokens = Rate(memory=64)
         self._row = Slope(memory=256)
 
     @property
     def prefill_ms_per_token(self) -> float:
-        """Milliseconds that a token of a prompt takes."""
-        return self._prefill.ms
+        """Milliseconds that a token of a prompt takes, but for what tokens before it add."""
+        return self._prefill.ms_per_token
+
+    @property
+    def prefill_ms_per_pair(self) -> float:
+        """Milliseconds that each token before it adds."""
+        return self._prefill.ms_per_pair
 
     @property
     def decode_step_ms(self) -> float:
@@ -93,4 +133,5 @@ class Meter:
             self._row.add(sum(1 + part.num_drafts for part in parts), elapsed_ms)
         else:
             decodes = any(part.is_decode for part in parts)
-            self._prefill.add(max(0.0, elapsed_ms - decodes * self._step.ms), num_prompt_tokens)
+            pairs = sum((part.end * part.end - part.start * part.start) / 2 for part in parts if not part.is_decode)
+            self._prefill.add(num_prompt_tokens, pairs, max(0.0, elapsed_ms - decodes * self._step.ms))

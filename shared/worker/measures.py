@@ -1,10 +1,13 @@
 """What a worker measures, as OpenTelemetry instruments."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
+from shared.blackboard.records import Load
 from shared.engine.api import Engine
+from shared.engine.meter import Rate
 
 
 class Measures:
@@ -30,6 +33,7 @@ class Measures:
         self.first_token = meter.create_histogram(
             "forebay_first_token_seconds", unit="s", description="Time from a request's arrival here to its first token"
         )
+        self._byte, self._output = Rate(memory=1e9), Rate(memory=64)
         self._transfer_bytes = meter.create_counter("forebay_transfer_bytes", description="KV bytes read from peers")
         self._checked_pages = meter.create_counter(
             "forebay_checked_pages", description="Pages read from peers whose checksum was verified, by outcome"
@@ -50,6 +54,18 @@ class Measures:
         """One read of KV pages."""
         self._transfer_bytes.add(num_bytes)
         self._transfer_seconds.record(seconds)
+        if num_bytes:
+            self._byte.add(seconds * 1000, num_bytes)
+
+    def finished(self, num_output_tokens: int) -> None:
+        """One output came to its end."""
+        self._output.add(num_output_tokens, 1)
+
+    def load(self) -> Load:
+        """Facts for the router."""
+        engine = asdict(self._engine.load())
+        rate = 1 / self._byte.ms if self._byte.ms else 0.0
+        return Load(**engine, transfer_bytes_per_ms=rate, output_tokens=self._output.ms)
 
     def checked(self, num_pages: int, num_corrupt: int, owner: str) -> None:
         """Pages of a peer whose checksums were compared."""

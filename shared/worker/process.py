@@ -12,7 +12,7 @@ from protos.forebay.v1 import kv_pb2_grpc
 from shared import rpc, telemetry
 from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
-from shared.blackboard.records import Load, ModelCard, Pages, Registration, Role, Room
+from shared.blackboard.records import ModelCard, Pages, Registration, Role, Room
 from shared.engine.loop import EngineLoop
 from shared.engine.transfer.pools import Member, Pools, own_pool
 from shared.engine.transfer.registry import transport
@@ -82,6 +82,7 @@ class _Process:
         self._telemetry, self._stop = measured, stop
         self._admission = Admission()
         self._metrics_address = ""
+        self._num_beats = 0
 
     async def start(self, stack: AsyncExitStack, board: Blackboard, services: Services, metrics_port: int) -> None:
         """Listen, register, and stay registered; `stack` undoes it in reverse order."""
@@ -118,7 +119,7 @@ class _Process:
     def _worker(self, stack: AsyncExitStack, loop: EngineLoop, pools: Pools) -> Worker:
         engine, channels = self._assembled.engine, rpc.Channels()
         stack.push_async_callback(channels.close)
-        measures = Measures(self._telemetry.meter, engine)
+        measures = self._measures = Measures(self._telemetry.meter, engine)
         puller = Puller(channels, pools, engine, measures)
         stack.callback(puller.close)
         kv_servicer = KvServicer(self._identity, engine, pools, checksums=self._config.checksums)
@@ -178,7 +179,8 @@ class _Process:
 
     def _registration(self) -> Registration:
         engine, spec = self._assembled.engine, self._assembled.engine.spec
-        layout, load, counts = spec.layout, engine.load(), engine.kv.counts()
+        layout, counts = spec.layout, engine.kv.counts()
+        self._num_beats += 1
         return Registration(
             role=self._role,
             name=self._identity.name,
@@ -198,7 +200,8 @@ class _Process:
                 model_path=self._assembled.model_path,
             ),
             rank_pids=tuple(rank.pid for rank in self._assembled.ranks),
-            load=Load(**{name: getattr(load, name) for name in Load.model_fields}),
+            num_beats=self._num_beats,
+            load=self._measures.load(),
             pages=Pages(**{name: getattr(counts, name) for name in Pages.model_fields}),
         )
 

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from services.router.candidate import Query, Worker
+from services.router import policy
+from services.router.candidate import Candidate, Query, Weights, Worker
+from services.router.table import Table
 from shared.blackboard.records import Load, ModelCard, Pages, Registration, Role
 
 PAGE_SIZE = 16
@@ -34,6 +36,11 @@ def registration(name: str, epoch: int = 1, **changes: Any) -> Registration:
         "pages": Pages(free=1_000, total=1_000),
     }
     return Registration(**fields | changes)
+
+
+def place(asked: Query, workers: list[Worker], weights: Weights) -> Candidate:
+    """The placement of a request on these workers."""
+    return policy.place(asked, Table.of(workers, weights), weights)
 
 
 def worker(

@@ -19,6 +19,7 @@ from services.router.mirror_feed import MirrorFeed
 from services.router.servicer import RouterServicer
 from shared import rpc
 from shared.blackboard.board import Blackboard
+from shared.blackboard.records import Room
 from shared.errors import (
     BlackboardLost,
     ContextTooLong,
@@ -223,10 +224,20 @@ async def test_a_burst_of_equal_prompts_does_not_herd(valkey_url: str) -> None:
     await router.start()
     await router.fleet_of("p1", "p2", "d1", "d2")
     answers = await asyncio.gather(*(router.route() for _ in range(20)))
-    for role in ("prefill", "decode"):
-        chosen = [getattr(answer.placement, role).worker_id for answer in answers]
-        assert sorted(map(chosen.count, set(chosen))) == [10, 10]
+    computing = [answer.placement.prefill.worker_id or answer.placement.decode.worker_id for answer in answers]
+    decoding = [answer.placement.decode.worker_id for answer in answers]
+    assert max(map(computing.count, ("p1", "p2"))) - min(map(computing.count, ("p1", "p2"))) <= 1
+    assert sorted(map(decoding.count, set(decoding))) == [10, 10]
     await router.stop()
+
+
+async def test_while_all_prefill_workers_are_full_a_decode_worker_with_room_prefills(router: Router) -> None:
+    await router.fleet_of("p1", "d1")
+    await router.board.admission.report(
+        "m", "p1", 1, limits=Room(sequences=1), used=Room(sequences=1), arrived=[], ttl_ms=TTL_MS
+    )
+    placement = (await router.route()).placement
+    assert (placement.decode.worker_id, placement.HasField("prefill")) == ("d1", False)
 
 
 async def test_two_routers_agree(router: Router, valkey_url: str) -> None:

@@ -1,16 +1,19 @@
 """The router's view of workers between two reports, with a clock that the test moves."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import pytest
 
+from services.router import policy
 from services.router.candidate import Weights, Worker
 from services.router.fleet import UNREPORTED_HEARTBEATS, Fleet
-from services.router.policy import place
+from services.router.table import Table
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Load, Registration
-from tests.unit.fleets import query, registration
+from tests.unit.fleets import place, query, registration
 
 WEIGHTS = Weights()
 NO_BOARD = cast("Blackboard", None)
@@ -33,8 +36,13 @@ class World:
         return next(worker for worker in self.workers() if worker.name == name)
 
     def workers(self) -> list[Worker]:
-        members = self.fleet.members("m")
-        return self.fleet.at_this_moment(members, [0] * len(members))
+        return self.table().workers()
+
+    def table(self, cached: Mapping[str, int] | None = None) -> Table:
+        """`cached` pages by worker."""
+        roster = self.fleet.roster("m")
+        pages = [(cached or {}).get(name, 0) for name, _ in roster.incarnations]
+        return self.fleet.table(roster, np.array(pages, np.int64))
 
     def place(self, num_tokens: int) -> None:
         self.fleet.record(place(query(num_tokens), self.workers(), WEIGHTS))
@@ -141,7 +149,5 @@ def test_a_conversations_next_turn_goes_where_its_prefix_is_though_it_was_placed
     world.fleet.record(first)
     assert first.decode is not None
     world.now += 0.06
-    members = world.fleet.members("m")
-    cached = [6 if member.registration.name == first.decode.name else 0 for member in members]
-    second = place(query(110), world.fleet.at_this_moment(members, cached), WEIGHTS)
+    second = policy.place(query(110), world.table({first.decode.name: 6}), WEIGHTS)
     assert second.names == first.names

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
+from services.router import policy
 from services.router.candidate import Candidate, Query, Weights, Worker
 from services.router.config import RouterConfig
-from services.router.policy import explain, place, rank
+from services.router.table import Table
 from shared.blackboard.records import Load, Pages
 from shared.errors import ContextTooLong, NoWorker
-from tests.unit.fleets import card, query, worker
+from tests.unit.fleets import card, place, query, worker
 
 WEIGHTS = Weights()
 
@@ -18,6 +19,10 @@ WEIGHTS = Weights()
 def where(workers: list[Worker], asked: Query | None = None, **weights: Any) -> tuple[str, str]:
     """Names of the chosen decode and prefill worker."""
     return place(asked or query(), workers, Weights(**weights)).names
+
+
+def explain(asked: Query, workers: list[Worker], weights: Weights) -> list[Candidate]:
+    return policy.explain(asked, Table.of(workers, weights), weights)
 
 
 def terms(candidate: Candidate) -> dict[str, float]:
@@ -135,7 +140,7 @@ def test_a_local_prefill_avoids_the_decodes_it_would_stall() -> None:
 
 
 def test_a_remote_prefill_avoids_a_decode_worker_that_has_prompts_of_its_own_to_compute() -> None:
-    assert where([worker("p1"), worker("d1", queue_ms=30), worker("d2", decoding=1)]) == ("d2", "p1")
+    assert where([worker("p1"), worker("d1", queue_ms=90), worker("d2", decoding=1)]) == ("d2", "p1")
 
 
 def test_a_worker_with_room_is_preferred_to_one_that_must_evict_or_wait() -> None:
@@ -148,15 +153,15 @@ def test_a_worker_with_room_is_preferred_to_one_that_must_evict_or_wait() -> Non
 
 
 def test_pages_that_the_prompt_will_reuse_are_not_evicted() -> None:
-    cached = worker("d1", cached=62, pages=Pages(free=1, cached=62, total=100))
-    assert terms(place(query(), [cached], WEIGHTS))["kv"] == 0
+    cached = worker("d1", cached=62, pages=Pages(free=9, cached=62, total=100))
+    assert terms(place(query(), [cached], WEIGHTS))["kv"] == 0  # 62 there, 9 for the last token and the output
 
 
 def test_pages_that_can_neither_be_reused_nor_evicted_must_be_waited_for() -> None:
     full = worker("d1", cached=50, pages=Pages(free=0, cached=62, held=38, total=100))
-    evicted_ms = 12 * 16 * 0.5
+    evicted_ms, num_missing = 12 * 16 * 0.5, 9  # 71 pages for prompt and output, of which 50 are there
     kv_ms = terms(place(query(), [full], WEIGHTS))["kv"]
-    assert kv_ms == pytest.approx(WEIGHTS.eviction_weight * evicted_ms + WEIGHTS.missing_page_ms)
+    assert kv_ms == pytest.approx(WEIGHTS.eviction_weight * evicted_ms + num_missing * WEIGHTS.missing_page_ms)
 
 
 def test_only_the_last_chunk_of_a_transfer_costs_anything() -> None:
@@ -189,7 +194,7 @@ def test_the_second_choice_for_the_prompt_is_the_next_cheapest_that_can_exchange
     fleet = [worker("p1", queue_ms=50), worker("p2", queue_ms=900), worker("p3", queue_ms=90), stranger, worker("d1")]
     placed = place(query(), fleet, WEIGHTS)
     assert placed.names == ("d1", "p1")
-    assert placed.second_prefill is fleet[2]
+    assert placed.second_prefill == fleet[2]
 
 
 def test_without_another_prefill_worker_there_is_no_second_choice() -> None:
@@ -245,7 +250,7 @@ def test_a_worker_that_refused_the_request_because_it_drains_can_be_pulled_from(
     fleet = [worker("p1"), worker("d1", cached=50, draining=True), worker("d2")]
     placed = place(query(excluded=("d1",)), fleet, WEIGHTS)
     assert placed.names == ("d2", "p1")
-    assert placed.source is fleet[1]
+    assert placed.source == fleet[1]
 
 
 # Counting -------------------------------------------------------------------------------------------------------------
@@ -298,7 +303,6 @@ def test_rejections_have_reasons() -> None:
     found = explain(query(), fleet, WEIGHTS)
     reasons = {candidate.names: candidate.rejection for candidate in found if candidate.rejection}
     assert reasons[("d3", "")] == "draining"
-    assert "local_prefill_max_tokens" in reasons[("d2", "")]
     assert "little to compute" in reasons[("d1", "p1")]
 
 
@@ -312,9 +316,24 @@ def test_configuration_and_policy_have_the_same_defaults() -> None:
     assert RouterConfig.load([]).weights() == WEIGHTS
 
 
-def test_every_pair_is_ranked_once_the_chosen_first_and_then_by_cost() -> None:
+def ranked(workers: list[Worker], asked: Query) -> list[Candidate]:
+    return list(policy.rank(asked, Table.of(workers, WEIGHTS), WEIGHTS))
+
+
+def test_every_placement_is_ranked_once_the_chosen_first_and_then_by_cost() -> None:
     fleet = [worker("p1", queue_ms=900), worker("p2"), worker("d1"), worker("d2", decoding=9), worker("d3", decoding=4)]
-    ranked = list(rank(query(), fleet, WEIGHTS))
-    assert ranked[0] == place(query(), fleet, WEIGHTS)
-    assert len({candidate.names for candidate in ranked}) == len(ranked) == 6
-    assert [candidate.cost_ms for candidate in ranked] == sorted(candidate.cost_ms for candidate in ranked)
+    found = ranked(fleet, query())
+    assert found[0] == place(query(), fleet, WEIGHTS)
+    assert len({candidate.names for candidate in found}) == len(found) == 2 * 3 + 3
+    assert [candidate.cost_ms for candidate in found] == sorted(candidate.cost_ms for candidate in found)
+
+
+def test_behind_the_pairs_every_decode_worker_is_offered_alone_should_no_prefill_worker_have_room() -> None:
+    found = [candidate.names for candidate in ranked([worker("p1"), worker("d1"), worker("d2", decoding=1)], query())]
+    assert found == [("d1", "p1"), ("d2", "p1"), ("d1", ""), ("d2", "")]
+
+
+def test_what_is_left_of_a_ranking_goes_on_where_its_beginning_ended() -> None:
+    table = Table.of([worker("p1"), worker("p2"), worker("d1"), worker("d2", decoding=1)], WEIGHTS)
+    all_of_them = policy.rank(query(), table, WEIGHTS)
+    assert [*all_of_them[:2], *all_of_them[2:]] == list(all_of_them)

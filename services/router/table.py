@@ -1,0 +1,115 @@
+"""The workers of a model as arrays, one row each: what the cost is computed from, for all of them at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.router.candidate import Query, Weights, Worker
+from services.router.page_index import Ints
+from shared.blackboard.records import Role
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+class Facts:
+    """What workers reported [workers]: the same for every request until the next heartbeat."""
+
+    def __init__(self, workers: Sequence[Worker], weights: Weights) -> None:
+        self.workers = tuple(workers)
+        loads, pages = [w.registration.load for w in workers], [w.registration.pages for w in workers]
+        cards, groups = [w.card for w in workers], sorted({w.group for w in workers})
+        self.num_groups = len(groups)
+        self.group: Ints = np.array([groups.index(w.group) for w in workers], np.int64)
+        self.is_decode: Bools = np.array([w.role is Role.DECODE for w in workers], np.bool_)
+        self.drains: Bools = np.array([w.registration.draining for w in workers], np.bool_)
+        self.max_tokens = _column([card.max_model_len - 1 for card in cards])
+        self.page_size = _column([card.page_size for card in cards])
+        self.token_bytes = _column([card.kv_bytes_per_token for card in cards])
+        self.free_pages, self.cached_pages = _column([p.free for p in pages]), _column([p.cached for p in pages])
+        self.pool_pages = _column([p.total or np.inf for p in pages])
+        self.prefill_ms = _column([w.prefill_ms_per_token(weights) for w in workers])
+        self.attention_ms = _column([load.prefill_ms_per_pair for load in loads])
+        self.step_ms = _column([w.decode_step_ms(weights) for w in workers])
+        self.sequence_ms = np.maximum(
+            _column([load.decode_ms_per_sequence for load in loads]), weights.min_sequence_share * self.step_ms
+        )
+        default = weights.transfer_gb_per_s * 1e6
+        self.transfer_bytes_per_ms = _column([load.transfer_bytes_per_ms or default for load in loads])
+        self.output_tokens = _column([load.output_tokens or weights.output_tokens for load in loads])
+
+    @cached_property
+    def salts(self) -> NDArray[np.uint64]:
+        """A number for each name."""
+        return np.array([hash64(worker.name.encode()) for worker in self.workers], np.uint64)
+
+    def rows_of(self, names: frozenset[str]) -> list[int]:
+        """Rows of these workers."""
+        return [row for row, worker in enumerate(self.workers) if worker.name in names]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Workers at one moment, for one request: facts, and [workers] of what changes between reports."""
+
+    facts: Facts
+    num_cached_pages: Ints
+    queue_ms: Floats
+    num_decoding: Ints
+    stale_ms: Floats
+    """How much older than they should be the facts are."""
+    last_placed: Ints
+    """Which of the router's placements was the last on it."""
+
+    @staticmethod
+    def of(workers: Sequence[Worker], weights: Weights) -> "Table":
+        """A table of workers as they say of themselves."""
+        return Table(
+            Facts(workers, weights),
+            np.array([worker.num_cached_pages for worker in workers], np.int64),
+            _column([worker.queue_ms for worker in workers]),
+            np.array([worker.num_decoding for worker in workers], np.int64),
+            _column([worker.stale_ms for worker in workers]),
+            np.zeros(len(workers), np.int64),
+        )
+
+    def worker(self, row: int) -> Worker:
+        """A row as an object."""
+        return replace(
+            self.facts.workers[row],
+            num_cached_pages=int(self.num_cached_pages[row]),
+            queue_ms=float(self.queue_ms[row]),
+            num_decoding=int(self.num_decoding[row]),
+            stale_ms=float(self.stale_ms[row]),
+        )
+
+    def workers(self) -> list[Worker]:
+        """All rows."""
+        return [self.worker(row) for row in range(len(self.facts.workers))]
+
+    def num_cached_tokens(self, query: Query) -> Floats:
+        """Tokens of the prompt that need not be computed; the last one always must, for its logits."""
+        cached: Floats = np.minimum(self.num_cached_pages * self.facts.page_size, query.num_prompt_tokens - 1)
+        return cached
+
+    def fit(self, query: Query) -> Bools:
+        """Who may take part."""
+        facts, num_tokens = self.facts, query.num_prompt_tokens
+        fit: Bools = ~facts.drains & (num_tokens <= facts.max_tokens)
+        fit &= num_tokens // facts.page_size + 1 <= facts.pool_pages
+        if query.excluded:
+            fit[facts.rows_of(query.excluded)] = False
+        return fit
+
+
+def hash64(data: bytes) -> int:
+    """64 bits that depend on every bit of the data."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+
+
+def _column(values: Sequence[float]) -> Floats:
+    return np.array(values, np.float64)
