@@ -19,6 +19,7 @@ from shared.engine.api import BatchItem, EngineSpec, SamplingParams
 from shared.engine.executor import TorchExecutor
 from shared.engine.kv.view import DeviceMemory
 from shared.engine.layers.cuda_decoder import CudaDecoder
+from shared.engine.models import dense_shapes
 from shared.engine.models import weights as dense
 from shared.engine.models.config import DenseConfig, parse
 from shared.engine.models.llama import Llama
@@ -48,17 +49,17 @@ class RandomWeights(dense.DenseWeights):
     """Weights of a shape that no checkpoint holds."""
 
     def __init__(self, config: DenseConfig, device: torch.device) -> None:
-        self.config, self._shapes = config, dense.shapes(config)
+        self.config, self._shapes = config, dense_shapes.shapes(config)
         self._chance = torch.Generator(device).manual_seed(0)
 
     def embedding(self) -> torch.Tensor:
-        return self._random(dense.EMBEDDING)
+        return self._random(dense_shapes.EMBEDDING)
 
     def head(self) -> torch.Tensor:
-        return self._random(dense.HEAD)
+        return self._random(dense_shapes.HEAD)
 
     def final_norm(self) -> torch.Tensor:
-        return self._random(dense.FINAL_NORM)
+        return self._random(dense_shapes.FINAL_NORM)
 
     def layer(self, index: int) -> dense.LayerWeights:
         prefix = f"model.layers.{index}."
@@ -140,7 +141,10 @@ def main() -> None:
     engine = executor(config, device, 64 * room // 4)
     torch.cuda.synchronize()
     rate = read_bandwidth(device)
-    read = sum(_product(shape) for name, shape in dense.shapes(config).items() if name != dense.EMBEDDING) * 2
+    read = (
+        sum(_product(shape) for name, shape in dense_shapes.shapes(config).items() if name != dense_shapes.EMBEDDING)
+        * 2
+    )
     print(f"{torch.cuda.get_device_name(0)}; weights made in {time.perf_counter() - started:.1f} s")
     print(f"reading {read / 1e9:.2f} GB of weights at {rate / 1e12:.2f} TB/s takes {read / rate * 1e3:.2f} ms\n")
     print("| step | ms, median (spread) | tokens/s | of the time to read the weights |\n|---|---|---|---|")

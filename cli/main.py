@@ -5,6 +5,7 @@ import typer
 from cli import bench
 from cli.chat import chat
 from cli.explain import explain
+from cli.inspect import inspect
 from cli.make_tiny import make_tiny
 from cli.models import models
 from cli.status import status
@@ -17,7 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Forebay serves large language models through separate prefill and decode workers.",
 )
-for command in (up, status, chat, models, explain, make_tiny):
+for command in (up, status, chat, models, explain, inspect, make_tiny):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from shared.engine.models import glm_config, glm_weights
+from shared.engine.models import glm_config, glm_shapes
 
 GLM_52: dict[str, Any] = {
     "vocab_size": 154880,
@@ -41,9 +41,9 @@ GLM_51 = {name: value for name, value in GLM_52.items() if not name.startswith((
 }
 
 
-def all_shapes(fields: dict[str, Any]) -> glm_weights.Shapes:
+def all_shapes(fields: dict[str, Any]) -> glm_shapes.Shapes:
     config = glm_config.parse(fields)
-    return glm_weights.shapes(config) | glm_weights.mtp_shapes(config, config.num_layers)
+    return glm_shapes.shapes(config) | glm_shapes.mtp_shapes(config, config.num_layers)
 
 
 @pytest.mark.parametrize(

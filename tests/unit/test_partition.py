@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from shared.engine.models import config as dense_config
-from shared.engine.models import glm_config, glm_weights, tiny, weights
+from shared.engine.models import dense_shapes, glm_config, glm_shapes, tiny
 from shared.engine.parallel.partition import ExpertSplit, Part, Shard, of_dense, of_glm
 from shared.errors import Unsupported
 
@@ -39,14 +39,14 @@ def covered(parts: list[Part | None], shape: tuple[int, ...]) -> bool:
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_ranks_hold_every_weight_of_a_glm_once_or_all_of_them(num_ranks: int) -> None:
     owners = [of_glm(GLM, Shard(rank, num_ranks, "matrices"))[1] for rank in range(num_ranks)]
-    for name, shape in glm_weights.shapes(GLM).items():
+    for name, shape in glm_shapes.shapes(GLM).items():
         assert covered([part_of(name) for part_of in owners], shape), name
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_ranks_hold_every_weight_of_a_dense_decoder_once_or_all_of_them(num_ranks: int) -> None:
     owners = [of_dense(LLAMA, Shard(rank, num_ranks))[1] for rank in range(num_ranks)]
-    for name, shape in weights.shapes(LLAMA).items():
+    for name, shape in dense_shapes.shapes(LLAMA).items():
         assert covered([part_of(name) for part_of in owners], shape), name
 
 

@@ -11,17 +11,16 @@ from shared.engine.batch import Batch
 from shared.engine.kernels import build, native
 from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.kv import view
-from shared.engine.kv.layout import KvLayout, pack
+from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import native_decoder
 from shared.engine.layers.decoder import TorchDecoder
+from shared.engine.models import dense_layout
 from shared.engine.models.api import CPU, DraftLayer, Placement
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.config import DenseConfig, read
 from shared.engine.models.weights import DenseWeights
 from shared.engine.parallel.partition import Shard
 from shared.errors import Unsupported
-
-KV = "kv"
 
 
 class Decoder(Protocol):
@@ -61,15 +60,13 @@ class Llama:
         return self._layout(page_size, self._kv_heads)
 
     def _layout(self, page_size: int, heads: range) -> KvLayout:
-        config, dtype = self._config, str(self._dtype).removeprefix("torch.")
-        num_bytes = config.num_layers * 2 * len(heads) * page_size * config.head_dim * self._dtype.itemsize
-        return pack(page_size, {KV: (config.num_layers, dtype, num_bytes)}, heads={KV: heads})
+        return dense_layout.layout(self._config, str(self._dtype).removeprefix("torch."), page_size, heads)
 
     def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
         """Logits float32 [R, vocab_size or more] of the sampled rows; see `models.api.Model`."""
         config = self._config
         shape = (config.num_layers, 2, len(self._kv_heads), layout.page_size, config.head_dim)
-        return self._decoder(batch, view.state_view(pool, view.state_class(layout, KV), shape))
+        return self._decoder(batch, view.state_view(pool, view.state_class(layout, dense_layout.KV), shape))
 
 
 def load(model_dir: Path, placement: Placement) -> Llama:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from shared.engine.models import glm_config, glm_weights
+from shared.engine.models import glm_config, glm_shapes
 from shared.errors import InvalidRequest
 
 # Every peculiarity of GLM-5.2 in 1.7 million parameters: shared selections (F F F S S S F), 8 of the visible tokens
@@ -67,9 +67,9 @@ def write(kind: str, model_dir: Path, seed: int = 0) -> None:
     if kind not in KINDS:
         raise InvalidRequest(f"there is no tiny {kind!r}, only {', '.join(KINDS)}", param="kind")
     config = glm_config.parse(KINDS[kind])
-    shapes = glm_weights.shapes(config)
+    shapes = glm_shapes.shapes(config)
     for layer in range(config.num_mtp_layers):
-        shapes |= glm_weights.mtp_shapes(config, config.num_layers + layer)
+        shapes |= glm_shapes.mtp_shapes(config, config.num_layers + layer)
     noise = torch.Generator().manual_seed(seed)
     model_dir.mkdir(parents=True, exist_ok=True)
     save_file({name: _tensor(name, shape, noise) for name, shape in shapes.items()}, model_dir / "model.safetensors")
