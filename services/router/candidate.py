@@ -68,14 +68,6 @@ class Worker:
         """Workers of one group can exchange pages."""
         return self.card.compatibility_hash
 
-    def prefill_ms_per_token(self, weights: Weights) -> float:
-        """Measured rate, or the default before anything was measured."""
-        return self.registration.load.prefill_ms_per_token or weights.default_prefill_ms_per_token
-
-    def decode_step_ms(self, weights: Weights) -> float:
-        """Measured time of a step, or the default before anything was measured."""
-        return self.registration.load.decode_step_ms or weights.default_decode_step_ms
-
 
 @dataclass(frozen=True, slots=True)
 class Candidate:

@@ -32,15 +32,27 @@ class Facts:
         self.token_bytes = _column([card.kv_bytes_per_token for card in cards])
         self.free_pages, self.cached_pages = _column([p.free for p in pages]), _column([p.cached for p in pages])
         self.pool_pages = _column([p.total or np.inf for p in pages])
-        self.prefill_ms = _column([w.prefill_ms_per_token(weights) for w in workers])
-        self.attention_ms = _column([load.prefill_ms_per_pair for load in loads])
-        self.step_ms = _column([w.decode_step_ms(weights) for w in workers])
+        measured = _column([load.prefill_ms_per_token for load in loads])
+        self.prefill_ms = self._filled(measured, measured > 0, weights.default_prefill_ms_per_token)
+        self.attention_ms = self._filled(_column([load.prefill_ms_per_pair for load in loads]), measured > 0, 0.0)
+        steps = _column([load.decode_step_ms for load in loads])
+        self.step_ms = self._filled(steps, steps > 0, weights.default_decode_step_ms)
         self.sequence_ms = np.maximum(
             _column([load.decode_ms_per_sequence for load in loads]), weights.min_sequence_share * self.step_ms
         )
         default = weights.transfer_gb_per_s * 1e6
         self.transfer_bytes_per_ms = _column([load.transfer_bytes_per_ms or default for load in loads])
         self.output_tokens = _column([load.output_tokens or weights.output_tokens for load in loads])
+
+    def _filled(self, values: Floats, known: Bools, default: float) -> Floats:
+        """A worker that has not measured a rate is taken to be like its peers that have, else like nobody in
+        particular: a default that flatters it would draw every request to the one worker that knows nothing."""
+        filled = np.where(known, values, default)
+        for group in range(self.num_groups):
+            peers = self.group == group
+            if (peers & known).any():
+                filled[peers & ~known] = np.median(values[peers & known])
+        return filled
 
     @cached_property
     def salts(self) -> NDArray[np.uint64]:

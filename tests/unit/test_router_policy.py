@@ -128,6 +128,14 @@ def test_measured_rates_decide_between_fast_and_slow_workers() -> None:
     assert where([worker("p1", load=slow), worker("p2", load=fast, queue_ms=300), worker("d1")]) == ("d1", "p2")
 
 
+def test_a_worker_that_has_measured_nothing_is_taken_to_be_like_its_peers() -> None:
+    slow, new = Load(prefill_ms_per_token=2.0, prefill_ms_per_pair=0.001), Load()
+    stranger = worker("d2", model=card(compatibility_hash="other"), load=new)
+    table = Table.of([worker("p1", load=slow), worker("d1", load=new), stranger], WEIGHTS)
+    assert list(table.facts.prefill_ms) == [2.0, 2.0, WEIGHTS.default_prefill_ms_per_token]
+    assert list(table.facts.attention_ms) == [0.001, 0.001, 0.0]
+
+
 def test_decodes_go_where_fewer_sequences_run() -> None:
     assert where([worker("p1"), worker("d1", decoding=3), worker("d2", decoding=2)]) == ("d2", "p1")
 
