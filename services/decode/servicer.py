@@ -64,6 +64,7 @@ class Generation:
         self._started = time.monotonic()
         self._emitted = self._over = False
         self._num_cached_here = 0
+        self._got_pages = self._started
         self._first: Sequence[int] = ()
         self._drafts: Sequence[int] = ()
 
@@ -71,6 +72,7 @@ class Generation:
         """Prefill where the placement says, then decode here."""
         worker, hashes, num_pages = self._worker, *self._worker.pages_for(self._job)
         table = await worker.loop.reserve(hashes, num_pages)
+        self._got_pages = time.monotonic()
         self._stay.cached(table.num_tokens, table.num_tokens // worker.engine.spec.layout.page_size)
         try:
             if self._request.placement.HasField("prefill"):
@@ -183,8 +185,17 @@ class Generation:
         if not self._emitted:
             self._emitted = True
             measures.first_token.record(time.monotonic() - self._started)
+            if self._request.output_token_ids:
+                self._log_resumed()
             chunk.usage.CopyFrom(self._usage)
         return decode_pb2.GenerateResponse(tokens=chunk)
+
+    def _log_resumed(self) -> None:
+        """An output goes on here that another worker began: what it waited for."""
+        now, usage = time.monotonic(), self._usage
+        cached = usage.num_cached_local + usage.num_cached_remote + usage.num_cached_transferred
+        waited = {"pages_ms": round((self._got_pages - self._started) * 1000), "first_ms": round((now - self._started) * 1000)}
+        log.info("took over", extra={"choice": self._request.request_id, "prefill": self._request.placement.prefill.worker_id, "num_tokens": len(self._job.token_ids), "num_cached": cached} | waited)
 
     def _finished(
         self, reason: generation_pb2.FinishReason.ValueType, stop_token_id: int | None

@@ -67,6 +67,7 @@ class Dispatcher:
                     async for response in responses:
                         if attempt.failed is not None:
                             self._meters.recovered(*attempt.failed)
+                            attempt.log("goes on")
                         attempt.note(response)
                         yield response
                 if attempt.finished:
@@ -114,6 +115,7 @@ class Dispatcher:
             stub: Any = router_pb2_grpc.RouterServiceStub(self._channels.to(router.address))
             self._num_asked[router.address] += 1
             try:
+                log.info("asks", extra={"choice": route.request_id})
                 return await rpc.call(stub.Route, route)
             except _ROUTER_FAULTS as error:
                 log.info("router %s does not answer: %s", router.name, error.message)
@@ -153,8 +155,12 @@ class _Attempt:
     def place(self, response: router_pb2.RouteResponse) -> None:
         """Take the router's decision."""
         self.request.placement.CopyFrom(response.placement)
-        placed = {"choice": self.route.request_id, "decode": response.placement.decode.worker_id}
-        log.info("placed", extra=placed | {"prefill": response.placement.prefill.worker_id})
+        self.log("placed", prefill=response.placement.prefill.worker_id)
+
+    def log(self, what: str, **more: str) -> None:
+        """Tell what became of the choice, and at which decode worker."""
+        placed = {"choice": self.route.request_id, "decode": self.request.placement.decode.worker_id}
+        log.info(what, extra=placed | more)
 
     def note(self, response: decode_pb2.GenerateResponse) -> None:
         """Remember what the client gets."""
