@@ -191,18 +191,16 @@ class Generation:
         return decode_pb2.GenerateResponse(tokens=chunk)
 
     def _log_resumed(self) -> None:
-        """An output goes on here that another worker began: what it waited for."""
-        now, usage = time.monotonic(), self._usage
-        cached = usage.num_cached_local + usage.num_cached_remote + usage.num_cached_transferred
-        waited = {"pages_ms": round((self._got_pages - self._started) * 1000), "first_ms": round((now - self._started) * 1000)}
-        log.info("took over", extra={"choice": self._request.request_id, "prefill": self._request.placement.prefill.worker_id, "num_tokens": len(self._job.token_ids), "num_cached": cached} | waited)
+        """An output that another worker began goes on here: what its client waits for."""
+        waited = {"pages_s": self._got_pages - self._started, "first_s": time.monotonic() - self._started}
+        counts = {"num_tokens": len(self._job.token_ids), "num_cached": _num_cached(self._usage)}
+        log.info("took over", extra={"choice": self._request.request_id} | waited | counts)
 
     def _finished(
         self, reason: generation_pb2.FinishReason.ValueType, stop_token_id: int | None
     ) -> decode_pb2.GenerateResponse:
         usage = self._usage
-        cached = usage.num_cached_local + usage.num_cached_remote + usage.num_cached_transferred
-        self._worker.measures.cached_tokens.add(cached)
+        self._worker.measures.cached_tokens.add(_num_cached(usage))
         self._worker.measures.finished(usage.num_output_tokens)
         finished = decode_pb2.GenerateFinished(reason=reason, usage=usage, stop_token_id=stop_token_id)
         return decode_pb2.GenerateResponse(finished=finished)
@@ -248,6 +246,10 @@ def _takes(worker: Worker, request: decode_pb2.GenerateRequest) -> tuple[int, in
     num_output = min(request.sampling.max_tokens, ASSUMED_OUTPUT_TOKENS)
     num_computed = 0 if request.placement.HasField("prefill") else num_tokens
     return num_computed, worker.engine.spec.layout.num_pages(num_tokens + num_output)
+
+
+def _num_cached(usage: generation_pb2.Usage) -> int:
+    return usage.num_cached_local + usage.num_cached_remote + usage.num_cached_transferred
 
 
 def _is_ours(fault: Fault) -> bool:

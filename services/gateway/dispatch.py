@@ -115,7 +115,6 @@ class Dispatcher:
             stub: Any = router_pb2_grpc.RouterServiceStub(self._channels.to(router.address))
             self._num_asked[router.address] += 1
             try:
-                log.info("asks", extra={"choice": route.request_id})
                 return await rpc.call(stub.Route, route)
             except _ROUTER_FAULTS as error:
                 log.info("router %s does not answer: %s", router.name, error.message)
