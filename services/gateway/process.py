@@ -47,6 +47,7 @@ async def run(config: GatewayConfig) -> None:
         directory = Directory(model_paths(config.model), formats)
         meters = Meters(telemetry_.meter)
         dispatcher = Dispatcher(directory, channels, meters, config.recovery_wait_ms)
+        stack.push_async_callback(dispatcher.settled)
         core = Core(directory, dispatcher, meters, config.max_choices)
         await _serve(config, name, metrics_port, core, telemetry_, board, stop)
 
