@@ -192,9 +192,14 @@ class Generation:
 
     def _log_resumed(self) -> None:
         """An output that another worker began goes on here: what its client waits for."""
-        waited = {"pages_s": self._got_pages - self._started, "first_s": time.monotonic() - self._started}
-        counts = {"num_tokens": len(self._job.token_ids), "num_cached": _num_cached(self._usage)}
-        log.info("took over", extra={"choice": self._request.request_id} | waited | counts)
+        said: dict[str, Any] = {
+            "choice": self._request.request_id,
+            "pages_s": self._got_pages - self._started,
+            "first_s": time.monotonic() - self._started,
+            "num_tokens": len(self._job.token_ids),
+            "num_cached": _num_cached(self._usage),
+        }
+        log.info("took over", extra=said)
 
     def _finished(
         self, reason: generation_pb2.FinishReason.ValueType, stop_token_id: int | None

@@ -114,7 +114,7 @@ class Router:
     async def num_promised(self, name: str) -> int:
         """Requests that a worker is promised to have."""
         async with Redis.from_url(self.url) as redis:
-            return int(await redis.hget(keys.room(name, 1), "promised_sequences") or 0)  # type: ignore[misc]
+            return int(await redis.hget(keys.room(name, 1), "promised_sequences") or 0)
 
     async def explain(self, **changes: Any) -> router_pb2.ExplainResponse:
         asked = router_pb2.ExplainRequest(request=request(**changes))
