@@ -8,7 +8,7 @@ from tests.chaos.answers import COMPLETE, GATEWAY_LOST, LATE, NOT_TAKEN, Answer
 from tests.chaos.faults import END, KILL, STOP, Done
 from tests.chaos.phases import PHASES, phases
 from tests.chaos.sayings import Sayings, Suspected
-from tests.chaos.stalls import Stall, percentile
+from tests.chaos.stalls import Stall, back, percentile
 
 # What an end may come after its deadline.
 GRACE_S = 1.0
@@ -16,6 +16,8 @@ GRACE_S = 1.0
 LONG_STOP_S = 2.0
 # A worker that was hit may be suspected for this long afterwards, until everybody has heard of its next incarnation.
 AFTERMATH_S = 10.0
+# A worker that is told to end takes nothing more after this time.
+STOPS_TAKING_S = 1.0
 SUSPICIOUS = {"WORKER_LOST", "STALE_EPOCH"}
 
 
@@ -47,6 +49,19 @@ class Report:
             s for s in self.said.suspected if s.fault in SUSPICIOUS and not any(_explains(f, s) for f in self.faults)
         ]
 
+    def taken_while_ending(self) -> list[str]:
+        """Requests that a decode worker took more than a moment after it was told to end."""
+        refused = {(s.request, s.choice, s.decode) for s in self.said.suspected}
+        return [
+            f"{place.request} was taken by {place.decode} {place.at - end.at:.2f} s after it was told to end"
+            for end in self.faults
+            if end.kind == END
+            for place in self.said.placed
+            if place.decode == end.name
+            and end.at + STOPS_TAKING_S < place.at < back(end, self.said)
+            and (place.request, place.choice, place.decode) not in refused
+        ]
+
     def violations(self, stall_limits_s: dict[str, float]) -> list[str]:
         """What must not be. `stall_limits_s`: 99th percentiles by kind of fault."""
         found = [*self.wrong[:10], *self.defects[:10]]
@@ -54,7 +69,7 @@ class Report:
         found += [f"{a.ask.name}: {a.end}, {a.overrun_s:+.2f} s from its deadline" for a in late]
         cut = (a for a in self.answers if a.end == GATEWAY_LOST and not self._killed(a))
         found += [f"{a.ask.name}: gateway-{a.gateway} broke the connection, unbidden" for a in cut]
-        found += self.bystanders
+        found += [*self.bystanders, *self.taken_while_ending()]
         if self.num_leaked_pages:
             found.append(f"{self.num_leaked_pages} pages leaked")
         for kind, limit_s in stall_limits_s.items():
@@ -84,6 +99,9 @@ class Report:
             "latest end of a request, from its deadline": f"{longest:+.2f} s",
             "pages leaked, one lease later": self.num_leaked_pages,
             "processes that ended unbidden": len(self.bystanders),
+            f"requests taken by a worker {STOPS_TAKING_S:.0f} s after it was told to end": len(
+                self.taken_while_ending()
+            ),
             "workers given up without a fault": len(self.failovers_without_a_fault()),
             "stall, decode worker killed, beyond recomputing": _spread(map(_seconds, self.stalls_after(KILL))),
             "the same with recomputing": _spread(stall.gap_s for stall in self.stalls_after(KILL)),

@@ -85,7 +85,7 @@ class _Away:
 
     def __init__(self, hits: Sequence[Done], said: Sayings) -> None:
         self._names = {place.decode for place in said.placed}
-        self._spans = [(hit.name, hit.at, hit.until if hit.kind == STOP else _back(hit, said)) for hit in hits]
+        self._spans = [(hit.name, hit.at, hit.until if hit.kind == STOP else back(hit, said)) for hit in hits]
 
     def leaves_some(self, lost: str, began: float, ended: float) -> bool:
         """Whether a worker other than the lost one was there from the beginning to the end."""
@@ -93,7 +93,8 @@ class _Away:
         return bool(self._names - gone - {lost})
 
 
-def _back(hit: Done, said: Sayings) -> float:
+def back(hit: Done, said: Sayings) -> float:
+    """When a worker that was killed or told to end served again."""
     return min((s.at for s in said.served if s.name == hit.name and s.at > hit.at), default=float("inf"))
 
 
