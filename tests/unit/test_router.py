@@ -116,6 +116,12 @@ class Router:
         async with Redis.from_url(self.url) as redis:
             return int(await redis.hget(keys.room(name, 1), "promised_sequences") or 0)
 
+    async def until_queued(self, number: int) -> None:
+        """Wait until so many requests are in the queue."""
+        async with asyncio.timeout(10):
+            while await self.board.admission.num_queued(["m"]) != [number]:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.01)
+
     async def explain(self, **changes: Any) -> router_pb2.ExplainResponse:
         asked = router_pb2.ExplainRequest(request=request(**changes))
         answer: router_pb2.ExplainResponse = await rpc.call(self.stub.Explain, asked, 10)
@@ -245,6 +251,20 @@ async def test_while_all_prefill_workers_are_full_a_decode_worker_with_room_pref
     )
     placement = (await router.route()).placement
     assert (placement.decode.worker_id, placement.HasField("prefill")) == ("d1", False)
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["its client leaves", "its deadline passes"])
+async def test_a_request_that_ends_while_it_waits_leaves_the_queue_at_once(router: Router, leaves: bool) -> None:
+    await router.fleet_of("d1")
+    full = Room(sequences=1)
+    await router.board.admission.report("m", "d1", 1, limits=full, used=full, arrived=[], ttl_ms=TTL_MS)
+    waiting = asyncio.create_task(rpc.call(router.stub.Route, request(), 60 if leaves else 1))
+    await router.until_queued(1)
+    if leaves:
+        waiting.cancel()
+    await asyncio.wait([waiting])
+    assert waiting.cancelled() or isinstance(waiting.exception(), DeadlineExceeded)
+    await router.until_queued(0)
 
 
 async def test_what_was_reserved_for_a_request_that_will_not_come_is_free_at_once(router: Router) -> None:
