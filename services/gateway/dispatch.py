@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -93,7 +93,7 @@ class Dispatcher:
         """Have given back what was reserved for a request that its workers may never have seen."""
         about = router_pb2.WithdrawRequest(request_id=route.request_id, model=route.model, placement=placement)
         with suppress(Fault), rpc.no_deadline(), rpc.deadline(WITHDRAW_S):  # else it lapses
-            await self._ask_routers("Withdraw", about)
+            await self._ask_routers(lambda router: router.Withdraw, about)
 
     async def settled(self) -> None:
         """Wait until what requests left behind is cleared up, for a moment at most."""
@@ -108,7 +108,7 @@ class Dispatcher:
         give_up = time.monotonic() + self._recovery_wait_s
         while True:
             try:
-                response: router_pb2.RouteResponse = await self._ask_routers("Route", attempt.route)
+                response: router_pb2.RouteResponse = await self._ask_routers(lambda router: router.Route, attempt.route)
             except (NoWorker, ModelNotFound) as fault:  # a router that has just started knows of no model
                 if not attempt.may_recover:
                     raise (attempt.fault or NoWorker(fault.message, param=fault.param)) from None
@@ -122,7 +122,7 @@ class Dispatcher:
                 return response
             await self._directory.changed(min(left, ROUTER_RETRY_S, _time_remaining(left)))
 
-    async def _ask_routers(self, method: str, request: object) -> Any:
+    async def _ask_routers(self, method: Callable[[Any], Any], request: object) -> Any:
         """Ask one after the other until one answers.
 
         The one with the fewest calls of ours to answer comes first, of equals a different one each time: one that has
@@ -136,7 +136,7 @@ class Dispatcher:
             stub: Any = router_pb2_grpc.RouterServiceStub(self._channels.to(router.address))
             self._num_asked[router.address] += 1
             try:
-                return await rpc.call(getattr(stub, method), request)
+                return await rpc.call(method(stub), request)
             except _ROUTER_FAULTS as error:
                 log.info("router %s does not answer: %s", router.name, error.message)
                 fault = error
