@@ -67,8 +67,10 @@ def _gap(fault: Done, placed: Sequence[Placed], output: Output, ended: float) ->
         return None
     after = next((place.at for place in placed if place.at > fault.at), None)
     end = fault.until if fault.kind == STOP else after
-    if end is None:  # it had all it needed
-        return None
+    if end is None:
+        if output.finish_reason:  # it had all it needed
+            return None
+        end = ended  # it never went on
     times = output.arrivals if output.finish_reason else [*output.arrivals, ended]
     gaps = [(a, b) for a, b in pairwise(times) if a <= max(end, after or 0.0) and b >= fault.at]
     return max(gaps, key=lambda gap: gap[1] - gap[0], default=None)

@@ -102,6 +102,12 @@ def test_streams_that_had_not_begun_or_had_all_they_needed_did_not_stall(arrival
     assert list(stalls([answer(replace(TWIN, arrivals=arrivals))], [KILLED], said, 0.0)) == []
 
 
+def test_a_stream_that_never_went_on_stalled_to_its_end() -> None:
+    output = replace(TWIN, arrivals=[9.5, 9.99], finish_reason=None)
+    (stall,) = stalls([answer(output, "refused: deadline", 15.0)], [KILLED], Sayings(SAID.placed[:1]), 0.0)
+    assert round(stall.gap_s, 2) == 5.01
+
+
 def test_what_nobody_says_was_computed_is_not_taken_off() -> None:
     output = replace(TWIN, arrivals=[9.5, 9.99, 10.4])
     (stall,) = stalls([answer(output)], [KILLED], Sayings(SAID.placed), prefill_s_per_token=0.01)
