@@ -145,7 +145,7 @@ class Generation:
             self._note_fallback(prefill, fault, handoff.num_kept)
 
     def _prefill_events(self, prefill: kv_pb2.WorkerRef, source: Source, num_held: int) -> Any:
-        stub: Any = prefill_pb2_grpc.PrefillServiceStub(self._worker.channels.to(prefill.address))
+        stub = self._worker.channels.stub(prefill_pb2_grpc.PrefillServiceStub, prefill.address)
         request = prefill_pb2.PrefillRequest(
             request_id=self._request.request_id,
             model=self._request.model,

@@ -4,12 +4,13 @@ Going on is without a seam: the next worker gets the tokens that the client has,
 everywhere, because every random choice depends on seed and position alone.
 """
 
+import asyncio
+import functools
 import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
 
 from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, router_pb2, router_pb2_grpc
 from services.gateway.directory import Directory
@@ -42,6 +43,7 @@ _ROUTER_FAULTS = (WorkerLost, Draining, Cancelled, BlackboardLost)
 MAX_ATTEMPTS = 4
 # While no router answers: time between two tries, unless the blackboard announces one earlier.
 ROUTER_RETRY_S = 0.25
+LOG_LATER_S = 0.001
 _CACHED = ("num_cached_local", "num_cached_remote", "num_cached_transferred")
 
 
@@ -81,7 +83,7 @@ class Dispatcher:
                     await self._directory.changed(ROUTER_RETRY_S)
 
     def _stream(self, attempt: "_Attempt") -> AsyncGenerator[decode_pb2.GenerateResponse, None]:
-        stub: Any = decode_pb2_grpc.DecodeServiceStub(self._channels.to(attempt.request.placement.decode.address))
+        stub = self._channels.stub(decode_pb2_grpc.DecodeServiceStub, attempt.request.placement.decode.address)
         return rpc.stream(stub.Generate, attempt.request)
 
     async def _route(self, attempt: "_Attempt") -> router_pb2.RouteResponse:
@@ -111,7 +113,7 @@ class Dispatcher:
         in_turn = [*routers[self._turn :], *routers[: self._turn]]
         fault: Fault = WorkerLost("none is registered")
         for router in sorted(in_turn, key=lambda router: self._num_asked[router.address]):
-            stub: Any = router_pb2_grpc.RouterServiceStub(self._channels.to(router.address))
+            stub = self._channels.stub(router_pb2_grpc.RouterServiceStub, router.address)
             self._num_asked[router.address] += 1
             try:
                 return await rpc.call(stub.Route, route)
@@ -154,7 +156,9 @@ class _Attempt:
         """Take the router's decision."""
         self.request.placement.CopyFrom(response.placement)
         placed = {"choice": self.route.request_id, "decode": response.placement.decode.worker_id}
-        log.info("placed", extra=placed | {"prefill": response.placement.prefill.worker_id})
+        placed["prefill"] = response.placement.prefill.worker_id
+        # Writing a line takes as long as a hop: let the worker begin meanwhile.
+        asyncio.get_running_loop().call_later(LOG_LATER_S, functools.partial(log.info, "placed", extra=placed))
 
     def note(self, response: decode_pb2.GenerateResponse) -> None:
         """Remember what the client gets."""

@@ -126,13 +126,14 @@ def rest_server(config: GatewayConfig, core: Core, telemetry_: Telemetry) -> tup
     )
     listener = listen(config.host, config.http_port)
     settings = uvicorn.Config(
-        rest.app(),
+        rest,
         loop="none",
         http="httptools",
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=1,
