@@ -161,18 +161,20 @@ class Generation:
         return rpc.stream(stub.Prefill, request)
 
     async def _decode(self, job: EngineRequest, table: PageTable) -> Responses:
-        async with aclosing(self._worker.loop.generate(job, table)) as events:
-            async for event in events:
-                match event:
-                    case TokensSampled():
-                        wire.count_drafts(self._usage, event.num_drafts, event.num_accepted)
-                        if event.tokens:
-                            yield self._tokens(wire.token_chunk(event.tokens))
-                        if event.finish_reason is not None:
-                            yield self._finished(wire.finish_reason(event.finish_reason), event.stop_token_id)
-                            return
-                    case Failed():
-                        raise event.fault
+        """What the engine chose while the message before was on its way goes into one."""
+        async with aclosing(self._worker.loop.bursts(job, table)) as bursts:
+            async for events in bursts:
+                sampled = [event for event in events if isinstance(event, TokensSampled)]
+                for event in sampled:
+                    wire.count_drafts(self._usage, event.num_drafts, event.num_accepted)
+                if tokens := [token for event in sampled for token in event.tokens]:
+                    yield self._tokens(wire.token_chunk(tokens))
+                match events[-1]:
+                    case TokensSampled(finish_reason=reason, stop_token_id=stop) if reason is not None:
+                        yield self._finished(wire.finish_reason(reason), stop)
+                        return
+                    case Failed(fault=fault):
+                        raise fault
         raise Internal("the engine ended a sequence without a reason")
 
     def _tokens(self, chunk: generation_pb2.TokenChunk) -> decode_pb2.GenerateResponse:

@@ -45,8 +45,8 @@ class Route(NamedTuple):
 class Rest:
     """An ASGI application. `tenants` by API key; empty lets everybody in, and the header tells the tenant.
 
-    It finds the endpoint itself: a framework's router and middleware cost a request 0.2 ms, and each chunk of its answer
-    three calls.
+    It finds the endpoint itself: a framework's router and middleware cost a request 0.2 ms, and each chunk of its
+    answer three calls.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Rest:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application. Each request has an id, the client's own if it sent one, which every response repeats."""
+        """Answer. Each request has an id, the client's own if it sent one, which the response repeats."""
         request = Request(scope, receive)
         given = request.headers.get(REQUEST_ID, "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
