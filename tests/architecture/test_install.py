@@ -117,7 +117,7 @@ class _Handler(SimpleHTTPRequestHandler):
         self._asked = asked
         super().__init__(*args, **more)  # type: ignore[arg-type]
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+    def log_message(self, format: str, *args: object) -> None:
         self._asked.append(self.path)
 
 
