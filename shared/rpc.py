@@ -142,7 +142,7 @@ class Channels:
 async def call(method: Callable[..., Awaitable[Response]], request: object, timeout_s: float | None = None) -> Response:
     """Make a unary call. Raises the Fault that the callee raised, or the one that the broken connection means."""
     try:
-        return await method(request, timeout=_timeout(timeout_s), metadata=_outgoing())
+        return await method(request, timeout=_timeout(timeout_s), metadata=outgoing())
     except grpc.aio.AioRpcError as error:
         raise fault_of(error) from None
 
@@ -154,7 +154,7 @@ async def stream(
 
     Use it inside `contextlib.aclosing`, so that leaving early does not wait for the garbage collector.
     """
-    running: Any = method(request, timeout=_timeout(timeout_s), metadata=_outgoing())
+    running: Any = method(request, timeout=_timeout(timeout_s), metadata=outgoing())
     try:
         async for response in running:
             yield response
@@ -164,7 +164,8 @@ async def stream(
         running.cancel()
 
 
-def _outgoing() -> tuple[tuple[str, str], ...]:
+def outgoing() -> tuple[tuple[str, str], ...]:
+    """The metadata of a call: trace and request id of the work at hand."""
     carrier: dict[str, str] = {}
     if trace.get_current_span() is not trace.INVALID_SPAN:
         propagate.inject(carrier)
