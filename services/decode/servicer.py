@@ -64,6 +64,7 @@ class Generation:
         self._started = time.monotonic()
         self._emitted = self._over = False
         self._num_cached_here = 0
+        self._got_pages = self._started
         self._first: Sequence[int] = ()
         self._drafts: Sequence[int] = ()
 
@@ -71,6 +72,7 @@ class Generation:
         """Prefill where the placement says, then decode here."""
         worker, hashes, num_pages = self._worker, *self._worker.pages_for(self._job)
         table = await worker.loop.reserve(hashes, num_pages)
+        self._got_pages = time.monotonic()
         self._stay.cached(table.num_tokens, table.num_tokens // worker.engine.spec.layout.page_size)
         try:
             if self._request.placement.HasField("prefill"):
@@ -185,15 +187,27 @@ class Generation:
         if not self._emitted:
             self._emitted = True
             measures.first_token.record(time.monotonic() - self._started)
+            if self._request.output_token_ids:
+                self._log_resumed()
             chunk.usage.CopyFrom(self._usage)
         return decode_pb2.GenerateResponse(tokens=chunk)
+
+    def _log_resumed(self) -> None:
+        """An output that another worker began goes on here: what its client waits for."""
+        said: dict[str, Any] = {
+            "choice": self._request.request_id,
+            "pages_s": self._got_pages - self._started,
+            "first_s": time.monotonic() - self._started,
+            "num_tokens": len(self._job.token_ids),
+            "num_cached": _num_cached(self._usage),
+        }
+        log.info("took over", extra=said)
 
     def _finished(
         self, reason: generation_pb2.FinishReason.ValueType, stop_token_id: int | None
     ) -> decode_pb2.GenerateResponse:
         usage = self._usage
-        cached = usage.num_cached_local + usage.num_cached_remote + usage.num_cached_transferred
-        self._worker.measures.cached_tokens.add(cached)
+        self._worker.measures.cached_tokens.add(_num_cached(usage))
         self._worker.measures.finished(usage.num_output_tokens)
         finished = decode_pb2.GenerateFinished(reason=reason, usage=usage, stop_token_id=stop_token_id)
         return decode_pb2.GenerateResponse(finished=finished)
@@ -239,6 +253,10 @@ def _takes(worker: Worker, request: decode_pb2.GenerateRequest) -> tuple[int, in
     num_output = min(request.sampling.max_tokens, ASSUMED_OUTPUT_TOKENS)
     num_computed = 0 if request.placement.HasField("prefill") else num_tokens
     return num_computed, worker.engine.spec.layout.num_pages(num_tokens + num_output)
+
+
+def _num_cached(usage: generation_pb2.Usage) -> int:
+    return usage.num_cached_local + usage.num_cached_remote + usage.num_cached_transferred
 
 
 def _is_ours(fault: Fault) -> bool:

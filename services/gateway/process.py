@@ -22,7 +22,7 @@ from services.gateway.meters import Meters
 from services.gateway.parsers.formats import Formats
 from services.gateway.rest import Rest
 from services.gateway.servicer import SERVICE, GatewayServicer
-from shared import rpc, telemetry
+from shared import gentle_start, rpc, telemetry
 from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import Registration, Role
@@ -48,6 +48,7 @@ async def run(config: GatewayConfig) -> None:
         directory = Directory(model_paths(config.model), formats)
         meters = Meters(telemetry_.meter)
         dispatcher = Dispatcher(directory, channels, meters, config.recovery_wait_ms)
+        stack.push_async_callback(dispatcher.settled)
         core = Core(directory, dispatcher, meters, config.max_choices)
         await _serve(config, name, metrics_port, core, telemetry_, board, stop)
 
@@ -97,6 +98,7 @@ async def _serve(
             on_replaced=stop.set,
         )
         heartbeat.start()
+        await gentle_start.over()
         await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
     await _drain(config, core, heartbeat)
     http.should_exit = True

@@ -15,7 +15,7 @@ from services.router.fleet import Fleet
 from services.router.mirror import Mirror
 from services.router.mirror_feed import MirrorFeed
 from services.router.servicer import RouterServicer
-from shared import rpc, telemetry
+from shared import gentle_start, rpc, telemetry
 from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import Registration, Role
@@ -58,6 +58,7 @@ async def serve(
         gc.freeze()  # what start-up made is there to stay: to look through it at a full collection takes 0.1 s
         await server.set_serving(True)
         heartbeat = _register(config, name, epoch, board, port, metrics_port, ended)
+        await gentle_start.over()
         await ended.wait()
         await heartbeat.stop()
     admission.drain()
