@@ -235,16 +235,12 @@ class Generation:
 
 
 async def _announce(events: AsyncIterator[Any], handoff: Handoff) -> prefill_pb2.PrefillFinished:
-    """Pass on what the prefill worker says, to its last message."""
-    finished: prefill_pb2.PrefillFinished | None = None
+    """Pass on what the prefill worker says, to its last message; the end of its stream says nothing more."""
     async for event in events:
-        if event.HasField("pages_ready"):
-            handoff.announce(event.pages_ready)
-        else:
-            finished = event.finished
-    if finished is None:
-        raise BadManifest("the prefill worker ended its stream without a token")
-    return finished
+        if event.HasField("finished"):
+            return event.finished  # type: ignore[no-any-return]
+        handoff.announce(event.pages_ready)
+    raise BadManifest("the prefill worker ended its stream without a token")
 
 
 def _takes(worker: Worker, request: decode_pb2.GenerateRequest) -> tuple[int, int]:
