@@ -237,9 +237,13 @@ class Generation:
 async def _announce(events: AsyncIterator[Any], handoff: Handoff) -> prefill_pb2.PrefillFinished:
     """Pass on what the prefill worker says, to its last message; the end of its stream says nothing more."""
     async for event in events:
+        finished: prefill_pb2.PrefillFinished = event.finished
+        if event.HasField("pages_ready"):
+            handoff.announce(event.pages_ready)
+        elif finished.HasField("last_pages"):
+            handoff.announce(finished.last_pages)
         if event.HasField("finished"):
-            return event.finished  # type: ignore[no-any-return]
-        handoff.announce(event.pages_ready)
+            return finished
     raise BadManifest("the prefill worker ended its stream without a token")
 
 
