@@ -147,7 +147,7 @@ class Generation:
             self._note_fallback(prefill, fault, handoff.num_kept)
 
     def _prefill_events(self, prefill: kv_pb2.WorkerRef, source: Source, num_held: int) -> Any:
-        stub: Any = prefill_pb2_grpc.PrefillServiceStub(self._worker.channels.to(prefill.address))
+        stub = self._worker.channels.stub(prefill_pb2_grpc.PrefillServiceStub, prefill.address)
         request = prefill_pb2.PrefillRequest(
             request_id=self._request.request_id,
             model=self._request.model,
@@ -163,18 +163,20 @@ class Generation:
         return rpc.stream(stub.Prefill, request)
 
     async def _decode(self, job: EngineRequest, table: PageTable) -> Responses:
-        async with aclosing(self._worker.loop.generate(job, table)) as events:
-            async for event in events:
-                match event:
-                    case TokensSampled():
-                        wire.count_drafts(self._usage, event.num_drafts, event.num_accepted)
-                        if event.tokens:
-                            yield self._tokens(wire.token_chunk(event.tokens))
-                        if event.finish_reason is not None:
-                            yield self._finished(wire.finish_reason(event.finish_reason), event.stop_token_id)
-                            return
-                    case Failed():
-                        raise event.fault
+        """What the engine chose while the message before was on its way goes into one."""
+        async with aclosing(self._worker.loop.bursts(job, table)) as bursts:
+            async for events in bursts:
+                sampled = [event for event in events if isinstance(event, TokensSampled)]
+                for event in sampled:
+                    wire.count_drafts(self._usage, event.num_drafts, event.num_accepted)
+                if tokens := [token for event in sampled for token in event.tokens]:
+                    yield self._tokens(wire.token_chunk(tokens))
+                match events[-1]:
+                    case TokensSampled(finish_reason=reason, stop_token_id=stop) if reason is not None:
+                        yield self._finished(wire.finish_reason(reason), stop)
+                        return
+                    case Failed(fault=fault):
+                        raise fault
         raise Internal("the engine ended a sequence without a reason")
 
     def _tokens(self, chunk: generation_pb2.TokenChunk) -> decode_pb2.GenerateResponse:
@@ -233,16 +235,16 @@ class Generation:
 
 
 async def _announce(events: AsyncIterator[Any], handoff: Handoff) -> prefill_pb2.PrefillFinished:
-    """Pass on what the prefill worker says, to its last message."""
-    finished: prefill_pb2.PrefillFinished | None = None
+    """Pass on what the prefill worker says, to its last message; the end of its stream says nothing more."""
     async for event in events:
+        finished: prefill_pb2.PrefillFinished = event.finished
         if event.HasField("pages_ready"):
             handoff.announce(event.pages_ready)
-        else:
-            finished = event.finished
-    if finished is None:
-        raise BadManifest("the prefill worker ended its stream without a token")
-    return finished
+        elif finished.HasField("last_pages"):
+            handoff.announce(finished.last_pages)
+        if event.HasField("finished"):
+            return finished
+    raise BadManifest("the prefill worker ended its stream without a token")
 
 
 def _takes(worker: Worker, request: decode_pb2.GenerateRequest) -> tuple[int, int]:

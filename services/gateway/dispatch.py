@@ -5,6 +5,7 @@ everywhere, because every random choice depends on seed and position alone.
 """
 
 import asyncio
+import functools
 import logging
 import time
 from collections import Counter
@@ -43,6 +44,7 @@ _ROUTER_FAULTS = (WorkerLost, Draining, Cancelled, BlackboardLost)
 MAX_ATTEMPTS = 4
 # While no router answers: time between two tries, unless the blackboard announces one earlier.
 ROUTER_RETRY_S = 0.25
+LOG_LATER_S = 0.001
 WITHDRAW_S = 1.0
 _CACHED = ("num_cached_local", "num_cached_remote", "num_cached_transferred")
 
@@ -101,7 +103,7 @@ class Dispatcher:
             await asyncio.wait(set(self._clearing))
 
     def _stream(self, attempt: "_Attempt") -> AsyncGenerator[decode_pb2.GenerateResponse, None]:
-        stub: Any = decode_pb2_grpc.DecodeServiceStub(self._channels.to(attempt.request.placement.decode.address))
+        stub = self._channels.stub(decode_pb2_grpc.DecodeServiceStub, attempt.request.placement.decode.address)
         return rpc.stream(stub.Generate, attempt.request)
 
     async def _route(self, attempt: "_Attempt") -> router_pb2.RouteResponse:
@@ -133,7 +135,7 @@ class Dispatcher:
         in_turn = [*routers[self._turn :], *routers[: self._turn]]
         fault: Fault = WorkerLost("none is registered")
         for router in sorted(in_turn, key=lambda router: self._num_asked[router.address]):
-            stub: Any = router_pb2_grpc.RouterServiceStub(self._channels.to(router.address))
+            stub = self._channels.stub(router_pb2_grpc.RouterServiceStub, router.address)
             self._num_asked[router.address] += 1
             try:
                 return await rpc.call(method(stub), request)
@@ -181,9 +183,13 @@ class _Attempt:
         self.log("placed", prefill=response.placement.prefill.worker_id)
 
     def log(self, what: str, **more: str) -> None:
-        """Tell what became of the choice, and at which decode worker."""
+        """Tell what became of the choice, and at which decode worker.
+
+        Writing a line takes as long as a hop: the call at hand goes out before.
+        """
         placed = {"choice": self.route.request_id, "decode": self.request.placement.decode.worker_id}
-        log.info(what, extra=placed | more)
+        write = functools.partial(log.info, what, extra=placed | more)
+        asyncio.get_running_loop().call_later(LOG_LATER_S, write)
 
     def note(self, response: decode_pb2.GenerateResponse) -> None:
         """Remember what the client gets."""

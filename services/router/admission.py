@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from opentelemetry.metrics import CallbackOptions, Meter, Observation
+from opentelemetry.metrics import CallbackOptions, Observation
 
 from protos.forebay.v1 import decode_pb2, router_pb2
 from services.router.candidate import Candidate, Query, Worker
@@ -34,6 +34,7 @@ from shared.blackboard.admission import (
     Verdict,
 )
 from shared.errors import BlackboardLost, DeadlineExceeded, Draining, Fault, Overloaded
+from shared.instruments import Meter
 
 log = logging.getLogger(__name__)
 

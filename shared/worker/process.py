@@ -1,6 +1,7 @@
 """The main program of a worker: from configuration to a registered, serving process, and back."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -59,6 +60,7 @@ async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
         process = _Process(role, config, identity, assembled, measured, stop)
         await process.start(stack, board, services, metrics_port)
         await gentle_start.over()
+        gc.freeze()  # what start-up made is there to stay: to look through it at a full collection takes 0.1 s
         log.info("%s serves %s at %s", name, identity.model, process.address)
         await stop.wait()
         await process.drain()

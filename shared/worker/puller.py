@@ -71,7 +71,7 @@ class Puller:
         return Source(ref.worker_id, ref.epoch, peer)
 
     def _stub(self, ref: kv_pb2.WorkerRef) -> Any:
-        return kv_pb2_grpc.KvServiceStub(self._channels.to(ref.address))
+        return self._channels.stub(kv_pb2_grpc.KvServiceStub, ref.address)
 
     def _theirs(self, answer: kv_pb2.ConnectResponse) -> list[RankPool]:
         """The pools of the peer's ranks, if they are of our model. Raises Incompatible."""

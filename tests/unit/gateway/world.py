@@ -129,7 +129,7 @@ class World:
         self.dispatcher = Dispatcher(self.directory, self.channels, meters, recovery_wait_ms=5_000)
         self.core = Core(self.directory, self.dispatcher, meters, max_choices=16)
         rest = Rest(self.core, self.telemetry, tenants=tenants or {}, timeout_ms=30_000, max_body_bytes=100_000)
-        self.app = rest.app()
+        self.app = rest
         transport = httpx.ASGITransport(self.app)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://gateway")
         self.steps: list[Response] = []
