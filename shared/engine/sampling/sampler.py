@@ -7,8 +7,7 @@ from math import isfinite
 import torch
 
 from shared.engine.api import BatchItem, SampledToken, SamplingParams
-from shared.engine.sampling import distribution, logits
-from shared.engine.sampling.uniform import CHOICE, uniform
+from shared.engine.sampling import distribution, gumbel, logits
 from shared.engine.speculation.verify import verified
 
 # A smaller temperature is none: dividing by it would only overflow.
@@ -48,14 +47,14 @@ class Sampler:
         )
 
     def _choose(self, row: torch.Tensor, item: BatchItem) -> SampledToken:
-        params, position = item.sampling, item.position
+        params = item.sampling
         adjusted = self._adjust(row, item)
         best = int(adjusted.argmax())
         if params.temperature < MIN_TEMPERATURE or not isfinite(adjusted[best]):
             token_id = best  # not finite: every token is forbidden, or the model computes nonsense; both still get one
         else:
-            weight = distribution.weights(adjusted, params)
-            token_id = distribution.pick(weight, uniform(params.seed, position, CHOICE))
+            weight = distribution.weights(adjusted, params).cpu().numpy()
+            token_id = gumbel.pick(weight, gumbel.start(params.seed, item.position))
         return _with_logprobs(token_id, row, params)
 
     def _adjust(self, row: torch.Tensor, item: BatchItem) -> torch.Tensor:
