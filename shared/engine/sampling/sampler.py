@@ -33,7 +33,7 @@ class Sampler:
         return chosen
 
     def _pick(self, rows: torch.Tensor, plain: list[int], row: int, item: BatchItem) -> SampledToken:
-        return SampledToken(plain[row]) if self._is_plain(item) else self._choose(rows[row], item)
+        return SampledToken(plain[row]) if self._is_plain(item) else self._choose(rows[row], plain[row], item)
 
     def _is_plain(self, item: BatchItem) -> bool:
         """Whether the largest logit is the answer, and all of it."""
@@ -46,10 +46,10 @@ class Sampler:
             and not self._stops_forbidden(item)
         )
 
-    def _choose(self, row: torch.Tensor, item: BatchItem) -> SampledToken:
+    def _choose(self, row: torch.Tensor, largest: int, item: BatchItem) -> SampledToken:
         params = item.sampling
         adjusted = self._adjust(row, item)
-        best = int(adjusted.argmax())
+        best = largest if adjusted is row else int(adjusted.argmax())
         if params.temperature < MIN_TEMPERATURE or not isfinite(adjusted[best]):
             token_id = best  # not finite: every token is forbidden, or the model computes nonsense; both still get one
         else:
