@@ -36,7 +36,10 @@ def chi_square(found: Any, expected: Any) -> float:
 def test_noise_is_what_it_always_was() -> None:
     """A change would tear sequences that are continued by a newer worker."""
     assert gumbel.start(0, 0) == 0xE220A8397B1DCDAF  # the first output of splitmix64.c from 0
-    assert gumbel.noise(gumbel.start(2**64 - 1, 100_000), np.array([0, 154_855])).tolist() == [0.1362892186735204, 0.6284943503792532]
+    assert gumbel.noise(gumbel.start(2**64 - 1, 100_000), np.array([0, 154_855])).tolist() == [
+        0.1362892186735204,
+        0.6284943503792532,
+    ]
 
 
 @pytest.mark.parametrize(("seed", "position", "token"), [(0, 0, 0), (7, 1_048_575, 154_879), (2**64 - 1, 3, 16_384)])

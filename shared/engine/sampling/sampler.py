@@ -42,7 +42,7 @@ class Sampler:
             params.temperature < MIN_TEMPERATURE
             and params.num_logprobs is None
             and not params.logit_bias
-            and not logits.has_penalties(params)
+            and not params.has_penalties
             and not self._stops_forbidden(item)
         )
 
@@ -59,7 +59,7 @@ class Sampler:
 
     def _adjust(self, row: torch.Tensor, item: BatchItem) -> torch.Tensor:
         params = item.sampling
-        if logits.has_penalties(params):
+        if params.has_penalties:
             row = logits.penalized(row, params, item.history, item.output_start)
         if params.logit_bias:
             row = logits.biased(row, params.logit_bias)
