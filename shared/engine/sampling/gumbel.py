@@ -12,8 +12,6 @@ The noise of a token is a pure function of integers, for any machine and any ord
 that is, the seed's generator yields a start for each position, whose generator yields a number for each token.
 """
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 

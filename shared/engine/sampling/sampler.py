@@ -23,7 +23,7 @@ class Sampler:
 
     def __call__(self, rows: torch.Tensor, items: Sequence[BatchItem], /) -> list[tuple[SampledToken, ...]]:
         """What is chosen for each item: see `verify.verified`. `rows` are logits float32 [R, vocab_size or, padded,
-        more]: for each item one, and one for each of its drafts."""
+        more]: for each item one, and one for each of its drafts. What is padding is never chosen."""
         rows = rows[:, : self._vocab_size]
         plain = rows.argmax(dim=-1).tolist()  # of equals the first, which has the lowest id
         chosen, start = [], 0
