@@ -59,7 +59,7 @@ def main(model_dir: Path, num_tokens: int) -> None:
     begin = _status("VmRSS")
     tokens = worker.run(EngineRequest("long", tuple(prompt(num_tokens)), sampling))
     pool_bytes = num_pages * executor.layout.page_bytes
-    print(json.dumps({"tokens": tokens, "grown": _status("VmHWM") - begin, "pool": pool_bytes}))
+    sys.stdout.write(json.dumps({"tokens": tokens, "grown": _status("VmHWM") - begin, "pool": pool_bytes}))
 
 
 def _status(field: str) -> int:
@@ -144,10 +144,8 @@ class Twin:
     def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Neighbours paired, as complex numbers. x [T, D]."""
         turns = positions[:, None] * self._theta ** (-torch.arange(0, x.shape[1], 2).double() / x.shape[1])
-        turned = torch.view_as_complex(x.unflatten(1, (-1, 2)).contiguous()) * torch.polar(
-            torch.ones_like(turns), turns
-        )
-        return torch.view_as_real(turned).flatten(1)
+        pairs = torch.view_as_complex(x.unflatten(1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(turns), turns)).flatten(1)
 
     def _get(self, name: str, kind: str = "weight") -> torch.Tensor:
         return self._tensors[f"model.{name}.{kind}"]

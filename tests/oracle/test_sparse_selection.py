@@ -46,14 +46,10 @@ def test_the_selection_is_that_of_all_scores(parts: list[tuple[int, int]], top_k
     batch = build(items, PAGE_SIZE)
     found, row = sparse_reference.select(q, head_weights, FloatRows(keys), batch, top_k), 0
     for item, own in zip(items, found, strict=True):
-        end = item.start + len(item.token_ids)
-        rows = slice(row, row := row + len(item.token_ids))
-        assert torch.equal(
-            own,
-            whole(q[rows], head_weights[rows], keys[item.page_ids].flatten(0, 1)[:end], item.start, top_k)[
-                :, -own.shape[1] :
-            ],
-        )
+        end, rows = item.start + len(item.token_ids), slice(row, row := row + len(item.token_ids))
+        own_keys = keys[item.page_ids].flatten(0, 1)[:end]
+        expected = whole(q[rows], head_weights[rows], own_keys, item.start, top_k)
+        assert torch.equal(own, expected[:, -own.shape[1] :])
 
 
 def test_a_score_that_is_no_number_is_not_chosen() -> None:
