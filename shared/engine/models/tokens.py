@@ -17,7 +17,7 @@ def num_tokens(model_dir: Path, vocab_size: int) -> int:
         vocabulary = tokenizer["model"]["vocab"]
         # Unigram models list their pieces; the others map them to ids.
         last = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary) - 1
-        last = max([last, *(token["id"] for token in tokenizer.get("added_tokens") or ())])
+        last = max(map(int, [last, *(token["id"] for token in tokenizer.get("added_tokens") or ())]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unsupported(f"{path} cannot be read: {type(error).__name__}: {error}") from None
     return min(last + 1, vocab_size) or vocab_size
