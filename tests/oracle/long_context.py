@@ -27,8 +27,10 @@ CHANGES = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
     "v_head_dim": 8,
     "index_n_heads": 2,
+    "index_head_dim": 8,
     "index_topk": TOP_K,
     "max_position_embeddings": 1 << 20,
     "eos_token_id": [2],
@@ -139,7 +141,7 @@ class Twin:
         return self._get(name) * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
     def _rotate_first(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return torch.cat((self._rotate(x[:, :8], positions), x[:, 8:]), dim=1)
+        return torch.cat((self._rotate(x[:, :4], positions), x[:, 4:]), dim=1)
 
     def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Neighbours paired, as complex numbers. x [T, D]."""

@@ -26,14 +26,15 @@ from tests.oracle.test_glm_mtp import load, prompt_item, step
 @pytest.mark.parametrize("head_dim", [64, 192, 999])
 def test_head_dim_says_nothing(head_dim: int) -> None:
     """Each release has another, and none is what the name says."""
-    assert glm_config.parse(tiny.GLM_52 | {"head_dim": head_dim}) == glm_config.parse(tiny.GLM_52)
+    assert glm_config.parse({**tiny.GLM_52, "head_dim": head_dim}) == glm_config.parse(tiny.GLM_52)
 
 
 def test_a_list_of_selecting_layers_wins_over_a_pattern_and_that_over_a_frequency() -> None:
     types, pattern = ["full", "full", *["shared"] * 5], "FSFSFSF"
-    by_frequency = glm_config.parse(tiny.GLM_52).full_layers
-    by_pattern = glm_config.parse(tiny.GLM_52 | {"index_topk_pattern": pattern}).full_layers
-    by_types = glm_config.parse(tiny.GLM_52 | {"index_topk_pattern": pattern, "indexer_types": types}).full_layers
+    fields: dict[str, Any] = dict(tiny.GLM_52)
+    by_frequency = glm_config.parse(fields).full_layers
+    by_pattern = glm_config.parse(fields | {"index_topk_pattern": pattern}).full_layers
+    by_types = glm_config.parse(fields | {"index_topk_pattern": pattern, "indexer_types": types}).full_layers
     assert by_frequency == (True, True, True, False, False, False, True)
     assert by_pattern == (True, False) * 3 + (True,)
     assert by_types == (True, True) + (False,) * 5

@@ -7,6 +7,7 @@ what is needed besides the pages grows with the step and not with the context.
 
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -73,6 +74,7 @@ def _highest_scored(
 ) -> torch.Tensor:
     """The selection [T, top_k] of a sequence in the pages `own`: q [T, H, D], head_weights [T, H], positions [T] in
     rising order. Each block of keys is read once, and scored for one block of rows after another."""
+    head_weights = head_weights * q.shape[2] ** -0.5
     best = torch.full((len(q), top_k), -torch.inf)
     chosen = torch.full((len(q), top_k), -1)
     size = max(1, BLOCK_SCORES // (q.shape[1] * BLOCK_KEYS))
@@ -90,18 +92,20 @@ def _highest_scored(
 
 
 def _scores(q: torch.Tensor, head_weights: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Index scores [r, n] of q [r, H, D] and k [n, D], with head_weights [r, H]."""
+    """Index scores [r, n] of q [r, H, D] and k [n, D], with head_weights [r, H] that are scaled."""
     products = torch.relu_(q.flatten(0, 1) @ k.T).view(len(q), -1, len(k))
-    return torch.bmm(head_weights[:, None], products)[:, 0] * q.shape[2] ** -0.5
+    return torch.bmm(head_weights[:, None], products)[:, 0]
 
 
 def _keep_highest(best: torch.Tensor, chosen: torch.Tensor, scores: torch.Tensor, start: int) -> None:
     """Put into `best` [r, K] and `chosen`, scores and positions so far, what is higher in `scores` [r, n], those of
     the positions from `start` on. Few are, behind the first blocks, so only they are looked at twice."""
     top_k = best.shape[1]
-    rows, columns = (scores > best.amin(dim=1, keepdim=True)).nonzero(as_tuple=True)
-    if not len(rows):
+    better = scores > best.amin(dim=1, keepdim=True)
+    found = torch.from_numpy(np.flatnonzero(better.numpy()))  # a quarter of the time of torch's
+    if not len(found):
         return
+    rows, columns = found // scores.shape[1], found % scores.shape[1]
     num = torch.bincount(rows, minlength=len(best))
     places = top_k + torch.arange(len(rows)) - (num.cumsum(0) - num)[rows]
     scored = F.pad(best, (0, int(num.max())), value=-torch.inf)

@@ -41,7 +41,7 @@ def start(seed: int, position: int) -> int:
 def noise(begin: int, token_ids: Ids) -> Floats:
     """A number in (0, 1) for each of the tokens, as if drawn uniformly."""
     words = _words(begin, (token_ids.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)) >> UNUSED_BITS
-    return (words + 0.5) * UNIT
+    return (words.astype(np.float64) + 0.5) * UNIT
 
 
 def pick(weight: Weights, begin: int) -> int:
