@@ -1,6 +1,7 @@
 """Drawing by Gumbel noise: the noise itself, who wins, and how often two distributions choose the same."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_noise_lies_inside_the_interval_whatever_the_word() -> None:
     assert most < 1
 
 
-VARIED = {
+VARIED: dict[str, Callable[[int], Any]] = {
     "tokens": lambda n: gumbel.noise(gumbel.start(3, 5), np.arange(n)),
     "positions": lambda n: np.array([gumbel.noise(gumbel.start(3, p), np.array([5]))[0] for p in range(n)]),
     "seeds": lambda n: np.array([gumbel.noise(gumbel.start(s, 3), np.array([5]))[0] for s in range(n)]),

@@ -93,7 +93,7 @@ def _highest_scored(
 
 def _scores(q: torch.Tensor, head_weights: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Index scores [r, n] of q [r, H, D] and k [n, D], with head_weights [r, H] that are scaled."""
-    products = torch.relu_(q.flatten(0, 1) @ k.T).view(len(q), -1, len(k))
+    products = (q.flatten(0, 1) @ k.T).relu_().view(len(q), -1, len(k))
     return torch.bmm(head_weights[:, None], products)[:, 0]
 
 
