@@ -13,6 +13,7 @@ from shared.engine.kv.view import DeviceMemory, pool_bytes
 from shared.engine.models import registry
 from shared.engine.models.api import CPU, Model, Placement
 from shared.engine.models.inventory import revision
+from shared.engine.models.tokens import num_tokens
 from shared.engine.parallel.group import Alone, Group
 from shared.engine.parallel.partition import Shard
 from shared.engine.sampling.sampler import Sampler
@@ -24,14 +25,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class TorchExecutor:
-    """Satisfies `shared.engine.api.Executor`; `layout` is that of its pages, a rank's share of the spec's."""
+    """Satisfies `shared.engine.api.Executor`; `layout` is that of its pages, a rank's share of the spec's. Ids from
+    `num_tokens` on are never chosen."""
 
-    def __init__(self, model: Model, spec: EngineSpec, memory: PoolMemory) -> None:
+    def __init__(self, model: Model, spec: EngineSpec, memory: PoolMemory, num_tokens: int | None = None) -> None:
         self.spec = spec
         self.layout: KvLayout = model.rank_layout(spec.layout.page_size)
         self.memory: PoolMemory = memory
         self._model = model
-        self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids)
+        self._sampler = Sampler(num_tokens or spec.vocab_size, spec.eos_token_ids)
         drafts = model.draft_layer
         self._drafter = None if drafts is None else MtpDrafter(drafts, self._sampler, self.layout)
         self._pool = pool_bytes(memory)
@@ -107,9 +109,8 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
         num_pages=num_pages,
         compatibility_hash=compatibility_hash(model_name, revision(model_dir), dtype, layout),
     )
-    if where == CPU:
-        return TorchExecutor(model, spec, HostMemory(num_pages, page_bytes))
-    return TorchExecutor(model, spec, DeviceMemory(num_pages, page_bytes, where))
+    memory = HostMemory(num_pages, page_bytes) if where == CPU else DeviceMemory(num_pages, page_bytes, where)
+    return TorchExecutor(model, spec, memory, num_tokens(model_dir, model.vocab_size))
 
 
 def _device(name: str) -> torch.device:

@@ -120,6 +120,7 @@ class Sequence:
             history=self.tokens,
             num_drafts=num_drafts,
             num_wanted=num_wanted,
+            following=self.tokens[end] if end < len(self.tokens) else None,
         )
 
     def unpublished(self) -> tuple[int, list[bytes]]:
