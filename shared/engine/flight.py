@@ -112,6 +112,8 @@ class Flight:
         self._kv.drop(sequence.table)
 
     def _may_be_followed(self) -> bool:
+        if not self._executor.runs_behind:
+            return False
         last, proposes = self._steps[-1], self._executor.proposes
         drafts = any(item.num_drafts or (proposes and item.num_wanted) for item in last.items)
-        return self._executor.runs_behind and not drafts and not isinstance(last.step, Broken)
+        return not drafts and not isinstance(last.step, Broken)

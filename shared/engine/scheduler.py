@@ -103,13 +103,9 @@ class Scheduler:
         one in flight nothing is planned if somebody would have to give pages for it, or has drafts: they can be
         verified once it is known what they are to follow."""
         num_freed, self._short = self._kv.num_freed(), False
-        running = [sequence for sequence in self.running if not sequence.awaits_its_last]
-        decoding = [sequence for sequence in running if sequence.num_uncomputed == 1]
-        growing = [sequence for sequence in decoding if sequence.num_pages_missing]
-        if ahead and any(sequence.drafts for sequence in decoding):
-            return []
-        if ahead and not all(self._kv.extend(sequence.table, sequence.num_pages_missing) for sequence in growing):
-            self._short = True
+        generating = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
+        decoding = [sequence for sequence in generating if not sequence.awaits_its_last] if ahead else generating
+        if ahead and not self._can_go_on(decoding):
             return []
         parts = [_part(sequence, 1) for sequence in decoding if self._grow(sequence)]
         budget = self._max_step_tokens - len(parts)
@@ -120,6 +116,14 @@ class Scheduler:
                 break
         self._stalled_at = None if parts or ahead else num_freed
         return parts if self.is_pressed else self._with_drafts(parts, budget)
+
+    def _can_go_on(self, decoding: list[Sequence]) -> bool:
+        """Whether sequences whose next token is awaited need nothing but a page that is free."""
+        if any(sequence.drafts for sequence in decoding):
+            return False
+        growing = [sequence for sequence in decoding if sequence.num_pages_missing]
+        self._short = not all(self._kv.extend(sequence.table, sequence.num_pages_missing) for sequence in growing)
+        return not self._short
 
     def _with_drafts(self, parts: list[Part], budget: int) -> list[Part]:
         drafted = []

@@ -35,8 +35,8 @@ class Sequence:
     """Tokens, and the pages that hold the KV of the first `num_computed` of them.
 
     `rank` orders sequences: lower runs first. `drafts` may follow `tokens`. Steps in flight choose `num_awaited` tokens
-    more, the last of them as the `place`-th of its step; `table` is as it will be when those steps are done. Only the
-    engine's thread changes a sequence, but for `cancelled`.
+    more, the last of them as the `place`-th of its step; `table` is as it will be when those steps are done. There
+    are never more than `most` tokens. Only the engine's thread changes a sequence, but for `cancelled`.
     """
 
     request: EngineRequest
@@ -46,6 +46,7 @@ class Sequence:
     tokens: list[int] = field(init=False)
     hashes: list[bytes] = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)
+    most: int = field(init=False)
     num_cached_tokens: int = 0
     num_published: int = 0
     num_announced: int = 0
@@ -63,6 +64,8 @@ class Sequence:
         self.hashes = chain(self.request.hash_key, self.tokens, self.limits.page_size)
         eos = () if self.request.sampling.ignore_eos else self.limits.eos_token_ids
         self.stop_token_ids = frozenset((*self.request.sampling.stop_token_ids, *eos))
+        num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.most = min(num_prompt_tokens + self.request.sampling.max_tokens, self.limits.max_len)
 
     @property
     def length(self) -> int:
@@ -77,7 +80,7 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         """Tokens still to compute before the next one can be chosen; 1 while decoding."""
-        return self.length - self.table.num_tokens
+        return len(self.tokens) + self.num_awaited - self.table.num_tokens
 
     @property
     def num_output(self) -> int:
@@ -118,10 +121,9 @@ class Sequence:
         """The item of a step that computes `num_tokens` tokens from `start`, and drafts behind them. It shows the live
         lists, uncopied: they do not change before the step is launched."""
         end = start + num_tokens
-        last = [awaited(self.place)] if end > len(self.tokens) else []
         return BatchItem(
             request_id=self.request.request_id,
-            token_ids=self.tokens[start:end] + last + self.drafts[:num_drafts],
+            token_ids=(self.tokens[start:end] or [awaited(self.place)]) + self.drafts[:num_drafts],
             start=start,
             page_ids=self.table.page_ids,
             sample=end == self.length,
@@ -177,13 +179,9 @@ class Sequence:
     @property
     def is_full(self) -> bool:
         """Whether the output or the context has no room for another token."""
-        return len(self.tokens) >= self._most
+        return len(self.tokens) >= self.most
 
     @property
     def awaits_its_last(self) -> bool:
         """Whether the token that is awaited ends the sequence, whichever it is: nothing is to be computed behind it."""
-        return self.num_awaited > 0 and (self.request.prefill_only or self.length >= self._most)
-
-    @property
-    def _most(self) -> int:
-        return min(len(self.request.prompt_token_ids) + self.request.sampling.max_tokens, self.limits.max_len)
+        return self.num_awaited > 0 and (self.request.prefill_only or self.length >= self.most)

@@ -18,7 +18,7 @@ from shared.engine.sampling.sampler import MIN_TEMPERATURE, Sampler
 from shared.engine.speculation.verify import up_to, verified
 from shared.engine.splitmix import FACTORS, GOLDEN, SHIFTS
 
-# Rows are drawn together as far as they have so many numbers, which bounds what is kept of them meanwhile.
+# Rows are drawn together as far as they have so many numbers: it takes some fifty bytes for each meanwhile.
 MOST_NUMBERS = 1 << 22
 
 
@@ -100,13 +100,14 @@ class BatchedSampler(Sampler):
 def _draw(logits: torch.Tensor, best: torch.Tensor, asked: Sequence[BatchItem]) -> torch.Tensor:
     """A token for each of [D, V]. Where the largest logit, at `best` [D], is not finite, it is the answer."""
     starts = [gumbel.start(item.sampling.seed, item.position) for item in asked]
-    begins = put([start - (start >> 63 << 64) for start in starts], torch.int64, logits.device)
-    largest = logits.gather(1, best[:, None])
-    weight = _weights(logits, largest, asked)
-    steps = (torch.arange(1, logits.shape[1] + 1, device=logits.device)) * _signed(GOLDEN)
-    num_together = max(1, MOST_NUMBERS // logits.shape[1])
-    parts = zip(weight.split(num_together), begins.split(num_together), strict=True)
-    return torch.where(largest[:, 0].isfinite(), torch.cat([pick(*part, steps) for part in parts]), best)
+    begins = put([_signed(start) for start in starts], torch.int64, logits.device)
+    steps = torch.arange(1, logits.shape[1] + 1, device=logits.device) * _signed(GOLDEN)
+    largest, num_together = logits.gather(1, best[:, None]), max(1, MOST_NUMBERS // logits.shape[1])
+    picked = []
+    for first in range(0, len(asked), num_together):
+        rows = slice(first, first + num_together)
+        picked.append(pick(_weights(logits[rows], largest[rows], asked[rows]), begins[rows], steps))
+    return torch.where(largest[:, 0].isfinite(), torch.cat(picked), best)
 
 
 def _weights(logits: torch.Tensor, largest: torch.Tensor, asked: Sequence[BatchItem]) -> torch.Tensor:
@@ -157,4 +158,5 @@ def pick(weight: torch.Tensor, begins: torch.Tensor, steps: torch.Tensor) -> tor
 
 
 def _signed(word: int) -> int:
+    """A word of 64 bits as int64 has it."""
     return word - (word >> 63 << 64)
