@@ -41,6 +41,11 @@ class SamplingParams:
     ignore_eos: bool = False
     num_logprobs: int | None = None
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a choice depends on the tokens before it other than through the model."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
@@ -208,7 +213,7 @@ class BatchItem:
     `page_ids` cover all tokens up to the end of this part. `output_start` is the index in the sequence where its output
     begins (the length of the prompt), and `history` the whole sequence so far, for penalties. The last `num_drafts` of
     `token_ids` are drafts: they are not in `history`, and to be verified. `num_wanted` drafts may be proposed for the
-    next step.
+    next step. `following` is the token behind a part that is not the last, which a drafting layer looks at.
 
     Launched behind another step, a token may be what that one will choose: the id -1 - k (see `awaited`) stands for the
     k-th token that it chooses, and `history` ends before it.
@@ -224,6 +229,7 @@ class BatchItem:
     history: Sequence[int] = field(default=())
     num_drafts: int = 0
     num_wanted: int = 0
+    following: int | None = None
 
     @property
     def position(self) -> int:

@@ -14,6 +14,7 @@ from shared.engine.kv.view import DeviceMemory, pool_bytes
 from shared.engine.models import registry
 from shared.engine.models.api import CPU, Model, Placement
 from shared.engine.models.inventory import revision
+from shared.engine.models.tokens import num_tokens
 from shared.engine.parallel.group import Alone, Group
 from shared.engine.parallel.partition import Shard
 from shared.engine.pinned import Fetched
@@ -28,20 +29,29 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class TorchExecutor:
-    """Satisfies `shared.engine.api.Executor`; `layout` is that of its pages, a rank's share of the spec's.
+    """Satisfies `shared.engine.api.Executor`; `layout` is that of its pages, a rank's share of the spec's. Ids from
+    `num_tokens` on are never chosen.
 
     On a GPU it runs behind, and chooses tokens there; with `behind` it does so wherever it is. A layer that proposes
     drafts goes on from chosen tokens, so with one steps are computed to their end.
     """
 
-    def __init__(self, model: Model, spec: EngineSpec, memory: PoolMemory, *, behind: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        spec: EngineSpec,
+        memory: PoolMemory,
+        num_tokens: int | None = None,
+        *,
+        behind: bool = False,
+    ) -> None:
         self.spec = spec
         self.layout: KvLayout = model.rank_layout(spec.layout.page_size)
         self.memory: PoolMemory = memory
         self.model = model
         self._pool = pool_bytes(memory)
         kind = BatchedSampler if behind or self._pool.is_cuda else Sampler
-        self._sampler = kind(spec.vocab_size, spec.eos_token_ids)
+        self._sampler = kind(num_tokens or spec.vocab_size, spec.eos_token_ids)
         drafts = model.draft_layer
         self._drafter = None if drafts is None else MtpDrafter(drafts, self._sampler, self.layout)
         self._chosen = torch.empty(0, dtype=torch.int64, device=self._pool.device)
@@ -156,7 +166,7 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
         compatibility_hash=compatibility_hash(model_name, revision(model_dir), dtype, layout),
     )
     memory = HostMemory(num_pages, page_bytes) if where == CPU else DeviceMemory(num_pages, page_bytes, where)
-    return TorchExecutor(model, spec, memory)
+    return TorchExecutor(model, spec, memory, num_tokens(model_dir, model.vocab_size))
 
 
 def _device(name: str) -> torch.device:

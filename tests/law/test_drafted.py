@@ -31,7 +31,7 @@ CASES = [
     for model, drafts in (("sim", BY_A_PROPHET), ("sim", BY_ITSELF), ("llama", BY_A_PROPHET))
     for sampling in (GREEDY, SAMPLED)
 ]
-CASES.append(("glm-mtp", BY_ITSELF, SAMPLED))
+CASES += [("glm-mtp", BY_ITSELF, sampling) for sampling in (GREEDY, SAMPLED)]
 CASES += [(f"sim {BEHIND}", drafts, SAMPLED) for drafts in (BY_A_PROPHET, BY_ITSELF)]
 # A random layer is never right about a random model, unless few tokens are left to choose from.
 FEW_TOKENS = tuple((token_id, 200.0) for token_id in (5, 6, 7))

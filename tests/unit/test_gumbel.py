@@ -1,6 +1,7 @@
 """Drawing by Gumbel noise: the noise itself, who wins, and how often two distributions choose the same."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,10 @@ def chi_square(found: Any, expected: Any) -> float:
 def test_noise_is_what_it_always_was() -> None:
     """A change would tear sequences that are continued by a newer worker."""
     assert gumbel.start(0, 0) == 0xE220A8397B1DCDAF  # the first output of splitmix64.c from 0
-    assert gumbel.noise(gumbel.start(2**64 - 1, 100_000), np.array([0, 154_855])).tolist() == [0.1362892186735204, 0.6284943503792532]
+    assert gumbel.noise(gumbel.start(2**64 - 1, 100_000), np.array([0, 154_855])).tolist() == [
+        0.1362892186735204,
+        0.6284943503792532,
+    ]
 
 
 @pytest.mark.parametrize(("seed", "position", "token"), [(0, 0, 0), (7, 1_048_575, 154_879), (2**64 - 1, 3, 16_384)])
@@ -66,7 +70,7 @@ def test_noise_lies_inside_the_interval_whatever_the_word() -> None:
     assert most < 1
 
 
-VARIED = {
+VARIED: dict[str, Callable[[int], Any]] = {
     "tokens": lambda n: gumbel.noise(gumbel.start(3, 5), np.arange(n)),
     "positions": lambda n: np.array([gumbel.noise(gumbel.start(3, p), np.array([5]))[0] for p in range(n)]),
     "seeds": lambda n: np.array([gumbel.noise(gumbel.start(s, 3), np.array([5]))[0] for s in range(n)]),

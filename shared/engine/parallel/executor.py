@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Protocol
 
 from shared.engine.api import BatchItem, Computed, Executor
-from shared.engine.sampling.logits import has_penalties
 from shared.errors import WorkerLost
 
 
@@ -37,7 +36,7 @@ class ParallelExecutor:
     def launch(self, batch: Sequence[BatchItem]) -> Computed:
         """Compute a step on all ranks, to its end. Whatever goes wrong, ranks may be out of step from then on:
         WorkerLost."""
-        lean = batch if self.proposes else [_lean(item) for item in batch]  # a drafting layer looks one token ahead
+        lean = [_lean(item) for item in batch]
         try:
             for follower in self._followers:
                 follower.follow(lean)
@@ -48,4 +47,4 @@ class ParallelExecutor:
 
 def _lean(item: BatchItem) -> BatchItem:
     """Without what only penalties need: a history may be a million tokens, sent to every rank in every step."""
-    return item if has_penalties(item.sampling) else replace(item, history=())
+    return item if item.sampling.has_penalties else replace(item, history=())

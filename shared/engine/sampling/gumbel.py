@@ -12,8 +12,6 @@ The noise of a token is a pure function of integers, for any machine and any ord
 that is, the seed's generator yields a start for each position, whose generator yields a number for each token.
 """
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,7 +41,7 @@ def start(seed: int, position: int) -> int:
 def noise(begin: int, token_ids: Ids) -> Floats:
     """A number in (0, 1) for each of the tokens, as if drawn uniformly."""
     words = _words(begin, (token_ids.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)) >> UNUSED_BITS
-    return (words + 0.5) * UNIT
+    return (words.astype(np.float64) + 0.5) * UNIT
 
 
 def pick(weight: Weights, begin: int) -> int:

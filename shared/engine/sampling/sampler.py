@@ -23,7 +23,7 @@ class Sampler:
 
     def __call__(self, rows: torch.Tensor, items: Sequence[BatchItem], /) -> list[tuple[SampledToken, ...]]:
         """What is chosen for each item: see `verify.verified`. `rows` are logits float32 [R, vocab_size or, padded,
-        more]: for each item one, and one for each of its drafts."""
+        more]: for each item one, and one for each of its drafts. What is padding is never chosen."""
         rows = rows[:, : self._vocab_size]
         plain = rows.argmax(dim=-1).tolist()  # of equals the first, which has the lowest id
         chosen, start = [], 0
@@ -42,7 +42,7 @@ class Sampler:
             params.temperature < MIN_TEMPERATURE
             and params.num_logprobs is None
             and not params.logit_bias
-            and not logits.has_penalties(params)
+            and not params.has_penalties
             and not self._stops_forbidden(item)
         )
 
@@ -59,7 +59,7 @@ class Sampler:
 
     def _adjust(self, row: torch.Tensor, item: BatchItem) -> torch.Tensor:
         params = item.sampling
-        if logits.has_penalties(params):
+        if params.has_penalties:
             row = logits.penalized(row, params, item.history, item.output_start)
         if params.logit_bias:
             row = logits.biased(row, params.logit_bias)
