@@ -18,6 +18,7 @@ import torch
 
 from bench import provenance
 from shared.engine.api import BatchItem, SamplingParams
+from shared.engine.sampling.batched import BatchedSampler
 from shared.engine.sampling.sampler import Sampler
 
 DEVIATION = 6.0
@@ -46,6 +47,17 @@ def cost_us(vocab: int, params: SamplingParams, count: int) -> tuple[float, floa
     for index, item in enumerate(items(params, count)):
         started = time.perf_counter()
         sampler(rows[index % len(rows), None], [item])
+        times.append((time.perf_counter() - started) * 1e6)
+    return statistics.median(times), min(times)
+
+
+def batch_us(kind: type[Sampler], vocab: int, params: SamplingParams, count: int) -> tuple[float, float]:
+    """Median and best time of 8 choices in one call."""
+    rows = torch.randn(8, vocab, generator=torch.Generator().manual_seed(0)) * DEVIATION
+    sampler, asked, times = kind(vocab, ()), list(items(params, 8)), []
+    for _ in range(count):
+        started = time.perf_counter()
+        sampler(rows, asked)
         times.append((time.perf_counter() - started) * 1e6)
     return statistics.median(times), min(times)
 
@@ -83,6 +95,10 @@ def main() -> None:
         costs = [cost_us(vocab, params, args.draws // 5) for params in WAYS.values()]
         cells = [f"{middle:.0f} ({best:.0f})" for middle, best in costs]
         print(f"| {name}, {vocab:,} tokens | {' | '.join(cells)} |", flush=True)
+    print("\n| us for 8 rows | " + " | ".join(WAYS) + " |\n|" + "---|" * (1 + len(WAYS)))
+    for label, kind in (("row by row", Sampler), ("together, as on a GPU", BatchedSampler)):
+        costs = [batch_us(kind, VOCABULARIES["SmolLM2"], params, args.draws // 50) for params in WAYS.values()]
+        print(f"| {label} | {' | '.join(f'{middle:.0f} ({best:.0f})' for middle, best in costs)} |", flush=True)
     error = math.sqrt(0.25 / args.draws / NUM_PAIRS)
     print(f"\n| noise | 1 - TV | same token (± {error:.3f}) | by inversion |\n|---|---|---|---|")
     for noise in NOISES:

@@ -19,7 +19,7 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.engine.api import BatchItem, Chosen, EngineSpec, SampledToken
+from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, SampledToken
 from shared.engine.kv.layout import KvLayout, compatibility_hash, pack
 from shared.engine.kv.memory import HostMemory
 from shared.engine.speculation.verify import verified
@@ -84,6 +84,8 @@ class Rows:
 class SimExecutor:
     """Satisfies `shared.engine.api.Executor`. `sleep` takes seconds, and lets tests take none."""
 
+    runs_behind = False
+
     def __init__(
         self,
         model: SimModel,
@@ -116,8 +118,12 @@ class SimExecutor:
 
     @property
     def proposes(self) -> bool:
-        """Whether `forward` has drafts where they are wanted."""
+        """Whether steps have drafts where they are wanted."""
         return self._model.draft_acceptance > 0
+
+    def launch(self, batch: Sequence[BatchItem]) -> Computed:
+        """Compute a step, at once."""
+        return Computed(self.forward(batch))
 
     def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
         """Write the words of every item's tokens into its pages; return what is chosen for each item with `sample`.

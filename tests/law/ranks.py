@@ -38,7 +38,7 @@ class Thread:
 
     def _run(self) -> None:
         while (batch := self._batches.get()) is not None:
-            self._executor.forward(batch)
+            self._executor.launch(batch).chosen()
 
 
 class Ranks:
