@@ -2,7 +2,7 @@
 
 import typer
 
-from cli import bench
+from cli import bench, evaluate
 from cli.chat import chat
 from cli.explain import explain
 from cli.inspect import inspect
@@ -22,6 +22,7 @@ app = typer.Typer(
 for command in (up, status, chat, models, explain, inspect, make_tiny, quantize):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
+app.add_typer(evaluate.app, name="eval")
 
 if __name__ == "__main__":
     app()

@@ -80,7 +80,8 @@ def nearest(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
     distance = np.abs(values[..., None].astype(np.float64) - grid)
     best = distance.min(-1, keepdims=True)
     index = np.arange(len(grid))
-    return np.where(distance == best, index + (index % 2) * 1000, 10_000).min(-1) % 1000
+    found: np.ndarray = np.where(distance == best, index + (index % 2) * 1000, 10_000).min(-1) % 1000
+    return found
 
 
 def recipe(weight: np.ndarray, amax: np.float32) -> tuple[np.ndarray, np.ndarray, np.float32]:

@@ -19,6 +19,7 @@ from shared.engine.models.tensor_list import ModelTensors
 from shared.engine.quantizer import calibration, choice, description, job
 from shared.engine.quantizer.calibration import read_prompts
 from shared.engine.quantizer.choice import Modules
+from shared.engine.quantizer.crew import Progress
 from shared.errors import Fault, InvalidRequest, Unsupported
 from tests.architecture.tree import ROOT
 from tests.unit.test_glm_shapes import GLM_52
@@ -38,7 +39,7 @@ class Bar:
         self._at(self._done)
 
 
-def progress(at: Callable[[int], None] = lambda _: None) -> job.Progress:
+def progress(at: Callable[[int], None] = lambda _: None) -> Progress:
     @contextmanager
     def bar(_: int) -> Iterator[Bar]:
         yield Bar(at)

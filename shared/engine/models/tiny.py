@@ -57,7 +57,8 @@ GLM_52: Mapping[str, Any] = {
     "pad_token_id": 500,
 }
 # The same with rows of whole groups of 16, as real models have them: it can be quantized to NVFP4.
-GLM_52_EVEN: Mapping[str, Any] = GLM_52 | {
+GLM_52_EVEN: Mapping[str, Any] = {
+    **GLM_52,
     "hidden_size": 112,
     "intermediate_size": 208,
     "moe_intermediate_size": 48,
