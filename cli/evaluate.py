@@ -58,6 +58,7 @@ def bfcl(  # noqa: PLR0913, PLR0917 - a flag each
     limit: Annotated[int, typer.Option(min=0, help="Cases of each category; 0: all.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
     native: Annotated[bool, typer.Option(help="Give tools as such; else in the suite's own words.")] = True,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
     as_json: AsJson = False,
 ) -> None:
     """The Berkeley Function Calling Leaderboard through a gateway, by the package bfcl-eval in its own environment."""
@@ -68,7 +69,7 @@ def bfcl(  # noqa: PLR0913, PLR0917 - a flag each
     if not names:
         fail("the cluster serves no model yet")
     wanted = tuple(name.strip() for name in categories.split(",") if name.strip()) or suite.CATEGORIES
-    settings = suite.Settings(url_of(url), names[0], python, out, wanted, limit, threads, native)
+    settings = suite.Settings(url_of(url), names[0], python, out, wanted, limit, threads, native, max_tokens)
     try:
         found = suite.run(settings)
     except Fault as fault:
@@ -112,9 +113,9 @@ def _figures(found: dict[str, Any]) -> Table:
 
 def _scores(found: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for number, title in enumerate(("category", "cases", "right", "accuracy")):
+    for number, title in enumerate(("category", "cases", "refused", "right", "accuracy")):
         table.add_column(title, justify="right" if number else "left")
     for category, score in found.items():
-        numbers = (str(score["num_cases"]), str(score["num_right"]), f"{score['accuracy']:.1%}")
+        numbers = (*(str(score[key]) for key in ("num_cases", "num_refused", "num_right")), f"{score['accuracy']:.1%}")
         table.add_row(category, *numbers)
     return table

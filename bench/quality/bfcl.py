@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import Unsupported, WorkerLost
+from shared.errors import InvalidRequest, Unsupported, WorkerLost
 
 DRIVER = Path(__file__).with_name("bfcl_driver.py")
 # Single turns that are checked by their syntax tree: no network, no accounts.
@@ -24,8 +24,8 @@ INSTALL = "python3 -m venv bfcl && bfcl/bin/pip install bfcl-eval soundfile, the
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where, which model, and of each category at most `limit` cases (0: all). `native` gives the model tools as such,
-    else it is told of them in the suite's own words."""
+    """Where, which model, and of each category at most `limit` cases (0: all). An answer has at most `max_tokens`.
+    `native` gives the model tools as such, else it is told of them in the suite's own words."""
 
     url: str
     model: str
@@ -35,12 +35,14 @@ class Settings:
     limit: int = 0
     num_threads: int = 8
     native: bool = True
+    max_tokens: int = 1024
     timeout_s: float = 24 * 3600
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """For each category the number of cases and the share that was right. What was said, and judged, is below the
-    directory. Raises Unsupported without the package, WorkerLost if the suite fails."""
+    directory. Raises Unsupported without the package, WorkerLost if the suite fails, InvalidRequest if the gateway
+    refused every question of a category."""
     _require_package(settings.python)
     settings.directory.mkdir(parents=True, exist_ok=True)
     scores = settings.directory / "scores.json"
@@ -49,6 +51,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "model": settings.model,
         "categories": settings.categories,
         "limit": settings.limit,
+        "max_tokens": settings.max_tokens,
         "num_threads": settings.num_threads,
         "native": settings.native,
         "scores": str(scores.resolve()),
@@ -67,6 +70,9 @@ def run(settings: Settings) -> dict[str, Any]:
     if done.returncode or not scores.exists():
         raise WorkerLost(f"the suite ended with {done.returncode} and no scores; what it said is above")
     found: dict[str, Any] = json.loads(scores.read_text(encoding="utf-8"))
+    for category, score in found.items():
+        if score["num_refused"] == score["num_cases"]:
+            raise InvalidRequest(f"every question of {category} was refused: {score['refusal']}")
     return found
 
 

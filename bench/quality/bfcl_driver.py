@@ -1,6 +1,6 @@
 """Runs in the environment of `bfcl-eval`, started by `bench.quality.bfcl`, and knows nothing of the rest of this tree.
 
-One argument, JSON: model, categories, limit, num_threads, native, and `scores`, the file to write.
+One argument, JSON: model, categories, limit, max_tokens, num_threads, native, and `scores`, the file to write.
 """
 
 import json
@@ -17,19 +17,22 @@ from bfcl_eval.model_handler.api_inference.openai_completion import OpenAIComple
 from bfcl_eval.utils import load_dataset_entry
 
 NAME = "forebay"
+REFUSED = "Error during inference"  # how the suite notes a question without an answer
 
 
 class Handler(OpenAICompletionsHandler):  # type: ignore[misc]
     """The suite's own for OpenAI's interface; where that is follows from the environment."""
 
+    max_tokens: int
+
     def generate_with_backoff(self, **request: Any) -> Any:
-        """One question. `store` is about an account with OpenAI."""
-        request.pop("store", None)
-        return super().generate_with_backoff(**request)
+        """One question. The suite bounds no answer, and a small model may repeat itself until its context is full."""
+        return super().generate_with_backoff(**request, max_tokens=self.max_tokens)
 
 
 def main(wanted: dict[str, Any]) -> None:
     """Ask, judge, and write the scores."""
+    Handler.max_tokens = wanted["max_tokens"]
     MODEL_CONFIG_MAPPING[NAME] = ModelConfig(
         model_name=wanted["model"],
         display_name=NAME,
@@ -63,10 +66,18 @@ def main(wanted: dict[str, Any]) -> None:
 
 
 def _score(category: str) -> dict[str, Any]:
-    """The first line of the file that the suite writes for a category."""
-    file = next((eval_config.SCORE_PATH / NAME).rglob(f"*_{category}_score.json"))
-    head = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
-    return {"num_cases": head["total_count"], "num_right": head["correct_count"], "accuracy": head["accuracy"]}
+    """The first line of the file that the suite writes for a category. It takes a question that was refused for one
+    that was answered wrong: those are counted apart, with what the first refusal said."""
+    score = _lines(eval_config.SCORE_PATH, category, "score")[0]
+    said = [str(entry["result"]) for entry in _lines(eval_config.RESULT_PATH, category, "result")]
+    refused = [text for text in said if text.startswith(REFUSED)]
+    counts = {"num_cases": score["total_count"], "num_right": score["correct_count"], "accuracy": score["accuracy"]}
+    return {**counts, "num_refused": len(refused), "refusal": refused[0] if refused else ""}
+
+
+def _lines(directory: Path, category: str, kind: str) -> list[dict[str, Any]]:
+    file = next((directory / NAME).rglob(f"*_{category}_{kind}.json"))
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

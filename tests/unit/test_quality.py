@@ -242,7 +242,8 @@ import json, os, sys
 from pathlib import Path
 wanted = json.loads(sys.argv[2])
 assert os.environ["OPENAI_BASE_URL"] == "http://gateway/v1"
-Path(wanted["scores"]).write_text(json.dumps({name: {"limit": wanted["limit"]} for name in wanted["categories"]}))
+score = {"num_cases": wanted["limit"], "num_refused": REFUSED, "refusal": "no tools here"}
+Path(wanted["scores"]).write_text(json.dumps({name: score for name in wanted["categories"]}))
 """
 
 
@@ -252,10 +253,13 @@ def settings(python: Path, directory: Path) -> bfcl.Settings:
 
 def test_the_suite_runs_in_an_environment_of_its_own(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    (tmp_path / "stand_in.py").write_text(STAND_IN.replace("REFUSED", "2"))
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nexec {sys.executable} {tmp_path}/stand_in.py "$@"\n')
     python.chmod(0o755)
-    assert bfcl.run(settings(python, tmp_path / "out")) == {"multiple": {"limit": 3}}
+    assert bfcl.run(settings(python, tmp_path / "out"))["multiple"]["num_cases"] == 3
+    (tmp_path / "stand_in.py").write_text(STAND_IN.replace("REFUSED", "3"))
+    with pytest.raises(InvalidRequest, match="every question of multiple was refused: no tools here"):
+        bfcl.run(settings(python, tmp_path / "out"))
     (tmp_path / "stand_in.py").write_text("raise SystemExit(3)")
     with pytest.raises(WorkerLost, match="ended with 3"):
         bfcl.run(settings(python, tmp_path / "out"))
