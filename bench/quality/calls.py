@@ -6,6 +6,7 @@ are compared only with themselves.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import httpx
 
 from shared.errors import InvalidRequest, WorkerLost
 
-TIMEOUT_S, MAX_TOKENS = 300.0, 256
+TIMEOUT_S, MAX_TOKENS, NUM_AT_A_TIME = 300.0, 256, 8
 CASES = Path(__file__).with_name("calls.json")
 INSTRUCTIONS = (
     "You can call functions. To call some, answer with nothing but a JSON array of objects, each with the function's "
@@ -62,6 +63,12 @@ class Asker:
 
     def __exit__(self, *_: object) -> None:
         self._http.close()
+
+    def are_right(self, cases: Sequence[Case]) -> tuple[bool, ...]:
+        """Of each case, as `is_right`; several are asked at a time once the first has shown how."""
+        first = self.is_right(cases[0])
+        with ThreadPoolExecutor(NUM_AT_A_TIME) as pool:
+            return (first, *pool.map(self.is_right, cases[1:]))
 
     def is_right(self, case: Case) -> bool:
         """Ask, and check. Raises InvalidRequest or WorkerLost if there is no answer."""

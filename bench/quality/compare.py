@@ -116,7 +116,7 @@ def _ask_both(base: Path, quant: Path, serve: Serve) -> Answers:
     right, native = [], []
     for path in (base, quant):
         with serve(path) as (url, name), calls.Asker(url, name) as asker:
-            right.append(tuple(asker.is_right(case) for case in tqdm(cases, "asking", unit=" cases", disable=None)))
+            right.append(asker.are_right(cases))
             native.append(asker.native)
     if native[0] != native[1]:
         raise InvalidRequest("one model takes tools and the other does not: their answers cannot be compared")

@@ -213,9 +213,7 @@ def gateway(refusing: str) -> Iterator[str]:
 @pytest.mark.parametrize(("refusing", "native"), [("", True), ("tools", False)])
 def test_a_model_without_tools_is_told_of_them_in_words(refusing: str, native: bool) -> None:
     with gateway(refusing) as url, calls.Asker(url, "model") as asker:
-        first, second, *_ = calls.cases()
-        assert asker.is_right(first)
-        assert not asker.is_right(second)
+        assert asker.are_right(calls.cases()) == (True, *[False] * (len(calls.cases()) - 1))
         assert asker.native is native
 
 

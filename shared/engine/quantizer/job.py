@@ -79,8 +79,8 @@ def run(
     model = tensor_list.read(source)
     if not model.from_headers:
         raise Unsupported(f"{source} holds no weights")
-    options = replace(options, modules=options.modules or choice.default(model))
-    names = choice.chosen(model, options.modules or Modules.ALL_LINEARS)
+    modules = options.modules or choice.default(model)
+    options, names = replace(options, modules=modules), choice.chosen(model, modules)
     lock = directory / LOCK
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _take_up(
             differing = [key for key in about if found.get("about", {}).get(key) != about[key]]
             raise InvalidRequest(f"{directory} holds an unfinished run of another {' and '.join(differing)}")
         return dict(found["input_scales"])
-    others = [path.name for path in directory.iterdir() if path.name != LOCK]
+    others = [path.name for path in directory.iterdir() if path.name != LOCK and path.suffix != PARTIAL]
     if others:
         raise InvalidRequest(f"{directory} is not empty: it holds {', '.join(sorted(others)[:3])}")
     scales = calibrate()
