@@ -1,12 +1,11 @@
 """The processes that write the shards of a quantized checkpoint."""
 
 import multiprocessing
-import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Protocol
@@ -34,24 +33,35 @@ Progress = Callable[[int], AbstractContextManager[Bar]]
 
 
 def write_all(shards: Sequence[Shard], source: Path, directory: Path, num_processes: int, progress: Progress) -> None:
-    """Write `shards`, as `shard.write`, in this process or in several; they share out the cores.
+    """Write `shards`, as `shard.write`, in this process or in several.
 
+    Each computes with one thread: work this fine, shared out to threads, waits for whichever of them has lost its core.
     Raises WorkerLost if a process was killed from outside (by the system, for its memory, most likely).
     """
     with progress(sum(shard.source_bytes for shard in shards)) as bar:
         if num_processes == 1:
             checkpoint = Checkpoint(source, torch.bfloat16)
-            for shard in shards:
-                shard_file.write(shard, checkpoint, directory, bar.update)
+            with _one_thread():
+                for shard in shards:
+                    shard_file.write(shard, checkpoint, directory, bar.update)
         elif shards:
             _write_together(shards, source, directory, num_processes, bar)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write_together(shards: Sequence[Shard], source: Path, directory: Path, num_processes: int, bar: Bar) -> None:
     context = multiprocessing.get_context("spawn")
     done: Synchronized[int] = context.Value("q", 0)
-    num_threads = max(1, (os.cpu_count() or 1) // num_processes)
-    with ProcessPoolExecutor(num_processes, context, _Member.begin, (source, directory, num_threads, done)) as pool:
+    with ProcessPoolExecutor(num_processes, context, _Member.begin, (source, directory, done)) as pool:
         try:
             _follow([pool.submit(_Member.write, shard) for shard in shards], done, bar)
         except BrokenProcessPool:
@@ -85,10 +95,10 @@ class _Member:
     done: "Synchronized[int]"
 
     @classmethod
-    def begin(cls, source: Path, directory: Path, num_threads: int, done: "Synchronized[int]") -> None:
+    def begin(cls, source: Path, directory: Path, done: "Synchronized[int]") -> None:
         """First in every process. Ctrl-C is for the one that leads."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(1)
         cls.checkpoint, cls.directory, cls.done = Checkpoint(source, torch.bfloat16), directory, done
 
     @classmethod
