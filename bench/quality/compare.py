@@ -124,6 +124,8 @@ def _ask_both(base: Path, quant: Path, serve: Serve) -> Answers:
 
 
 def _load(path: Path, settings: Settings) -> Model:
+    if settings.dtype not in DTYPES:
+        raise Unsupported(f"dtype {settings.dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     return registry.load(path, Placement(DTYPES[settings.dtype], os.cpu_count() or 1))
 
 

@@ -23,14 +23,21 @@ BASE, QUANT, DIVERGENCE, AGREES = range(4)
 
 
 class Predictions:
-    """Logarithms of probabilities, float32 [tokens, vocab_size], in a file that lives as long as the context."""
+    """Logarithms of probabilities, float32 [tokens, vocab_size], in a file that lives as long as the context.
+
+    Raises InvalidRequest if there is no room for it.
+    """
 
     def __init__(self, model: Model, windows: Sequence[Sequence[int]], directory: Path | None = None) -> None:
         self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by __exit__
         self.vocab_size = model.vocab_size
-        for part in _log_probabilities(model, windows):
-            part.numpy().tofile(self._file)
-        self._file.seek(0)
+        try:
+            for part in _log_probabilities(model, windows):
+                part.numpy().tofile(self._file)
+            self._file.seek(0)
+        except OSError as error:
+            self._file.close()
+            raise InvalidRequest(f"predictions could not be kept, TMPDIR names another place: {error}") from None
 
     def __enter__(self) -> "Predictions":
         return self
