@@ -58,8 +58,8 @@ async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
         identity = Identity(name, epoch, assembled.engine.spec.model)
         process = _Process(role, config, identity, assembled, measured, stop)
         await process.start(stack, board, services, metrics_port)
-        await gentle_start.over()
         log.info("%s serves %s at %s", name, identity.model, process.address)
+        await gentle_start.over()
         await stop.wait()
         await process.drain()
     return process.status
