@@ -59,9 +59,9 @@ async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
         identity = Identity(name, epoch, assembled.engine.spec.model)
         process = _Process(role, config, identity, assembled, measured, stop)
         await process.start(stack, board, services, metrics_port)
-        await gentle_start.over()
         gc.freeze()  # what start-up made is there to stay: to look through it at a full collection takes 0.1 s
         log.info("%s serves %s at %s", name, identity.model, process.address)
+        await gentle_start.over()
         await stop.wait()
         await process.drain()
     return process.status

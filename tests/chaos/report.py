@@ -50,7 +50,9 @@ class Report:
         ]
 
     def taken_while_ending(self) -> list[str]:
-        """Requests that a decode worker took more than a moment after it was told to end."""
+        """Requests that a decode worker took more than a moment after it was told to end. Only of those that came to
+        their end is it known that nobody refused them."""
+        ended = {answer.ask.name for answer in self.answers if answer.end == COMPLETE}
         refused = {(s.request, s.choice, s.decode) for s in self.said.suspected}
         return [
             f"{place.request} was taken by {place.decode} {place.at - end.at:.2f} s after it was told to end"
@@ -58,6 +60,7 @@ class Report:
             if end.kind == END
             for place in self.said.placed
             if place.decode == end.name
+            and place.request in ended
             and end.at + STOPS_TAKING_S < place.at < back(end, self.said)
             and (place.request, place.choice, place.decode) not in refused
         ]

@@ -148,11 +148,14 @@ def test_the_phases_of_a_stall_add_up_to_it() -> None:
 
 def test_a_worker_that_goes_on_taking_requests_after_it_was_told_to_end_is_told() -> None:
     ended = Done("end", "decode-1", at=9.0, until=9.0)
-    taken = report(faults=[ended], said=SAID)
+    taken = report(answer(TWIN), faults=[ended], said=SAID)
     assert ["1.10 s after it was told to end" in problem for problem in taken.violations({})] == [True]
     refused = replace(SAID, suspected=[Suspected("r", 0, "decode-1", "DRAINING", 10.11)])
-    assert report(faults=[ended], said=refused).violations({}) == []
-    assert report(faults=[ended], said=replace(SAID, served=[Served("decode-1", 9.5)])).violations({}) == []
+    assert report(answer(TWIN), faults=[ended], said=refused).violations({}) == []
+    assert (
+        report(answer(TWIN), faults=[ended], said=replace(SAID, served=[Served("decode-1", 9.5)])).violations({}) == []
+    )
+    assert report(answer(TWIN, LEFT), faults=[ended], said=SAID).violations({}) == []
 
 
 def test_a_worker_given_up_without_a_fault_is_told() -> None:
