@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from shared.engine.api import BatchItem, Chosen, SamplingParams
+from shared.engine.api import BatchItem, Computed, SamplingParams
 from shared.engine.parallel.executor import ParallelExecutor
 from shared.errors import WorkerLost
 
@@ -16,8 +16,8 @@ class Own:
     spec = memory = None
     proposes = True
 
-    def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
-        return [None] * len(batch)
+    def launch(self, batch: Sequence[BatchItem]) -> Computed:
+        return Computed([None] * len(batch))
 
 
 class Follower:
@@ -44,7 +44,7 @@ def item(**sampling: float) -> BatchItem:
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}])
 def test_a_history_is_not_sent_where_nothing_depends_on_it(sampling: dict[str, float]) -> None:
     followers = [Follower(), Follower()]
-    assert executor(*followers).forward([item(**sampling)]) == [None]
+    assert executor(*followers).launch([item(**sampling)]).chosen() == [None]
     assert [(told.history, told.token_ids, told.following) for each in followers for told in each.told] == [
         ((), [3], 4)
     ] * 2
@@ -53,10 +53,10 @@ def test_a_history_is_not_sent_where_nothing_depends_on_it(sampling: dict[str, f
 @pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
 def test_penalties_need_the_history(penalty: str) -> None:
     follower = Follower()
-    executor(follower).forward([item(**{penalty: 0.5})])
+    executor(follower).launch([item(**{penalty: 0.5})])
     assert follower.told[0].history == [1, 2, 3, 4]
 
 
 def test_a_follower_that_is_gone_is_the_end_of_the_worker() -> None:
     with pytest.raises(WorkerLost, match="gone or late: BrokenPipeError"):
-        executor(Follower(BrokenPipeError())).forward([item()])
+        executor(Follower(BrokenPipeError())).launch([item()])
