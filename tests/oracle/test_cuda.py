@@ -1,21 +1,37 @@
 """The GPU path beside its twins. Needs an NVIDIA GPU, Triton and FlashInfer."""
 
+from dataclasses import fields, replace
+from functools import cache
+
 import pytest
 import torch
 
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import build
-from shared.engine.kernels import reference
+from shared.engine.kernels import build as compiling
+from shared.engine.kernels import cuda_products, reference, w4a16
 from shared.engine.layers.decoder import TorchDecoder
 from shared.engine.models.config import DenseConfig, parse
 from shared.engine.models.llama import Decoder
-from shared.engine.models.weights import DenseWeights, LayerWeights
+from shared.engine.models.weights import DenseWeights, LayerOf, LayerWeights
 from shared.engine.parallel.group import Alone
+from shared.engine.quantization import nvfp4
+from shared.models.store import default_cache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
+CACHE = default_cache() / "kernels"
 PAGE_SIZE, NUM_PAGES, VOCABULARY = 16, 64, 512
 PLAIN = SamplingParams()
+FREED_SIZES = (8, 16, 32, 64, 128)
+PARTS = ("codes", "scale", "scale_2")
+MATRICES = ("qkv", "output", "gate_up", "down")
+
+
+@cache
+def products() -> cuda_products.CudaProducts:
+    capability, nvcc = torch.cuda.get_device_capability(), compiling.cuda_compiler()
+    return cuda_products.CudaProducts(cuda_products.load(compiling.cuda_library(CACHE, nvcc, capability)))
 
 
 def config(qk_norm: bool) -> DenseConfig:
@@ -24,7 +40,7 @@ def config(qk_norm: bool) -> DenseConfig:
             "architectures": ["Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM"],
             "vocab_size": VOCABULARY,
             "hidden_size": 768,
-            "intermediate_size": 1000,
+            "intermediate_size": 1024,
             "num_hidden_layers": 3,
             "num_attention_heads": 8,
             "num_key_value_heads": 2,
@@ -36,8 +52,8 @@ def config(qk_norm: bool) -> DenseConfig:
 class Weights(DenseWeights):
     """Equal whenever they are asked for."""
 
-    def __init__(self, made: DenseConfig) -> None:
-        self.config, self._chance = made, torch.Generator("cuda")
+    def __init__(self, made: DenseConfig, packed: bool) -> None:
+        self.config, self._chance, self._is_packed = made, torch.Generator("cuda"), packed
 
     def embedding(self) -> torch.Tensor:
         self._chance.manual_seed(100)
@@ -51,10 +67,29 @@ class Weights(DenseWeights):
         self._chance.manual_seed(102)
         return 1 + self._random(768)
 
+    def packed_head(self) -> w4a16.Weight:
+        return self.head()
+
     def layer(self, index: int) -> LayerWeights:
+        layer = self._made(index)
+        if not self._is_packed:
+            return layer
+        rounded = {name: nvfp4.dequantize(nvfp4.quantize(getattr(layer, name))) for name in MATRICES}
+        return replace(layer, **rounded)
+
+    def packed_layer(self, index: int) -> LayerOf[w4a16.Weight]:
+        layer = self._made(index)
+        found = {field.name: getattr(layer, field.name) for field in fields(layer)}
+        if self._is_packed:
+            for name in MATRICES:
+                tensor = nvfp4.quantize(found[name])
+                found[name] = w4a16.pack(tensor.codes, tensor.scale, tensor.scale_2, gated=name == "gate_up")
+        return LayerOf(**found)
+
+    def _made(self, index: int) -> LayerWeights:
         self._chance.manual_seed(index)
         norm = 1 + self._random(128) if self.config.qk_norm else None
-        return LayerWeights(
+        return LayerOf(
             input_norm=1 + self._random(768),
             qkv=self._random(12 * 128, 768),
             qkv_bias=self._random(12 * 128),
@@ -63,9 +98,9 @@ class Weights(DenseWeights):
             output=self._random(768, 1024),
             output_bias=None,
             post_norm=1 + self._random(768),
-            gate_up=self._random(2000, 768),
+            gate_up=self._random(2048, 768),
             gate_up_bias=None,
-            down=self._random(768, 1000),
+            down=self._random(768, 1024),
             down_bias=None,
         )
 
@@ -76,14 +111,14 @@ class Weights(DenseWeights):
 class Both:
     """The same weights in the GPU path and in its twin, each with pages of its own."""
 
-    def __init__(self, qk_norm: bool) -> None:
+    def __init__(self, qk_norm: bool, packed: bool) -> None:
         from shared.engine.layers.cuda_decoder import CudaDecoder
 
         made = config(qk_norm)
         shape = (NUM_PAGES, made.num_layers, 2, made.num_kv_heads, PAGE_SIZE, made.head_dim)
         self.kv = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-        twin: Decoder = TorchDecoder(made, Weights(made), 1, Alone())
-        self.decoders: list[Decoder] = [CudaDecoder(made, Weights(made), 1), twin]
+        twin: Decoder = TorchDecoder(made, Weights(made, packed), 1, Alone())
+        self.decoders: list[Decoder] = [CudaDecoder(made, Weights(made, packed), 1, products()), twin]
 
     @torch.inference_mode()
     def logits(self, items: list[BatchItem]) -> list[torch.Tensor]:
@@ -97,9 +132,9 @@ def item(first_page: int, start: int, num_tokens: int, sample: bool = True) -> B
     return BatchItem(str(first_page), tokens, start, pages, sample, SamplingParams(), start + num_tokens)
 
 
-@pytest.fixture(params=[False, True], ids=["llama", "qwen3"])
+@pytest.fixture(params=[(False, False), (True, False), (True, True)], ids=["llama", "qwen3", "qwen3 in nvfp4"])
 def both(request: pytest.FixtureRequest) -> Both:
-    return Both(request.param)
+    return Both(*request.param)
 
 
 def assert_close(ours: torch.Tensor, twin: torch.Tensor) -> None:
@@ -118,6 +153,24 @@ def test_steps_of_every_kind_equal_the_twin(both: Both) -> None:
     ):
         assert_close(*both.logits(step))
     assert_close(*(kv.float() for kv in both.kv))
+
+
+def test_decoding_and_verifying_equal_the_twin_whatever_ran_before(both: Both) -> None:
+    state = torch.randn(both.kv[0].shape, generator=torch.Generator("cuda").manual_seed(5), device="cuda")
+    for kv in both.kv:
+        kv.copy_(state)
+    steps = (
+        [item(0, 41, 1), item(12, 50, 1), item(24, 150, 1)],
+        [item(0, 42, 1)],
+        [item(12, 51, 3), item(0, 43, 3)],
+        [item(page, 44, 1) for page in range(0, 48, 12)] * 2,
+    )
+    for step in steps * 3:
+        assert_close(*both.logits(step))
+        torch.empty(1 << 20, dtype=torch.int32, device="cuda").fill_(7)  # whatever is free is written to
+        _ = [
+            torch.full((size,), 7, dtype=torch.int32, device="cuda") for size in (8, 16, 32, 64, 128) for _ in range(20)
+        ]
 
 
 def test_a_padded_graph_writes_no_page_but_those_of_its_sequences(both: Both) -> None:
@@ -160,7 +213,9 @@ def test_attention_of_few_queries_equals_the_reference(width: int, group: int) -
     batch = build(items, PAGE_SIZE).to(torch.device("cuda"))
     kv = torch.randn(80, 3, 2, 2, PAGE_SIZE, 128, dtype=torch.bfloat16, device="cuda")[:, 1]
     q = torch.randn(3 * width, 2 * group, 128, dtype=torch.bfloat16, device="cuda")
-    found = triton_paged.attend(q, kv, batch.page_ids, batch.page_starts, batch.context_lens)
+    num_done = triton_paged.counters(3, 2, q.device)
+    found = triton_paged.attend(q, kv, batch.page_ids, batch.page_starts, batch.context_lens, num_done)
+    assert not num_done.any()
     torch.testing.assert_close(found, reference.paged_attention(q, kv, batch), atol=0.02, rtol=0.02)
 
 
@@ -193,3 +248,34 @@ def test_small_kernels_equal_the_reference() -> None:
         triton_dense.add_rms_norm(x, delta, weight, 1e-5), reference.rms_norm(total, weight, 1e-5)
     )
     assert torch.equal(x, total)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 7, 16, 30, 64, 100])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_products_equal_those_of_torch(tokens: int, is_packed: bool) -> None:
+    dense = torch.randn(640, 1280, dtype=torch.bfloat16, device="cuda") * 0.03
+    weight: w4a16.Weight = dense
+    if is_packed:
+        tensor = nvfp4.quantize(dense)
+        packed = weight = w4a16.pack(tensor.codes, tensor.scale, tensor.scale_2)
+        dense = w4a16.unpack(packed, torch.bfloat16)[0]
+    x = torch.randn(tokens, 1280, dtype=torch.bfloat16, device="cuda")
+    torch.testing.assert_close(products().dequantized(weight), dense)
+    expected = x.float() @ dense.float().T
+    torch.testing.assert_close(products().linear(x, weight).float(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 33, 200])
+def test_a_mixture_equals_its_twin(tokens: int) -> None:
+    def packed(rows: int, columns: int, gated: bool) -> w4a16.PackedWeight:
+        many = [nvfp4.quantize(torch.randn(rows, columns, device="cuda") * columns**-0.5) for _ in range(16)]
+        codes, scales, scale_2 = (torch.stack([getattr(t, part) for t in many]) for part in PARTS)
+        return w4a16.pack(codes, scales, scale_2[:, None], gated=gated)
+
+    gate_up, down = packed(512, 1024, True), packed(1024, 256, False)
+    chosen = torch.stack([torch.randperm(16, device="cuda")[:4] for _ in range(tokens)]).int()
+    chosen[chosen == 3] = -1
+    weights, x = torch.rand(tokens, 4, device="cuda"), torch.randn(tokens, 1024, dtype=torch.bfloat16, device="cuda")
+    found = products().experts(x, gate_up, down, chosen, weights)
+    expected = w4a16.TorchProducts().experts(x.float(), gate_up, down, chosen, weights)
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))

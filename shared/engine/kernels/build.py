@@ -1,4 +1,4 @@
-"""Compiles the native CPU kernels on first use: a few seconds, once per source, compiler and processor."""
+"""Compiles kernels on first use: seconds, once per source, compiler and processor (of the GPU: its capability)."""
 
 import hashlib
 import logging
@@ -6,13 +6,18 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-pthread", "-shared", "-fPIC")
-TIMEOUT_S = 120
+CUDA_SOURCES = Path(__file__).parent / "cuda"
+CUDA_FLAGS = ("-std=c++20", "-O3", "-I", str(CUDA_SOURCES), "-shared", "-Xcompiler", "-fPIC", "-cudart", "static")
+MIN_CAPABILITY = (8, 0)  # the first with bf16 on its tensor cores
+ARCH_SPECIFIC = 9  # capabilities from here on have instructions of their own
+TIMEOUT_S = 300
 
 
 class BuildError(Exception):
@@ -23,20 +28,41 @@ def library(cache_dir: Path, gxx: str | None) -> Path:
     """The kernels as the compiler `gxx` makes them, taken from `cache_dir` if they are there. Raises BuildError."""
     if gxx is None:
         raise BuildError("no g++ found")
-    path = cache_dir / f"decoder-{_key(gxx)}.so"
+    path = cache_dir / f"decoder-{_key(gxx, FLAGS, SOURCES, _processor())}.so"
     if not path.exists():
-        _compile(gxx, path)
+        _compile((gxx, *FLAGS, str(SOURCES / "decoder.cpp")), path)
+    return path
+
+
+def cuda_library(cache_dir: Path, nvcc: str | None, capability: tuple[int, int]) -> Path:
+    """The CUDA kernels as `nvcc` makes them for GPUs of one compute capability, as `library`. Raises BuildError."""
+    if nvcc is None:
+        raise BuildError("no nvcc found (on PATH or in CUDA_HOME)")
+    if capability < MIN_CAPABILITY:
+        raise BuildError(f"the GPU's compute capability is {capability[0]}.{capability[1]}, and 8.0 is needed")
+    arch = f"{capability[0]}{capability[1]}{'a' * (capability[0] >= ARCH_SPECIFIC)}"
+    flags = (*CUDA_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}")
+    path = cache_dir / f"products-{arch}-{_key(nvcc, flags, CUDA_SOURCES)}.so"
+    if not path.exists():
+        _compile((nvcc, *flags, str(CUDA_SOURCES / "products.cu")), path)
     return path
 
 
 def compiler() -> str | None:
-    """The compiler, if there is one."""
+    """The compiler for the CPU, if there is one."""
     return shutil.which("g++")
 
 
-def _key(gxx: str) -> str:
-    digest = hashlib.sha256(" ".join(FLAGS).encode() + _run(gxx, "--version") + _processor())
-    for source in sorted(SOURCES.iterdir()):
+def cuda_compiler() -> str | None:
+    """The compiler for GPUs, if there is one."""
+    return shutil.which("nvcc") or shutil.which(
+        "nvcc", path=str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
+    )
+
+
+def _key(program: str, flags: Sequence[str], sources: Path, processor: bytes = b"") -> str:
+    digest = hashlib.sha256(" ".join(flags).encode() + _run(program, "--version") + processor)
+    for source in sorted(sources.iterdir()):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -50,13 +76,13 @@ def _processor() -> bytes:
     return b"\n".join(line for line in lines if line.startswith((b"flags", b"Features", b"model name")))[:8192]
 
 
-def _compile(gxx: str, path: Path) -> None:
+def _compile(command: Sequence[str], path: Path) -> None:
     started = time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = path.with_suffix(f".{os.getpid()}")  # other workers may be compiling the same; the last rename wins
-    _run(gxx, *FLAGS, str(SOURCES / "decoder.cpp"), "-o", str(mine))
+    _run(*command, "-o", str(mine))
     mine.replace(path)
-    log.info("compiled the CPU kernels in %.1f s: %s", time.monotonic() - started, path)
+    log.info("compiled kernels in %.1f s: %s", time.monotonic() - started, path)
 
 
 def _run(*command: str) -> bytes:

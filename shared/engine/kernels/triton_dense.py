@@ -4,9 +4,12 @@ Reductions are in float32; results are rounded where the twins round, so that bo
 of sums.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 SILU_BLOCK = 1024
 
@@ -41,11 +44,16 @@ def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
 def _rotate_and_append(
     qkv, cos, sin, q_norm, k_norm, slots, q_out, kv, page_stride, kind_stride, head_stride, eps,
     NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, PAGE_SIZE: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, HALF)
     source = qkv + (row * (NUM_Q + 2 * NUM_KV) + head) * 2 * HALF
-    low, high = tl.load(source + at), tl.load(source + HALF + at)
+    # Not from L1, which may hold what was there before: this kernel starts while others still run.
+    low, high = tl.load(source + at, cache_modifier=".cg"), tl.load(source + HALF + at, cache_modifier=".cg")
     if head < NUM_Q + NUM_KV:
         first, second = low.to(tl.float32), high.to(tl.float32)
         if NORM:
@@ -68,6 +76,12 @@ def _rotate_and_append(
             target = page + (slot % PAGE_SIZE) * 2 * HALF
             tl.store(target + at, low)
             tl.store(target + HALF + at, high)
+
+
+def launch_options(device: torch.device) -> tuple[bool, dict[str, Any]]:
+    """Whether a kernel may start while the one before it ends (programmatic dependent launch), and how to ask so."""
+    early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return early, {"launch_pdl": True} if early else {}
 
 
 def add_rms_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -108,8 +122,9 @@ def rotate_and_append(
     q = qkv.new_empty(qkv.shape[0], num_q, head_dim)
     q_norm, k_norm = norms
     page_stride, kind_stride, head_stride = kv.stride()[:3]
+    pdl, options = launch_options(qkv.device)
     _rotate_and_append[(qkv.shape[0], num_q + 2 * num_kv)](
         qkv, *angles, q_norm, k_norm, slots, q, kv, page_stride, kind_stride, head_stride, eps,
-        num_q, num_kv, page_size, head_dim // 2, q_norm is not None, num_warps=1,
+        num_q, num_kv, page_size, head_dim // 2, q_norm is not None, pdl, num_warps=1, **options,
     )  # fmt: skip
     return q

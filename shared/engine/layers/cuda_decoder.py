@@ -1,27 +1,33 @@
-"""The dense decoder on a GPU: fused small kernels, decode steps as CUDA graphs, FlashInfer for prompts.
+"""The dense decoder on a GPU: kernels of our own, decode steps as CUDA graphs, FlashInfer for prompts.
 
 A step whose sequences all compute equally many tokens (decode: one; verification of drafts: one more than there are
 drafts) is replayed as a graph, padded to the next size; other steps, prefill above all, are launched kernel by kernel.
+Of few tokens a layer is six kernels, each of which begins while the one before it ends: norms, gates and residuals are
+parts of the products (`kernels.cuda_products`). Matrices in NVFP4 stay packed; many tokens have them dequantized.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from shared.engine.batch import Batch
-from shared.engine.kernels import triton_dense, triton_paged
+from shared.engine.kernels import cuda_products, triton_dense, triton_paged
+from shared.engine.kernels.cuda_products import CudaProducts, Residual
 from shared.engine.kernels.flashinfer_paged import PagedAttention, PagedShape
+from shared.engine.kernels.w4a16 import PackedWeight, Weight
 from shared.engine.layers import rope
 from shared.engine.models.config import DenseConfig
-from shared.engine.models.weights import DenseWeights
+from shared.engine.models.weights import DenseWeights, LayerOf
 from shared.engine.pinned import put
 
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MAX_GRAPH_WIDTH = 8
 MAX_GRAPH_PAGES = 1 << 17
+MAX_FUSED_DENSE = 8  # tokens; cuBLAS takes bf16 matrices faster beyond
 NOBODY = -1
 
 # (queries [T, H, D], one layer's kv) -> [T, H, D]
@@ -35,21 +41,33 @@ class Graph:
 
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
+    counters: torch.Tensor  # of attention's splits; the graph has but its address
     logits: torch.Tensor
 
 
 class CudaDecoder:
-    """Satisfies `models.llama.Decoder`, for batches in host memory and weights and pages on the GPU."""
+    """Satisfies `models.llama.Decoder`, for batches in host memory and weights and pages on the GPU. Without `products`
+    everything is dequantized."""
 
     num_torch_threads = 1
 
-    def __init__(self, config: DenseConfig, weights: DenseWeights, _num_threads: int) -> None:
+    def __init__(
+        self, config: DenseConfig, weights: DenseWeights, _num_threads: int, products: CudaProducts | None
+    ) -> None:
         self._config = config
         self._embedding, self._norm = weights.embedding(), weights.final_norm()
-        self._head = self._embedding if config.tied_embeddings else weights.head()
+        self._head: Weight = self._embedding
+        if not config.tied_embeddings:
+            self._head = weights.packed_head() if products else weights.head()
         self._device = device = self._embedding.device
         self._frequencies = rope.inverse_frequencies(config).to(device)
-        self._layers = [weights.layer(index) for index in range(config.num_layers)]
+        layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
+        self._layers: list[LayerOf[Weight]] = [_layer(weights, index, products) for index in layers]
+        self._products = products
+        matrices = [self._head] + [m for w in self._layers for m in (w.qkv, w.output, w.gate_up, w.down)]
+        suits = products is not None and all(map(cuda_products.suits, matrices))
+        is_packed = any(isinstance(matrix, PackedWeight) for matrix in matrices)
+        self._max_fused = (cuda_products.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._paged: PagedAttention | None = None
 
@@ -68,7 +86,7 @@ class CudaDecoder:
         token_ids, places = batch.token_ids.to(self._device), put(places, torch.int32, self._device)
         rows = torch.cat((token_ids[None], places))
         x = self._hidden(rows, self._paged, kv)
-        return F.linear(x[put(batch.sampled_rows, torch.int32, self._device)], self._head).float()
+        return self._product(x[put(batch.sampled_rows, torch.int32, self._device)], self._head).float()
 
     def _replay(self, batch: Batch, width: int, kv: torch.Tensor) -> torch.Tensor:
         size = GRAPH_SIZES[bisect_left(GRAPH_SIZES, batch.num_sequences)]
@@ -92,19 +110,25 @@ class CudaDecoder:
         inputs[3 * num_rows : 3 * num_rows + size] = width
         rows, table = inputs[: 3 * num_rows].view(3, num_rows), inputs[3 * num_rows :]
         lengths, starts, ids = table[:size], table[size : 2 * size + 1], table[2 * size + 1 :]
+        num_done = triton_paged.counters(size, self._config.num_kv_heads, self._device)
 
         def attend(q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-            return triton_paged.attend(q, pages, ids, starts, lengths)
+            return triton_paged.attend(q, pages, ids, starts, lengths, num_done)
+
+        def logits() -> torch.Tensor:
+            if self._products is not None and num_rows <= self._max_fused:
+                return self._fused(self._products, rows, attend, kv)
+            return self._product(self._hidden(rows, attend, kv), self._head)
 
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):  # compiles what is compiled at first use
-            F.linear(self._hidden(rows, attend, kv), self._head)
+            logits()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = F.linear(self._hidden(rows, attend, kv), self._head)
-        return Graph(graph, inputs, logits)
+            found = logits()
+        return Graph(graph, inputs, num_done, found)
 
     def _hidden(self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor) -> torch.Tensor:
         """The last norm's output [T, hidden]. `rows` int32 [3, T]: token ids, positions and slots."""
@@ -114,14 +138,52 @@ class CudaDecoder:
         eps, delta = self._config.rms_norm_eps, None
         for index, layer in enumerate(self._layers):
             normed = triton_dense.add_rms_norm(x, delta, layer.input_norm, eps)
-            qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
-            norms = (layer.q_norm, layer.k_norm)
-            q = triton_dense.rotate_and_append(qkv, angles, norms, eps, slots, kv[:, index])
-            attended = F.linear(attend(q, kv[:, index]).flatten(1), layer.output, layer.output_bias)
+            qkv = self._product(normed, layer.qkv, layer.qkv_bias)
+            q = self._rotated(qkv, angles, layer, slots, kv[:, index])
+            attended = self._product(attend(q, kv[:, index]).flatten(1), layer.output, layer.output_bias)
             normed = triton_dense.add_rms_norm(x, attended, layer.post_norm, eps)
-            inner = triton_dense.silu_mul(F.linear(normed, layer.gate_up, layer.gate_up_bias))
-            delta = F.linear(inner, layer.down, layer.down_bias)
+            inner = triton_dense.silu_mul(self._product(normed, layer.gate_up, layer.gate_up_bias))
+            delta = self._product(inner, layer.down, layer.down_bias)
         return triton_dense.add_rms_norm(x, delta, self._norm, eps)
+
+    def _fused(self, products: CudaProducts, rows: torch.Tensor, attend: Attend, kv: torch.Tensor) -> torch.Tensor:
+        """Logits bf16 [T, vocab_size] of few tokens; `rows` as in `_hidden`."""
+        token_ids, positions, slots = rows
+        eps, layers = self._config.rms_norm_eps, self._layers
+        x, angles = F.embedding(token_ids, self._embedding), rope.table(self._frequencies, positions)
+        normed = products.begun(x, layers[0].input_norm, eps)
+        for index, layer in enumerate(layers):
+            qkv = products.normed_linear(normed, layer.qkv, layer.qkv_bias)
+            attended = attend(self._rotated(qkv, angles, layer, slots, kv[:, index]), kv[:, index]).flatten(1)
+            normed = products.added(attended, layer.output, Residual(x, layer.post_norm), eps, layer.output_bias)
+            inner = products.gated(normed, layer.gate_up, layer.gate_up_bias)
+            next_norm = layers[index + 1].input_norm if index + 1 < len(layers) else self._norm
+            normed = products.added(inner, layer.down, Residual(x, next_norm), eps, layer.down_bias)
+        return products.normed_linear(normed, self._head)
+
+    def _rotated(
+        self,
+        qkv: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        layer: LayerOf[Weight],
+        slots: torch.Tensor,
+        kv: torch.Tensor,
+    ) -> torch.Tensor:
+        norms = (layer.q_norm, layer.k_norm)
+        return triton_dense.rotate_and_append(qkv, angles, norms, self._config.rms_norm_eps, slots, kv)
+
+    def _product(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if isinstance(weight, torch.Tensor):
+            return F.linear(x, weight, bias)
+        assert self._products is not None, "nothing is packed without it"
+        return self._products.linear(x, weight, bias)
+
+
+def _layer(weights: DenseWeights, index: int, products: CudaProducts | None) -> LayerOf[Weight]:
+    if products is not None:
+        return weights.packed_layer(index)
+    plain = weights.layer(index)
+    return LayerOf(**{field.name: getattr(plain, field.name) for field in fields(plain)})
 
 
 def obstacle(config: DenseConfig, dtype: torch.dtype) -> str | None:
@@ -138,20 +200,23 @@ def _stage(batch: Batch, size: int, width: int, page_size: int) -> torch.Tensor:
     are token ids that are on the device.
 
     Sequences that fill the step up write nothing, and attend to some page without anybody reading what they find.
+    In numpy, whose small operations take a fifth of torch's time.
     """
-    num_rows, count = size * width, batch.num_sequences
-    staging = torch.empty(3 * num_rows + 2 * size + 1 + len(batch.page_ids), dtype=torch.int32, pin_memory=True)
-    rows = staging[: 3 * num_rows].view(3, num_rows)
-    rows[:, batch.num_tokens :] = 0
-    rows[2, batch.num_tokens :] = NOBODY
+    num_rows, count, used = size * width, batch.num_sequences, batch.num_tokens
+    positions, starts, ids = (tensor.numpy() for tensor in (batch.positions, batch.page_starts, batch.page_ids))
+    staging = torch.empty(3 * num_rows + 2 * size + 1 + len(ids), dtype=torch.int32, pin_memory=True)
+    values = staging.numpy()
+    rows = values[: 3 * num_rows].reshape(3, num_rows)
+    rows[:2, used:], rows[2, used:] = 0, NOBODY
     if not batch.token_ids.is_cuda:
-        rows[0, : batch.num_tokens] = batch.token_ids
-    rows[1, : batch.num_tokens] = batch.positions
-    rows[2, : batch.num_tokens] = _slots(batch, page_size)
-    table = staging[3 * num_rows :]
-    table[:count], table[count:size] = batch.context_lens, width
-    table[size : size + count], table[size + count : 2 * size + 1] = batch.page_starts[:-1], 0
-    table[2 * size + 1 :] = batch.page_ids
+        rows[0, :used] = batch.token_ids.numpy()
+    rows[1, :used] = positions
+    pages = ids[starts[:-1].repeat(width) + positions // page_size]
+    rows[2, :used] = pages * page_size + positions % page_size
+    table = values[3 * num_rows :]
+    table[:count], table[count:size] = batch.context_lens.numpy(), width
+    table[size : size + count], table[size + count : 2 * size + 1] = starts[:-1], 0
+    table[2 * size + 1 :] = ids
     return staging
 
 

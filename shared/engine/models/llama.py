@@ -1,5 +1,6 @@
 """Dense decoders of the Llama kind: LlamaForCausalLM, and Qwen3ForCausalLM (RMSNorm on queries and keys besides)."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Protocol
 import torch
 
 from shared.engine.batch import Batch
-from shared.engine.kernels import build, native
+from shared.engine.kernels import build, cuda_products, native
+from shared.engine.kernels.cuda_products import CudaProducts
 from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout
@@ -21,6 +23,8 @@ from shared.engine.models.config import DenseConfig, read
 from shared.engine.models.weights import DenseWeights
 from shared.engine.parallel.partition import Shard
 from shared.errors import Unsupported
+
+log = logging.getLogger(__name__)
 
 
 class Decoder(Protocol):
@@ -96,7 +100,21 @@ def _cuda(config: DenseConfig, placement: Placement, otherwise: Build) -> Candid
         from shared.engine.layers import cuda_decoder
     except ImportError as error:
         return Candidate("cuda", f"{error.name} is not installed", otherwise)
-    return Candidate("cuda", cuda_decoder.obstacle(config, placement.dtype), cuda_decoder.CudaDecoder)
+    obstacle = cuda_decoder.obstacle(config, placement.dtype)
+    if obstacle is not None:
+        return Candidate("cuda", obstacle, otherwise)
+    return Candidate("cuda", None, partial(cuda_decoder.CudaDecoder, products=_products(placement)))
+
+
+def _products(placement: Placement) -> CudaProducts | None:
+    """Kernels for few tokens and packed weights; without them those of torch serve, and nothing stays packed."""
+    capability = torch.cuda.get_device_capability(placement.device)
+    try:
+        path = build.cuda_library(placement.cache_dir / "kernels", build.cuda_compiler(), capability)
+        return CudaProducts(cuda_products.load(path))
+    except (build.BuildError, OSError) as error:
+        log.warning("computing without our CUDA products, NVFP4 weights dequantized: %s", error)
+        return None
 
 
 def _native(config: DenseConfig, placement: Placement, otherwise: Build) -> Candidate[Build]:

@@ -1,0 +1,147 @@
+"""How fast products of few tokens are on a GPU, for every way of cutting them up.
+
+    python -m bench.products [--weights nvfp4 bf16] [--tokens 1 8 16 32 64] [--shapes 4096x4096 ...] [--seconds 100]
+
+Each time is the median of graph replays over more weights than the GPU's cache holds, beside the bandwidth that a plain
+sum over 4 GiB reaches, and torch's product with bf16 weights. The best cuts belong in `cuda_products.planned`.
+"""
+
+import argparse
+import ctypes
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from bench import provenance
+from bench.shapes import library_for, random_packed, read_bandwidth
+from shared.engine.kernels import cuda_products, w4a16
+from shared.engine.kernels.cuda_products import CudaProducts, Plan
+
+SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
+ROTATED_BYTES = 320 << 20
+EIGHTS = (1, 2, 4, 8)
+
+
+def microseconds(works: Sequence[Callable[[], object]]) -> float:
+    """Of one of them, captured one behind the other."""
+    for work in works[:2]:
+        work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for work in works:
+            work()
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(works))
+    return float(statistics.median(times))
+
+
+def plans(num_tokens: int, rows: int) -> Iterator[Plan]:
+    eights = next(eights for eights in EIGHTS if num_tokens <= 8 * eights)
+    for row_tiles, warps_rows, cluster in itertools.product((1, 2), (1, 2, 4, 8), (1, 2)):
+        plan = Plan(eights, row_tiles, warps_rows, cluster)
+        num_blocks = plan.num_blocks(rows)
+        if (eights, row_tiles) != (8, 1) and num_blocks >= 64 and (cluster == 1 or num_blocks <= 600):
+            yield plan
+
+
+def try_shape(library: ctypes.CDLL, kind: str, shape: str, num_tokens: int, rate: float, device: torch.device) -> None:
+    rows, columns = map(int, shape.split("x"))
+    make: Callable[[], w4a16.Weight] = (
+        (lambda: random_packed(rows, columns, device))
+        if kind == "nvfp4"
+        else (lambda: torch.randn(rows, columns, dtype=torch.bfloat16, device=device) * columns**-0.5)
+    )
+    first = make()
+    num_bytes = first.num_bytes if isinstance(first, w4a16.PackedWeight) else first.nbytes
+    weights = [first] + [make() for _ in range(ROTATED_BYTES // num_bytes)]
+    dense = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+    x = torch.randn(num_tokens, columns, dtype=torch.bfloat16, device=device)
+    expected = x @ (w4a16.unpack(first, torch.bfloat16)[0] if isinstance(first, w4a16.PackedWeight) else first).T
+    found = []
+    for plan in plans(num_tokens, rows):
+        products = CudaProducts(library, partial(_given, plan))
+        error = (products.linear(x, first) - expected).norm() / expected.norm()
+        if not error < 0.01:
+            print(f"WRONG {kind} {shape} M={num_tokens} {plan}: {error}", flush=True)
+            continue
+        works = [partial(products.linear, x, weight) for weight in weights]
+        found.append((microseconds(works), plan))
+    found.sort(key=lambda pair: pair[0])
+    planned = cuda_products.planned(kind == "nvfp4", num_tokens, rows, columns)
+    ours = [time_us for time_us, plan in found if plan == planned]
+    best = "; ".join(f"{time_us:.1f} {_short(plan)}" for time_us, plan in found[:4])
+    share = num_bytes / rate * 1e6 / found[0][0]
+    own = f"{_short(planned)}: {ours[0] if ours else 0:.1f}"
+    row = f"| {kind} | {shape} | {num_tokens} | {share:.0%} | {best} | {own} |"
+    if dense:
+        row += f" torch {microseconds([partial(F.linear, x, weight) for weight in dense]):.1f} |"
+    print(row, flush=True)
+
+
+def try_mixture(products: CudaProducts, num_tokens: int, rate: float, device: torch.device) -> None:
+    """A layer of GLM-5.2 with its experts' matrices cut in eight: 8 of 256, hidden 6144, 256 columns inside."""
+    layers = []
+    for _ in range(2):
+        both = random_packed(256 * 512, 6144, device), random_packed(256 * 6144, 256, device)
+        layers.append((_stacked(both[0], 256, True), _stacked(both[1], 256, False)))
+    chosen = torch.stack([torch.randperm(256, device=device)[:8] for _ in range(num_tokens)]).int()
+    x = torch.randn(num_tokens, 6144, dtype=torch.bfloat16, device=device)
+    weights = torch.rand(num_tokens, 8, device=device)
+    works = [partial(products.experts, x, gate_up, down, chosen, weights) for gate_up, down in layers * 4]
+    taken = microseconds(works)
+    read = len(chosen.unique()) / 256 * sum(weight.num_bytes for weight in layers[0])
+    print(
+        f"mixture of {num_tokens} tokens: {taken:.1f} us, {read / rate * 1e6 / taken:.0%} of read bandwidth", flush=True
+    )
+
+
+def _stacked(weight: w4a16.PackedWeight, num: int, gated: bool) -> w4a16.PackedWeight:
+    """So many matrices out of one of random values."""
+    codes, scales = (part[0].unflatten(0, (num, -1)) for part in (weight.codes, weight.scales))
+    factors, rows = weight.factors.view(num, -1), weight.num_rows // num
+    return w4a16.PackedWeight(codes, scales, factors, rows, weight.num_columns, gated)
+
+
+def _given(plan: Plan, *_: object) -> Plan:
+    return plan
+
+
+def _short(plan: Plan) -> str:
+    return f"{plan.row_tiles}/{plan.warps_rows}/{plan.cluster}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", nargs="+", default=["nvfp4", "bf16"], choices=["nvfp4", "bf16"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 32, 64])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--seconds", type=float, default=100, help="what is not begun by then is left out")
+    args = parser.parse_args()
+    print(provenance.banner("bench.products"))
+    device = torch.device("cuda", 0)
+    started = time.monotonic()
+    library, rate = library_for(device), read_bandwidth(device)
+    set_up_s = time.monotonic() - started
+    print(f"{torch.cuda.get_device_name(0)}; reads at {rate / 1e12:.2f} TB/s; set up in {set_up_s:.1f} s\n")
+    print("| weights | shape | M | of read bandwidth | us, best tiles of a warp/warps with rows/cluster | planned |")
+    print("|---|---|---|---|---|---|")
+    for num_tokens in (1, 4, 8, 32, 256):
+        try_mixture(CudaProducts(library), num_tokens, rate, device)
+    for num_tokens, kind, shape in itertools.product(args.tokens, args.weights, args.shapes):
+        if time.monotonic() - started < args.seconds:
+            try_shape(library, kind, shape, num_tokens, rate, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+// The part of CUDA that the kernels use, in C++: a thread for each lane, the blocks of a cluster side by side, clusters one
+// after the other. It is slow and exact, and says nothing of speed or of races within a warp.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+#include <barrier>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__ static  // blocks of a cluster would share it: only what is the same in all of them may be such
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+struct __nv_bfloat16 { uint16_t bits; };
+struct __nv_bfloat162 { __nv_bfloat16 x, y; };
+inline uint32_t __float_as_uint(float v) { uint32_t u; memcpy(&u, &v, 4); return u; }
+inline float __uint_as_float(uint32_t u) { float v; memcpy(&v, &u, 4); return v; }
+inline float __bfloat162float(__nv_bfloat16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16(float v) {
+    const uint32_t u = __float_as_uint(v);
+    return {static_cast<uint16_t>((u + 0x7FFF + (u >> 16 & 1)) >> 16)};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16(a), __float2bfloat16(b)}; }
+inline float __expf(float v) { return expf(v); }
+inline float rsqrtf(float v) { return 1.0f / sqrtf(v); }
+using std::min;
+
+struct Warp {
+    std::barrier<> meet{32};
+    uint32_t words[32][6];
+};
+struct Block {
+    std::barrier<> meet;
+    std::vector<Warp> warps;
+    std::vector<float> memory;
+    Block(int threads, size_t bytes) : meet(threads), warps(threads / 32), memory(bytes / 4 + 1, NAN) {}
+};
+struct Blocks {
+    std::barrier<> meet;
+    std::vector<std::unique_ptr<Block>> blocks;
+    explicit Blocks(int threads) : meet(threads) {}
+};
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline thread_local Blocks* my_cluster;
+inline thread_local Block* my_block;
+inline thread_local int my_rank;
+inline Warp& my_warp() { return my_block->warps[threadIdx.x / 32]; }
+
+inline void __syncthreads() { my_block->meet.arrive_and_wait(); }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+    Warp& warp = my_warp();
+    const int lane = threadIdx.x % 32;
+    warp.words[lane][0] = __float_as_uint(value);
+    warp.meet.arrive_and_wait();
+    const float theirs = __uint_as_float(warp.words[lane ^ mask][0]);
+    warp.meet.arrive_and_wait();
+    return theirs;
+}
+template <class T> T atomicAdd(T* at, T value) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }
+
+// The host's side --------------------------------------------------------------------------------------------------------
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+using cudaStream_t = void*;
+enum { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
+struct cudaLaunchAttribute {
+    int id;
+    struct { int programmaticStreamSerializationAllowed; dim3 clusterDim; } val;
+};
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute* attrs;
+    int numAttrs;
+};
+template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel, int, int) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
+// A GPU of compute capability 9 with one multiprocessor, so that blocks have several groups of rows each.
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : 9;
+    return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "as told"; }
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+    const int size = config->numAttrs > 1 ? config->attrs[1].val.clusterDim.x : 1, threads = config->blockDim.x;
+    for (unsigned y = 0; y < config->gridDim.y; y++)
+        for (unsigned x = 0; x < config->gridDim.x; x += size) {
+            Blocks cluster(threads * size);
+            for (int rank = 0; rank < size; rank++) cluster.blocks.push_back(std::make_unique<Block>(threads, config->dynamicSmemBytes));
+            std::vector<std::jthread> lanes;
+            for (int i = 0; i < threads * size; i++)
+                lanes.emplace_back([&, i] {
+                    my_rank = i / threads, my_cluster = &cluster, my_block = cluster.blocks[my_rank].get();
+                    threadIdx = dim3(i % threads), blockIdx = dim3(x + my_rank, y), blockDim = config->blockDim, gridDim = config->gridDim;
+                    kernel(static_cast<Parameters>(arguments)...);
+                });
+        }
+    return cudaSuccess;
+}
+
+namespace forebay {
+
+inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    Warp& warp = my_warp();
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    memcpy(warp.words[lane], words, sizeof(words));
+    warp.meet.arrive_and_wait();
+    const auto half = [](uint32_t word, int i) { return __uint_as_float(i ? word & 0xFFFF0000u : word << 16); };
+    for (int i = 0; i < 4; i++) {
+        const int column = q * 2 + i % 2, side = i / 2;
+        for (int k = 0; k < 16; k++) {
+            const int owner = k % 8 / 2, late = k / 8;
+            sum[i] += half(warp.words[g * 4 + owner][late * 2 + side], k % 2) * half(warp.words[column * 4 + owner][4 + late], k % 2);
+        }
+    }
+    warp.meet.arrive_and_wait();
+}
+inline uint4 stream(const uint4* at) { return *at; }
+inline uint32_t stream(const uint32_t* at) { return *at; }
+inline uint32_t times(uint32_t a, uint32_t b) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(__uint_as_float(a << 16) * __uint_as_float(b << 16),
+                                                      __uint_as_float(a & 0xFFFF0000u) * __uint_as_float(b & 0xFFFF0000u));
+    return both.x.bits | static_cast<uint32_t>(both.y.bits) << 16;
+}
+inline void wait_for_inputs(const void*) {}
+inline void let_dependents_start() {}
+inline float* dynamic_shared() { return my_block->memory.data(); }
+struct Cluster {
+    static void sync() { my_cluster->meet.arrive_and_wait(); }
+    static int rank() { return my_rank; }
+    static const float* of(float* mine, int rank) {
+        return my_cluster->blocks[rank]->memory.data() + (mine - my_block->memory.data());
+    }
+};
+
+}  // namespace forebay

@@ -1,0 +1,118 @@
+"""The CUDA kernels' products beside their twins, on the CPU: compiled as C++ with a thread for each lane."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shared.engine.kernels import build, cuda_products, reference, w4a16
+from shared.engine.kernels.cuda_products import CudaProducts, Plan, Residual
+from shared.engine.quantization import nvfp4
+
+EMULATION = Path(__file__).parent / "cuda_on_cpu"
+EPS = 1e-5
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    gxx, path = build.compiler(), tmp_path_factory.mktemp("cuda") / "products.so"
+    if gxx is None:
+        pytest.skip("no g++ found")
+    folders = ("-I", EMULATION, "-I", build.CUDA_SOURCES)
+    flags = ("-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-x", "c++")
+    subprocess.run([gxx, *flags, *folders, build.CUDA_SOURCES / "products.cu", "-o", path], check=True, timeout=120)
+    return cuda_products.load(path)
+
+
+def using(library: ctypes.CDLL, row_tiles: int, warps_rows: int, cluster: int) -> CudaProducts:
+    def plan(_packed: bool, num_tokens: int, _rows: int, _columns: int) -> Plan:
+        eights = next(eights for eights in (1, 2, 4, 8) if num_tokens <= 8 * eights)
+        return Plan(eights, 2 if eights == 8 else row_tiles, warps_rows, cluster)
+
+    return CudaProducts(library, plan)
+
+
+def packed(rows: int, columns: int, seed: int, gated: bool = False) -> w4a16.PackedWeight:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * columns**-0.5
+    tensor = nvfp4.quantize(weight * torch.logspace(-3, 0, rows)[:, None])
+    return w4a16.pack(tensor.codes, tensor.scale, torch.rand(rows) + 0.5, gated=gated)
+
+
+def activations(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).bfloat16()
+
+
+def dense(weight: w4a16.Weight) -> torch.Tensor:
+    return weight.float() if isinstance(weight, torch.Tensor) else w4a16.unpack(weight)[0]
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.01, atol=0.004 * float(expected.abs().max()))
+
+
+CUTS = [(1, 1, 1, 1), (5, 1, 4, 2), (12, 2, 2, 1), (30, 1, 8, 1), (30, 2, 4, 4), (64, 2, 2, 1)]
+
+
+@pytest.mark.parametrize(("tokens", "row_tiles", "warps_rows", "cluster"), CUTS)
+@pytest.mark.parametrize("kind", ["packed", "bf16"])
+def test_products_equal_those_of_torch(
+    library: ctypes.CDLL, kind: str, tokens: int, row_tiles: int, warps_rows: int, cluster: int
+) -> None:
+    products = using(library, row_tiles, warps_rows, cluster)
+    weight = packed(80, 336, 1) if kind == "packed" else activations(80, 320)
+    x, bias = activations(tokens, 336 if kind == "packed" else 320), activations(1, 80)[0]
+    assert_close(products.linear(x, weight, bias), F.linear(x.float(), dense(weight), bias.float()))
+
+
+@pytest.mark.parametrize("kind", ["packed", "bf16"])
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_a_norm_between_two_products_is_that_of_torch(library: ctypes.CDLL, kind: str, cluster: int) -> None:
+    products, tokens, size = using(library, 1, 4, cluster), 3, 128
+    inner, norm = activations(tokens, 64), activations(1, size)[0] + 1
+    make = packed if kind == "packed" else lambda rows, columns, *_: activations(rows, columns)
+    first, second = make(size, 64, 1), make(64, size, 2, True)
+    stream = activations(tokens, size)
+    expected = (stream.float() + inner.float() @ dense(first).T).bfloat16()
+    normed = products.added(inner, first, Residual(stream, norm), EPS)
+    assert_close(stream, expected)
+    gated = products.gated(normed, second)
+    plain = F.linear(reference.rms_norm(expected.float(), norm.float(), EPS), dense(second))
+    assert_close(gated, reference.silu_mul(plain))
+
+
+def test_a_stream_is_normed_before_its_first_product(library: ctypes.CDLL) -> None:
+    products, x, norm = using(library, 1, 1, 1), activations(2, 256), activations(1, 256)[0] + 1
+    weight = packed(48, 256, 3)
+    expected = F.linear(reference.rms_norm(x.float(), norm.float(), EPS), dense(weight))
+    assert_close(products.normed_linear(products.begun(x, norm, EPS), weight), expected)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dequantized_weights_are_those_that_were_packed(library: ctypes.CDLL, gated: bool) -> None:
+    weight = packed(48, 208, 4, gated)
+    assert torch.equal(CudaProducts(library).dequantized(weight), w4a16.unpack(weight, torch.bfloat16)[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_a_mixture_equals_its_twin(library: ctypes.CDLL, tokens: int) -> None:
+    noise = torch.Generator().manual_seed(tokens)
+    gate_ups, downs = [packed(32, 144, e, True) for e in range(6)], [packed(48, 16, 9 + e) for e in range(6)]
+    gate_up, down = (
+        w4a16.PackedWeight(
+            torch.cat([w.codes for w in many]),
+            torch.cat([w.scales for w in many]),
+            torch.cat([w.factors for w in many]),
+            many[0].num_rows,
+            many[0].num_columns,
+            many[0].gated,
+        )
+        for many in (gate_ups, downs)
+    )
+    chosen = torch.stack([torch.randperm(6, generator=noise)[:3] for _ in range(tokens)]).int()
+    chosen[chosen == 4] = -1
+    weights, x = torch.rand(tokens, 3, generator=noise), activations(tokens, 144)
+    expected = w4a16.TorchProducts().experts(x.float(), gate_up, down, chosen, weights)
+    assert_close(CudaProducts(library).experts(x, gate_up, down, chosen, weights), expected)
