@@ -7,6 +7,7 @@ sum over 4 GiB reaches, and torch's product with bf16 weights. The best cuts bel
 """
 
 import argparse
+import ctypes
 import itertools
 import statistics
 import time
@@ -42,7 +43,7 @@ def microseconds(works: Sequence[Callable[[], object]]) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / len(works))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def plans(num_tokens: int, rows: int) -> Iterator[Plan]:
@@ -54,7 +55,7 @@ def plans(num_tokens: int, rows: int) -> Iterator[Plan]:
             yield plan
 
 
-def try_shape(library: object, kind: str, shape: str, num_tokens: int, rate: float, device: torch.device) -> None:
+def try_shape(library: ctypes.CDLL, kind: str, shape: str, num_tokens: int, rate: float, device: torch.device) -> None:
     rows, columns = map(int, shape.split("x"))
     make: Callable[[], w4a16.Weight] = (
         (lambda: random_packed(rows, columns, device))
@@ -64,11 +65,12 @@ def try_shape(library: object, kind: str, shape: str, num_tokens: int, rate: flo
     first = make()
     num_bytes = first.num_bytes if isinstance(first, w4a16.PackedWeight) else first.nbytes
     weights = [first] + [make() for _ in range(ROTATED_BYTES // num_bytes)]
+    dense = [weight for weight in weights if isinstance(weight, torch.Tensor)]
     x = torch.randn(num_tokens, columns, dtype=torch.bfloat16, device=device)
     expected = x @ (w4a16.unpack(first, torch.bfloat16)[0] if isinstance(first, w4a16.PackedWeight) else first).T
     found = []
     for plan in plans(num_tokens, rows):
-        products = CudaProducts(library, lambda *_, plan=plan: plan)  # type: ignore[arg-type, misc]
+        products = CudaProducts(library, partial(_given, plan))
         error = (products.linear(x, first) - expected).norm() / expected.norm()
         if not error < 0.01:
             print(f"WRONG {kind} {shape} M={num_tokens} {plan}: {error}", flush=True)
@@ -82,8 +84,8 @@ def try_shape(library: object, kind: str, shape: str, num_tokens: int, rate: flo
     share = num_bytes / rate * 1e6 / found[0][0]
     own = f"{_short(planned)}: {ours[0] if ours else 0:.1f}"
     row = f"| {kind} | {shape} | {num_tokens} | {share:.0%} | {best} | {own} |"
-    if kind == "bf16":
-        row += f" torch {microseconds([partial(F.linear, x, weight) for weight in weights]):.1f} |"
+    if dense:
+        row += f" torch {microseconds([partial(F.linear, x, weight) for weight in dense]):.1f} |"
     print(row, flush=True)
 
 
@@ -92,11 +94,11 @@ def try_mixture(products: CudaProducts, num_tokens: int, rate: float, device: to
     layers = []
     for _ in range(2):
         both = random_packed(256 * 512, 6144, device), random_packed(256 * 6144, 256, device)
-        layers.append(tuple(_stacked(w, 256, gated) for w, gated in zip(both, (True, False), strict=True)))
+        layers.append((_stacked(both[0], 256, True), _stacked(both[1], 256, False)))
     chosen = torch.stack([torch.randperm(256, device=device)[:8] for _ in range(num_tokens)]).int()
     x = torch.randn(num_tokens, 6144, dtype=torch.bfloat16, device=device)
     weights = torch.rand(num_tokens, 8, device=device)
-    works = [partial(products.experts, x, *layer, chosen, weights) for layer in layers * 4]
+    works = [partial(products.experts, x, gate_up, down, chosen, weights) for gate_up, down in layers * 4]
     taken = microseconds(works)
     read = len(chosen.unique()) / 256 * sum(weight.num_bytes for weight in layers[0])
     print(
@@ -109,6 +111,10 @@ def _stacked(weight: w4a16.PackedWeight, num: int, gated: bool) -> w4a16.PackedW
     codes, scales = (part[0].unflatten(0, (num, -1)) for part in (weight.codes, weight.scales))
     factors, rows = weight.factors.view(num, -1), weight.num_rows // num
     return w4a16.PackedWeight(codes, scales, factors, rows, weight.num_columns, gated)
+
+
+def _given(plan: Plan, *_: object) -> Plan:
+    return plan
 
 
 def _short(plan: Plan) -> str:

@@ -217,7 +217,7 @@ def profile(engine: TorchExecutor, items: list[BatchItem]) -> None:
     kernels = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in run.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type.name == "CUDA"
     )
     totals: Counter[str] = Counter()
     numbers: Counter[str] = Counter()

@@ -253,11 +253,12 @@ def test_small_kernels_equal_the_reference() -> None:
 @pytest.mark.parametrize("tokens", [1, 4, 7, 16, 30, 64, 100])
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_products_equal_those_of_torch(tokens: int, is_packed: bool) -> None:
-    weight: w4a16.Weight = torch.randn(640, 1280, dtype=torch.bfloat16, device="cuda") * 0.03
+    dense = torch.randn(640, 1280, dtype=torch.bfloat16, device="cuda") * 0.03
+    weight: w4a16.Weight = dense
     if is_packed:
-        tensor = nvfp4.quantize(weight)
-        weight = w4a16.pack(tensor.codes, tensor.scale, tensor.scale_2)
-    dense = weight if isinstance(weight, torch.Tensor) else w4a16.unpack(weight, torch.bfloat16)[0]
+        tensor = nvfp4.quantize(dense)
+        packed = weight = w4a16.pack(tensor.codes, tensor.scale, tensor.scale_2)
+        dense = w4a16.unpack(packed, torch.bfloat16)[0]
     x = torch.randn(tokens, 1280, dtype=torch.bfloat16, device="cuda")
     torch.testing.assert_close(products().dequantized(weight), dense)
     expected = x.float() @ dense.float().T
