@@ -1,0 +1,369 @@
+"""Latent attention over a selection (MLA with DSA) on a GPU, in Triton. The twin is `sparse_reference`.
+
+A row is a token of the step. Its page table begins at `starts[row]` of `page_ids`; it sees the tokens up to
+`positions[row]`. A slot is a page times the page size plus the place within it, -1 one that belongs to nobody; a row's
+selection is `counts[row]` slots of `slots[row]`.
+
+Attention is cut into splits of a selection, merged by their log-sum-exp ("Flash-Decoding", Dao et al. 2023). Latents are
+the left side of both products, so that heads, which are few on a rank, need to fill no more than 16 columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+HEADS = 16  # of a product at least
+ABSORB_ROWS = 16
+MAX_SPLITS = 32
+PROGRAMS = 264  # two for each multiprocessor of an H100
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a step, on the device: int32 [T] each but `page_ids`; cos and sin float32 [T, rope / 2]."""
+
+    positions: torch.Tensor
+    own_slots: torch.Tensor
+    starts: torch.Tensor
+    page_ids: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What each row attends to: slots int32 [T, top_k] in the order of their positions, counts int32 [T]."""
+
+    slots: torch.Tensor
+    counts: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Dims:
+    """Of a rank's attention. Without an indexer `index_heads` is 0."""
+
+    heads: int
+    q_lora: int
+    latent: int
+    nope: int
+    rope: int
+    index_heads: int
+    index_dim: int
+
+    @property
+    def head(self) -> int:
+        """Of a query head."""
+        return self.nope + self.rope
+
+
+@triton.jit
+def _page(state, slot, page_stride, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr):
+    wide = slot.to(tl.int64)
+    return state + (wide // PAGE_SIZE) * page_stride + (wide % PAGE_SIZE) * DIM
+
+
+@triton.jit
+def _absorb(
+    q, up_key, q_latent, q_stride, num_rows, place,
+    LATENT: tl.constexpr, NOPE: tl.constexpr, HEAD: tl.constexpr, NUM_HEADS: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Some latent dimensions of one head: the part of its queries without position, times its matrix."""
+    head, c = place // (LATENT // TILE), (place % (LATENT // TILE)) * TILE + tl.arange(0, TILE)
+    n, row = tl.arange(0, CHUNK), tl.arange(0, ROWS)
+    used = (row < num_rows)[:, None]
+    matrix = up_key + head * NOPE * LATENT + n[:, None] * LATENT + c[None]
+    ahead = tl.load(matrix)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    total = tl.zeros([ROWS, TILE], tl.float32)
+    for start in tl.static_range(0, NOPE, CHUNK):
+        w = ahead
+        if start + CHUNK < NOPE:
+            ahead = tl.load(matrix + (start + CHUNK) * LATENT)
+        values = tl.load(q + row[:, None] * q_stride + head * HEAD + start + n[None], used, 0.0).to(w.dtype)
+        total += tl.dot(values, w)
+    target = q_latent + (row[:, None] * NUM_HEADS + head) * LATENT + c[None]
+    tl.store(target, total.to(q_latent.dtype.element_ty), used)
+
+
+@triton.jit
+def _latent(source, gain, target, c, s, eps, slot, LATENT: tl.constexpr, HALF: tl.constexpr):
+    """One row's latent behind its norm, and its rotary key."""
+    at, pair = tl.arange(0, LATENT), tl.arange(0, HALF)
+    value = tl.load(source + at).to(tl.float32)
+    value = (value * tl.rsqrt(tl.sum(value * value) / LATENT + eps)).to(target.dtype.element_ty) * tl.load(gain + at)
+    even = tl.load(source + LATENT + 2 * pair).to(tl.float32)
+    odd = tl.load(source + LATENT + 2 * pair + 1).to(tl.float32)
+    if slot >= 0:
+        tl.store(target + at, value)
+        tl.store(target + LATENT + 2 * pair, (even * c - odd * s).to(target.dtype.element_ty))
+        tl.store(target + LATENT + 2 * pair + 1, (odd * c + even * s).to(target.dtype.element_ty))
+
+
+@triton.jit
+def _rotate(
+    source, target, c, s, source_stride, NUM: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    """NUM heads of pairs; c and s [PAIRS]."""
+    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None]
+    even = tl.load(source + head * source_stride + 2 * pair, head < NUM, 0.0).to(tl.float32)
+    odd = tl.load(source + head * source_stride + 2 * pair + 1, head < NUM, 0.0).to(tl.float32)
+    place = target + head * 2 * PAIRS + 2 * pair
+    tl.store(place, (even * c[None] - odd * s[None]).to(target.dtype.element_ty), head < NUM)
+    tl.store(place + 1, (odd * c[None] + even * s[None]).to(target.dtype.element_ty), head < NUM)
+
+
+@triton.jit
+def _index_key(source, gain, bias, target, c, s, eps, slot, PAIRS: tl.constexpr):
+    """One row's index key behind its LayerNorm."""
+    even_at, odd_at = 2 * tl.arange(0, PAIRS), 2 * tl.arange(0, PAIRS) + 1
+    even, odd = tl.load(source + even_at).to(tl.float32), tl.load(source + odd_at).to(tl.float32)
+    mean = (tl.sum(even) + tl.sum(odd)) / (2 * PAIRS)
+    even, odd = even - mean, odd - mean
+    scale = tl.rsqrt((tl.sum(even * even) + tl.sum(odd * odd)) / (2 * PAIRS) + eps)
+    dtype = target.dtype.element_ty
+    even = (even * scale * tl.load(gain + even_at) + tl.load(bias + even_at)).to(dtype).to(tl.float32)
+    odd = (odd * scale * tl.load(gain + odd_at) + tl.load(bias + odd_at)).to(dtype).to(tl.float32)
+    if slot >= 0:
+        tl.store(target + even_at, (even * c - odd * s).to(dtype))
+        tl.store(target + odd_at, (odd * c + even * s).to(dtype))
+
+
+@triton.jit
+def _prepare(
+    low, q, up_key, cos, sin, slots, latent_gain, key_gain, key_bias, latents, keys,
+    q_latent, q_rope, q_index, low_stride, q_stride, latent_page, key_page, num_rows, eps, key_eps,
+    Q_LORA: tl.constexpr, LATENT: tl.constexpr, NOPE: tl.constexpr, HALF: tl.constexpr, NUM_HEADS: tl.constexpr,
+    HEADS: tl.constexpr, INDEX_HEADS: tl.constexpr, INDEX_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    NUM_ROLES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    HEAD: tl.constexpr = NOPE + 2 * HALF
+    if program >= num_rows * NUM_ROLES:
+        place = program - num_rows * NUM_ROLES
+        _absorb(q, up_key, q_latent, q_stride, num_rows, place, LATENT, NOPE, HEAD, NUM_HEADS, ROWS, CHUNK, TILE, PDL)
+    else:
+        if PDL:
+            gdc_launch_dependents()
+            gdc_wait()
+        row, role = (program // NUM_ROLES).to(tl.int64), program % NUM_ROLES
+        pair = tl.arange(0, HALF)
+        c, s = tl.load(cos + row * HALF + pair), tl.load(sin + row * HALF + pair)
+        slot = tl.load(slots + row)
+        if role == 0:
+            target = _page(latents, slot, latent_page, PAGE_SIZE, LATENT + 2 * HALF)
+            _latent(low + row * low_stride + Q_LORA, latent_gain, target, c, s, eps, slot, LATENT, HALF)
+        elif role == 1:
+            target = q_rope + row * NUM_HEADS * 2 * HALF
+            _rotate(q + row * q_stride + NOPE, target, c, s, HEAD, NUM_HEADS, HEADS, HALF)
+        elif INDEX_HEADS > 0:
+            all_pairs = tl.arange(0, INDEX_DIM // 2)  # those behind the first HALF carry no position
+            all_c = tl.load(cos + row * HALF + all_pairs, all_pairs < HALF, 1.0)
+            all_s = tl.load(sin + row * HALF + all_pairs, all_pairs < HALF, 0.0)
+            if role == 2:
+                source = low + row * low_stride + Q_LORA + LATENT + 2 * HALF
+                target = _page(keys, slot, key_page, PAGE_SIZE, INDEX_DIM)
+                _index_key(source, key_gain, key_bias, target, all_c, all_s, key_eps, slot, INDEX_DIM // 2)
+            else:
+                source = q + row * q_stride + NUM_HEADS * HEAD
+                target = q_index + row * INDEX_HEADS * INDEX_DIM
+                _rotate(source, target, all_c, all_s, INDEX_DIM, INDEX_HEADS, INDEX_HEADS, INDEX_DIM // 2)
+
+
+@triton.jit
+def _attend(
+    q_latent, q_rope, latents, slots, counts, parts, maxima, sums, page_stride, row_stride, head_stride, scale,
+    NUM_HEADS: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, TOP_K: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    used = head < NUM_HEADS
+    count = tl.load(counts + row)
+    each = tl.cdiv(tl.cdiv(count, SPLITS), TOKENS) * TOKENS
+    first, last = split * each, tl.minimum((split + 1) * each, count)
+    at, turned = tl.arange(0, LATENT), tl.arange(0, ROPE)
+    queries = tl.load(q_latent + row * row_stride + head[:, None] * head_stride + at[None], used[:, None], 0.0)
+    rotary = tl.load(q_rope + (row * NUM_HEADS + head[:, None]) * ROPE + turned[None], used[:, None], 0.0)
+    best = tl.full([HEADS], -float("inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    mean = tl.zeros([LATENT, HEADS], tl.float32)
+    for start in range(first, last, TOKENS):
+        place = start + tl.arange(0, TOKENS)
+        inside = place < last
+        slot = tl.load(slots + row * TOP_K + place, inside, 0)
+        token = _page(latents, slot, page_stride, PAGE_SIZE, LATENT + ROPE)
+        keys = tl.load(token[:, None] + at[None], inside[:, None], 0.0)
+        key_rope = tl.load(token[:, None] + LATENT + turned[None], inside[:, None], 0.0)
+        score = tl.dot(keys, tl.trans(queries)) + tl.dot(key_rope, tl.trans(rotary))
+        score = tl.where(inside[:, None], score * scale, -float("inf"))
+        higher = tl.maximum(best, tl.max(score, 0))
+        kept, weight = tl.exp2(best - higher), tl.exp2(score - higher[None])
+        total = total * kept + tl.sum(weight, 0)
+        mean = mean * kept[None] + tl.dot(tl.trans(keys), weight.to(keys.dtype))
+        best = higher
+    out = (row * NUM_HEADS + head) * SPLITS + split
+    tl.store(maxima + out, best, used)
+    tl.store(sums + out, total, used)
+    if first < last:
+        tl.store(parts + out[None] * LATENT + at[:, None], mean, used[None])
+
+
+@triton.jit
+def _merged(parts, maxima, sums, place, SPLITS: tl.constexpr, LATENT: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Of the splits behind `place`: float32 [LATENT]. A split that nothing fell to has no part."""
+    best = tl.max(tl.load(maxima + place * SPLITS + tl.arange(0, SPLITS)), 0)
+    at, total = tl.arange(0, LATENT), 0.0
+    mean = tl.zeros([LATENT], tl.float32)
+    for start in tl.static_range(0, SPLITS, AT_ONCE):
+        split = place * SPLITS + start + tl.arange(0, AT_ONCE)
+        weight = tl.exp2(tl.load(maxima + split) - best)
+        total += tl.sum(weight * tl.load(sums + split), 0)
+        part = tl.load(parts + split[:, None] * LATENT + at[None], (weight > 0)[:, None], 0.0)
+        mean += tl.sum(part * weight[:, None], 0)
+    return mean / total
+
+
+@triton.jit
+def _merge(
+    parts, maxima, sums, out, row_stride, head_stride,
+    NUM_HEADS: tl.constexpr, LATENT: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    mean = _merged(parts, maxima, sums, row * NUM_HEADS + head, SPLITS, LATENT, AT_ONCE)
+    target = out + row * row_stride + head * head_stride + tl.arange(0, LATENT)
+    tl.store(target, mean.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _merge_and_raise(
+    parts, maxima, sums, up_value, out,
+    NUM_HEADS: tl.constexpr, LATENT: tl.constexpr, VALUE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(2).to(tl.int64), tl.program_id(0)
+    v, c = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, LATENT)
+    matrix = tl.load(up_value + (head * VALUE + v[:, None]) * LATENT + c[None])
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    mean = _merged(parts, maxima, sums, row * NUM_HEADS + head, SPLITS, LATENT, AT_ONCE)
+    mean = mean.to(matrix.dtype).to(tl.float32)
+    raised = tl.sum(matrix.to(tl.float32) * mean[None], 1)
+    tl.store(out + (row * NUM_HEADS + head) * VALUE + v, raised.to(out.dtype.element_ty))
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """latent [T, H, latent] and rope [T, H, rope] of attention; index [T, index_heads, index_dim] or None."""
+
+    latent: torch.Tensor
+    rope: torch.Tensor
+    index: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyNorm:
+    """LayerNorm of index keys, float32 [index_dim]."""
+
+    gain: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+
+
+def prepare(
+    low: torch.Tensor,
+    q: torch.Tensor,
+    rows: Rows,
+    dims: Dims,
+    latent_gain: torch.Tensor,
+    eps: float,
+    up_key: torch.Tensor,
+    latents: torch.Tensor,
+    key_norm: KeyNorm | None = None,
+    keys: torch.Tensor | None = None,
+    *,
+    pdl: bool = True,
+) -> Queries:
+    """Write each row's latent, and index key, into its slot; rotate and absorb its queries.
+
+    low [T, ...]: the low query, the latent, its rotary key, and with an indexer the index key; q [T, ...]: the heads,
+    and with an indexer those of the index. Both before norms and rotation, rows may be strided. up_key [H, nope, latent];
+    latents [pages, page_size, latent + rope] and keys [pages, page_size, index_dim] are one layer's view of the pool.
+    """
+    num_rows, heads = len(low), dims.heads
+    full = key_norm is not None
+    new = latents.new_empty
+    made = Queries(
+        new(num_rows, heads, dims.latent),
+        new(num_rows, heads, dims.rope),
+        new(num_rows, dims.index_heads, dims.index_dim) if full else None,
+    )
+    absorbing, roles, tile = num_rows <= ABSORB_ROWS, 4 if full else 2, min(64, dims.latent)
+    num_programs = num_rows * roles + (heads * (dims.latent // tile) if absorbing else 0)
+    norm = key_norm or KeyNorm(latent_gain, latent_gain, 0.0)
+    state = latents if keys is None else keys
+    _prepare[(num_programs,)](
+        low, q, up_key, rows.cos, rows.sin, rows.own_slots, latent_gain, norm.gain, norm.bias, latents, state,
+        made.latent, made.rope, made.latent if made.index is None else made.index,
+        low.stride(0), q.stride(0), latents.stride(0), state.stride(0), num_rows, eps, norm.eps,
+        dims.q_lora, dims.latent, dims.nope, dims.rope // 2, heads, triton.next_power_of_2(heads),
+        dims.index_heads if full else 0, dims.index_dim if full else 2, latents.shape[1],
+        roles, ABSORB_ROWS, min(64, dims.nope & -dims.nope), tile, pdl, num_warps=4, launch_pdl=pdl,
+    )  # fmt: skip
+    if not absorbing:
+        nope = q[:, : heads * dims.head].view(num_rows, heads, dims.head)[..., : dims.nope]
+        made.latent.copy_(torch.bmm(nope.transpose(0, 1).to(up_key.dtype), up_key).transpose(0, 1))
+    return made
+
+
+def attend(
+    queries: Queries,
+    latents: torch.Tensor,
+    selected: Selected,
+    up_value: torch.Tensor,
+    scale: float,
+    *,
+    splits: int = 0,
+    tokens: int = 64,
+    tile: int = 32,
+    pdl: bool = True,
+) -> torch.Tensor:
+    """Attend to the selection; [T, H * v]. `up_value` [H, v, latent] brings what was found out of latent space."""
+    num_rows, heads, latent = queries.latent.shape
+    splits = splits or num_splits(num_rows, triton.cdiv(heads, HEADS))
+    parts = torch.empty(num_rows, heads, splits, latent, dtype=torch.float32, device=latents.device)
+    maxima, sums = (torch.empty(num_rows, heads, splits, dtype=torch.float32, device=latents.device) for _ in range(2))
+    _attend[(num_rows, triton.cdiv(heads, HEADS), splits)](
+        queries.latent, queries.rope, latents, selected.slots, selected.counts, parts, maxima, sums,
+        latents.stride(0), queries.latent.stride(0), queries.latent.stride(1), scale * 1.4426950408889634,
+        heads, HEADS, latent, queries.rope.shape[2], selected.slots.shape[1], latents.shape[1], splits, tokens, pdl,
+        num_warps=4, num_stages=2, launch_pdl=pdl,
+    )  # fmt: skip
+    value, at_once = up_value.shape[1], min(8, splits)
+    if num_rows <= ABSORB_ROWS:
+        out = up_value.new_empty(num_rows, heads * value)
+        _merge_and_raise[(heads, value // tile, num_rows)](
+            parts, maxima, sums, up_value, out, heads, latent, value, tile, splits, at_once, pdl,
+            num_warps=4, launch_pdl=pdl,
+        )  # fmt: skip
+        return out
+    found = up_value.new_empty(heads, num_rows, latent)
+    _merge[(num_rows, heads)](
+        parts, maxima, sums, found, found.stride(1), found.stride(0), heads, latent, splits, at_once, num_warps=4
+    )
+    return torch.bmm(found, up_value.transpose(1, 2)).transpose(0, 1).reshape(num_rows, heads * value)
+
+
+def num_splits(num_rows: int, num_blocks: int) -> int:
+    """How many splits fill the GPU: a power of two."""
+    wanted = PROGRAMS // (num_rows * num_blocks)
+    return int(min(MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1)))
