@@ -166,9 +166,9 @@ def _prepare(
             all_c = tl.load(cos + row * HALF + all_pairs, all_pairs < HALF, 1.0)
             all_s = tl.load(sin + row * HALF + all_pairs, all_pairs < HALF, 0.0)
             if role == 2:
-                source = low + row * low_stride + Q_LORA + LATENT + 2 * HALF
+                key = low + row * low_stride + Q_LORA + LATENT + 2 * HALF
                 target = _page(keys, slot, key_page, PAGE_SIZE, INDEX_DIM)
-                _index_key(source, key_gain, key_bias, target, all_c, all_s, key_eps, slot, INDEX_DIM // 2)
+                _index_key(key, key_gain, key_bias, target, all_c, all_s, key_eps, slot, INDEX_DIM // 2)
             else:
                 source = q + row * q_stride + NUM_HEADS * HEAD
                 target = q_index + row * INDEX_HEADS * INDEX_DIM
