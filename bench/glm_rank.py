@@ -74,6 +74,7 @@ STEPS = (
     (32, 1, 4096),
 )
 KV_TOKENS = 140_000
+PROFILED = 3  # replays
 RANKED_MEAN_ACCEPTED = {2: 1.834, 4: 2.98}  # docs/LOG.md says whose
 ALL_REDUCE_US = (6.0, 8.0, 10.0)
 
@@ -283,7 +284,7 @@ def measure(made: Rank, config: GlmConfig, rate: float, steps: Sequence[tuple[in
             started = time.perf_counter()
             whole()
             walls.append(time.perf_counter() - started)
-        times = milliseconds(made.decoder.graph(size, width))
+        times = milliseconds(made.decoder.graph(size, width, context))
         experts = num_distinct(made, step)
         floor = sum(floor_bytes(made, config, size, width, context, experts).values()) / rate * 1e3
         median = medians[size, width, context] = statistics.median(times)
@@ -308,18 +309,23 @@ def project(medians: dict[tuple[int, int, int], float], num_layers: int) -> None
             print(f"| {width} | {step:.3f} | {accepted} | {us:.0f} | {accepted / total * 1e3:.0f} |")
 
 
-def profile(made: Rank, sizes: Sequence[tuple[int, int]]) -> None:
-    """What the kernels of a replay take."""
-    for size, width in sizes:
-        graph = made.decoder.graph(size, width)
+def profile(made: Rank, steps: Sequence[tuple[int, int, int]]) -> None:
+    """What the kernels of a step take, each waiting for the one before."""
+    decoder = CudaGlm(made.decoder.config, made.decoder.ends, made.layers, made.group, pdl=False)
+    for size, width, context in steps:
+        decoder(batch(size, width, context), made.memory.bytes, made.layout, NAMES)
+        graph = decoder.graph(size, width, context).graph
+        graph.replay()
+        torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as run:
-            for _ in range(5):
-                graph.graph.replay()
+            for _ in range(PROFILED):
+                graph.replay()
             torch.cuda.synchronize()
-        print(f"\nbatch {size}, {width} tokens each, 5 replays")
-        for event in sorted(run.key_averages(), key=lambda event: -event.device_time_total)[:20]:
-            each = event.device_time_total / event.count
-            print(f"{event.device_time_total / 5e3:8.3f} ms {event.count // 5:5d} x {each:7.2f} us  {event.key[:90]}")
+        print(f"\nbatch {size}, {width} tokens each, context {context:,}:\n| ms | kernels | us each | kernel |\n|---|---|---|---|")
+        found = [event for event in run.key_averages() if event.self_device_time_total > 0]
+        for event in sorted(found, key=lambda event: -event.self_device_time_total)[:20]:
+            total, count = event.self_device_time_total / PROFILED, event.count / PROFILED
+            print(f"| {total / 1e3:.3f} | {count:.0f} | {total / count:.2f} | {event.key[:80]} |", flush=True)
 
 
 def main() -> None:
@@ -347,10 +353,9 @@ def main() -> None:
         for kind, num_bytes in floor_bytes(made, config, 1, 1, 8192, config.num_experts_per_token).items():
             print(f"floor of a token at 8k: {kind} {num_bytes / 1e6:,.0f} MB, {num_bytes / rate * 1e3:.3f} ms")
         medians = measure(made, config, rate, STEPS)
-        group = made.group
         project(medians, config.num_layers)
         if args.profile:
-            profile(made, ((1, 1), (1, 4), (8, 1), (32, 1)))
+            profile(made, ((1, 1, 8192), (1, 4, 8192), (32, 1, 1024)))
 
 
 if __name__ == "__main__":

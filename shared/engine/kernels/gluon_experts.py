@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from shared.engine.kernels import triton_dense
-from shared.engine.kernels.gluon_rows import start_early
+from shared.engine.kernels.gluon_rows import begin
 from shared.engine.quantization import nvfp4
 from shared.engine.quantization.nvfp4 import Nvfp4Tensor
 
@@ -110,6 +110,7 @@ def _gate_up(
     PACKED: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     EACH: gl.constexpr = 16 if PACKED else 8
+    ALL: gl.constexpr = K // 32 if PACKED else K // 8
     layout: gl.constexpr = gl.BlockedLayout([1, 1, EACH], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
     of_x: gl.constexpr = gl.SliceLayout(0, layout)
     choice = gl.program_id(0)
@@ -120,34 +121,27 @@ def _gate_up(
     each = gl.arange(0, EACH, gl.SliceLayout(0, of_x))[None, :]
     w_each = gl.arange(0, EACH, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, :][:, None, :]
     source = x + (choice // TOP_K) * K + x_unit * EACH + each
-    start_early(PDL)
+    begin(PDL)
     expert = gl.load(chosen + choice).to(gl.int64)
     row = expert * 2 * INNER + n
     sums = gl.zeros([2 * BLOCK, UNITS], gl.float32, gl.SliceLayout(2, layout))
-    if PACKED:
-        place = weight + row[:, None][:, :, None] * (K // 2) + unit[:, :, None] * EACH + w_each
-        scales = scale + row[:, None] * (K // 16) + unit
-        ahead, low_ahead, high_ahead = gl.load(place), gl.load(scales), gl.load(scales + K // 32)
-        for start in gl.static_range(0, K // 32, UNITS):
-            codes, low_scale, high_scale = ahead, _scale(low_ahead), _scale(high_ahead)
-            if start + UNITS < K // 32:
-                ahead = gl.load(place + (start + UNITS) * EACH)
-                low_ahead = gl.load(scales + (start + UNITS))
-                high_ahead = gl.load(scales + (start + UNITS + K // 32))
+    for start in gl.static_range(0, ALL, UNITS):
+        inside, x_inside = unit + start < ALL, x_unit + start < ALL
+        if PACKED:
+            place = weight + row[:, None][:, :, None] * (K // 2) + (unit + start)[:, :, None] * EACH + w_each
+            codes = gl.load(place, inside[:, :, None], 0)
+            scales = scale + row[:, None] * (K // 16) + (unit + start)
+            low_scale, high_scale = gl.load(scales, inside, 0), gl.load(scales + K // 32, inside, 0)
+            low_x = gl.load(source + start * EACH, x_inside, 0.0)
+            high_x = gl.load(source + (start * EACH + K // 2), x_inside, 0.0)
             low, high = _decode(codes)
-            value = gl.load(source + start * EACH).to(gl.float32)
-            sums += gl.sum(low * gl.expand_dims(value, 0), 2) * low_scale
-            value = gl.load(source + (start * EACH + K // 2)).to(gl.float32)
-            sums += gl.sum(high * gl.expand_dims(value, 0), 2) * high_scale
-    else:
-        place = weight + row[:, None][:, :, None] * K + unit[:, :, None] * EACH + w_each
-        ahead = gl.load(place)
-        for start in gl.static_range(0, K // EACH, UNITS):
-            w = ahead.to(gl.float32)
-            if start + UNITS < K // EACH:
-                ahead = gl.load(place + (start + UNITS) * EACH)
-            value = gl.load(source + start * EACH).to(gl.float32)
-            sums += gl.sum(w * gl.expand_dims(value, 0), 2)
+            sums += gl.sum(low * gl.expand_dims(low_x.to(gl.float32), 0), 2) * _scale(low_scale)
+            sums += gl.sum(high * gl.expand_dims(high_x.to(gl.float32), 0), 2) * _scale(high_scale)
+        else:
+            place = weight + row[:, None][:, :, None] * K + (unit + start)[:, :, None] * EACH + w_each
+            w = gl.load(place, inside[:, :, None], 0.0)
+            value = gl.load(source + start * EACH, x_inside, 0.0)
+            sums += gl.sum(w.to(gl.float32) * gl.expand_dims(value.to(gl.float32), 0), 2)
     flat: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [WARPS, 1], [1, 0])
     both = gl.convert_layout(gl.reshape(gl.sum(sums, 1), [BLOCK, 2]), flat)
     gate, up = gl.split(both)
@@ -166,22 +160,17 @@ def _down(
 ):  # fmt: skip
     EACH: gl.constexpr = 16 if PACKED else 8
     UNITS: gl.constexpr = K // 32 if PACKED else K // 8
+    ROW: gl.constexpr = K // 2 if PACKED else K
     # [choices, rows, units, values of a unit]
     layout: gl.constexpr = gl.BlockedLayout(
         [1, 1, 1, EACH], [1, 32 // LANES, LANES, 1], [1, WARPS, 1, 1], [3, 2, 1, 0]
     )
     of_rows: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, layout))
     of_inner: gl.constexpr = gl.SliceLayout(1, layout)
-    token = gl.program_id(1)
     whole: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
+    token = gl.program_id(1)
     n = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, whole))
     k = gl.arange(0, SHARED, gl.SliceLayout(0, whole))
-    shared_row = gl.load(shared_weight + n[:, None] * SHARED + k[None, :])
-    start_early(PDL)
-    gate = gl.load(shared + token * shared_stride + k).to(gl.float32)
-    up = gl.load(shared + token * shared_stride + SHARED + k).to(gl.float32)
-    own = (gate / (1 + gl.exp(-gate)) * up).to(gl.bfloat16).to(gl.float32)
-    result = gl.convert_layout(gl.sum(shared_row.to(gl.float32) * own[None, :], 1), gl.SliceLayout(0, of_rows))
     c = gl.arange(0, AT_ONCE, gl.SliceLayout(1, of_rows))
     rows = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, of_rows))
     units = gl.arange(0, UNITS, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, layout))))
@@ -189,28 +178,37 @@ def _down(
     part = gl.arange(0, AT_ONCE, gl.SliceLayout(1, gl.SliceLayout(2, of_inner)))[:, None] * K
     part += gl.arange(0, UNITS, gl.SliceLayout(0, gl.SliceLayout(2, of_inner)))[None, :] * EACH
     each = gl.arange(0, EACH, gl.SliceLayout(0, gl.SliceLayout(1, of_inner)))[None, :][:, None, :]
+    within = unit[:, :, :, None] * EACH + gl.expand_dims(each, 1)
+    shared_row = gl.load(shared_weight + n[:, None] * SHARED + k[None, :])
+    # The choice is older than the kernel in front, whose own results alone must be waited for.
+    expert = gl.load(chosen + token * TOP_K + c, cache_modifier=".cg").to(gl.int64)
+    row = expert[:, None] * N + rows[None, :]
+    ahead = gl.load(weight + row[:, :, None][:, :, :, None] * ROW + within)
+    begin(PDL)
+    gate = gl.load(shared + token * shared_stride + k).to(gl.float32)
+    up = gl.load(shared + token * shared_stride + SHARED + k).to(gl.float32)
+    own = (gate / (1 + gl.exp(-gate)) * up).to(gl.bfloat16).to(gl.float32)
+    result = gl.convert_layout(gl.sum(shared_row.to(gl.float32) * own[None, :], 1), gl.SliceLayout(0, of_rows))
     for first in gl.static_range(0, TOP_K, AT_ONCE):
         choice = token * TOP_K + first + c
-        expert = gl.load(chosen + choice).to(gl.int64)
-        row = expert[:, None] * N + rows[None, :]
-        value = gl.load(weights + choice)
-        source = inner + (token * TOP_K + first) * K + part[:, :, None] + each
+        w, value = ahead, gl.load(weights + choice)
         if PACKED:
-            place = weight + row[:, :, None][:, :, :, None] * (K // 2) + unit[:, :, :, None] * EACH
-            codes = gl.load(place + gl.expand_dims(each, 1))
             scales = scale + row[:, :, None] * (K // 16) + unit
             low_scale, high_scale = gl.load(scales), gl.load(scales + K // 32)
-            low, high = _decode(codes)
-            act = gl.load(source).to(gl.float32)
+            value = value * gl.load(factors + expert * 2 + 1)
+        if first + AT_ONCE < TOP_K:
+            expert = gl.load(chosen + choice + AT_ONCE).to(gl.int64)
+            row = expert[:, None] * N + rows[None, :]
+            ahead = gl.load(weight + row[:, :, None][:, :, :, None] * ROW + within)
+        source = inner + (token * TOP_K + first) * K + part[:, :, None] + each
+        act = gl.load(source).to(gl.float32)
+        if PACKED:
+            low, high = _decode(w)
             sums = gl.sum(low * gl.expand_dims(act, 1), 3) * _scale(low_scale)
             act = gl.load(source + K // 2).to(gl.float32)
             sums += gl.sum(high * gl.expand_dims(act, 1), 3) * _scale(high_scale)
-            value = value * gl.load(factors + expert * 2 + 1)
         else:
-            place = weight + row[:, :, None][:, :, :, None] * K + unit[:, :, :, None] * EACH
-            w = gl.load(place + gl.expand_dims(each, 1)).to(gl.float32)
-            act = gl.load(source).to(gl.float32)
-            sums = gl.sum(w * gl.expand_dims(act, 1), 3)
+            sums = gl.sum(w.to(gl.float32) * gl.expand_dims(act, 1), 3)
         sums = sums * value[:, None][:, :, None]
         result += gl.sum(gl.sum(sums, 2), 0)
     at = token * N + rows
@@ -237,16 +235,16 @@ def mixture(
 
 
 def gate_up(
-    x: torch.Tensor, chosen: torch.Tensor, experts: Experts, *, block: int = 2, warps: int = 2, pdl: bool = True
+    x: torch.Tensor, chosen: torch.Tensor, experts: Experts, *, block: int = 2, warps: int = 4, pdl: bool = True
 ) -> torch.Tensor:
     """silu(gate) * up of every choice, bfloat16 [T, k, I]."""
     (num_rows, hidden), top_k, packed = x.shape, chosen.shape[1], experts.factors is not None
     out = torch.empty(num_rows, top_k, experts.inner, dtype=torch.bfloat16, device=x.device)
     num_units = hidden // (2 * UNIT_BYTES if packed else UNIT_BYTES // 2)
-    warps = min(warps, max(1, (num_units & -num_units) // 32))
+    units = min(256, triton.next_power_of_2(num_units))
     _gate_up[(num_rows * top_k, experts.inner // block)](
         x, chosen, experts.gate_up, _or(experts.gate_up_scale, x), _or(experts.factors, x), out,
-        hidden, experts.inner, top_k, block, 32 * warps, packed, pdl, warps, num_warps=warps, launch_pdl=pdl,
+        hidden, experts.inner, top_k, block, units, packed, pdl, warps, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
 
@@ -259,9 +257,9 @@ def down(
     shared: torch.Tensor,
     shared_down: torch.Tensor,
     *,
-    block: int = 16,
-    at_once: int = 4,
-    warps: int = 4,
+    block: int = 32,
+    at_once: int = 0,
+    warps: int = 8,
     pdl: bool = True,
 ) -> torch.Tensor:
     """From `gate_up`'s result on; see `mixture`."""
@@ -272,7 +270,7 @@ def down(
     _down[(triton.cdiv(hidden, block), num_rows)](
         inner, chosen, weights, experts.down, _or(experts.down_scale, inner), _or(experts.factors, inner),
         shared, shared_down, shared.stride(0), out,
-        experts.inner, hidden, shared_down.shape[1], top_k, min(at_once, top_k), block, min(32, num_units),
+        experts.inner, hidden, shared_down.shape[1], top_k, min(at_once or (4 if packed else 2), top_k), block, min(32, num_units),
         packed, pdl, warps, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out

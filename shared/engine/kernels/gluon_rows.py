@@ -13,10 +13,13 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 MAX_ROWS = 8
+SMALL = 6 << 20  # elements of a matrix that is done before all programs are at work
 VECTOR = 8  # values of 16 bits that a thread loads at once
 WARP = 32
+TENSOR_COLUMNS = 32  # of a warp at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +33,46 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a program reads: rows of the matrix, warps beside each other along a row, vectors of a thread at a time."""
+    """How a program reads: rows of the matrix, warps beside each other along a row, vectors of a thread at a time; by
+    tensor cores or without."""
 
     rows: int
     warps: int
     vectors: int = 1
+    tensor: bool = False
 
     @property
     def step(self) -> int:
         """Columns at a time."""
-        return self.warps * self.vectors * WARP * VECTOR
+        return self.warps * self.vectors * (TENSOR_COLUMNS if self.tensor else WARP * VECTOR)
 
 
 @gluon.jit
-def start_early(pdl: gl.constexpr):
-    """Let the next kernel start, and wait for the memory of the one before."""
+def begin(pdl: gl.constexpr):
+    """Wait for the memory of the kernel before, then let the next one start: what that finds before it waits itself is
+    whatever was written by all kernels but this one."""
     if pdl:
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
         )
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _keep(
+    x, delta, gain, total, normed, num_rows, x_stride, delta_stride, at_row, scale,
+    K: gl.constexpr, SLICE: gl.constexpr, ADD: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Write what was normed, and what came of it; each program some columns."""
+    at = gl.program_id(0) * SLICE + gl.arange(0, SLICE, gl.SliceLayout(0, layout))[None, :]
+    own = (at_row < num_rows) & (at < K)
+    value = gl.load(x + at_row * x_stride + at, own, 0.0).to(gl.float32)
+    if ADD:
+        value += gl.load(delta + at_row * delta_stride + at, own, 0.0).to(gl.float32)
+        value = value.to(gl.bfloat16).to(gl.float32)
+    gl.store(total + at_row * K + at, value.to(gl.bfloat16), own)
+    value = value * scale * gl.load(gain + at, at < K, 0.0).to(gl.float32)
+    gl.store(normed + at_row * K + at, value.to(gl.bfloat16), own)
 
 
 @gluon.jit
@@ -80,7 +103,7 @@ def _product(
     g = gl.arange(0, VECTORS, gl.SliceLayout(1, of_gain))[:, None] * 8 + gl.arange(0, 8, gl.SliceLayout(0, of_gain))[None, :]
 
     ahead = gl.load(place, inside, 0.0)
-    start_early(PDL)
+    begin(PDL)
     sums = gl.zeros([ROWS, BLOCK, VECTORS], gl.float32, gl.SliceLayout(3, layout))
     squares = gl.zeros([ROWS, VECTORS], gl.float32, gl.SliceLayout(2, of_x))
     for start in gl.static_range(0, K, STEP):
@@ -102,16 +125,87 @@ def _product(
         scale = gl.rsqrt(gl.sum(squares, 1) / K + eps)
         scale = gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, flat)), 1)
         result = result * scale
-        if KEEP:  # each program some columns
-            at = gl.program_id(0) * SLICE + gl.arange(0, SLICE, gl.SliceLayout(0, flat))[None, :]
-            own = (at_row < num_rows) & (at < K)
-            value = gl.load(x + at_row * x_stride + at, own, 0.0).to(gl.float32)
+        if KEEP:
+            _keep(x, delta, gain, total, normed, num_rows, x_stride, delta_stride, at_row, scale, K, SLICE, ADD, flat)
+    gl.store(out + at_row * N + at_n, result.to(out.dtype.element_ty), (at_row < num_rows) & (at_n < N))
+
+
+@gluon.jit
+def _column(layout: gl.constexpr, WARPS: gl.constexpr, V: gl.constexpr):
+    """[WARPS, 1, V, 4, 8]: each warp V times 32 columns, of which a thread has 8 in a row."""
+    of_q: gl.constexpr = gl.SliceLayout(4, layout)
+    of_v: gl.constexpr = gl.SliceLayout(3, of_q)
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, of_v)))[:, None][:, :, None]
+    v = gl.arange(0, V, gl.SliceLayout(0, gl.SliceLayout(1, of_v)))[None, :][:, None, :]
+    column = gl.expand_dims(gl.expand_dims(warp * (V * 32) + v * 32, 3), 4)
+    q = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, of_q))))[None, :][:, None, :]
+    column += gl.expand_dims(gl.expand_dims(q, 2), 4) * 8
+    j = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))))
+    return column + gl.expand_dims(j[None, :][:, None, :][:, :, None, :], 3)
+
+
+@gluon.jit
+def _row(layout: gl.constexpr, NUM: gl.constexpr):
+    """[1, NUM, 1, 1, 1]."""
+    row = gl.arange(0, NUM, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, layout)))))
+    return row[None, :][:, :, None][:, :, :, None][:, :, :, :, None]
+
+
+@gluon.jit
+def _steps(tile, WARPS: gl.constexpr, NUM: gl.constexpr, V: gl.constexpr):
+    """[WARPS, NUM, V, 4, 8] to [WARPS, NUM, 32 V], in the order in which a thread holds columns of a product: two, and
+    two that are eight behind, of each 16. Which column is which makes no difference to a sum over them."""
+    split = gl.reshape(tile, [WARPS, NUM, V, 4, 2, 2, 2])
+    return gl.reshape(gl.permute(split, [0, 1, 2, 4, 5, 3, 6]), [WARPS, NUM, V * 32])
+
+
+@gluon.jit
+def _tensor_product(
+    x, delta, gain, weight, out, total, normed, num_rows, x_stride, delta_stride, N, eps,
+    K: gl.constexpr, BLOCK: gl.constexpr, V: gl.constexpr, SLICE: gl.constexpr,
+    NORM: gl.constexpr, ADD: gl.constexpr, KEEP: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1, 8], [1, 8, 1, 4, 1], [WARPS, 1, 1, 1, 1], [4, 3, 2, 1, 0])
+    sums_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], instr_shape=[1, 16, 8])
+    STEP: gl.constexpr = WARPS * V * 32
+    column, row, n = _column(layout, WARPS, V), _row(layout, 8), gl.program_id(0) * BLOCK + _row(layout, BLOCK)
+    inside, used = n < N, row < num_rows
+    place = weight + n.to(gl.int64) * K + column
+    source, other = x + row * x_stride + column, delta + row * delta_stride + column
+    ahead = gl.load(place, inside, 0.0)
+    begin(PDL)
+    sums = gl.zeros([WARPS, 16, BLOCK], gl.float32, sums_layout)
+    squares = gl.zeros([WARPS, 8, V, 4], gl.float32, gl.SliceLayout(4, layout))
+    for start in gl.static_range(0, K, STEP):
+        w = ahead
+        if start + STEP < K:
+            ahead = gl.load(place + (start + STEP), inside, 0.0)
+        value = gl.load(source + start, used, 0.0)
+        if ADD or NORM or value.dtype != gl.bfloat16:
+            wide = value.to(gl.float32)
             if ADD:
-                value += gl.load(delta + at_row * delta_stride + at, own, 0.0).to(gl.float32)
-                value = value.to(gl.bfloat16).to(gl.float32)
-            gl.store(total + at_row * K + at, value.to(gl.bfloat16), own)
-            value = value * scale * gl.load(gain + at, at < K, 0.0).to(gl.float32)
-            gl.store(normed + at_row * K + at, value.to(gl.bfloat16), own)
+                wide = (wide + gl.load(other + start, used, 0.0).to(gl.float32)).to(gl.bfloat16).to(gl.float32)
+            if NORM:
+                squares += gl.sum(wide * wide, 4)
+                wide = wide * gl.load(gain + (column + start)).to(gl.float32)
+            value = wide.to(gl.bfloat16)
+        left = _steps(value, WARPS, 8, V)
+        left = gl.reshape(gl.permute(gl.join(left, gl.zeros_like(left)), [0, 3, 1, 2]), [WARPS, 16, V * 32])
+        left = gl.convert_layout(left, gl.DotOperandLayout(0, sums_layout, 2), assert_trivial=True)
+        right = gl.permute(_steps(w, WARPS, BLOCK, V), [0, 2, 1])
+        right = gl.convert_layout(right, gl.DotOperandLayout(1, sums_layout, 2), assert_trivial=True)
+        sums = mma_v2(left, right, sums)
+    flat: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, WARPS], [1, 0])
+    result = gl.convert_layout(gl.sum(sums, 0), flat)
+    at_row = gl.arange(0, 16, gl.SliceLayout(1, flat))[:, None]
+    at_n = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, flat))[None, :]
+    if NORM:
+        scale = gl.rsqrt(gl.sum(gl.sum(gl.sum(squares, 3), 2), 0) / K + eps)
+        scale = gl.permute(gl.join(scale, gl.zeros_like(scale)), [1, 0])
+        scale = gl.convert_layout(gl.reshape(scale, [16]), gl.SliceLayout(1, flat))[:, None]
+        result = result * scale
+        if KEEP:
+            _keep(x, delta, gain, total, normed, num_rows, x_stride, delta_stride, at_row, scale, K, SLICE, ADD, flat)
     gl.store(out + at_row * N + at_n, result.to(out.dtype.element_ty), (at_row < num_rows) & (at_n < N))
 
 
@@ -122,7 +216,7 @@ def linear(
 
     Rows of x and delta may be strided. With `pdl` the kernel starts before the one in front of it has ended.
     """
-    return launch(x, weight, norm, None, dtype, tiling(len(x), weight.shape[1]), pdl=pdl)
+    return launch(x, weight, norm, None, dtype, tiling(len(x), *weight.shape), pdl=pdl)
 
 
 def linear_keeping(
@@ -130,14 +224,21 @@ def linear_keeping(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `linear`; also the sum that was normed (the residual), and what came of it, both bfloat16 [T, K]."""
     total, normed = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for _ in range(2))
-    out = launch(x, weight, norm, (total, normed), dtype, tiling(len(x), weight.shape[1]), pdl=pdl)
+    out = launch(x, weight, norm, (total, normed), dtype, tiling(len(x), *weight.shape), pdl=pdl)
     return out, total, normed
 
 
-def tiling(num_rows: int, k: int) -> Tiling:
-    """How a product is cut up: enough programs for every multiprocessor, wide enough loads for each."""
-    warps = max(1, min(4, (k & -k) // (WARP * VECTOR)))
-    return Tiling(4, warps)
+def tiling(num_rows: int, n: int, k: int) -> Tiling:
+    """How a product is cut up: enough programs for every multiprocessor, wide enough loads for each (docs/LOG.md)."""
+    if num_rows > 1:
+        warps = max(1, min(8, (k & -k) // TENSOR_COLUMNS))
+        vectors = max(1, min(4, (k & -k) // (TENSOR_COLUMNS * warps)))
+        return Tiling(8, warps, vectors, tensor=True)
+    most = (k & -k) // (WARP * VECTOR)
+    small = n * k < SMALL
+    if k > 4096:
+        return Tiling(4 if small else 8, min(8 if small else 4, most))
+    return Tiling(2 if small else 4, min(4, most))
 
 
 def obstacle(k: int) -> str | None:
@@ -161,10 +262,17 @@ def launch(
     delta = norm.delta if norm else None
     total, normed = kept or (out, out)
     num_programs = triton.cdiv(n, cut.rows)
-    _product[(num_programs,)](
+    arguments = (
         x, x if delta is None else delta, norm.gain if norm else x, weight, out, total, normed,
-        num_rows, x.stride(0), 0 if delta is None else delta.stride(0), n, norm.eps if norm else 0.0,
-        k, triton.next_power_of_2(num_rows), cut.rows, cut.step, triton.next_power_of_2(triton.cdiv(k, num_programs)),
-        norm is not None, delta is not None, kept is not None, pdl, cut.warps, num_warps=cut.warps, launch_pdl=pdl,
+        num_rows, x.stride(0), 0 if delta is None else delta.stride(0), n, norm.eps if norm else 0.0, k,
     )  # fmt: skip
+    kept_columns = triton.next_power_of_2(triton.cdiv(k, num_programs))
+    how = (kept_columns, norm is not None, delta is not None, kept is not None, pdl, cut.warps)
+    if cut.tensor:
+        _tensor_product[(num_programs,)](
+            *arguments, cut.rows, cut.vectors, *how, num_warps=cut.warps, launch_pdl=pdl
+        )  # fmt: skip
+    else:
+        rows = triton.next_power_of_2(num_rows)
+        _product[(num_programs,)](*arguments, rows, cut.rows, cut.step, *how, num_warps=cut.warps, launch_pdl=pdl)
     return out

@@ -12,8 +12,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from shared.engine.kernels.triton_latent import Rows, Selected
 
-KEYS = 128  # of a product
-MAX_TILE = 16384  # scores that a program chooses from at a time
+KEYS = 64  # of a product
+MAX_TILE = 8192  # scores that a program chooses from at a time
 SCORE_PROGRAMS = 528
 
 
@@ -24,8 +24,8 @@ def _scores(
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     visible = tl.load(positions + row) + 1
     if visible > TOP_K:
@@ -57,8 +57,10 @@ def _highest(order, inside, NUM: tl.constexpr):
     order = tl.where(inside, order, 0)
     least = tl.full([], 0, tl.uint32)
     bit = tl.full([], 0x80000000, tl.uint32)
-    for _ in range(32):
-        least = tl.where(tl.sum((order >= (least | bit)).to(tl.int32)) >= NUM, least | bit, least)
+    count = NUM + 1
+    while (bit != 0) & (count != NUM):  # until no bit is left, or those from `least` on are just as many
+        found = tl.sum((order >= (least | bit)).to(tl.int32))
+        least, count = tl.where(found >= NUM, least | bit, least), tl.where(found >= NUM, found, count)
         bit = bit >> 1
     above = (order > least) & inside
     equal = (order == least) & inside
@@ -77,8 +79,8 @@ def _select(
     TOP_K: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     visible = tl.load(positions + row) + 1
     table = page_ids + tl.load(starts + row)
@@ -109,8 +111,8 @@ def _merge(
     TOP_K: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     visible = tl.load(positions + row) + 1
     if visible > TILE:
@@ -157,7 +159,7 @@ def select(
     (num_rows, heads, dim), top_k, page_size = q.shape, selected.slots.shape[1], keys.shape[1]
     tile = tile or min(MAX_TILE, max(4 * top_k, triton.next_power_of_2(capacity)))
     num_tiles = triton.cdiv(capacity, tile)
-    warps = min(32, max(4, tile // 512))
+    warps = min(16, max(4, tile // 512))
     scores = torch.empty(num_rows, capacity, dtype=torch.float32, device=q.device)
     orders, places = (
         torch.empty(num_rows, num_tiles if num_tiles > 1 else 0, top_k, dtype=torch.int32, device=q.device)
@@ -170,6 +172,8 @@ def select(
             q, weights, keys, *tables, scores, weights.stride(0), keys.stride(0), capacity, (heads * dim) ** -0.5,
             heads, dim, top_k, page_size, KEYS, pdl, num_warps=4, num_stages=2, launch_pdl=pdl,
         )  # fmt: skip
+    if capacity <= top_k and not first:
+        return
     _select[(num_rows, num_tiles)](
         scores, *tables, selected.slots, selected.counts, orders, places, capacity,
         top_k, page_size, tile, first, pdl, num_warps=warps, launch_pdl=pdl,

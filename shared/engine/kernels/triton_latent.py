@@ -17,7 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 HEADS = 16  # of a product at least
 ABSORB_ROWS = 16
-MAX_SPLITS = 32
+MAX_SPLITS = 64
+INDEX_ROLES = 4  # programs that share out the index queries of a row
 PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
@@ -78,8 +79,8 @@ def _absorb(
     matrix = up_key + head * NOPE * LATENT + n[:, None] * LATENT + c[None]
     ahead = tl.load(matrix)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     total = tl.zeros([ROWS, TILE], tl.float32)
     for start in tl.static_range(0, NOPE, CHUNK):
         w = ahead
@@ -107,31 +108,31 @@ def _latent(source, gain, target, c, s, eps, slot, LATENT: tl.constexpr, HALF: t
 
 @triton.jit
 def _rotate(
-    source, target, c, s, source_stride, NUM: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr
+    source, target, c, s, source_stride, FIRST: tl.constexpr, NUM: tl.constexpr, HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """NUM heads of pairs; c and s [PAIRS]."""
-    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None]
-    even = tl.load(source + head * source_stride + 2 * pair, head < NUM, 0.0).to(tl.float32)
-    odd = tl.load(source + head * source_stride + 2 * pair + 1, head < NUM, 0.0).to(tl.float32)
-    place = target + head * 2 * PAIRS + 2 * pair
-    tl.store(place, (even * c[None] - odd * s[None]).to(target.dtype.element_ty), head < NUM)
-    tl.store(place + 1, (odd * c[None] + even * s[None]).to(target.dtype.element_ty), head < NUM)
+    """NUM heads of pairs, from FIRST on; c and s [PAIRS]."""
+    head, at = FIRST + tl.arange(0, HEADS)[:, None], tl.arange(0, 2 * PAIRS)[None]
+    value = tl.load(source + head * source_stride + at, head < NUM, 0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(value, [HEADS, PAIRS, 2]))
+    turned = tl.join(even * c[None] - odd * s[None], odd * c[None] + even * s[None])
+    turned = tl.reshape(turned, [HEADS, 2 * PAIRS]).to(target.dtype.element_ty)
+    tl.store(target + head * 2 * PAIRS + at, turned, head < NUM)
 
 
 @triton.jit
 def _index_key(source, gain, bias, target, c, s, eps, slot, PAIRS: tl.constexpr):
     """One row's index key behind its LayerNorm."""
-    even_at, odd_at = 2 * tl.arange(0, PAIRS), 2 * tl.arange(0, PAIRS) + 1
-    even, odd = tl.load(source + even_at).to(tl.float32), tl.load(source + odd_at).to(tl.float32)
-    mean = (tl.sum(even) + tl.sum(odd)) / (2 * PAIRS)
-    even, odd = even - mean, odd - mean
-    scale = tl.rsqrt((tl.sum(even * even) + tl.sum(odd * odd)) / (2 * PAIRS) + eps)
+    at = tl.arange(0, 2 * PAIRS)
+    value = tl.load(source + at).to(tl.float32)
+    value -= tl.sum(value) / (2 * PAIRS)
+    scale = tl.rsqrt(tl.sum(value * value) / (2 * PAIRS) + eps)
     dtype = target.dtype.element_ty
-    even = (even * scale * tl.load(gain + even_at) + tl.load(bias + even_at)).to(dtype).to(tl.float32)
-    odd = (odd * scale * tl.load(gain + odd_at) + tl.load(bias + odd_at)).to(dtype).to(tl.float32)
+    value = (value * scale * tl.load(gain + at) + tl.load(bias + at)).to(dtype).to(tl.float32)
+    even, odd = tl.split(tl.reshape(value, [PAIRS, 2]))
+    turned = tl.join(even * c - odd * s, odd * c + even * s)
     if slot >= 0:
-        tl.store(target + even_at, (even * c - odd * s).to(dtype))
-        tl.store(target + odd_at, (odd * c + even * s).to(dtype))
+        tl.store(target + at, tl.reshape(turned, [2 * PAIRS]).to(dtype))
 
 
 @triton.jit
@@ -144,13 +145,14 @@ def _prepare(
 ):  # fmt: skip
     program = tl.program_id(0)
     HEAD: tl.constexpr = NOPE + 2 * HALF
+    SOME_HEADS: tl.constexpr = INDEX_HEADS // (NUM_ROLES - 3) if INDEX_HEADS > 0 else 1
     if program >= num_rows * NUM_ROLES:
         place = program - num_rows * NUM_ROLES
         _absorb(q, up_key, q_latent, q_stride, num_rows, place, LATENT, NOPE, HEAD, NUM_HEADS, ROWS, CHUNK, TILE, PDL)
     else:
         if PDL:
-            gdc_launch_dependents()
             gdc_wait()
+            gdc_launch_dependents()
         row, role = (program // NUM_ROLES).to(tl.int64), program % NUM_ROLES
         pair = tl.arange(0, HALF)
         c, s = tl.load(cos + row * HALF + pair), tl.load(sin + row * HALF + pair)
@@ -160,7 +162,7 @@ def _prepare(
             _latent(low + row * low_stride + Q_LORA, latent_gain, target, c, s, eps, slot, LATENT, HALF)
         elif role == 1:
             target = q_rope + row * NUM_HEADS * 2 * HALF
-            _rotate(q + row * q_stride + NOPE, target, c, s, HEAD, NUM_HEADS, HEADS, HALF)
+            _rotate(q + row * q_stride + NOPE, target, c, s, HEAD, 0, NUM_HEADS, HEADS, HALF)
         elif INDEX_HEADS > 0:
             all_pairs = tl.arange(0, INDEX_DIM // 2)  # those behind the first HALF carry no position
             all_c = tl.load(cos + row * HALF + all_pairs, all_pairs < HALF, 1.0)
@@ -170,9 +172,9 @@ def _prepare(
                 target = _page(keys, slot, key_page, PAGE_SIZE, INDEX_DIM)
                 _index_key(key, key_gain, key_bias, target, all_c, all_s, key_eps, slot, INDEX_DIM // 2)
             else:
-                source = q + row * q_stride + NUM_HEADS * HEAD
-                target = q_index + row * INDEX_HEADS * INDEX_DIM
-                _rotate(source, target, all_c, all_s, INDEX_DIM, INDEX_HEADS, INDEX_HEADS, INDEX_DIM // 2)
+                source = q + row * q_stride + NUM_HEADS * HEAD + (role - 3) * SOME_HEADS * INDEX_DIM
+                target = q_index + (row * INDEX_HEADS + (role - 3) * SOME_HEADS) * INDEX_DIM
+                _rotate(source, target, all_c, all_s, INDEX_DIM, 0, SOME_HEADS, SOME_HEADS, INDEX_DIM // 2)
 
 
 @triton.jit
@@ -182,8 +184,8 @@ def _attend(
     PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     used = head < NUM_HEADS
@@ -253,8 +255,8 @@ def _merge_and_raise(
     v, c = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, LATENT)
     matrix = tl.load(up_value + (head * VALUE + v[:, None]) * LATENT + c[None])
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     mean = _merged(parts, maxima, sums, row * NUM_HEADS + head, SPLITS, LATENT, AT_ONCE)
     mean = mean.to(matrix.dtype).to(tl.float32)
     raised = tl.sum(matrix.to(tl.float32) * mean[None], 1)
@@ -307,7 +309,7 @@ def prepare(
         new(num_rows, heads, dims.rope),
         new(num_rows, dims.index_heads, dims.index_dim) if full else None,
     )
-    absorbing, roles, tile = num_rows <= ABSORB_ROWS, 4 if full else 2, min(64, dims.latent)
+    absorbing, roles, tile = num_rows <= ABSORB_ROWS, 3 + INDEX_ROLES if full else 2, min(64, dims.latent)
     num_programs = num_rows * roles + (heads * (dims.latent // tile) if absorbing else 0)
     norm = key_norm or KeyNorm(latent_gain, latent_gain, 0.0)
     state = latents if keys is None else keys
@@ -325,42 +327,66 @@ def prepare(
     return made
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What splits found: means float32 [T, H, splits, latent], and for their merging maxima and sums [T, H, splits]."""
+
+    means: torch.Tensor
+    maxima: torch.Tensor
+    sums: torch.Tensor
+
+
 def attend(
+    queries: Queries, latents: torch.Tensor, selected: Selected, up_value: torch.Tensor, scale: float, *,
+    pdl: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    """Attend to the selection; [T, H * v]. `up_value` [H, v, latent] brings what was found out of latent space."""
+    return merge(attend_in_parts(queries, latents, selected, scale, pdl=pdl), up_value, pdl=pdl)
+
+
+def attend_in_parts(
     queries: Queries,
     latents: torch.Tensor,
     selected: Selected,
-    up_value: torch.Tensor,
     scale: float,
     *,
     splits: int = 0,
-    tokens: int = 64,
-    tile: int = 32,
+    tokens: int = 0,
+    warps: int = 4,
+    stages: int = 1,
     pdl: bool = True,
-) -> torch.Tensor:
-    """Attend to the selection; [T, H * v]. `up_value` [H, v, latent] brings what was found out of latent space."""
+) -> Parts:
+    """Each split of the selection by itself."""
     num_rows, heads, latent = queries.latent.shape
     splits = splits or num_splits(num_rows, triton.cdiv(heads, HEADS))
-    parts = torch.empty(num_rows, heads, splits, latent, dtype=torch.float32, device=latents.device)
+    tokens = tokens or max(16, min(64, selected.slots.shape[1] // splits))
+    means = torch.empty(num_rows, heads, splits, latent, dtype=torch.float32, device=latents.device)
     maxima, sums = (torch.empty(num_rows, heads, splits, dtype=torch.float32, device=latents.device) for _ in range(2))
     _attend[(num_rows, triton.cdiv(heads, HEADS), splits)](
-        queries.latent, queries.rope, latents, selected.slots, selected.counts, parts, maxima, sums,
+        queries.latent, queries.rope, latents, selected.slots, selected.counts, means, maxima, sums,
         latents.stride(0), queries.latent.stride(0), queries.latent.stride(1), scale * 1.4426950408889634,
         heads, HEADS, latent, queries.rope.shape[2], selected.slots.shape[1], latents.shape[1], splits, tokens, pdl,
-        num_warps=4, num_stages=2, launch_pdl=pdl,
+        num_warps=warps, num_stages=stages, launch_pdl=pdl,
     )  # fmt: skip
+    return Parts(means, maxima, sums)
+
+
+def merge(parts: Parts, up_value: torch.Tensor, *, tile: int = 32, warps: int = 8, pdl: bool = True) -> torch.Tensor:
+    """Out of latent space: [T, H * v]."""
+    num_rows, heads, splits, latent = parts.means.shape
+    found = parts.means, parts.maxima, parts.sums
     value, at_once = up_value.shape[1], min(8, splits)
     if num_rows <= ABSORB_ROWS:
         out = up_value.new_empty(num_rows, heads * value)
         _merge_and_raise[(heads, value // tile, num_rows)](
-            parts, maxima, sums, up_value, out, heads, latent, value, tile, splits, at_once, pdl,
-            num_warps=4, launch_pdl=pdl,
+            *found, up_value, out, heads, latent, value, tile, splits, at_once, pdl, num_warps=warps, launch_pdl=pdl
         )  # fmt: skip
         return out
-    found = up_value.new_empty(heads, num_rows, latent)
+    mean = up_value.new_empty(heads, num_rows, latent)
     _merge[(num_rows, heads)](
-        parts, maxima, sums, found, found.stride(1), found.stride(0), heads, latent, splits, at_once, num_warps=4
+        *found, mean, mean.stride(1), mean.stride(0), heads, latent, splits, at_once, num_warps=4
     )
-    return torch.bmm(found, up_value.transpose(1, 2)).transpose(0, 1).reshape(num_rows, heads * value)
+    return torch.bmm(mean, up_value.transpose(1, 2)).transpose(0, 1).reshape(num_rows, heads * value)
 
 
 def num_splits(num_rows: int, num_blocks: int) -> int:

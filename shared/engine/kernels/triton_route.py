@@ -14,18 +14,17 @@ def _route(
     at, place = tl.arange(0, EXPERTS), tl.arange(0, TOP_K)
     own = tl.load(bias + at)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     choice = tl.sigmoid(tl.load(logits + row * stride + at)) + own
     bits = choice.to(tl.int32, bitcast=True)
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-    order = (order << 32) | (EXPERTS - at)  # of equal ones the first
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers are compared in one instruction of a warp
     experts = tl.zeros([TOP_K], tl.int32)
     for turn in tl.static_range(TOP_K):
-        best = tl.max(order, 0)
-        experts = tl.where(place == turn, EXPERTS - (best & 0xFFFFFFFF).to(tl.int32), experts)
-        order = tl.where(order == best, -(1 << 62), order)
+        best = tl.min(tl.where(order == tl.max(order, 0), at, EXPERTS), 0)  # of equal ones the first
+        experts = tl.where(place == turn, best, experts)
+        order = tl.where(at == best, -(1 << 31), order)
     scores = tl.sigmoid(tl.load(logits + row * stride + experts))
     if NORMALIZE:
         scores = scores / (tl.sum(scores, 0) + 1e-20)

@@ -1,7 +1,8 @@
 """A GLM-5 decoder on a GPU: steps of few tokens as CUDA graphs, others launched kernel by kernel.
 
 A step whose sequences all compute equally many tokens (decode: one; verification of drafts: one more than there are
-drafts) is replayed as a graph, padded to the next size. Where a row's context ends is data, so one graph fits all.
+drafts) is replayed as a graph, padded to the next size. Where a row's context ends is data: a graph fits every context up
+to the one that it has room for, and there are few such rooms, so that short contexts do not pay for long ones.
 """
 
 from bisect import bisect_left
@@ -24,6 +25,7 @@ from shared.engine.parallel.group import Group
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MAX_GRAPH_WIDTH = 8
 MAX_GRAPH_PAGES = 1 << 17
+LEAST_ROOM, MORE_ROOM = 2048, 4  # tokens of a context; and times more
 NOBODY = -1
 
 
@@ -57,7 +59,7 @@ class CudaGlm:
         self.device, self._pdl = ends.norm.device, pdl
         self.frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta).to(self.device)
         self._layers = layers
-        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._graphs: dict[tuple[int, int, int], Graph] = {}
 
     def __call__(self, batch: Batch, pool: torch.Tensor, layout: KvLayout, names: tuple[str, str]) -> tuple[
         torch.Tensor, torch.Tensor
@@ -80,26 +82,26 @@ class CudaGlm:
         return self._hidden(inputs, batch.num_tokens, states, int(batch.context_lens.max()))
 
     def _replay(self, batch: Batch, width: int, states: Sequence[State], page_size: int) -> Graph:
-        size = GRAPH_SIZES[bisect_left(GRAPH_SIZES, batch.num_sequences)]
-        if (size, width) not in self._graphs:
-            self._graphs[size, width] = self.capture(size * width, states)
-        graph = self._graphs[size, width]
+        key = size, width, room = _kind(batch.num_sequences, width, int(batch.context_lens.max()))
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(size * width, room, states)
+        graph = self._graphs[key]
         num_used = _stage(graph.staging, batch, size * width, page_size)
         graph.inputs[:num_used].copy_(graph.staging[:num_used], non_blocking=True)
         graph.graph.replay()
         return graph
 
-    def graph(self, num_sequences: int, width: int) -> Graph:
+    def graph(self, num_sequences: int, width: int, context: int) -> Graph:
         """The one that computes such a step. Raises KeyError before the first of its kind."""
-        return self._graphs[GRAPH_SIZES[bisect_left(GRAPH_SIZES, num_sequences)], width]
+        return self._graphs[_kind(num_sequences, width, context)]
 
-    def capture(self, num_rows: int, states: Sequence[State]) -> Graph:
-        """Record a step of so many rows."""
+    def _capture(self, num_rows: int, room: int, states: Sequence[State]) -> Graph:
+        """Record a step of so many rows, whose contexts are no longer than `room`."""
         staging = torch.zeros(4 * num_rows + MAX_GRAPH_PAGES, dtype=torch.int32).pin_memory()
         staging[2 * num_rows : 3 * num_rows] = NOBODY
         inputs = staging.to(self.device)
         num_pages, page_size = states[0].latents.shape[:2]
-        capacity = min(self.config.max_position, num_pages * page_size)
+        capacity = min(room, num_pages * page_size)
 
         def compute() -> tuple[torch.Tensor, torch.Tensor]:
             found = self._hidden(inputs, num_rows, states, capacity)
@@ -146,6 +148,14 @@ def views(pool: torch.Tensor, layout: KvLayout, config: GlmConfig, names: tuple[
         State(state, next(own) if full else None, index == 0)
         for index, (state, full) in enumerate(zip(each, selects, strict=True))
     ]
+
+
+def _kind(num_sequences: int, width: int, context: int) -> tuple[int, int, int]:
+    """Sequences, tokens of each and room for a context of the graph that computes such a step."""
+    room = LEAST_ROOM
+    while room < context:
+        room *= MORE_ROOM
+    return GRAPH_SIZES[bisect_left(GRAPH_SIZES, num_sequences)], width, room
 
 
 def _stage(staging: torch.Tensor, batch: Batch, num_rows: int, page_size: int) -> int:
