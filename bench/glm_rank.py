@@ -67,12 +67,13 @@ NAMES = glm_layout.LATENTS, glm_layout.INDEX_KEYS
 # (batch, tokens of each, context)
 STEPS = (
     *((1, 1, context) for context in (1024, 8192, 32_768, 131_072)),
-    *((1, width, 8192) for width in (2, 4, 6)),
+    *((1, width, 8192) for width in (2, 3, 4, 6)),
     *((8, 1, context) for context in (1024, 8192, 16_384)),
     (8, 4, 1024),
     (32, 1, 1024),
     (32, 1, 4096),
 )
+BRIEF = ((1, 1, 1024), (1, 1, 8192), (1, 4, 8192))
 KV_TOKENS = 140_000
 PROFILED = 3  # replays
 RANKED_MEAN_ACCEPTED = {2: 1.834, 4: 2.98}  # docs/LOG.md says whose
@@ -334,6 +335,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=78)
     parser.add_argument("--no-pdl", action="store_true", help="kernels start when those in front of them have ended")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--brief", action="store_true", help="few steps only")
     args = parser.parse_args()
     print(provenance.banner("bench.glm_rank"))
     device = torch.device("cuda", 0)
@@ -352,7 +354,7 @@ def main() -> None:
         print(f"made in {time.perf_counter() - started:.1f} s; room for {KV_TOKENS:,} tokens")
         for kind, num_bytes in floor_bytes(made, config, 1, 1, 8192, config.num_experts_per_token).items():
             print(f"floor of a token at 8k: {kind} {num_bytes / 1e6:,.0f} MB, {num_bytes / rate * 1e3:.3f} ms")
-        medians = measure(made, config, rate, STEPS)
+        medians = measure(made, config, rate, BRIEF if args.brief else STEPS)
         project(medians, config.num_layers)
         if args.profile:
             profile(made, ((1, 1, 8192), (1, 4, 8192), (32, 1, 1024)))

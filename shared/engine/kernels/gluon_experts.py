@@ -22,16 +22,17 @@ from shared.engine.quantization.nvfp4 import Nvfp4Tensor
 
 MAX_TOKENS = 64
 UNIT_BYTES = 16  # what a thread loads at once: 32 codes or 8 bfloat16
-FACTOR = 2.0**22  # of codes and scales as above
+FACTOR = 2.0**8  # of scales as above
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
     """E experts' gate and up joined [E, 2 I, hidden], and down [E, hidden, I]. Without scales these are bfloat16.
 
-    With scales they are codes, two to a byte, uint8: byte j of a row of K is element j (low) and element K / 2 + j;
-    scales are e4m3 as uint8, one for 16 elements in their order; `factors` float32 [E, 2] are the scales of the
-    matrices times FACTOR.
+    With scales they are codes in words of eight, as uint8: word j of a row of K holds elements 4 j to 4 j + 3 and the four
+    that are K / 2 behind them. Magnitude k of the first is at bits 4 k, of the second at 16 + 4 k; signs at 8 k + 7 and
+    8 k + 3. Scales are e4m3 as uint8, one for 16 elements in their order; `factors` float32 [E, 2] are the scales of
+    the matrices times FACTOR.
     """
 
     gate_up: torch.Tensor
@@ -46,16 +47,29 @@ class Experts:
         return self.gate_up.shape[1] // 2
 
 
-def pair_halves(codes: torch.Tensor) -> torch.Tensor:
-    """ModelOpt's order (neighbours in a byte) [..., K/2] to that of `Experts`."""
-    low, high = nvfp4.unpack(codes).chunk(2, dim=-1)
-    return (low | high << 4).to(torch.uint8)
+def words(codes: torch.Tensor) -> torch.Tensor:
+    """ModelOpt's order (neighbours in a byte) uint8 [..., K/2] to that of `Experts`, int32 [..., K/8] as uint8."""
+    first, second = (half.unflatten(-1, (-1, 4)) for half in nvfp4.unpack(codes).chunk(2, dim=-1))
+    place = torch.arange(4, device=codes.device)
+    magnitudes = ((first & 7) << 4 * place) | ((second & 7) << 16 + 4 * place)
+    signs = ((first >> 3) << 8 * place + 7) | ((second >> 3) << 8 * place + 3)
+    return (magnitudes | signs).sum(-1).int().view(torch.uint8)
+
+
+def values(packed_codes: torch.Tensor) -> torch.Tensor:
+    """The other way, and what the codes stand for: float32 [..., K]."""
+    word, place = packed_codes.view(torch.int32)[..., None], torch.arange(4, device=packed_codes.device)
+    halves = []
+    for magnitudes, sign in ((4 * place, 8 * place + 7), (16 + 4 * place, 8 * place + 3)):
+        halves.append(((word >> magnitudes) & 7) | (((word >> sign) & 1) << 3))
+    table = torch.tensor(nvfp4.MAGNITUDES + tuple(-m for m in nvfp4.MAGNITUDES), device=packed_codes.device)
+    return table[torch.cat([half.flatten(-2) for half in halves], dim=-1)]
 
 
 def packed(gate_up: Sequence[Nvfp4Tensor], down: Sequence[Nvfp4Tensor]) -> Experts:
     """Expert by expert: gate and up joined [2 I, hidden], which share a scale, and down [hidden, I]."""
     codes, scales = (
-        [[pair_halves(one.codes) for one in part] for part in (gate_up, down)],
+        [[words(one.codes) for one in part] for part in (gate_up, down)],
         [[one.scale.view(torch.uint8) for one in part] for part in (gate_up, down)],
     )
     factors = [torch.stack([one.scale_2 for one in part]) for part in (gate_up, down)]
@@ -65,27 +79,22 @@ def packed(gate_up: Sequence[Nvfp4Tensor], down: Sequence[Nvfp4Tensor]) -> Exper
 
 @gluon.jit
 def _decode(codes):
-    """uint8 [..., 16] -> the low and the high codes as float32 [..., 16]: the value times 2^-14."""
-    low, high = gl.inline_asm_elementwise(
+    """uint8 [..., 16] -> the first and the second codes of `words` as float32 [..., 16]."""
+    first, second = gl.inline_asm_elementwise(
         """
         {
-        .reg .b32 a, b, s, t;
-        prmt.b32 a, $4, 0, 0x1404;
-        prmt.b32 b, $4, 0, 0x3424;
-        shl.b32 s, a, 4;
-        shl.b32 t, a, 1;
-        and.b32 t, t, 0x0E000E00;
-        lop3.b32 $0, s, 0x80008000, t, 0xEA;
-        shl.b32 s, b, 4;
-        shl.b32 t, b, 1;
-        and.b32 t, t, 0x0E000E00;
-        lop3.b32 $1, s, 0x80008000, t, 0xEA;
-        shr.b32 t, a, 3;
-        and.b32 t, t, 0x0E000E00;
-        lop3.b32 $2, a, 0x80008000, t, 0xEA;
-        shr.b32 t, b, 3;
-        and.b32 t, t, 0x0E000E00;
-        lop3.b32 $3, b, 0x80008000, t, 0xEA;
+        .reg .b32 m, a, b, s;
+        and.b32 m, $4, 0x77777777;
+        prmt.b32 a, 0x3E3C3800, 0x46444240, m;
+        shr.b32 m, m, 16;
+        prmt.b32 b, 0x3E3C3800, 0x46444240, m;
+        lop3.b32 a, $4, 0x80808080, a, 0xEA;
+        shl.b32 s, $4, 4;
+        lop3.b32 b, s, 0x80808080, b, 0xEA;
+        prmt.b32 $0, a, 0, 0x1404;
+        prmt.b32 $1, a, 0, 0x3424;
+        prmt.b32 $2, b, 0, 0x1404;
+        prmt.b32 $3, b, 0, 0x3424;
         }
         """,
         "=r,=r,=r,=r,r",
@@ -94,7 +103,7 @@ def _decode(codes):
         is_pure=True,
         pack=4,
     )
-    return low.to(gl.float32), high.to(gl.float32)
+    return first.to(gl.float32), second.to(gl.float32)
 
 
 @gluon.jit
@@ -110,7 +119,6 @@ def _gate_up(
     PACKED: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     EACH: gl.constexpr = 16 if PACKED else 8
-    ALL: gl.constexpr = K // 32 if PACKED else K // 8
     layout: gl.constexpr = gl.BlockedLayout([1, 1, EACH], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
     of_x: gl.constexpr = gl.SliceLayout(0, layout)
     choice = gl.program_id(0)
@@ -125,23 +133,30 @@ def _gate_up(
     expert = gl.load(chosen + choice).to(gl.int64)
     row = expert * 2 * INNER + n
     sums = gl.zeros([2 * BLOCK, UNITS], gl.float32, gl.SliceLayout(2, layout))
-    for start in gl.static_range(0, ALL, UNITS):
-        inside, x_inside = unit + start < ALL, x_unit + start < ALL
-        if PACKED:
-            place = weight + row[:, None][:, :, None] * (K // 2) + (unit + start)[:, :, None] * EACH + w_each
-            codes = gl.load(place, inside[:, :, None], 0)
-            scales = scale + row[:, None] * (K // 16) + (unit + start)
-            low_scale, high_scale = gl.load(scales, inside, 0), gl.load(scales + K // 32, inside, 0)
-            low_x = gl.load(source + start * EACH, x_inside, 0.0)
-            high_x = gl.load(source + (start * EACH + K // 2), x_inside, 0.0)
+    if PACKED:
+        place = weight + row[:, None][:, :, None] * (K // 2) + unit[:, :, None] * EACH + w_each
+        scales = scale + row[:, None] * (K // 16) + unit
+        ahead, low_ahead, high_ahead = gl.load(place), gl.load(scales), gl.load(scales + K // 32)
+        for start in gl.static_range(0, K // 32, UNITS):
+            codes, low_scale, high_scale = ahead, _scale(low_ahead), _scale(high_ahead)
+            if start + UNITS < K // 32:
+                ahead = gl.load(place + (start + UNITS) * EACH)
+                low_ahead = gl.load(scales + (start + UNITS))
+                high_ahead = gl.load(scales + (start + UNITS + K // 32))
             low, high = _decode(codes)
-            sums += gl.sum(low * gl.expand_dims(low_x.to(gl.float32), 0), 2) * _scale(low_scale)
-            sums += gl.sum(high * gl.expand_dims(high_x.to(gl.float32), 0), 2) * _scale(high_scale)
-        else:
-            place = weight + row[:, None][:, :, None] * K + (unit + start)[:, :, None] * EACH + w_each
-            w = gl.load(place, inside[:, :, None], 0.0)
-            value = gl.load(source + start * EACH, x_inside, 0.0)
-            sums += gl.sum(w.to(gl.float32) * gl.expand_dims(value.to(gl.float32), 0), 2)
+            value = gl.load(source + start * EACH).to(gl.float32)
+            sums += gl.sum(low * gl.expand_dims(value, 0), 2) * low_scale
+            value = gl.load(source + (start * EACH + K // 2)).to(gl.float32)
+            sums += gl.sum(high * gl.expand_dims(value, 0), 2) * high_scale
+    else:
+        place = weight + row[:, None][:, :, None] * K + unit[:, :, None] * EACH + w_each
+        ahead = gl.load(place)
+        for start in gl.static_range(0, K // EACH, UNITS):
+            w = ahead.to(gl.float32)
+            if start + UNITS < K // EACH:
+                ahead = gl.load(place + (start + UNITS) * EACH)
+            value = gl.load(source + start * EACH).to(gl.float32)
+            sums += gl.sum(w * gl.expand_dims(value, 0), 2)
     flat: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [WARPS, 1], [1, 0])
     both = gl.convert_layout(gl.reshape(gl.sum(sums, 1), [BLOCK, 2]), flat)
     gate, up = gl.split(both)
@@ -235,16 +250,16 @@ def mixture(
 
 
 def gate_up(
-    x: torch.Tensor, chosen: torch.Tensor, experts: Experts, *, block: int = 2, warps: int = 4, pdl: bool = True
+    x: torch.Tensor, chosen: torch.Tensor, experts: Experts, *, block: int = 1, warps: int = 2, pdl: bool = True
 ) -> torch.Tensor:
     """silu(gate) * up of every choice, bfloat16 [T, k, I]."""
     (num_rows, hidden), top_k, packed = x.shape, chosen.shape[1], experts.factors is not None
     out = torch.empty(num_rows, top_k, experts.inner, dtype=torch.bfloat16, device=x.device)
     num_units = hidden // (2 * UNIT_BYTES if packed else UNIT_BYTES // 2)
-    units = min(256, triton.next_power_of_2(num_units))
+    warps = min(warps, max(1, (num_units & -num_units) // 32))
     _gate_up[(num_rows * top_k, experts.inner // block)](
         x, chosen, experts.gate_up, _or(experts.gate_up_scale, x), _or(experts.factors, x), out,
-        hidden, experts.inner, top_k, block, units, packed, pdl, warps, num_warps=warps, launch_pdl=pdl,
+        hidden, experts.inner, top_k, block, 32 * warps, packed, pdl, warps, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
 
@@ -282,13 +297,10 @@ def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Codes and scales as in `Experts` and a factor for each expert to bfloat16 [E, N, K], expert by expert."""
-    magnitudes = torch.tensor(nvfp4.MAGNITUDES + tuple(-m for m in nvfp4.MAGNITUDES), device=codes.device)
     out = torch.empty(*codes.shape[:2], codes.shape[2] * 2, dtype=torch.bfloat16, device=codes.device)
     for expert, factor in enumerate((factors / FACTOR).unbind()):
-        own = codes[expert]
-        values = magnitudes[torch.cat((own & 15, own >> 4), dim=-1).int()]
         wide = scale[expert].view(torch.float8_e4m3fn).float() * factor
-        out[expert] = (values.unflatten(-1, (-1, nvfp4.GROUP)) * wide[..., None]).flatten(-2)
+        out[expert] = (values(codes[expert]).unflatten(-1, (-1, nvfp4.GROUP)) * wide[..., None]).flatten(-2)
     return out
 
 

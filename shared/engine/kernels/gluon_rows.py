@@ -13,13 +13,11 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-MAX_ROWS = 8
+MAX_ROWS = 4  # from there on multiplying takes longer than reading
 SMALL = 6 << 20  # elements of a matrix that is done before all programs are at work
 VECTOR = 8  # values of 16 bits that a thread loads at once
 WARP = 32
-TENSOR_COLUMNS = 32  # of a warp at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +31,16 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a program reads: rows of the matrix, warps beside each other along a row, vectors of a thread at a time; by
-    tensor cores or without."""
+    """How a program reads: rows of the matrix, warps beside each other along a row, vectors of a thread at a time."""
 
     rows: int
     warps: int
     vectors: int = 1
-    tensor: bool = False
 
     @property
     def step(self) -> int:
         """Columns at a time."""
-        return self.warps * self.vectors * (TENSOR_COLUMNS if self.tensor else WARP * VECTOR)
+        return self.warps * self.vectors * WARP * VECTOR
 
 
 @gluon.jit
@@ -130,85 +126,6 @@ def _product(
     gl.store(out + at_row * N + at_n, result.to(out.dtype.element_ty), (at_row < num_rows) & (at_n < N))
 
 
-@gluon.jit
-def _column(layout: gl.constexpr, WARPS: gl.constexpr, V: gl.constexpr):
-    """[WARPS, 1, V, 4, 8]: each warp V times 32 columns, of which a thread has 8 in a row."""
-    of_q: gl.constexpr = gl.SliceLayout(4, layout)
-    of_v: gl.constexpr = gl.SliceLayout(3, of_q)
-    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, of_v)))[:, None][:, :, None]
-    v = gl.arange(0, V, gl.SliceLayout(0, gl.SliceLayout(1, of_v)))[None, :][:, None, :]
-    column = gl.expand_dims(gl.expand_dims(warp * (V * 32) + v * 32, 3), 4)
-    q = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, of_q))))[None, :][:, None, :]
-    column += gl.expand_dims(gl.expand_dims(q, 2), 4) * 8
-    j = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout)))))
-    return column + gl.expand_dims(j[None, :][:, None, :][:, :, None, :], 3)
-
-
-@gluon.jit
-def _row(layout: gl.constexpr, NUM: gl.constexpr):
-    """[1, NUM, 1, 1, 1]."""
-    row = gl.arange(0, NUM, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, layout)))))
-    return row[None, :][:, :, None][:, :, :, None][:, :, :, :, None]
-
-
-@gluon.jit
-def _steps(tile, WARPS: gl.constexpr, NUM: gl.constexpr, V: gl.constexpr):
-    """[WARPS, NUM, V, 4, 8] to [WARPS, NUM, 32 V], in the order in which a thread holds columns of a product: two, and
-    two that are eight behind, of each 16. Which column is which makes no difference to a sum over them."""
-    split = gl.reshape(tile, [WARPS, NUM, V, 4, 2, 2, 2])
-    return gl.reshape(gl.permute(split, [0, 1, 2, 4, 5, 3, 6]), [WARPS, NUM, V * 32])
-
-
-@gluon.jit
-def _tensor_product(
-    x, delta, gain, weight, out, total, normed, num_rows, x_stride, delta_stride, N, eps,
-    K: gl.constexpr, BLOCK: gl.constexpr, V: gl.constexpr, SLICE: gl.constexpr,
-    NORM: gl.constexpr, ADD: gl.constexpr, KEEP: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1, 8], [1, 8, 1, 4, 1], [WARPS, 1, 1, 1, 1], [4, 3, 2, 1, 0])
-    sums_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], instr_shape=[1, 16, 8])
-    STEP: gl.constexpr = WARPS * V * 32
-    column, row, n = _column(layout, WARPS, V), _row(layout, 8), gl.program_id(0) * BLOCK + _row(layout, BLOCK)
-    inside, used = n < N, row < num_rows
-    place = weight + n.to(gl.int64) * K + column
-    source, other = x + row * x_stride + column, delta + row * delta_stride + column
-    ahead = gl.load(place, inside, 0.0)
-    begin(PDL)
-    sums = gl.zeros([WARPS, 16, BLOCK], gl.float32, sums_layout)
-    squares = gl.zeros([WARPS, 8, V, 4], gl.float32, gl.SliceLayout(4, layout))
-    for start in gl.static_range(0, K, STEP):
-        w = ahead
-        if start + STEP < K:
-            ahead = gl.load(place + (start + STEP), inside, 0.0)
-        value = gl.load(source + start, used, 0.0)
-        if ADD or NORM or value.dtype != gl.bfloat16:
-            wide = value.to(gl.float32)
-            if ADD:
-                wide = (wide + gl.load(other + start, used, 0.0).to(gl.float32)).to(gl.bfloat16).to(gl.float32)
-            if NORM:
-                squares += gl.sum(wide * wide, 4)
-                wide = wide * gl.load(gain + (column + start)).to(gl.float32)
-            value = wide.to(gl.bfloat16)
-        left = _steps(value, WARPS, 8, V)
-        left = gl.reshape(gl.permute(gl.join(left, gl.zeros_like(left)), [0, 3, 1, 2]), [WARPS, 16, V * 32])
-        left = gl.convert_layout(left, gl.DotOperandLayout(0, sums_layout, 2), assert_trivial=True)
-        right = gl.permute(_steps(w, WARPS, BLOCK, V), [0, 2, 1])
-        right = gl.convert_layout(right, gl.DotOperandLayout(1, sums_layout, 2), assert_trivial=True)
-        sums = mma_v2(left, right, sums)
-    flat: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, WARPS], [1, 0])
-    result = gl.convert_layout(gl.sum(sums, 0), flat)
-    at_row = gl.arange(0, 16, gl.SliceLayout(1, flat))[:, None]
-    at_n = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, flat))[None, :]
-    if NORM:
-        scale = gl.rsqrt(gl.sum(gl.sum(gl.sum(squares, 3), 2), 0) / K + eps)
-        scale = gl.permute(gl.join(scale, gl.zeros_like(scale)), [1, 0])
-        scale = gl.convert_layout(gl.reshape(scale, [16]), gl.SliceLayout(1, flat))[:, None]
-        result = result * scale
-        if KEEP:
-            _keep(x, delta, gain, total, normed, num_rows, x_stride, delta_stride, at_row, scale, K, SLICE, ADD, flat)
-    gl.store(out + at_row * N + at_n, result.to(out.dtype.element_ty), (at_row < num_rows) & (at_n < N))
-
-
 def linear(
     x: torch.Tensor, weight: torch.Tensor, norm: Norm | None = None, dtype: torch.dtype = torch.float32, *, pdl: bool = True
 ) -> torch.Tensor:
@@ -230,12 +147,10 @@ def linear_keeping(
 
 def tiling(num_rows: int, n: int, k: int) -> Tiling:
     """How a product is cut up: enough programs for every multiprocessor, wide enough loads for each (docs/LOG.md)."""
-    if num_rows > 1:
-        warps = max(1, min(8, (k & -k) // TENSOR_COLUMNS))
-        vectors = max(1, min(4, (k & -k) // (TENSOR_COLUMNS * warps)))
-        return Tiling(8, warps, vectors, tensor=True)
     most = (k & -k) // (WARP * VECTOR)
     small = n * k < SMALL
+    if num_rows > 2 or (num_rows == 2 and not small):
+        return Tiling(4, min(8 if small and k > 4096 else 4, most))
     if k > 4096:
         return Tiling(4 if small else 8, min(8 if small else 4, most))
     return Tiling(2 if small else 4, min(4, most))
@@ -262,17 +177,10 @@ def launch(
     delta = norm.delta if norm else None
     total, normed = kept or (out, out)
     num_programs = triton.cdiv(n, cut.rows)
-    arguments = (
+    _product[(num_programs,)](
         x, x if delta is None else delta, norm.gain if norm else x, weight, out, total, normed,
-        num_rows, x.stride(0), 0 if delta is None else delta.stride(0), n, norm.eps if norm else 0.0, k,
+        num_rows, x.stride(0), 0 if delta is None else delta.stride(0), n, norm.eps if norm else 0.0,
+        k, triton.next_power_of_2(num_rows), cut.rows, cut.step, triton.next_power_of_2(triton.cdiv(k, num_programs)),
+        norm is not None, delta is not None, kept is not None, pdl, cut.warps, num_warps=cut.warps, launch_pdl=pdl,
     )  # fmt: skip
-    kept_columns = triton.next_power_of_2(triton.cdiv(k, num_programs))
-    how = (kept_columns, norm is not None, delta is not None, kept is not None, pdl, cut.warps)
-    if cut.tensor:
-        _tensor_product[(num_programs,)](
-            *arguments, cut.rows, cut.vectors, *how, num_warps=cut.warps, launch_pdl=pdl
-        )  # fmt: skip
-    else:
-        rows = triton.next_power_of_2(num_rows)
-        _product[(num_programs,)](*arguments, rows, cut.rows, cut.step, *how, num_warps=cut.warps, launch_pdl=pdl)
     return out

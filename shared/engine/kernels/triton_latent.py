@@ -359,7 +359,7 @@ def attend_in_parts(
     """Each split of the selection by itself."""
     num_rows, heads, latent = queries.latent.shape
     splits = splits or num_splits(num_rows, triton.cdiv(heads, HEADS))
-    tokens = tokens or max(16, min(64, selected.slots.shape[1] // splits))
+    tokens = tokens or max(16, min(32, selected.slots.shape[1] // splits))
     means = torch.empty(num_rows, heads, splits, latent, dtype=torch.float32, device=latents.device)
     maxima, sums = (torch.empty(num_rows, heads, splits, dtype=torch.float32, device=latents.device) for _ in range(2))
     _attend[(num_rows, triton.cdiv(heads, HEADS), splits)](
