@@ -250,10 +250,11 @@ def mixture(
 
 
 def gate_up(
-    x: torch.Tensor, chosen: torch.Tensor, experts: Experts, *, block: int = 1, warps: int = 2, pdl: bool = True
+    x: torch.Tensor, chosen: torch.Tensor, experts: Experts, *, block: int = 0, warps: int = 2, pdl: bool = True
 ) -> torch.Tensor:
     """silu(gate) * up of every choice, bfloat16 [T, k, I]."""
     (num_rows, hidden), top_k, packed = x.shape, chosen.shape[1], experts.factors is not None
+    block = block or (4 if num_rows == 1 else 2)
     out = torch.empty(num_rows, top_k, experts.inner, dtype=torch.bfloat16, device=x.device)
     num_units = hidden // (2 * UNIT_BYTES if packed else UNIT_BYTES // 2)
     warps = min(warps, max(1, (num_units & -num_units) // 32))
@@ -272,20 +273,22 @@ def down(
     shared: torch.Tensor,
     shared_down: torch.Tensor,
     *,
-    block: int = 32,
+    block: int = 0,
     at_once: int = 0,
-    warps: int = 8,
+    warps: int = 0,
     pdl: bool = True,
 ) -> torch.Tensor:
     """From `gate_up`'s result on; see `mixture`."""
     num_rows, top_k = chosen.shape
     hidden, packed = experts.down.shape[1], experts.factors is not None
+    alone = (16, 8, 4) if packed and num_rows == 1 else (32, 2, 8)
+    block, at_once, warps = block or alone[0], at_once or alone[1], warps or alone[2]
     out = torch.empty(num_rows, hidden, dtype=torch.bfloat16, device=inner.device)
     num_units = experts.inner // (2 * UNIT_BYTES if packed else UNIT_BYTES // 2)
     _down[(triton.cdiv(hidden, block), num_rows)](
         inner, chosen, weights, experts.down, _or(experts.down_scale, inner), _or(experts.factors, inner),
         shared, shared_down, shared.stride(0), out,
-        experts.inner, hidden, shared_down.shape[1], top_k, min(at_once or (4 if packed else 2), top_k), block, min(32, num_units),
+        experts.inner, hidden, shared_down.shape[1], top_k, min(at_once, top_k), block, min(32, num_units),
         packed, pdl, warps, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out

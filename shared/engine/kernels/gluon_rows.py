@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 MAX_ROWS = 4  # from there on multiplying takes longer than reading
-SMALL = 6 << 20  # elements of a matrix that is done before all programs are at work
+SMALL, LONG = 6 << 20, 4096  # elements of a matrix, and of a row
 VECTOR = 8  # values of 16 bits that a thread loads at once
 WARP = 32
 
@@ -148,12 +148,12 @@ def linear_keeping(
 def tiling(num_rows: int, n: int, k: int) -> Tiling:
     """How a product is cut up: enough programs for every multiprocessor, wide enough loads for each (docs/LOG.md)."""
     most = (k & -k) // (WARP * VECTOR)
-    small = n * k < SMALL
-    if num_rows > 2 or (num_rows == 2 and not small):
-        return Tiling(4, min(8 if small and k > 4096 else 4, most))
-    if k > 4096:
-        return Tiling(4 if small else 8, min(8 if small else 4, most))
-    return Tiling(2 if small else 4, min(4, most))
+    small, long = n * k < SMALL, k > LONG
+    if small and long:
+        return Tiling(4, min(8, most))
+    if num_rows == 1 and small:
+        return Tiling(2, min(4, most))
+    return Tiling(8 if long and num_rows <= 2 else 4, min(4, most))
 
 
 def obstacle(k: int) -> str | None:

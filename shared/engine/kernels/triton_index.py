@@ -56,12 +56,16 @@ def _highest(order, inside, NUM: tl.constexpr):
     """Which are the NUM highest, of equal ones the first; the NUMth is found bit by bit. All, if there are no more."""
     order = tl.where(inside, order, 0)
     least = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 0x80000000, tl.uint32)
+    bit = tl.full([], 0x40000000, tl.uint32)
     count = NUM + 1
-    while (bit != 0) & (count != NUM):  # until no bit is left, or those from `least` on are just as many
-        found = tl.sum((order >= (least | bit)).to(tl.int32))
-        least, count = tl.where(found >= NUM, least | bit, least), tl.where(found >= NUM, found, count)
-        bit = bit >> 1
+    while (bit != 0) & (count != NUM):  # two bits at a time, until none is left or just as many are from `least` on
+        one, two, three = least | bit, least | (bit * 2), least | (bit * 3)
+        both = tl.sum((order >= one).to(tl.int32) + ((order >= two).to(tl.int32) << 16))
+        last = tl.sum((order >= three).to(tl.int32))
+        first, second = both & 0xFFFF, both >> 16
+        count = tl.where(last >= NUM, last, tl.where(second >= NUM, second, tl.where(first >= NUM, first, count)))
+        least = tl.where(last >= NUM, three, tl.where(second >= NUM, two, tl.where(first >= NUM, one, least)))
+        bit = bit >> 2
     above = (order > least) & inside
     equal = (order == least) & inside
     missing = NUM - tl.sum(above.to(tl.int32))

@@ -19,6 +19,8 @@ HEADS = 16  # of a product at least
 ABSORB_ROWS = 16
 MAX_SPLITS = 64
 INDEX_ROLES = 4  # programs that share out the index queries of a row
+NUM_FETCHING = 32  # programs that fetch
+LINE_BYTES = 128
 PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
@@ -64,6 +66,17 @@ class Dims:
 def _page(state, slot, page_stride, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr):
     wide = slot.to(tl.int64)
     return state + (wide // PAGE_SIZE) * page_stride + (wide % PAGE_SIZE) * DIM
+
+
+@triton.jit
+def fetch(weight, num_lines, program, num_programs, LINES: tl.constexpr):
+    """Have lines of 128 bytes brought into the L2 cache; does not wait for them."""
+    for start in range(program * LINES, num_lines, num_programs * LINES):
+        line = start + tl.arange(0, LINES)
+        place = weight.to(tl.int64, bitcast=True) + tl.minimum(line, num_lines - 1).to(tl.int64) * 128
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [place], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -138,15 +151,19 @@ def _index_key(source, gain, bias, target, c, s, eps, slot, PAIRS: tl.constexpr)
 @triton.jit
 def _prepare(
     low, q, up_key, cos, sin, slots, latent_gain, key_gain, key_bias, latents, keys,
-    q_latent, q_rope, q_index, low_stride, q_stride, latent_page, key_page, num_rows, eps, key_eps,
+    q_latent, q_rope, q_index, next_weight, low_stride, q_stride, latent_page, key_page, num_rows, num_lines,
+    eps, key_eps,
     Q_LORA: tl.constexpr, LATENT: tl.constexpr, NOPE: tl.constexpr, HALF: tl.constexpr, NUM_HEADS: tl.constexpr,
     HEADS: tl.constexpr, INDEX_HEADS: tl.constexpr, INDEX_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     NUM_ROLES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    NUM_FETCHING: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
+    program = tl.program_id(0) - NUM_FETCHING
     HEAD: tl.constexpr = NOPE + 2 * HALF
     SOME_HEADS: tl.constexpr = INDEX_HEADS // (NUM_ROLES - 3) if INDEX_HEADS > 0 else 1
-    if program >= num_rows * NUM_ROLES:
+    if program < 0:
+        fetch(next_weight, num_lines, program + NUM_FETCHING, NUM_FETCHING, 128)
+    elif program >= num_rows * NUM_ROLES:
         place = program - num_rows * NUM_ROLES
         _absorb(q, up_key, q_latent, q_stride, num_rows, place, LATENT, NOPE, HEAD, NUM_HEADS, ROWS, CHUNK, TILE, PDL)
     else:
@@ -293,13 +310,15 @@ def prepare(
     key_norm: KeyNorm | None = None,
     keys: torch.Tensor | None = None,
     *,
+    next_weight: torch.Tensor | None = None,
     pdl: bool = True,
 ) -> Queries:
     """Write each row's latent, and index key, into its slot; rotate and absorb its queries.
 
     low [T, ...]: the low query, the latent, its rotary key, and with an indexer the index key; q [T, ...]: the heads,
     and with an indexer those of the index. Both before norms and rotation, rows may be strided. up_key [H, nope, latent];
-    latents [pages, page_size, latent + rope] and keys [pages, page_size, index_dim] are one layer's view of the pool.
+    latents [pages, page_size, latent + rope] and keys [pages, page_size, index_dim] are one layer's view of the pool. `next_weight` is brought into the cache meanwhile: what
+    follows is too small to keep the memory busy.
     """
     num_rows, heads = len(low), dims.heads
     full = key_norm is not None
@@ -313,13 +332,16 @@ def prepare(
     num_programs = num_rows * roles + (heads * (dims.latent // tile) if absorbing else 0)
     norm = key_norm or KeyNorm(latent_gain, latent_gain, 0.0)
     state = latents if keys is None else keys
-    _prepare[(num_programs,)](
+    fetched = low if next_weight is None else next_weight
+    fetching = 0 if next_weight is None else NUM_FETCHING
+    _prepare[(num_programs + fetching,)](
         low, q, up_key, rows.cos, rows.sin, rows.own_slots, latent_gain, norm.gain, norm.bias, latents, state,
-        made.latent, made.rope, made.latent if made.index is None else made.index,
-        low.stride(0), q.stride(0), latents.stride(0), state.stride(0), num_rows, eps, norm.eps,
+        made.latent, made.rope, made.latent if made.index is None else made.index, fetched,
+        low.stride(0), q.stride(0), latents.stride(0), state.stride(0), num_rows, fetched.nbytes // LINE_BYTES,
+        eps, norm.eps,
         dims.q_lora, dims.latent, dims.nope, dims.rope // 2, heads, triton.next_power_of_2(heads),
         dims.index_heads if full else 0, dims.index_dim if full else 2, latents.shape[1],
-        roles, ABSORB_ROWS, min(64, dims.nope & -dims.nope), tile, pdl, num_warps=4, launch_pdl=pdl,
+        roles, ABSORB_ROWS, min(64, dims.nope & -dims.nope), tile, pdl, fetching, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     if not absorbing:
         nope = q[:, : heads * dims.head].view(num_rows, heads, dims.head)[..., : dims.nope]
@@ -353,7 +375,7 @@ def attend_in_parts(
     splits: int = 0,
     tokens: int = 0,
     warps: int = 4,
-    stages: int = 1,
+    stages: int = 2,
     pdl: bool = True,
 ) -> Parts:
     """Each split of the selection by itself."""
@@ -371,7 +393,7 @@ def attend_in_parts(
     return Parts(means, maxima, sums)
 
 
-def merge(parts: Parts, up_value: torch.Tensor, *, tile: int = 32, warps: int = 8, pdl: bool = True) -> torch.Tensor:
+def merge(parts: Parts, up_value: torch.Tensor, *, tile: int = 32, warps: int = 4, pdl: bool = True) -> torch.Tensor:
     """Out of latent space: [T, H * v]."""
     num_rows, heads, splits, latent = parts.means.shape
     found = parts.means, parts.maxima, parts.sums

@@ -54,9 +54,10 @@ class Graph:
 class CudaGlm:
     """Computes batches in host memory with weights and pages on the GPU."""
 
-    def __init__(self, config: GlmConfig, ends: Ends, layers: Sequence[Layer], group: Group, *, pdl: bool = True) -> None:
+    def __init__(self, config: GlmConfig, ends: Ends, layers: Sequence[Layer], group: Group, *, pdl: bool = True,
+        fetch_ahead: bool = True) -> None:
         self.config, self.ends, self.group = config, ends, group
-        self.device, self._pdl = ends.norm.device, pdl
+        self.device, self._pdl, self._fetch_ahead = ends.norm.device, pdl, fetch_ahead
         self.frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta).to(self.device)
         self._layers = layers
         self._graphs: dict[tuple[int, int, int], Graph] = {}
@@ -122,10 +123,11 @@ class CudaGlm:
         token_ids, positions, slots, starts = inputs[: 4 * num_rows].view(4, num_rows)
         rows = Rows(positions, slots, starts, inputs[4 * num_rows :], *rope.table(self.frequencies, positions))
         selected = triton_index.empty(num_rows, self.config.index_topk, self.device)
-        step = Step(self.config, self.group, rows, selected, capacity, self._pdl)
+        step = Step(self.config, self.group, rows, selected, capacity, self._pdl, self._fetch_ahead)
         x, delta = embed(token_ids, self.ends, self.group), None
-        for layer, state in zip(self._layers, states, strict=True):
-            x, delta = cuda_glm_layer.forward(x, delta, layer, state, step)
+        following = [*self._layers[1:], None]
+        for layer, state, then in zip(self._layers, states, following, strict=True):
+            x, delta = cuda_glm_layer.forward(x, delta, layer, state, step, then)
         return triton_dense.add_rms_norm(x, delta, self.ends.norm, self.config.rms_norm_eps)
 
 

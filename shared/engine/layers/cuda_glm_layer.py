@@ -20,6 +20,7 @@ from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_weights import AttentionWeights, MlpWeights, MoeWeights
 from shared.engine.parallel.group import Group
 
+FETCHED_ROWS = 1280  # of the next layer's first matrix: what experts leave time for
 MIXED_ROWS = gluon_experts.MAX_TOKENS
 SELECTING_ROWS = 256  # at a time, so that their scores stay small
 
@@ -62,7 +63,8 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class Step:
     """What all layers of a step share. No row sees more than `capacity` tokens. With `pdl` kernels start before those in
-    front of them have ended, which is faster; without, a profile says what each takes."""
+    front of them have ended, which is faster; without, a profile says what each takes. With `fetch_ahead` kernels that
+    leave the memory idle have the next large matrix brought into the cache."""
 
     config: GlmConfig
     group: Group
@@ -70,6 +72,7 @@ class Step:
     selected: Selected
     capacity: int
     pdl: bool = True
+    fetch_ahead: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +113,17 @@ def mixture(weights: MoeWeights) -> Mixture:
 
 
 def forward(
-    x: torch.Tensor, delta: torch.Tensor | None, layer: Layer, state: State, step: Step
+    x: torch.Tensor, delta: torch.Tensor | None, layer: Layer, state: State, step: Step, following: Layer | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and delta [T, hidden] (None: nothing to add) to those behind the layer. Writes the step's state."""
+    """x and delta [T, hidden] (None: nothing to add) to those behind the layer, which `following` follows. Writes the
+    step's state."""
     product = _few if len(x) <= MAX_ROWS else _many
     low, x, _ = product(x, layer.attention.down, Norm(layer.input_norm, step.config.rms_norm_eps, delta), pdl=step.pdl)
     delta = step.group.sum(_attend(low, layer.attention, state, step))
     norm = Norm(layer.post_norm, step.config.rms_norm_eps, delta)
     if isinstance(layer.mlp, Mixture):
         first, x, normed = product(x, layer.mlp.first, norm, pdl=step.pdl)
-        return x, step.group.sum(_mix(first, normed, layer.mlp, step))
+        return x, step.group.sum(_mix(first, normed, layer.mlp, step, following))
     inner, x, _ = product(x, layer.mlp.gate_up, norm, pdl=step.pdl)
     return x, step.group.sum(_plain(triton_dense.silu_mul(inner), layer.mlp.down, pdl=step.pdl))
 
@@ -159,6 +163,7 @@ def _attend(low: torch.Tensor, weights: Attention, state: State, step: Step) -> 
     queries = triton_latent.prepare(
         low, q, step.rows, dims, weights.latent_norm, config.latent_norm_eps, weights.up_key, state.latents, norm,
         state.keys if norm is not None else None, pdl=step.pdl,
+        next_weight=weights.output if step.fetch_ahead else None,
     )  # fmt: skip
     if queries.index is not None and state.keys is not None:
         head_weights = low[:, dims.q_lora + dims.latent + dims.rope + dims.index_dim :]
@@ -181,13 +186,14 @@ def _select(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, ste
         triton_index.select(q[block], head_weights[block], keys, own, selected, step.capacity, first=first, pdl=step.pdl)
 
 
-def _mix(first: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step) -> torch.Tensor:
+def _mix(first: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step, following: Layer | None) -> torch.Tensor:
     """This rank's part of the mixture [T, hidden], from `first`'s product and its input."""
     config, pdl = step.config, step.pdl
+    ahead = None if following is None or not step.fetch_ahead else following.attention.down[:FETCHED_ROWS]
     logits, shared = first[:, : config.num_experts], first[:, config.num_experts :]
     chosen, factors = triton_route.route(
         logits, weights.correction_bias, config.num_experts_per_token, config.routed_scaling_factor,
-        normalize=config.normalize_top_k, pdl=pdl,
+        normalize=config.normalize_top_k, pdl=pdl, next_weight=ahead,
     )  # fmt: skip
     if len(normed) <= MIXED_ROWS:
         return gluon_experts.mixture(normed, chosen, factors, weights.experts, shared, weights.shared_down, pdl=pdl)
