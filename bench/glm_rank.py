@@ -21,7 +21,7 @@ from bench import provenance
 from bench.bandwidth import read_bandwidth
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import Batch, build
-from shared.engine.kernels.gluon_experts import FACTOR, Experts
+from shared.engine.kernels.gluon_experts import FACTOR, Experts, SharedExpert
 from shared.engine.kernels.triton_latent import KeyNorm
 from shared.engine.kv.view import DeviceMemory
 from shared.engine.kernels import reference
@@ -153,8 +153,8 @@ class RandomLayers:
         gate_up, gate_up_scale = self._packed(2 * inner, c.hidden_size)
         down, down_scale = self._packed(c.hidden_size, inner)
         experts = Experts(gate_up, down, gate_up_scale, down_scale, factors)
-        first = self._matrix(c.num_experts + 2 * inner, c.hidden_size)
-        return Mixture(first, bias, experts, self._matrix(c.hidden_size, inner))
+        shared = SharedExpert(self._matrix(2 * inner, c.hidden_size), self._matrix(c.hidden_size, inner))
+        return Mixture(self._matrix(c.num_experts, c.hidden_size), bias, experts, shared)
 
     def _packed(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         num = self.config.num_experts
@@ -224,7 +224,7 @@ def num_distinct(made: Rank, step: Batch) -> float:
         x = x + attended
         if isinstance(layer.mlp, Mixture):
             normed = reference.rms_norm(x, layer.post_norm, config.rms_norm_eps)
-            logits = normed.float() @ layer.mlp.first[: config.num_experts].float().T
+            logits = normed.float() @ layer.mlp.router.float().T
             counts.append(len(route(logits, layer.mlp.correction_bias, config)[1].unique()))
         x = x + mixed
     return statistics.mean(counts) if counts else 0.0
@@ -240,7 +240,9 @@ def floor_bytes(made: Rank, config: GlmConfig, size: int, width: int, context: i
         if isinstance(layer.mlp, MlpWeights):
             found["dense and shared"] += layer.mlp.gate_up.nbytes + layer.mlp.down.nbytes
             continue
-        found["dense and shared"] += layer.mlp.first.nbytes + layer.mlp.shared_down.nbytes
+        found["dense and shared"] += sum(
+            x.nbytes for x in (layer.mlp.router, layer.mlp.shared.gate_up, layer.mlp.shared.down)
+        )
         e = layer.mlp.experts
         all_of_them = sum(x.nbytes for x in (e.gate_up, e.down, e.gate_up_scale, e.down_scale) if x is not None)
         found["routed experts"] += all_of_them * experts / config.num_experts

@@ -120,16 +120,17 @@ def test_a_mixture_equals_its_sum_expert_by_expert(num_rows: int, packed: bool) 
         stored = [[nvfp4.quantize(matrix) for matrix in part] for part in (gate_up, down)]
         gate_up, down = (torch.stack([nvfp4.dequantize(one) for one in part]) for part in stored)
         experts = kernel.packed(stored[0], stored[1])
-    x, shared, shared_down = random(num_rows, hidden), random(num_rows, 2 * inner), random(hidden, inner, scale=0.06)
+    x = random(num_rows, hidden)
+    shared = kernel.SharedExpert(random(2 * inner, hidden, scale=0.03), random(hidden, inner, scale=0.06))
     chosen = torch.stack([torch.randperm(num, device="cuda")[:top_k] for _ in range(num_rows)]).int()
     weights = torch.rand(num_rows, top_k, device="cuda")
-    expected = F.linear(reference.silu_mul(shared.float()), shared_down.float())
+    expected = F.linear(reference.silu_mul(F.linear(x.float(), shared.gate_up.float())), shared.down.float())
     for row in range(num_rows):
         for place, expert in enumerate(chosen[row].tolist()):
             part = reference.silu_mul(F.linear(x[row : row + 1].float(), gate_up[expert].float()))
             expected[row] += (F.linear(part, down[expert].float()) * weights[row, place])[0]
     mix = kernel.mixture if num_rows <= kernel.MAX_TOKENS else kernel.large_mixture
-    found = mix(x, chosen, weights, experts, shared, shared_down)
+    found = mix(x, chosen, weights, experts, shared)
     assert float((found.float() - expected).norm() / expected.norm()) < 0.01
 
 

@@ -113,63 +113,94 @@ def _scale(bits):
 
 
 @gluon.jit
+def _packed_sums(source, weight, scale, row, K: gl.constexpr, UNITS: gl.constexpr, layout: gl.constexpr):
+    """Rows `row` of packed weights times one row of x, of which a thread has units of 16 at `source`: by unit."""
+    unit = gl.arange(0, UNITS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :]
+    each = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, :][:, None, :]
+    place = weight + row[:, None][:, :, None] * (K // 2) + unit[:, :, None] * 16 + each
+    scales = scale + row[:, None] * (K // 16) + unit
+    sums = gl.zeros([row.shape[0], UNITS], gl.float32, gl.SliceLayout(2, layout))
+    ahead, low_ahead, high_ahead = gl.load(place), gl.load(scales), gl.load(scales + K // 32)
+    for start in gl.static_range(0, K // 32, UNITS):
+        codes, low_scale, high_scale = ahead, _scale(low_ahead), _scale(high_ahead)
+        if start + UNITS < K // 32:
+            ahead = gl.load(place + (start + UNITS) * 16)
+            low_ahead = gl.load(scales + (start + UNITS))
+            high_ahead = gl.load(scales + (start + UNITS + K // 32))
+        low, high = _decode(codes)
+        value = gl.load(source + start * 16).to(gl.float32)
+        sums += gl.sum(low * gl.expand_dims(value, 0), 2) * low_scale
+        value = gl.load(source + (start * 16 + K // 2)).to(gl.float32)
+        sums += gl.sum(high * gl.expand_dims(value, 0), 2) * high_scale
+    return sums
+
+
+@gluon.jit
+def _plain_sums(source, weight, row, K: gl.constexpr, UNITS: gl.constexpr, layout: gl.constexpr, PDL: gl.constexpr):
+    """As `_packed_sums`, of bfloat16 weights in units of 8. With PDL it waits for x itself, having begun on them."""
+    unit = gl.arange(0, UNITS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :]
+    each = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, :][:, None, :]
+    place = weight + row[:, None][:, :, None] * K + unit[:, :, None] * 8 + each
+    sums = gl.zeros([row.shape[0], UNITS], gl.float32, gl.SliceLayout(2, layout))
+    ahead = gl.load(place)
+    begin(PDL)
+    for start in gl.static_range(0, K // 8, UNITS):
+        w = ahead.to(gl.float32)
+        if start + UNITS < K // 8:
+            ahead = gl.load(place + (start + UNITS) * 8)
+        value = gl.load(source + start * 8).to(gl.float32)
+        sums += gl.sum(w * gl.expand_dims(value, 0), 2)
+    return sums
+
+
+@gluon.jit
+def _gated(sums, factor, BLOCK: gl.constexpr, layout: gl.constexpr):
+    """silu(gate) * up [BLOCK] of rows of which gate and up take turns."""
+    both = gl.convert_layout(gl.reshape(gl.sum(sums, 1), [BLOCK, 2]), layout)
+    gate, up = gl.split(both)
+    gate, up = gate * factor, up * factor
+    return (gate / (1 + gl.exp(-gate)) * up).to(gl.bfloat16)
+
+
+@gluon.jit
 def _gate_up(
-    x, chosen, weight, scale, factors, out,
-    K: gl.constexpr, INNER: gl.constexpr, TOP_K: gl.constexpr, BLOCK: gl.constexpr, UNITS: gl.constexpr,
-    PACKED: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
+    x, chosen, weight, scale, factors, shared_weight, out, shared_out, num_choices,
+    K: gl.constexpr, INNER: gl.constexpr, SHARED: gl.constexpr, TOP_K: gl.constexpr, BLOCK: gl.constexpr,
+    UNITS: gl.constexpr, PACKED: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     EACH: gl.constexpr = 16 if PACKED else 8
     layout: gl.constexpr = gl.BlockedLayout([1, 1, EACH], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
-    of_x: gl.constexpr = gl.SliceLayout(0, layout)
-    choice = gl.program_id(0)
-    r = gl.arange(0, 2 * BLOCK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))  # gate and up take turns
-    n = gl.program_id(1) * BLOCK + r // 2 + (r % 2) * INNER
-    unit = gl.arange(0, UNITS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :]
-    x_unit = gl.arange(0, UNITS, gl.SliceLayout(1, of_x))[:, None]
-    each = gl.arange(0, EACH, gl.SliceLayout(0, of_x))[None, :]
-    w_each = gl.arange(0, EACH, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, :][:, None, :]
-    source = x + (choice // TOP_K) * K + x_unit * EACH + each
-    begin(PDL)
-    expert = gl.load(chosen + choice).to(gl.int64)
-    row = expert * 2 * INNER + n
-    sums = gl.zeros([2 * BLOCK, UNITS], gl.float32, gl.SliceLayout(2, layout))
-    if PACKED:
-        place = weight + row[:, None][:, :, None] * (K // 2) + unit[:, :, None] * EACH + w_each
-        scales = scale + row[:, None] * (K // 16) + unit
-        ahead, low_ahead, high_ahead = gl.load(place), gl.load(scales), gl.load(scales + K // 32)
-        for start in gl.static_range(0, K // 32, UNITS):
-            codes, low_scale, high_scale = ahead, _scale(low_ahead), _scale(high_ahead)
-            if start + UNITS < K // 32:
-                ahead = gl.load(place + (start + UNITS) * EACH)
-                low_ahead = gl.load(scales + (start + UNITS))
-                high_ahead = gl.load(scales + (start + UNITS + K // 32))
-            low, high = _decode(codes)
-            value = gl.load(source + start * EACH).to(gl.float32)
-            sums += gl.sum(low * gl.expand_dims(value, 0), 2) * low_scale
-            value = gl.load(source + (start * EACH + K // 2)).to(gl.float32)
-            sums += gl.sum(high * gl.expand_dims(value, 0), 2) * high_scale
-    else:
-        place = weight + row[:, None][:, :, None] * K + unit[:, :, None] * EACH + w_each
-        ahead = gl.load(place)
-        for start in gl.static_range(0, K // EACH, UNITS):
-            w = ahead.to(gl.float32)
-            if start + UNITS < K // EACH:
-                ahead = gl.load(place + (start + UNITS) * EACH)
-            value = gl.load(source + start * EACH).to(gl.float32)
-            sums += gl.sum(w * gl.expand_dims(value, 0), 2)
+    plain: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
     flat: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [WARPS, 1], [1, 0])
-    both = gl.convert_layout(gl.reshape(gl.sum(sums, 1), [BLOCK, 2]), flat)
-    gate, up = gl.split(both)
-    if PACKED:
-        factor = gl.load(factors + expert * 2)
-        gate, up = gate * factor, up * factor
-    at = choice * INNER + gl.program_id(1) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, flat))
-    gl.store(out + at, (gate / (1 + gl.exp(-gate)) * up).to(gl.bfloat16))
+    choice = gl.program_id(0)
+    at = gl.program_id(1) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, flat))
+    if choice < num_choices:
+        of_x: gl.constexpr = gl.SliceLayout(0, layout)
+        r = gl.arange(0, 2 * BLOCK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+        source = x + (choice // TOP_K) * K + gl.arange(0, UNITS, gl.SliceLayout(1, of_x))[:, None] * EACH
+        source += gl.arange(0, EACH, gl.SliceLayout(0, of_x))[None, :]
+        begin(PDL)
+        expert = gl.load(chosen + choice).to(gl.int64)
+        row = expert * 2 * INNER + gl.program_id(1) * BLOCK + r // 2 + (r % 2) * INNER
+        if PACKED:
+            sums = _packed_sums(source, weight, scale, row, K, UNITS, layout)
+            result = _gated(sums, gl.load(factors + expert * 2), BLOCK, flat)
+        else:
+            result = _gated(_plain_sums(source, weight, row, K, UNITS, layout, False), 1.0, BLOCK, flat)
+        gl.store(out + choice * INNER + at, result)
+    elif gl.program_id(1) * BLOCK < SHARED:
+        of_plain: gl.constexpr = gl.SliceLayout(0, plain)
+        r2 = gl.arange(0, 2 * BLOCK, gl.SliceLayout(1, gl.SliceLayout(2, plain)))
+        own = x + (choice - num_choices) * K + gl.arange(0, UNITS, gl.SliceLayout(1, of_plain))[:, None] * 8
+        own += gl.arange(0, 8, gl.SliceLayout(0, of_plain))[None, :]
+        own_row = gl.program_id(1) * BLOCK + r2 // 2 + (r2 % 2) * SHARED
+        own_sums = _plain_sums(own, shared_weight, own_row, K, UNITS, plain, PDL)
+        gl.store(shared_out + (choice - num_choices) * SHARED + at, _gated(own_sums, 1.0, BLOCK, flat))
 
 
 @gluon.jit
 def _down(
-    inner, chosen, weights, weight, scale, factors, shared, shared_weight, shared_stride, out,
+    inner, chosen, weights, weight, scale, factors, shared, shared_weight, out,
     K: gl.constexpr, N: gl.constexpr, SHARED: gl.constexpr, TOP_K: gl.constexpr, AT_ONCE: gl.constexpr,
     BLOCK: gl.constexpr, LANES: gl.constexpr, PACKED: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -200,9 +231,7 @@ def _down(
     row = expert[:, None] * N + rows[None, :]
     ahead = gl.load(weight + row[:, :, None][:, :, :, None] * ROW + within)
     begin(PDL)
-    gate = gl.load(shared + token * shared_stride + k).to(gl.float32)
-    up = gl.load(shared + token * shared_stride + SHARED + k).to(gl.float32)
-    own = (gate / (1 + gl.exp(-gate)) * up).to(gl.bfloat16).to(gl.float32)
+    own = gl.load(shared + token * SHARED + k).to(gl.float32)
     result = gl.convert_layout(gl.sum(shared_row.to(gl.float32) * own[None, :], 1), gl.SliceLayout(0, of_rows))
     for first in gl.static_range(0, TOP_K, AT_ONCE):
         choice = token * TOP_K + first + c
@@ -230,55 +259,72 @@ def _down(
     gl.store(out + at, result.to(gl.bfloat16))
 
 
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """gate_up [2 I', hidden] and down [hidden, I'], bfloat16."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
 def mixture(
     x: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
     experts: Experts,
-    shared: torch.Tensor,
-    shared_down: torch.Tensor,
+    shared: SharedExpert,
     *,
     pdl: bool = True,
 ) -> torch.Tensor:
     """The weighted sum of the chosen experts and the shared one, bfloat16 [T, hidden].
 
-    x bfloat16 [T, hidden]; chosen int32 and weights float32 [T, k]; `shared` [T, 2 I'] is gate and up of the shared
-    expert (rows may be strided), `shared_down` [hidden, I'].
+    x bfloat16 [T, hidden]; chosen int32 and weights float32 [T, k].
     """
-    inner = gate_up(x, chosen, experts, pdl=pdl)
-    return down(inner, chosen, weights, experts, shared, shared_down, pdl=pdl)
+    inner, own = gate_up(x, chosen, experts, shared, pdl=pdl)
+    return down(inner, own, chosen, weights, experts, shared, pdl=pdl)
 
 
 def gate_up(
-    x: torch.Tensor, chosen: torch.Tensor, experts: Experts, *, block: int = 0, warps: int = 2, pdl: bool = True
-) -> torch.Tensor:
-    """silu(gate) * up of every choice, bfloat16 [T, k, I]."""
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    experts: Experts,
+    shared: SharedExpert,
+    *,
+    block: int = 0,
+    warps: int = 2,
+    pdl: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up of every choice, bfloat16 [T, k, I], and of the shared expert [T, I']."""
     (num_rows, hidden), top_k, packed = x.shape, chosen.shape[1], experts.factors is not None
     block = block or (4 if num_rows == 1 else 2)
     out = torch.empty(num_rows, top_k, experts.inner, dtype=torch.bfloat16, device=x.device)
+    shared_inner = shared.down.shape[1]
+    own = torch.empty(num_rows, shared_inner, dtype=torch.bfloat16, device=x.device)
     num_units = hidden // (2 * UNIT_BYTES if packed else UNIT_BYTES // 2)
     warps = min(warps, max(1, (num_units & -num_units) // 32))
-    _gate_up[(num_rows * top_k, experts.inner // block)](
-        x, chosen, experts.gate_up, _or(experts.gate_up_scale, x), _or(experts.factors, x), out,
-        hidden, experts.inner, top_k, block, 32 * warps, packed, pdl, warps, num_warps=warps, launch_pdl=pdl,
+    _gate_up[(num_rows * top_k + num_rows, max(experts.inner, shared_inner) // block)](
+        x, chosen, experts.gate_up, _or(experts.gate_up_scale, x), _or(experts.factors, x), shared.gate_up,
+        out, own, num_rows * top_k,
+        hidden, experts.inner, shared_inner, top_k, block, 32 * warps, packed, pdl, warps,
+        num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
-    return out
+    return out, own
 
 
 def down(
     inner: torch.Tensor,
+    own: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
     experts: Experts,
-    shared: torch.Tensor,
-    shared_down: torch.Tensor,
+    shared: SharedExpert,
     *,
     block: int = 0,
     at_once: int = 0,
     warps: int = 0,
     pdl: bool = True,
 ) -> torch.Tensor:
-    """From `gate_up`'s result on; see `mixture`."""
+    """From `gate_up`'s results on; see `mixture`. `chosen` must be older than the kernel in front."""
     num_rows, top_k = chosen.shape
     hidden, packed = experts.down.shape[1], experts.factors is not None
     alone = (16, 8, 4) if packed and num_rows == 1 else (32, 2, 8)
@@ -287,8 +333,8 @@ def down(
     num_units = experts.inner // (2 * UNIT_BYTES if packed else UNIT_BYTES // 2)
     _down[(triton.cdiv(hidden, block), num_rows)](
         inner, chosen, weights, experts.down, _or(experts.down_scale, inner), _or(experts.factors, inner),
-        shared, shared_down, shared.stride(0), out,
-        experts.inner, hidden, shared_down.shape[1], top_k, min(at_once, top_k), block, min(32, num_units),
+        own, shared.down, out,
+        experts.inner, hidden, shared.down.shape[1], top_k, min(at_once, top_k), block, min(32, num_units),
         packed, pdl, warps, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
@@ -326,8 +372,7 @@ def large_mixture(
     chosen: torch.Tensor,
     weights: torch.Tensor,
     experts: Experts,
-    shared: torch.Tensor,
-    shared_down: torch.Tensor,
+    shared: SharedExpert,
 ) -> torch.Tensor:
     """As `mixture`, for many tokens: those of each expert together, as one grouped product."""
     num_rows, top_k = chosen.shape
@@ -338,6 +383,6 @@ def large_mixture(
     parts = torch._grouped_mm(triton_dense.silu_mul(inner), plain_down(experts).transpose(1, 2), offs=ends)
     own = torch.empty_like(parts)
     own[order] = parts
-    total = F.linear(triton_dense.silu_mul(shared.contiguous()).to(x.dtype), shared_down).float()
+    total = F.linear(triton_dense.silu_mul(F.linear(x, shared.gate_up)), shared.down).float()
     total += (own.view(num_rows, top_k, -1).float() * weights[..., None]).sum(1)
     return total.to(x.dtype)

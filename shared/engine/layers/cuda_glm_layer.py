@@ -1,8 +1,7 @@
 """A layer of a GLM-5 decoder on a GPU: for few rows at the speed of reading its weights, for many by large products.
 
 What every product of one input needs is one matrix: `down` is q_a, kv_a and, where the layer selects, the indexer's wk
-and weights_proj; `query` is q_b and the indexer's wq_b; `first` of a mixture is its router and the shared expert's gate
-and up. The residual is added where the next norm is computed, so a layer takes and leaves (x, delta), x + delta being
+and weights_proj; `query` is q_b and the indexer's wq_b. The residual is added where the next norm is computed, so a layer takes and leaves (x, delta), x + delta being
 its input and output. The twin is `glm_layer.GlmLayer`.
 """
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from shared.engine.kernels import gluon_experts, gluon_rows, triton_dense, triton_index, triton_latent, triton_route
-from shared.engine.kernels.gluon_experts import Experts
+from shared.engine.kernels.gluon_experts import Experts, SharedExpert
 from shared.engine.kernels.gluon_rows import MAX_ROWS, Norm
 from shared.engine.kernels.triton_latent import Dims, KeyNorm, Rows, Selected
 from shared.engine.layers.mla import KEY_NORM_EPS
@@ -41,13 +40,13 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """As MoeWeights, joined as above. `first` holds the router as the checkpoint does, in bfloat16: its products with
-    bfloat16 are exact in float32."""
+    """As MoeWeights. The router is kept as the checkpoint has it, in bfloat16: its products with bfloat16 are exact in
+    float32."""
 
-    first: torch.Tensor
+    router: torch.Tensor
     correction_bias: torch.Tensor
     experts: Experts
-    shared_down: torch.Tensor
+    shared: SharedExpert
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +107,8 @@ def attention(weights: AttentionWeights) -> Attention:
 def mixture(weights: MoeWeights) -> Mixture:
     """Join what is computed together."""
     experts = Experts(weights.experts.gate_up, weights.experts.down)
-    first = torch.cat((weights.router.to(weights.shared.gate_up.dtype), weights.shared.gate_up))
-    return Mixture(first, weights.correction_bias, experts, weights.shared.down)
+    shared = SharedExpert(weights.shared.gate_up, weights.shared.down)
+    return Mixture(weights.router.to(shared.down.dtype), weights.correction_bias, experts, shared)
 
 
 def forward(
@@ -122,8 +121,8 @@ def forward(
     delta = step.group.sum(_attend(low, layer.attention, state, step))
     norm = Norm(layer.post_norm, step.config.rms_norm_eps, delta)
     if isinstance(layer.mlp, Mixture):
-        first, x, normed = product(x, layer.mlp.first, norm, pdl=step.pdl)
-        return x, step.group.sum(_mix(first, normed, layer.mlp, step, following))
+        logits, x, normed = product(x, layer.mlp.router, norm, pdl=step.pdl)
+        return x, step.group.sum(_mix(logits, normed, layer.mlp, step, following))
     inner, x, _ = product(x, layer.mlp.gate_up, norm, pdl=step.pdl)
     return x, step.group.sum(_plain(triton_dense.silu_mul(inner), layer.mlp.down, pdl=step.pdl))
 
@@ -186,18 +185,17 @@ def _select(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, ste
         triton_index.select(q[block], head_weights[block], keys, own, selected, step.capacity, first=first, pdl=step.pdl)
 
 
-def _mix(first: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step, following: Layer | None) -> torch.Tensor:
-    """This rank's part of the mixture [T, hidden], from `first`'s product and its input."""
+def _mix(logits: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step, following: Layer | None) -> torch.Tensor:
+    """This rank's part of the mixture [T, hidden], from the router's product and its input."""
     config, pdl = step.config, step.pdl
     ahead = None if following is None or not step.fetch_ahead else following.attention.down[:FETCHED_ROWS]
-    logits, shared = first[:, : config.num_experts], first[:, config.num_experts :]
     chosen, factors = triton_route.route(
         logits, weights.correction_bias, config.num_experts_per_token, config.routed_scaling_factor,
         normalize=config.normalize_top_k, pdl=pdl, next_weight=ahead,
     )  # fmt: skip
     if len(normed) <= MIXED_ROWS:
-        return gluon_experts.mixture(normed, chosen, factors, weights.experts, shared, weights.shared_down, pdl=pdl)
-    return gluon_experts.large_mixture(normed, chosen, factors, weights.experts, shared, weights.shared_down)
+        return gluon_experts.mixture(normed, chosen, factors, weights.experts, weights.shared, pdl=pdl)
+    return gluon_experts.large_mixture(normed, chosen, factors, weights.experts, weights.shared)
 
 
 def _dims(config: GlmConfig) -> Dims:
@@ -233,6 +231,7 @@ def obstacle(config: GlmConfig, dtype: torch.dtype, kv_dtype: str, capability: t
         ("q_lora_rank", config.q_lora_rank, 256),
         ("a rank's heads times v_head_dim", config.num_heads * config.v_head_dim, 256),
         ("a rank's intermediate_size", config.intermediate_size, 256),
+        ("a rank's moe_intermediate_size", 256, 256),
     ):
         if size % multiple:
             return f"{name} is {size}, no multiple of {multiple}"
