@@ -22,7 +22,7 @@ from bench.bandwidth import read_bandwidth
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import Batch, build
 from shared.engine.kernels.gluon_experts import FACTOR, Experts, SharedExpert
-from shared.engine.kernels.triton_latent import KeyNorm
+from shared.engine.kernels.gluon_rows import KeyNorm
 from shared.engine.kv.view import DeviceMemory
 from shared.engine.kernels import reference
 from shared.engine.kv.layout import KvLayout

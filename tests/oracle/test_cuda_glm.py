@@ -135,7 +135,7 @@ def test_a_mixture_equals_its_sum_expert_by_expert(num_rows: int, packed: bool) 
 
 
 def rows_of(batch: Batch) -> Any:
-    from shared.engine.kernels.triton_latent import Rows
+    from shared.engine.kernels.gluon_rows import Rows
 
     sequence = torch.repeat_interleave(batch.query_starts.diff())
     starts = batch.page_starts[sequence]

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shared.engine.kernels.triton_latent import Rows, Selected
+from shared.engine.kernels.gluon_rows import Rows
+from shared.engine.kernels.triton_latent import Selected
 
 KEYS = 64  # of a product
 MAX_TILE = 8192  # scores that a program chooses from at a time

@@ -1,8 +1,6 @@
 """Latent attention over a selection (MLA with DSA) on a GPU, in Triton. The twin is `sparse_reference`.
 
-A row is a token of the step. Its page table begins at `starts[row]` of `page_ids`; it sees the tokens up to
-`positions[row]`. A slot is a page times the page size plus the place within it, -1 one that belongs to nobody; a row's
-selection is `counts[row]` slots of `slots[row]`.
+Rows and slots are those of `gluon_rows.Rows`. A row's selection is `counts[row]` slots of `slots[row]`.
 
 Attention is cut into splits of a selection, merged by their log-sum-exp ("Flash-Decoding", Dao et al. 2023). Latents are
 the left side of both products, so that heads, which are few on a rank, need to fill no more than 16 columns.
@@ -15,25 +13,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from shared.engine.kernels.gluon_rows import Rows
+
 HEADS = 16  # of a product at least
 ABSORB_ROWS = 16
 MAX_SPLITS = 64
 INDEX_ROLES = 4  # programs that share out the index queries of a row
 NUM_FETCHING = 32  # programs that fetch
 LINE_BYTES = 128
+LOG2_E = 1.4426950408889634
 PROGRAMS = 264  # two for each multiprocessor of an H100
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of a step, on the device: int32 [T] each but `page_ids`; cos and sin float32 [T, rope / 2]."""
-
-    positions: torch.Tensor
-    own_slots: torch.Tensor
-    starts: torch.Tensor
-    page_ids: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,26 +95,11 @@ def _absorb(
 
 
 @triton.jit
-def _latent(source, gain, target, c, s, eps, slot, LATENT: tl.constexpr, HALF: tl.constexpr):
-    """One row's latent behind its norm, and its rotary key."""
-    at, pair = tl.arange(0, LATENT), tl.arange(0, HALF)
-    value = tl.load(source + at).to(tl.float32)
-    value = (value * tl.rsqrt(tl.sum(value * value) / LATENT + eps)).to(target.dtype.element_ty) * tl.load(gain + at)
-    even = tl.load(source + LATENT + 2 * pair).to(tl.float32)
-    odd = tl.load(source + LATENT + 2 * pair + 1).to(tl.float32)
-    if slot >= 0:
-        tl.store(target + at, value)
-        tl.store(target + LATENT + 2 * pair, (even * c - odd * s).to(target.dtype.element_ty))
-        tl.store(target + LATENT + 2 * pair + 1, (odd * c + even * s).to(target.dtype.element_ty))
-
-
-@triton.jit
 def _rotate(
-    source, target, c, s, source_stride, FIRST: tl.constexpr, NUM: tl.constexpr, HEADS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    source, target, c, s, source_stride, NUM: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """NUM heads of pairs, from FIRST on; c and s [PAIRS]."""
-    head, at = FIRST + tl.arange(0, HEADS)[:, None], tl.arange(0, 2 * PAIRS)[None]
+    """NUM heads of pairs; c and s [PAIRS]."""
+    head, at = tl.arange(0, HEADS)[:, None], tl.arange(0, 2 * PAIRS)[None]
     value = tl.load(source + head * source_stride + at, head < NUM, 0.0).to(tl.float32)
     even, odd = tl.split(tl.reshape(value, [HEADS, PAIRS, 2]))
     turned = tl.join(even * c[None] - odd * s[None], odd * c[None] + even * s[None])
@@ -134,33 +108,15 @@ def _rotate(
 
 
 @triton.jit
-def _index_key(source, gain, bias, target, c, s, eps, slot, PAIRS: tl.constexpr):
-    """One row's index key behind its LayerNorm."""
-    at = tl.arange(0, 2 * PAIRS)
-    value = tl.load(source + at).to(tl.float32)
-    value -= tl.sum(value) / (2 * PAIRS)
-    scale = tl.rsqrt(tl.sum(value * value) / (2 * PAIRS) + eps)
-    dtype = target.dtype.element_ty
-    value = (value * scale * tl.load(gain + at) + tl.load(bias + at)).to(dtype).to(tl.float32)
-    even, odd = tl.split(tl.reshape(value, [PAIRS, 2]))
-    turned = tl.join(even * c - odd * s, odd * c + even * s)
-    if slot >= 0:
-        tl.store(target + at, tl.reshape(turned, [2 * PAIRS]).to(dtype))
-
-
-@triton.jit
 def _prepare(
-    low, q, up_key, cos, sin, slots, latent_gain, key_gain, key_bias, latents, keys,
-    q_latent, q_rope, q_index, next_weight, low_stride, q_stride, latent_page, key_page, num_rows, num_lines,
-    eps, key_eps,
-    Q_LORA: tl.constexpr, LATENT: tl.constexpr, NOPE: tl.constexpr, HALF: tl.constexpr, NUM_HEADS: tl.constexpr,
-    HEADS: tl.constexpr, INDEX_HEADS: tl.constexpr, INDEX_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    NUM_ROLES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
-    NUM_FETCHING: tl.constexpr,
+    q, up_key, cos, sin, q_latent, q_rope, q_index, next_weight, q_stride, num_rows, num_lines,
+    LATENT: tl.constexpr, NOPE: tl.constexpr, HALF: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS: tl.constexpr,
+    INDEX_HEADS: tl.constexpr, INDEX_DIM: tl.constexpr, NUM_ROLES: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr, NUM_FETCHING: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0) - NUM_FETCHING
     HEAD: tl.constexpr = NOPE + 2 * HALF
-    SOME_HEADS: tl.constexpr = INDEX_HEADS // (NUM_ROLES - 3) if INDEX_HEADS > 0 else 1
+    SOME_HEADS: tl.constexpr = INDEX_HEADS // (NUM_ROLES - 1) if INDEX_HEADS > 0 else 1
     if program < 0:
         fetch(next_weight, num_lines, program + NUM_FETCHING, NUM_FETCHING, 128)
     elif program >= num_rows * NUM_ROLES:
@@ -171,27 +127,60 @@ def _prepare(
             gdc_wait()
             gdc_launch_dependents()
         row, role = (program // NUM_ROLES).to(tl.int64), program % NUM_ROLES
-        pair = tl.arange(0, HALF)
-        c, s = tl.load(cos + row * HALF + pair), tl.load(sin + row * HALF + pair)
-        slot = tl.load(slots + row)
         if role == 0:
-            target = _page(latents, slot, latent_page, PAGE_SIZE, LATENT + 2 * HALF)
-            _latent(low + row * low_stride + Q_LORA, latent_gain, target, c, s, eps, slot, LATENT, HALF)
-        elif role == 1:
+            pair = tl.arange(0, HALF)
+            c, s = tl.load(cos + row * HALF + pair), tl.load(sin + row * HALF + pair)
             target = q_rope + row * NUM_HEADS * 2 * HALF
-            _rotate(q + row * q_stride + NOPE, target, c, s, HEAD, 0, NUM_HEADS, HEADS, HALF)
+            _rotate(q + row * q_stride + NOPE, target, c, s, HEAD, NUM_HEADS, HEADS, HALF)
         elif INDEX_HEADS > 0:
             all_pairs = tl.arange(0, INDEX_DIM // 2)  # those behind the first HALF carry no position
             all_c = tl.load(cos + row * HALF + all_pairs, all_pairs < HALF, 1.0)
             all_s = tl.load(sin + row * HALF + all_pairs, all_pairs < HALF, 0.0)
-            if role == 2:
-                key = low + row * low_stride + Q_LORA + LATENT + 2 * HALF
-                target = _page(keys, slot, key_page, PAGE_SIZE, INDEX_DIM)
-                _index_key(key, key_gain, key_bias, target, all_c, all_s, key_eps, slot, INDEX_DIM // 2)
-            else:
-                source = q + row * q_stride + NUM_HEADS * HEAD + (role - 3) * SOME_HEADS * INDEX_DIM
-                target = q_index + (row * INDEX_HEADS + (role - 3) * SOME_HEADS) * INDEX_DIM
-                _rotate(source, target, all_c, all_s, INDEX_DIM, 0, SOME_HEADS, SOME_HEADS, INDEX_DIM // 2)
+            first = (role - 1) * SOME_HEADS
+            source = q + row * q_stride + NUM_HEADS * HEAD + first * INDEX_DIM
+            target = q_index + (row * INDEX_HEADS + first) * INDEX_DIM
+            _rotate(source, target, all_c, all_s, INDEX_DIM, SOME_HEADS, SOME_HEADS, INDEX_DIM // 2)
+
+
+@triton.jit
+def _attend_once(
+    q_latent, q_rope, latents, slots, counts, parts, maxima, sums, page_stride, row_stride, head_stride, scale,
+    NUM_HEADS: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, TOP_K: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `_attend`, for splits of TOKENS. With EARLY the selection, and what the step has written into the pages, are
+    older than the kernel in front: latents are read while that still runs."""
+    if PDL and not EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    used, at, turned = head < NUM_HEADS, tl.arange(0, LATENT), tl.arange(0, ROPE)
+    place = split * TOKENS + tl.arange(0, TOKENS)
+    count = tl.load(counts + row, cache_modifier=".cg")
+    inside = place < count
+    slot = tl.load(slots + row * TOP_K + place, inside, 0, cache_modifier=".cg")
+    token = _page(latents, slot, page_stride, PAGE_SIZE, LATENT + ROPE)
+    keys = tl.load(token[:, None] + at[None], inside[:, None], 0.0, cache_modifier=".cg")
+    key_rope = tl.load(token[:, None] + LATENT + turned[None], inside[:, None], 0.0, cache_modifier=".cg")
+    if PDL and EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    out = (row * NUM_HEADS + head) * SPLITS + split
+    if split * TOKENS < count:
+        queries = tl.load(q_latent + row * row_stride + head[:, None] * head_stride + at[None], used[:, None], 0.0)
+        rotary = tl.load(q_rope + (row * NUM_HEADS + head[:, None]) * ROPE + turned[None], used[:, None], 0.0)
+        score = tl.dot(keys, tl.trans(queries)) + tl.dot(key_rope, tl.trans(rotary))
+        score = tl.where(inside[:, None], score * scale, -float("inf"))
+        best = tl.max(score, 0)
+        weight = tl.exp2(score - best[None])
+        mean = tl.dot(tl.trans(keys), weight.to(keys.dtype))
+        tl.store(maxima + out, best, used)
+        tl.store(sums + out, tl.sum(weight, 0), used)
+        tl.store(parts + out[None] * LATENT + at[:, None], mean, used[None])
+    else:
+        tl.store(maxima + out, tl.full([HEADS], -float("inf"), tl.float32), used)
+        tl.store(sums + out, tl.zeros([HEADS], tl.float32), used)
 
 
 @triton.jit
@@ -289,59 +278,38 @@ class Queries:
     index: torch.Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class KeyNorm:
-    """LayerNorm of index keys, float32 [index_dim]."""
-
-    gain: torch.Tensor
-    bias: torch.Tensor
-    eps: float
-
-
 def prepare(
-    low: torch.Tensor,
     q: torch.Tensor,
     rows: Rows,
     dims: Dims,
-    latent_gain: torch.Tensor,
-    eps: float,
     up_key: torch.Tensor,
-    latents: torch.Tensor,
-    key_norm: KeyNorm | None = None,
-    keys: torch.Tensor | None = None,
     *,
+    full: bool,
     next_weight: torch.Tensor | None = None,
     pdl: bool = True,
 ) -> Queries:
-    """Write each row's latent, and index key, into its slot; rotate and absorb its queries.
+    """Rotate queries and take them into latent space, and where the layer is `full` rotate those of the index.
 
-    low [T, ...]: the low query, the latent, its rotary key, and with an indexer the index key; q [T, ...]: the heads,
-    and with an indexer those of the index. Both before norms and rotation, rows may be strided. up_key [H, nope, latent];
-    latents [pages, page_size, latent + rope] and keys [pages, page_size, index_dim] are one layer's view of the pool. `next_weight` is brought into the cache meanwhile: what
-    follows is too small to keep the memory busy.
+    q [T, ...]: the heads, and with an index its own; rows may be strided. up_key [H, nope, latent]. `next_weight` is
+    brought into the cache meanwhile: what follows is too small to keep the memory busy.
     """
-    num_rows, heads = len(low), dims.heads
-    full = key_norm is not None
-    new = latents.new_empty
+    num_rows, heads = len(q), dims.heads
+    new = up_key.new_empty
     made = Queries(
         new(num_rows, heads, dims.latent),
         new(num_rows, heads, dims.rope),
         new(num_rows, dims.index_heads, dims.index_dim) if full else None,
     )
-    absorbing, roles, tile = num_rows <= ABSORB_ROWS, 3 + INDEX_ROLES if full else 2, min(64, dims.latent)
+    absorbing, roles, tile = num_rows <= ABSORB_ROWS, 1 + INDEX_ROLES if full else 1, min(64, dims.latent)
     num_programs = num_rows * roles + (heads * (dims.latent // tile) if absorbing else 0)
-    norm = key_norm or KeyNorm(latent_gain, latent_gain, 0.0)
-    state = latents if keys is None else keys
-    fetched = low if next_weight is None else next_weight
+    fetched = up_key if next_weight is None else next_weight
     fetching = 0 if next_weight is None else NUM_FETCHING
     _prepare[(num_programs + fetching,)](
-        low, q, up_key, rows.cos, rows.sin, rows.own_slots, latent_gain, norm.gain, norm.bias, latents, state,
-        made.latent, made.rope, made.latent if made.index is None else made.index, fetched,
-        low.stride(0), q.stride(0), latents.stride(0), state.stride(0), num_rows, fetched.nbytes // LINE_BYTES,
-        eps, norm.eps,
-        dims.q_lora, dims.latent, dims.nope, dims.rope // 2, heads, triton.next_power_of_2(heads),
-        dims.index_heads if full else 0, dims.index_dim if full else 2, latents.shape[1],
-        roles, ABSORB_ROWS, min(64, dims.nope & -dims.nope), tile, pdl, fetching, num_warps=4, launch_pdl=pdl,
+        q, up_key, rows.cos, rows.sin, made.latent, made.rope, made.latent if made.index is None else made.index,
+        fetched, q.stride(0), num_rows, fetched.nbytes // LINE_BYTES,
+        dims.latent, dims.nope, dims.rope // 2, heads, triton.next_power_of_2(heads),
+        dims.index_heads if full else 0, dims.index_dim if full else 2, roles,
+        ABSORB_ROWS, min(64, dims.nope & -dims.nope), tile, pdl, fetching, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     if not absorbing:
         nope = q[:, : heads * dims.head].view(num_rows, heads, dims.head)[..., : dims.nope]
@@ -360,10 +328,13 @@ class Parts:
 
 def attend(
     queries: Queries, latents: torch.Tensor, selected: Selected, up_value: torch.Tensor, scale: float, *,
-    pdl: bool = True,
+    early: bool = False, pdl: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """Attend to the selection; [T, H * v]. `up_value` [H, v, latent] brings what was found out of latent space."""
-    return merge(attend_in_parts(queries, latents, selected, scale, pdl=pdl), up_value, pdl=pdl)
+    """Attend to the selection; [T, H * v]. `up_value` [H, v, latent] brings what was found out of latent space.
+
+    `early`: selection and latents are older than the kernel launched last, which made the queries.
+    """
+    return merge(attend_in_parts(queries, latents, selected, scale, early=early, pdl=pdl), up_value, pdl=pdl)
 
 
 def attend_in_parts(
@@ -376,6 +347,7 @@ def attend_in_parts(
     tokens: int = 0,
     warps: int = 4,
     stages: int = 2,
+    early: bool = False,
     pdl: bool = True,
 ) -> Parts:
     """Each split of the selection by itself."""
@@ -384,10 +356,12 @@ def attend_in_parts(
     tokens = tokens or max(16, min(32, selected.slots.shape[1] // splits))
     means = torch.empty(num_rows, heads, splits, latent, dtype=torch.float32, device=latents.device)
     maxima, sums = (torch.empty(num_rows, heads, splits, dtype=torch.float32, device=latents.device) for _ in range(2))
-    _attend[(num_rows, triton.cdiv(heads, HEADS), splits)](
+    once = splits * tokens >= selected.slots.shape[1]
+    kernel, how = (_attend_once, (early, pdl)) if once else (_attend, (pdl,))
+    kernel[(num_rows, triton.cdiv(heads, HEADS), splits)](
         queries.latent, queries.rope, latents, selected.slots, selected.counts, means, maxima, sums,
-        latents.stride(0), queries.latent.stride(0), queries.latent.stride(1), scale * 1.4426950408889634,
-        heads, HEADS, latent, queries.rope.shape[2], selected.slots.shape[1], latents.shape[1], splits, tokens, pdl,
+        latents.stride(0), queries.latent.stride(0), queries.latent.stride(1), scale * LOG2_E,
+        heads, HEADS, latent, queries.rope.shape[2], selected.slots.shape[1], latents.shape[1], splits, tokens, *how,
         num_warps=warps, num_stages=stages, launch_pdl=pdl,
     )  # fmt: skip
     return Parts(means, maxima, sums)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from shared.engine.kernels import gluon_experts, gluon_rows, triton_dense, triton_index, triton_latent, triton_route
 from shared.engine.kernels.gluon_experts import Experts, SharedExpert
-from shared.engine.kernels.gluon_rows import MAX_ROWS, Norm
-from shared.engine.kernels.triton_latent import Dims, KeyNorm, Rows, Selected
+from shared.engine.kernels.gluon_rows import MAX_ROWS, KeyNorm, Norm, Rows
+from shared.engine.kernels.triton_latent import Dims, Selected
 from shared.engine.layers.mla import KEY_NORM_EPS
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_weights import AttentionWeights, MlpWeights, MoeWeights
@@ -153,24 +153,28 @@ def _attend(low: torch.Tensor, weights: Attention, state: State, step: Step) -> 
     """This rank's part of attention [T, hidden], from `down`'s product."""
     config, norm = step.config, weights.key_norm
     dims = _dims(config)
-    q_low = low[:, : dims.q_lora]
+    kept = gluon_rows.State(state.latents, weights.latent_norm, config.latent_norm_eps, state.keys, norm)
     if len(low) <= MAX_ROWS:
-        q = gluon_rows.linear(q_low, weights.query, Norm(weights.query_norm, config.latent_norm_eps), pdl=step.pdl)
+        query_norm = Norm(weights.query_norm, config.latent_norm_eps)
+        q = gluon_rows.queries_and_state(low, weights.query, query_norm, step.rows, kept, pdl=step.pdl)
     else:
-        q_low = triton_dense.add_rms_norm(q_low.bfloat16(), None, weights.query_norm, config.latent_norm_eps)
+        gluon_rows.append(low, dims.q_lora, step.rows, kept)
+        q_low = triton_dense.add_rms_norm(
+            low[:, : dims.q_lora].bfloat16(), None, weights.query_norm, config.latent_norm_eps
+        )
         q = F.linear(q_low, weights.query)
     queries = triton_latent.prepare(
-        low, q, step.rows, dims, weights.latent_norm, config.latent_norm_eps, weights.up_key, state.latents, norm,
-        state.keys if norm is not None else None, pdl=step.pdl,
+        q, step.rows, dims, weights.up_key, full=norm is not None, pdl=step.pdl,
         next_weight=weights.output if step.fetch_ahead else None,
     )  # fmt: skip
-    if queries.index is not None and state.keys is not None:
+    selects = state.selects_first or (state.keys is not None and step.capacity > config.index_topk)
+    if selects and queries.index is not None and state.keys is not None:
         head_weights = low[:, dims.q_lora + dims.latent + dims.rope + dims.index_dim :]
         _select(queries.index, head_weights, state.keys, step, first=state.selects_first)
-    scale = config.qk_head_dim**-0.5
     attended = triton_latent.attend(
-        queries, state.latents, step.selected, weights.up_value, scale, pdl=step.pdl
-    )
+        queries, state.latents, step.selected, weights.up_value, config.qk_head_dim**-0.5,
+        early=not selects and len(low) <= MAX_ROWS, pdl=step.pdl,
+    )  # fmt: skip
     return _plain(attended, weights.output, pdl=step.pdl)
 
 
