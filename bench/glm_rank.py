@@ -21,8 +21,8 @@ from bench import provenance
 from bench.bandwidth import read_bandwidth
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import Batch, build
-from shared.engine.kernels.gluon_experts import FACTOR, Experts, SharedExpert
-from shared.engine.kernels.gluon_rows import KeyNorm
+from shared.engine.kernels.experts import FACTOR, Experts, SharedExpert
+from shared.engine.kernels.gluon_state import KeyNorm
 from shared.engine.kv.view import DeviceMemory
 from shared.engine.kernels import reference
 from shared.engine.kv.layout import KvLayout
@@ -64,7 +64,7 @@ FIELDS = {
 }
 PAGE_SIZE = 64
 NAMES = glm_layout.LATENTS, glm_layout.INDEX_KEYS
-# (batch, tokens of each, context)
+Step = tuple[int, int, int]  # batch, tokens of each, context
 STEPS = (
     *((1, 1, context) for context in (1024, 8192, 32_768, 131_072)),
     *((1, width, 8192) for width in (2, 3, 4, 6)),
@@ -269,7 +269,7 @@ def milliseconds(graph: Graph, repeats: int = 30, groups: int = 5) -> list[float
     return times
 
 
-def measure(made: Rank, config: GlmConfig, rate: float, steps: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int, int], float]:
+def measure(made: Rank, config: GlmConfig, rate: float, steps: Sequence[Step]) -> dict[Step, float]:
     """Print a table; median milliseconds by step."""
     print("| batch, tokens each, context | ms (spread) | floor ms | ratio | experts a layer | whole step ms |")
     print("|---|---|---|---|---|---|")
@@ -300,7 +300,7 @@ def measure(made: Rank, config: GlmConfig, rate: float, steps: Sequence[tuple[in
     return medians
 
 
-def project(medians: dict[tuple[int, int, int], float], num_layers: int) -> None:
+def project(medians: dict[Step, float], num_layers: int) -> None:
     """Tokens a second of one user on all ranks, from steps at 8k, all-reduces at a stated time each, and accepted lengths."""
     print("\n| tokens verified | ms a step, one rank | accepted | all-reduce us | tokens/s |\n|---|---|---|---|---|")
     for width, accepted in ((1, 1.0), *RANKED_MEAN_ACCEPTED.items()):
@@ -312,7 +312,17 @@ def project(medians: dict[tuple[int, int, int], float], num_layers: int) -> None
             print(f"| {width} | {step:.3f} | {accepted} | {us:.0f} | {accepted / total * 1e3:.0f} |")
 
 
-def profile(made: Rank, steps: Sequence[tuple[int, int, int]]) -> None:
+def compare_fetching(made: Rank, steps: Sequence[Step]) -> None:
+    """Steps with the next large matrix brought into the cache by a kernel aside, and without."""
+    decoder = CudaGlm(made.decoder.config, made.decoder.ends, made.layers, made.group, fetch_ahead=True)
+    for step in steps:
+        decoder(batch(*step), made.memory.bytes, made.layout, NAMES)
+        plain, fetching = (milliseconds(each.graph(*step)) for each in (made.decoder, decoder))
+        medians = f"{statistics.median(plain):.3f} ms, fetching ahead {statistics.median(fetching):.3f} ms"
+        print(f"batch {step[0]}, {step[1]} tokens each, context {step[2]:,}: {medians}", flush=True)
+
+
+def profile(made: Rank, steps: Sequence[Step]) -> None:
     """What the kernels of a step take, each waiting for the one before."""
     decoder = CudaGlm(made.decoder.config, made.decoder.ends, made.layers, made.group, pdl=False)
     for size, width, context in steps:
@@ -324,7 +334,9 @@ def profile(made: Rank, steps: Sequence[tuple[int, int, int]]) -> None:
             for _ in range(PROFILED):
                 graph.replay()
             torch.cuda.synchronize()
-        print(f"\nbatch {size}, {width} tokens each, context {context:,}:\n| ms | kernels | us each | kernel |\n|---|---|---|---|")
+        print(
+            f"\nbatch {size}, {width} tokens each, context {context:,}:\n| ms | kernels | us each | kernel |\n|---|---|---|---|"
+        )
         found = [event for event in run.key_averages() if event.self_device_time_total > 0]
         for event in sorted(found, key=lambda event: -event.self_device_time_total)[:20]:
             total, count = event.self_device_time_total / PROFILED, event.count / PROFILED
@@ -352,12 +364,15 @@ def main() -> None:
     with torch.inference_mode():
         made = rank(config, args.ranks, device, pdl=not args.no_pdl)
         torch.cuda.synchronize()
-        print(f"{torch.cuda.get_device_name(0)}; plain reads {rate / 1e12:.2f} TB/s; {torch.cuda.memory_allocated() / 1e9:.1f} GB")
+        print(
+            f"{torch.cuda.get_device_name(0)}; plain reads {rate / 1e12:.2f} TB/s; {torch.cuda.memory_allocated() / 1e9:.1f} GB"
+        )
         print(f"made in {time.perf_counter() - started:.1f} s; room for {KV_TOKENS:,} tokens")
         for kind, num_bytes in floor_bytes(made, config, 1, 1, 8192, config.num_experts_per_token).items():
             print(f"floor of a token at 8k: {kind} {num_bytes / 1e6:,.0f} MB, {num_bytes / rate * 1e3:.3f} ms")
         medians = measure(made, config, rate, BRIEF if args.brief else STEPS)
         project(medians, config.num_layers)
+        compare_fetching(made, ((1, 1, 8192), (1, 4, 8192)))
         if args.profile:
             profile(made, ((1, 1, 8192), (1, 4, 8192), (32, 1, 1024)))
 

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 PAGE_SIZE, NUM_PAGES = 16, 96
 PLAIN = SamplingParams()
 
+
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda") * scale
 
@@ -111,17 +112,18 @@ def test_a_product_behind_a_norm_equals_the_reference(num_rows: int, n: int, k: 
 @pytest.mark.parametrize("packed", [False, True], ids=["bf16", "nvfp4"])
 @pytest.mark.parametrize("num_rows", [1, 5, 100])
 def test_a_mixture_equals_its_sum_expert_by_expert(num_rows: int, packed: bool) -> None:
+    from shared.engine.kernels import experts as layout
     from shared.engine.kernels import gluon_experts as kernel
 
     hidden, inner, num, top_k = 1024, 256, 16, 4
     gate_up, down = random(num, 2 * inner, hidden, scale=0.03), random(num, hidden, inner, scale=0.06)
-    experts = kernel.Experts(gate_up, down)
+    experts = layout.Experts(gate_up, down)
     if packed:
         stored = [[nvfp4.quantize(matrix) for matrix in part] for part in (gate_up, down)]
         gate_up, down = (torch.stack([nvfp4.dequantize(one) for one in part]) for part in stored)
-        experts = kernel.packed(stored[0], stored[1])
+        experts = layout.packed(stored[0], stored[1])
     x = random(num_rows, hidden)
-    shared = kernel.SharedExpert(random(2 * inner, hidden, scale=0.03), random(hidden, inner, scale=0.06))
+    shared = layout.SharedExpert(random(2 * inner, hidden, scale=0.03), random(hidden, inner, scale=0.06))
     chosen = torch.stack([torch.randperm(num, device="cuda")[:top_k] for _ in range(num_rows)]).int()
     weights = torch.rand(num_rows, top_k, device="cuda")
     expected = F.linear(reference.silu_mul(F.linear(x.float(), shared.gate_up.float())), shared.down.float())
@@ -129,13 +131,13 @@ def test_a_mixture_equals_its_sum_expert_by_expert(num_rows: int, packed: bool) 
         for place, expert in enumerate(chosen[row].tolist()):
             part = reference.silu_mul(F.linear(x[row : row + 1].float(), gate_up[expert].float()))
             expected[row] += (F.linear(part, down[expert].float()) * weights[row, place])[0]
-    mix = kernel.mixture if num_rows <= kernel.MAX_TOKENS else kernel.large_mixture
+    mix = kernel.mixture if num_rows <= kernel.MAX_TOKENS else layout.large_mixture
     found = mix(x, chosen, weights, experts, shared)
     assert float((found.float() - expected).norm() / expected.norm()) < 0.01
 
 
 def rows_of(batch: Batch) -> Any:
-    from shared.engine.kernels.gluon_rows import Rows
+    from shared.engine.kernels.gluon_state import Rows
 
     sequence = torch.repeat_interleave(batch.query_starts.diff())
     starts = batch.page_starts[sequence]
@@ -180,7 +182,8 @@ def test_the_selection_equals_the_reference(top_k: int, tile: int) -> None:
 
 @pytest.mark.parametrize(("num_rows", "heads"), [(1, 8), (4, 8), (3, 64), (40, 8)])
 def test_sparse_attention_equals_the_reference(num_rows: int, heads: int) -> None:
-    from shared.engine.kernels.triton_latent import Queries, Selected, attend
+    from shared.engine.kernels.triton_latent import Selected, attend
+    from shared.engine.kernels.triton_queries import Queries
 
     top_k, counts = 2048, torch.randint(1, 2049, (num_rows,), dtype=torch.int32, device="cuda")
     latents = random(256, 3, PAGE_SIZE, 576)[:, 1]

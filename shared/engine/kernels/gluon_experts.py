@@ -6,75 +6,16 @@ expert, and where they do its weights come from the cache. FP4 codes become fp16
 code is its value * 2^-14, as those of a scale (e4m3) it is the value * 2^-8. The twin is `moe_reference`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from shared.engine.kernels import triton_dense
-from shared.engine.kernels.gluon_rows import begin
-from shared.engine.quantization import nvfp4
-from shared.engine.quantization.nvfp4 import Nvfp4Tensor
+from shared.engine.kernels.experts import Experts, SharedExpert
+from shared.engine.kernels.gluon_rows import begin, begin_in_turn
 
 MAX_TOKENS = 64
 UNIT_BYTES = 16  # what a thread loads at once: 32 codes or 8 bfloat16
-FACTOR = 2.0**8  # of scales as above
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """E experts' gate and up joined [E, 2 I, hidden], and down [E, hidden, I]. Without scales these are bfloat16.
-
-    With scales they are codes in words of eight, as uint8: word j of a row of K holds elements 4 j to 4 j + 3 and the four
-    that are K / 2 behind them. Magnitude k of the first is at bits 4 k, of the second at 16 + 4 k; signs at 8 k + 7 and
-    8 k + 3. Scales are e4m3 as uint8, one for 16 elements in their order; `factors` float32 [E, 2] are the scales of
-    the matrices times FACTOR.
-    """
-
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    gate_up_scale: torch.Tensor | None = None
-    down_scale: torch.Tensor | None = None
-    factors: torch.Tensor | None = None
-
-    @property
-    def inner(self) -> int:
-        """I."""
-        return self.gate_up.shape[1] // 2
-
-
-def words(codes: torch.Tensor) -> torch.Tensor:
-    """ModelOpt's order (neighbours in a byte) uint8 [..., K/2] to that of `Experts`, int32 [..., K/8] as uint8."""
-    first, second = (half.unflatten(-1, (-1, 4)) for half in nvfp4.unpack(codes).chunk(2, dim=-1))
-    place = torch.arange(4, device=codes.device)
-    magnitudes = ((first & 7) << 4 * place) | ((second & 7) << 16 + 4 * place)
-    signs = ((first >> 3) << 8 * place + 7) | ((second >> 3) << 8 * place + 3)
-    return (magnitudes | signs).sum(-1).int().view(torch.uint8)
-
-
-def values(packed_codes: torch.Tensor) -> torch.Tensor:
-    """The other way, and what the codes stand for: float32 [..., K]."""
-    word, place = packed_codes.view(torch.int32)[..., None], torch.arange(4, device=packed_codes.device)
-    halves = []
-    for magnitudes, sign in ((4 * place, 8 * place + 7), (16 + 4 * place, 8 * place + 3)):
-        halves.append(((word >> magnitudes) & 7) | (((word >> sign) & 1) << 3))
-    table = torch.tensor(nvfp4.MAGNITUDES + tuple(-m for m in nvfp4.MAGNITUDES), device=packed_codes.device)
-    return table[torch.cat([half.flatten(-2) for half in halves], dim=-1)]
-
-
-def packed(gate_up: Sequence[Nvfp4Tensor], down: Sequence[Nvfp4Tensor]) -> Experts:
-    """Expert by expert: gate and up joined [2 I, hidden], which share a scale, and down [hidden, I]."""
-    codes, scales = (
-        [[words(one.codes) for one in part] for part in (gate_up, down)],
-        [[one.scale.view(torch.uint8) for one in part] for part in (gate_up, down)],
-    )
-    factors = [torch.stack([one.scale_2 for one in part]) for part in (gate_up, down)]
-    joined = [torch.stack(part) for part in (*codes, *scales)]
-    return Experts(*joined, torch.stack(factors, dim=1) * FACTOR)
 
 
 @gluon.jit
@@ -143,7 +84,7 @@ def _plain_sums(source, weight, row, K: gl.constexpr, UNITS: gl.constexpr, layou
     place = weight + row[:, None][:, :, None] * K + unit[:, :, None] * 8 + each
     sums = gl.zeros([row.shape[0], UNITS], gl.float32, gl.SliceLayout(2, layout))
     ahead = gl.load(place)
-    begin(PDL)
+    begin_in_turn(PDL)
     for start in gl.static_range(0, K // 8, UNITS):
         w = ahead.to(gl.float32)
         if start + UNITS < K // 8:
@@ -179,7 +120,7 @@ def _gate_up(
         r = gl.arange(0, 2 * BLOCK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
         source = x + (choice // TOP_K) * K + gl.arange(0, UNITS, gl.SliceLayout(1, of_x))[:, None] * EACH
         source += gl.arange(0, EACH, gl.SliceLayout(0, of_x))[None, :]
-        begin(PDL)
+        begin_in_turn(PDL)
         expert = gl.load(chosen + choice).to(gl.int64)
         row = expert * 2 * INNER + gl.program_id(1) * BLOCK + r // 2 + (r % 2) * INNER
         if PACKED:
@@ -208,9 +149,7 @@ def _down(
     UNITS: gl.constexpr = K // 32 if PACKED else K // 8
     ROW: gl.constexpr = K // 2 if PACKED else K
     # [choices, rows, units, values of a unit]
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 1, EACH], [1, 32 // LANES, LANES, 1], [1, WARPS, 1, 1], [3, 2, 1, 0]
-    )
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, EACH], [1, 32 // LANES, LANES, 1], [1, WARPS, 1, 1], [3, 2, 1, 0])
     of_rows: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, layout))
     of_inner: gl.constexpr = gl.SliceLayout(1, layout)
     whole: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
@@ -259,14 +198,6 @@ def _down(
     gl.store(out + at, result.to(gl.bfloat16))
 
 
-@dataclass(frozen=True, slots=True)
-class SharedExpert:
-    """gate_up [2 I', hidden] and down [hidden, I'], bfloat16."""
-
-    gate_up: torch.Tensor
-    down: torch.Tensor
-
-
 def mixture(
     x: torch.Tensor,
     chosen: torch.Tensor,
@@ -290,13 +221,12 @@ def gate_up(
     experts: Experts,
     shared: SharedExpert,
     *,
-    block: int = 0,
+    block: int = 2,
     warps: int = 2,
     pdl: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """silu(gate) * up of every choice, bfloat16 [T, k, I], and of the shared expert [T, I']."""
     (num_rows, hidden), top_k, packed = x.shape, chosen.shape[1], experts.factors is not None
-    block = block or (4 if num_rows == 1 else 2)
     out = torch.empty(num_rows, top_k, experts.inner, dtype=torch.bfloat16, device=x.device)
     shared_inner = shared.down.shape[1]
     own = torch.empty(num_rows, shared_inner, dtype=torch.bfloat16, device=x.device)
@@ -342,47 +272,3 @@ def down(
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     return other if tensor is None else tensor
-
-
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Codes and scales as in `Experts` and a factor for each expert to bfloat16 [E, N, K], expert by expert."""
-    out = torch.empty(*codes.shape[:2], codes.shape[2] * 2, dtype=torch.bfloat16, device=codes.device)
-    for expert, factor in enumerate((factors / FACTOR).unbind()):
-        wide = scale[expert].view(torch.float8_e4m3fn).float() * factor
-        out[expert] = (values(codes[expert]).unflatten(-1, (-1, nvfp4.GROUP)) * wide[..., None]).flatten(-2)
-    return out
-
-
-def plain_gate_up(experts: Experts) -> torch.Tensor:
-    """In bfloat16."""
-    if experts.factors is None or experts.gate_up_scale is None:
-        return experts.gate_up
-    return dequantize(experts.gate_up, experts.gate_up_scale, experts.factors[:, 0])
-
-
-def plain_down(experts: Experts) -> torch.Tensor:
-    """In bfloat16."""
-    if experts.factors is None or experts.down_scale is None:
-        return experts.down
-    return dequantize(experts.down, experts.down_scale, experts.factors[:, 1])
-
-
-def large_mixture(
-    x: torch.Tensor,
-    chosen: torch.Tensor,
-    weights: torch.Tensor,
-    experts: Experts,
-    shared: SharedExpert,
-) -> torch.Tensor:
-    """As `mixture`, for many tokens: those of each expert together, as one grouped product."""
-    num_rows, top_k = chosen.shape
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    ends = torch.bincount(flat, minlength=len(experts.gate_up)).cumsum(0).int()
-    inner = torch._grouped_mm(x[order // top_k], plain_gate_up(experts).transpose(1, 2), offs=ends)
-    parts = torch._grouped_mm(triton_dense.silu_mul(inner), plain_down(experts).transpose(1, 2), offs=ends)
-    own = torch.empty_like(parts)
-    own[order] = parts
-    total = F.linear(triton_dense.silu_mul(F.linear(x, shared.gate_up)), shared.down).float()
-    total += (own.view(num_rows, top_k, -1).float() * weights[..., None]).sum(1)
-    return total.to(x.dtype)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shared.engine.kernels.gluon_rows import Rows
+from shared.engine.kernels.gluon_state import Rows
 from shared.engine.kernels.triton_latent import Selected
 
 KEYS = 64  # of a product
@@ -25,8 +25,8 @@ def _scores(
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     visible = tl.load(positions + row) + 1
     if visible > TOP_K:
@@ -84,8 +84,8 @@ def _select(
     TOP_K: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     visible = tl.load(positions + row) + 1
     table = page_ids + tl.load(starts + row)
@@ -116,8 +116,8 @@ def _merge(
     TOP_K: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     visible = tl.load(positions + row) + 1
     if visible > TILE:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from shared.engine.batch import Batch
-from shared.engine.kernels import triton_dense, triton_index
-from shared.engine.kernels.triton_latent import Rows
+from shared.engine.kernels import triton_dense, triton_fetch, triton_index
+from shared.engine.kernels.gluon_state import Rows
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import cuda_glm_layer, rope
@@ -54,13 +54,17 @@ class Graph:
 class CudaGlm:
     """Computes batches in host memory with weights and pages on the GPU."""
 
-    def __init__(self, config: GlmConfig, ends: Ends, layers: Sequence[Layer], group: Group, *, pdl: bool = True,
-        fetch_ahead: bool = True) -> None:
+    def __init__(
+        self, config: GlmConfig, ends: Ends, layers: Sequence[Layer], group: Group, *, pdl: bool = True,
+        fetch_ahead: bool = False,
+    ) -> None:  # fmt: skip
+        """`pdl`, `fetch_ahead`: as `pdl` and `fetch` of `cuda_glm_layer.Step`."""
         self.config, self.ends, self.group = config, ends, group
-        self.device, self._pdl, self._fetch_ahead = ends.norm.device, pdl, fetch_ahead
+        self.device, self._pdl = ends.norm.device, pdl
         self.frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta).to(self.device)
         self._layers = layers
         self._graphs: dict[tuple[int, int, int], Graph] = {}
+        self._aside = torch.cuda.Stream(self.device) if fetch_ahead else None
 
     def __call__(self, batch: Batch, pool: torch.Tensor, layout: KvLayout, names: tuple[str, str]) -> tuple[
         torch.Tensor, torch.Tensor
@@ -123,12 +127,22 @@ class CudaGlm:
         token_ids, positions, slots, starts = inputs[: 4 * num_rows].view(4, num_rows)
         rows = Rows(positions, slots, starts, inputs[4 * num_rows :], *rope.table(self.frequencies, positions))
         selected = triton_index.empty(num_rows, self.config.index_topk, self.device)
-        step = Step(self.config, self.group, rows, selected, capacity, self._pdl, self._fetch_ahead)
+        fetch = self._fetch if self._aside else None
+        step = Step(self.config, self.group, rows, selected, capacity, self._pdl, fetch)
         x, delta = embed(token_ids, self.ends, self.group), None
         following = [*self._layers[1:], None]
         for layer, state, then in zip(self._layers, states, following, strict=True):
             x, delta = cuda_glm_layer.forward(x, delta, layer, state, step, then)
+        if self._aside:
+            torch.cuda.current_stream(self.device).wait_stream(self._aside)
         return triton_dense.add_rms_norm(x, delta, self.ends.norm, self.config.rms_norm_eps)
+
+    def _fetch(self, weight: torch.Tensor) -> None:
+        """Beside what is launched next."""
+        assert self._aside is not None
+        self._aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._aside):
+            triton_fetch.fetch(weight)
 
 
 def embed(token_ids: torch.Tensor, ends: Ends, group: Group) -> torch.Tensor:

@@ -5,21 +5,33 @@ and weights_proj; `query` is q_b and the indexer's wq_b. The residual is added w
 its input and output. The twin is `glm_layer.GlmLayer`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from shared.engine.kernels import gluon_experts, gluon_rows, triton_dense, triton_index, triton_latent, triton_route
-from shared.engine.kernels.gluon_experts import Experts, SharedExpert
-from shared.engine.kernels.gluon_rows import MAX_ROWS, KeyNorm, Norm, Rows
-from shared.engine.kernels.triton_latent import Dims, Selected
+from shared.engine.kernels import (
+    experts,
+    gluon_experts,
+    gluon_rows,
+    gluon_state,
+    triton_dense,
+    triton_index,
+    triton_latent,
+    triton_queries,
+    triton_route,
+)
+from shared.engine.kernels.experts import Experts, SharedExpert
+from shared.engine.kernels.gluon_rows import MAX_ROWS, Norm
+from shared.engine.kernels.gluon_state import KeyNorm, Rows
+from shared.engine.kernels.triton_latent import Selected
+from shared.engine.kernels.triton_queries import Dims
 from shared.engine.layers.mla import KEY_NORM_EPS
 from shared.engine.models.glm_config import GlmConfig
-from shared.engine.models.glm_weights import AttentionWeights, MlpWeights, MoeWeights
+from shared.engine.models.glm_weights import AttentionWeights, MlpWeights, MoeWeights, PackedMoeWeights
 from shared.engine.parallel.group import Group
 
-FETCHED_ROWS = 1280  # of the next layer's first matrix: what experts leave time for
 MIXED_ROWS = gluon_experts.MAX_TOKENS
 SELECTING_ROWS = 256  # at a time, so that their scores stay small
 
@@ -62,8 +74,8 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class Step:
     """What all layers of a step share. No row sees more than `capacity` tokens. With `pdl` kernels start before those in
-    front of them have ended, which is faster; without, a profile says what each takes. With `fetch_ahead` kernels that
-    leave the memory idle have the next large matrix brought into the cache."""
+    front of them have ended, which is faster; without, a profile says what each takes. `fetch` is given large matrices
+    at the beginning of kernels that leave the memory idle, before they are needed."""
 
     config: GlmConfig
     group: Group
@@ -71,7 +83,7 @@ class Step:
     selected: Selected
     capacity: int
     pdl: bool = True
-    fetch_ahead: bool = True
+    fetch: Callable[[torch.Tensor], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +116,11 @@ def attention(weights: AttentionWeights) -> Attention:
     )
 
 
-def mixture(weights: MoeWeights) -> Mixture:
-    """Join what is computed together."""
-    experts = Experts(weights.experts.gate_up, weights.experts.down)
-    shared = SharedExpert(weights.shared.gate_up, weights.shared.down)
-    return Mixture(weights.router.to(shared.down.dtype), weights.correction_bias, experts, shared)
+def mixture(weights: MoeWeights | PackedMoeWeights) -> Mixture:
+    """With experts packed if they are stored in NVFP4."""
+    stored, shared = weights.experts, SharedExpert(weights.shared.gate_up, weights.shared.down)
+    own = Experts(stored.gate_up, stored.down) if isinstance(stored, MlpWeights) else experts.packed(*stored)
+    return Mixture(weights.router.to(shared.down.dtype), weights.correction_bias, own, shared)
 
 
 def forward(
@@ -153,19 +165,20 @@ def _attend(low: torch.Tensor, weights: Attention, state: State, step: Step) -> 
     """This rank's part of attention [T, hidden], from `down`'s product."""
     config, norm = step.config, weights.key_norm
     dims = _dims(config)
-    kept = gluon_rows.State(state.latents, weights.latent_norm, config.latent_norm_eps, state.keys, norm)
+    kept = gluon_state.State(state.latents, weights.latent_norm, config.latent_norm_eps, state.keys, norm)
     if len(low) <= MAX_ROWS:
         query_norm = Norm(weights.query_norm, config.latent_norm_eps)
-        q = gluon_rows.queries_and_state(low, weights.query, query_norm, step.rows, kept, pdl=step.pdl)
+        q = gluon_state.queries_and_state(low, weights.query, query_norm, step.rows, kept, pdl=step.pdl)
     else:
-        gluon_rows.append(low, dims.q_lora, step.rows, kept)
+        gluon_state.append(low, dims.q_lora, step.rows, kept)
         q_low = triton_dense.add_rms_norm(
             low[:, : dims.q_lora].bfloat16(), None, weights.query_norm, config.latent_norm_eps
         )
         q = F.linear(q_low, weights.query)
-    queries = triton_latent.prepare(
-        q, step.rows, dims, weights.up_key, full=norm is not None, pdl=step.pdl,
-        next_weight=weights.output if step.fetch_ahead else None,
+    if step.fetch:
+        step.fetch(weights.output)
+    queries = triton_queries.prepare(
+        q, step.rows, dims, weights.up_key, full=norm is not None, pdl=step.pdl
     )  # fmt: skip
     selects = state.selects_first or (state.keys is not None and step.capacity > config.index_topk)
     if selects and queries.index is not None and state.keys is not None:
@@ -182,24 +195,27 @@ def _select(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, ste
     """Block by block, so that the scores of a prompt stay small."""
     for at in range(0, len(q), SELECTING_ROWS):
         block, rows, chosen = slice(at, at + SELECTING_ROWS), step.rows, step.selected
-        own = Rows(
-            rows.positions[block], rows.own_slots[block], rows.starts[block], rows.page_ids, rows.cos, rows.sin
-        )
+        own = Rows(rows.positions[block], rows.own_slots[block], rows.starts[block], rows.page_ids, rows.cos, rows.sin)
         selected = Selected(chosen.slots[block], chosen.counts[block])
-        triton_index.select(q[block], head_weights[block], keys, own, selected, step.capacity, first=first, pdl=step.pdl)
+        triton_index.select(
+            q[block], head_weights[block], keys, own, selected, step.capacity, first=first, pdl=step.pdl
+        )
 
 
-def _mix(logits: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step, following: Layer | None) -> torch.Tensor:
+def _mix(
+    logits: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step, following: Layer | None
+) -> torch.Tensor:
     """This rank's part of the mixture [T, hidden], from the router's product and its input."""
     config, pdl = step.config, step.pdl
-    ahead = None if following is None or not step.fetch_ahead else following.attention.down[:FETCHED_ROWS]
+    if step.fetch and following:
+        step.fetch(following.attention.down)
     chosen, factors = triton_route.route(
         logits, weights.correction_bias, config.num_experts_per_token, config.routed_scaling_factor,
-        normalize=config.normalize_top_k, pdl=pdl, next_weight=ahead,
+        normalize=config.normalize_top_k, pdl=pdl,
     )  # fmt: skip
     if len(normed) <= MIXED_ROWS:
         return gluon_experts.mixture(normed, chosen, factors, weights.experts, weights.shared, pdl=pdl)
-    return gluon_experts.large_mixture(normed, chosen, factors, weights.experts, weights.shared)
+    return experts.large_mixture(normed, chosen, factors, weights.experts, weights.shared)
 
 
 def _dims(config: GlmConfig) -> Dims:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from shared.engine.models.inventory import Inventory
 from shared.engine.parallel.partition import Part
 from shared.engine.quantization import fp8_block, nvfp4
-from shared.engine.quantization.formats import Format
+from shared.engine.quantization.formats import PACKED, Format
 from shared.errors import Unsupported
 
 # A scale stands for so many rows and columns of weights.
@@ -50,6 +50,23 @@ class Checkpoint:
         except (ValueError, RuntimeError) as error:
             linear = name.removesuffix(".weight")
             raise Unsupported(f"the scales of {linear} do not fit its weights: {error}") from None
+
+    def nvfp4(self, name: str, part: Part | None = None) -> nvfp4.Nvfp4Tensor | None:
+        """A matrix on the device of this checkpoint as it is stored; None if that is in another format, or if a part
+        cuts a group."""
+        stored = self.inventory.format(name)
+        if stored not in PACKED:
+            return None
+        if part is not None and part != _widened(part, SPANS[stored][part.dim], self.inventory.shape(name)[part.dim]):
+            return None
+        weight, scale, factor = self.inventory.parts(name)
+        spans = (2, nvfp4.GROUP) if part is not None and part.dim == 1 else (1, 1)
+        codes, scales = (
+            self._tensor(each, _scaled(part, span)) for each, span in zip((weight, scale), spans, strict=True)
+        )
+        found = nvfp4.from_stored(stored, codes, scales, self._tensor(factor, None))
+        codes, scales, scale_2 = (x.to(self._device, copy=True) for x in (found.codes, found.scale, found.scale_2))
+        return nvfp4.Nvfp4Tensor(codes, scales, scale_2)
 
     def _quantized(self, stored: Format, name: str, part: Part | None, dtype: torch.dtype) -> torch.Tensor:
         weight, scale, *factor = self.inventory.parts(name)

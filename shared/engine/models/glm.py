@@ -96,6 +96,8 @@ def _cuda(config: GlmConfig, placement: Placement) -> Candidate[Build]:
         from shared.engine.models.glm_cuda import GlmOnCuda
     except ImportError as error:
         return Candidate("cuda", f"{error.name} is not installed", Glm)
+    if placement.shard.num_ranks > 1 and placement.shard.expert_split == "experts":
+        return Candidate("cuda", "their ranks share out the experts' matrices, not whole experts", GlmOnCuda)
     share, _ = of_glm(config, placement.shard)
     capability = torch.cuda.get_device_capability(placement.device)
     obstacle = cuda_glm_layer.obstacle(share, placement.dtype, placement.kv_format, capability)

@@ -12,7 +12,7 @@ from shared.engine.layers.cuda_glm_layer import Layer
 from shared.engine.models.api import DraftLayer, Placement
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_layout import INDEX_KEYS, LATENTS, layout
-from shared.engine.models.glm_weights import GlmWeights, MoeWeights
+from shared.engine.models.glm_weights import GlmWeights, MlpWeights
 
 
 class GlmOnCuda:
@@ -45,11 +45,11 @@ class GlmOnCuda:
 
 def read_layer(weights: GlmWeights, index: int) -> Layer:
     """A layer of a checkpoint."""
-    mlp = weights.mlp(index)
+    mlp = weights.packed_mlp(index)
     return Layer(
         *weights.norms(index),
         cuda_glm_layer.attention(weights.attention(index)),
-        cuda_glm_layer.mixture(mlp) if isinstance(mlp, MoeWeights) else mlp,
+        mlp if isinstance(mlp, MlpWeights) else cuda_glm_layer.mixture(mlp),
     )
 
 

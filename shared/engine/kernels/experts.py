@@ -1,0 +1,126 @@
+"""Experts on a GPU: how they are laid out, and the mixture of many tokens by grouped products.
+
+What the mixture of few tokens takes is written down here too; its kernels are in `gluon_experts`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from shared.engine.kernels import triton_dense
+from shared.engine.quantization import nvfp4
+from shared.engine.quantization.nvfp4 import Nvfp4Tensor
+from shared.errors import Unsupported
+
+FACTOR = 2.0**8  # the bits of a scale (e4m3) as those of an fp16 are its value / FACTOR
+MULTIPLE = 1024  # of a row of x: a warp's codes
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """E experts' gate and up joined [E, 2 I, hidden], and down [E, hidden, I]. Without scales these are bfloat16.
+
+    With scales they are codes in words of eight, as uint8: word j of a row of K holds elements 4 j to 4 j + 3 and the four
+    that are K / 2 behind them. Magnitude k of the first is at bits 4 k, of the second at 16 + 4 k; signs at 8 k + 7 and
+    8 k + 3. Scales are e4m3 as uint8, one for 16 elements in their order; `factors` float32 [E, 2] are the scales of
+    the matrices times FACTOR.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_scale: torch.Tensor | None = None
+    down_scale: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
+
+    @property
+    def inner(self) -> int:
+        """I."""
+        return self.gate_up.shape[1] // 2
+
+
+def words(codes: torch.Tensor) -> torch.Tensor:
+    """ModelOpt's order (neighbours in a byte) uint8 [..., K/2] to that of `Experts`, int32 [..., K/8] as uint8."""
+    first, second = (half.unflatten(-1, (-1, 4)) for half in nvfp4.unpack(codes).chunk(2, dim=-1))
+    place = torch.arange(4, device=codes.device)
+    magnitudes = ((first & 7) << 4 * place) | ((second & 7) << 16 + 4 * place)
+    signs = ((first >> 3) << 8 * place + 7) | ((second >> 3) << 8 * place + 3)
+    return (magnitudes | signs).sum(-1).int().view(torch.uint8)
+
+
+def values(packed_codes: torch.Tensor) -> torch.Tensor:
+    """The other way, and what the codes stand for: float32 [..., K]."""
+    word, place = packed_codes.view(torch.int32)[..., None], torch.arange(4, device=packed_codes.device)
+    halves = []
+    for magnitudes, sign in ((4 * place, 8 * place + 7), (16 + 4 * place, 8 * place + 3)):
+        halves.append(((word >> magnitudes) & 7) | (((word >> sign) & 1) << 3))
+    table = torch.tensor(nvfp4.MAGNITUDES + tuple(-m for m in nvfp4.MAGNITUDES), device=packed_codes.device)
+    return table[torch.cat([half.flatten(-2) for half in halves], dim=-1)]
+
+
+def packed(gate_up: Sequence[Nvfp4Tensor], down: Sequence[Nvfp4Tensor]) -> Experts:
+    """Expert by expert: gate and up joined [2 I, hidden], which share a scale, and down [hidden, I]. Raises Unsupported
+    for a size that the kernels do not divide."""
+    hidden, inner = gate_up[0].codes.shape[1] * 2, down[0].codes.shape[1] * 2
+    if hidden % MULTIPLE or inner % 256:
+        raise Unsupported(f"experts of {inner} in {hidden} values are no multiples of 256 and {MULTIPLE}")
+    codes, scales = (
+        [[words(one.codes) for one in part] for part in (gate_up, down)],
+        [[one.scale.view(torch.uint8) for one in part] for part in (gate_up, down)],
+    )
+    factors = [torch.stack([one.scale_2 for one in part]) for part in (gate_up, down)]
+    joined = [torch.stack(part) for part in (*codes, *scales)]
+    return Experts(*joined, torch.stack(factors, dim=1) * FACTOR)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """gate_up [2 I', hidden] and down [hidden, I'], bfloat16."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Codes and scales as in `Experts` and a factor for each expert to bfloat16 [E, N, K], expert by expert."""
+    out = torch.empty(*codes.shape[:2], codes.shape[2] * 2, dtype=torch.bfloat16, device=codes.device)
+    for expert, factor in enumerate((factors / FACTOR).unbind()):
+        wide = scale[expert].view(torch.float8_e4m3fn).float() * factor
+        out[expert] = (values(codes[expert]).unflatten(-1, (-1, nvfp4.GROUP)) * wide[..., None]).flatten(-2)
+    return out
+
+
+def plain_gate_up(experts: Experts) -> torch.Tensor:
+    """In bfloat16."""
+    if experts.factors is None or experts.gate_up_scale is None:
+        return experts.gate_up
+    return dequantize(experts.gate_up, experts.gate_up_scale, experts.factors[:, 0])
+
+
+def plain_down(experts: Experts) -> torch.Tensor:
+    """In bfloat16."""
+    if experts.factors is None or experts.down_scale is None:
+        return experts.down
+    return dequantize(experts.down, experts.down_scale, experts.factors[:, 1])
+
+
+def large_mixture(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    experts: Experts,
+    shared: SharedExpert,
+) -> torch.Tensor:
+    """As `mixture`, for many tokens: those of each expert together, as one grouped product."""
+    num_rows, top_k = chosen.shape
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    ends = torch.bincount(flat, minlength=len(experts.gate_up)).cumsum(0).int()
+    inner = torch._grouped_mm(x[order // top_k], plain_gate_up(experts).transpose(1, 2), offs=ends)
+    parts = torch._grouped_mm(triton_dense.silu_mul(inner), plain_down(experts).transpose(1, 2), offs=ends)
+    own = torch.empty_like(parts)
+    own[order] = parts
+    total = F.linear(triton_dense.silu_mul(F.linear(x, shared.gate_up)), shared.down).float()
+    total += (own.view(num_rows, top_k, -1).float() * weights[..., None]).sum(1)
+    return total.to(x.dtype)
