@@ -18,8 +18,8 @@ from shared.engine.kernels.triton_queries import ABSORB_ROWS, Queries
 HEADS = 16  # of a product at least
 MAX_SPLITS = 64
 LOG2_E = 1.4426950408889634
-MAX_TOKENS, LOOPED_TOKENS = 64, 32  # of a split: when it is attended to at once, and at a time
-PROGRAMS, FEW_PROGRAMS, FEW_ROWS = 264, 160, 4  # two for each multiprocessor of an H100
+TOKENS = 32  # of a split that are attended to at a time
+PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ def attend_in_parts(
     num_rows, heads, latent = queries.latent.shape
     splits = splits or num_splits(num_rows, triton.cdiv(heads, HEADS))
     each = selected.slots.shape[1] // splits
-    tokens = tokens or (max(16, each) if each <= MAX_TOKENS else LOOPED_TOKENS)
+    tokens = tokens or max(16, min(TOKENS, each))
     means = torch.empty(num_rows, heads, splits, latent, dtype=torch.float32, device=latents.device)
     maxima, sums = (torch.empty(num_rows, heads, splits, dtype=torch.float32, device=latents.device) for _ in range(2))
     once = splits * tokens >= selected.slots.shape[1]
@@ -231,6 +231,6 @@ def merge(parts: Parts, up_value: torch.Tensor, *, tile: int = 32, warps: int = 
 
 
 def num_splits(num_rows: int, num_blocks: int) -> int:
-    """How many splits fill the GPU, or of few rows are read at once: a power of two."""
-    wanted = (FEW_PROGRAMS if num_rows <= FEW_ROWS else PROGRAMS) // (num_rows * num_blocks)
+    """How many splits fill the GPU: a power of two."""
+    wanted = PROGRAMS // (num_rows * num_blocks)
     return int(min(MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1)))
