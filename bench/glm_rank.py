@@ -3,67 +3,32 @@
     python -m bench.glm_rank [--ranks 8] [--layers 78] [--no-pdl] [--profile]
 
 The rank holds its share under tensor parallelism with the experts' matrices split too: routed experts of layers 3 to 77
-in NVFP4, all else in bfloat16, as in NVIDIA's checkpoint; random weights made on the device, experts chosen by the router
-from whatever comes out. Collectives are left out and counted. Steps are CUDA graphs; times are of the GPU, by events
-around replays in a row. The floor is the time to read once, at the bandwidth that a plain sum over 4 GiB reaches in the
-same run, the weights that a step needs and the latents and index keys that it attends to.
+in NVFP4, all else in bfloat16, as in NVIDIA's checkpoint; random weights made on the device, experts chosen by the
+router from whatever comes out. Collectives are left out and counted. Steps are CUDA graphs; times are of the GPU, by
+events around replays in a row. The floor is the time to read once, at the bandwidth that a plain sum over 4 GiB
+reaches in the same run, the weights that a step needs and the latents and index keys that it attends to.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from bench import provenance
 from bench.bandwidth import read_bandwidth
+from bench.glm_random import FIELDS, KV_TOKENS, NAMES, PAGE_SIZE, Rank, rank
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import Batch, build
-from shared.engine.kernels.experts import FACTOR, Experts, SharedExpert
-from shared.engine.kernels.gluon_state import KeyNorm
-from shared.engine.kv.view import DeviceMemory
 from shared.engine.kernels import reference
-from shared.engine.kv.layout import KvLayout
-from shared.engine.layers.cuda_glm import CudaGlm, Ends, Graph, views
-from shared.engine.layers.cuda_glm_layer import Attention, Layer, Mixture
+from shared.engine.layers.cuda_glm import CudaGlm, Graph, views
+from shared.engine.layers.cuda_glm_layer import Mixture
 from shared.engine.layers.moe import route
-from shared.engine.models import glm_layout
 from shared.engine.models.glm_config import GlmConfig, parse
 from shared.engine.models.glm_weights import MlpWeights
-from shared.engine.parallel.partition import Shard, of_glm
 
-FIELDS = {
-    "vocab_size": 154_880,
-    "hidden_size": 6144,
-    "intermediate_size": 12_288,
-    "num_hidden_layers": 78,
-    "num_nextn_predict_layers": 1,
-    "num_attention_heads": 64,
-    "q_lora_rank": 2048,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 192,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 256,
-    "index_n_heads": 32,
-    "index_head_dim": 128,
-    "index_topk": 2048,
-    "index_topk_freq": 4,
-    "index_skip_topk_offset": 3,
-    "moe_intermediate_size": 2048,
-    "n_routed_experts": 256,
-    "num_experts_per_tok": 8,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 3,
-    "routed_scaling_factor": 2.5,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_theta": 8e6},
-    "max_position_embeddings": 1_048_576,
-    "eos_token_id": [154_820],
-}
-PAGE_SIZE = 64
-NAMES = glm_layout.LATENTS, glm_layout.INDEX_KEYS
 Step = tuple[int, int, int]  # batch, tokens of each, context
 STEPS = (
     *((1, 1, context) for context in (1024, 8192, 32_768, 131_072)),
@@ -74,123 +39,9 @@ STEPS = (
     (32, 1, 4096),
 )
 BRIEF = ((1, 1, 1024), (1, 1, 8192), (1, 4, 8192))
-KV_TOKENS = 140_000
 PROFILED = 3  # replays
-RANKED_MEAN_ACCEPTED = {2: 1.834, 4: 2.98}  # docs/LOG.md says whose
+MEAN_ACCEPTED = {2: 1.834, 4: 2.98}  # docs/LOG.md says whose
 ALL_REDUCE_US = (6.0, 8.0, 10.0)
-
-
-class Counted:
-    """A group whose collectives do nothing but count."""
-
-    def __init__(self, num_ranks: int) -> None:
-        self.rank, self.num_ranks = 0, num_ranks
-        self.num_sums = self.num_bytes = 0
-        self.parts: list[torch.Tensor] | None = None
-
-    def sum(self, part: torch.Tensor) -> torch.Tensor:
-        """The part."""
-        self.num_sums += 1
-        self.num_bytes += part.nbytes
-        if self.parts is not None:
-            self.parts.append(part)
-        return part
-
-    def join(self, part: torch.Tensor) -> torch.Tensor:
-        """The part."""
-        return part
-
-
-class RandomLayers:
-    """A rank's weights, made on the device."""
-
-    def __init__(self, config: GlmConfig, num_ranks: int, device: torch.device) -> None:
-        shard = Shard(0, num_ranks, "matrices")
-        self.config, self._device = of_glm(config, shard)[0], device
-        self._inner = len(shard.share(config.moe_intermediate_size))
-        self._chance = torch.Generator(device).manual_seed(0)
-        self.vocabulary = len(shard.share(config.vocab_size))
-
-    def ends(self) -> Ends:
-        hidden = self.config.hidden_size
-        table = self._matrix(self.vocabulary, hidden)
-        return Ends(table * hidden**0.5, 0, self._gain(hidden), self._matrix(self.vocabulary, hidden))
-
-    def layer(self, index: int) -> Layer:
-        moe, hidden = self.config.moe_layers[index], self.config.hidden_size
-        return Layer(
-            self._gain(hidden),
-            self._gain(hidden),
-            self._attention(full=self.config.full_layers[index]),
-            self._mixture() if moe else self._mlp(self.config.intermediate_size),
-        )
-
-    def _attention(self, *, full: bool) -> Attention:
-        c = self.config
-        index_rows = c.index_head_dim + c.index_num_heads if full else 0
-        index_queries = c.index_num_heads * c.index_head_dim if full else 0
-        ones = torch.ones(c.index_head_dim, device=self._device)
-        return Attention(
-            down=self._matrix(c.q_lora_rank + c.latent_dim + index_rows, c.hidden_size),
-            query_norm=self._gain(c.q_lora_rank),
-            query=self._matrix(c.num_heads * c.qk_head_dim + index_queries, c.q_lora_rank),
-            latent_norm=self._gain(c.kv_lora_rank),
-            up_key=self._matrix(c.num_heads * c.qk_nope_head_dim, c.kv_lora_rank).unflatten(0, (c.num_heads, -1)),
-            up_value=self._matrix(c.num_heads * c.v_head_dim, c.kv_lora_rank).unflatten(0, (c.num_heads, -1)),
-            output=self._matrix(c.hidden_size, c.num_heads * c.v_head_dim),
-            key_norm=KeyNorm(ones, 0 * ones, 1e-6) if full else None,
-        )
-
-    def _mlp(self, inner: int) -> MlpWeights:
-        hidden = self.config.hidden_size
-        return MlpWeights(self._matrix(2 * inner, hidden), self._matrix(hidden, inner))
-
-    def _mixture(self) -> Mixture:
-        c, inner = self.config, self._inner
-        bias = torch.randn(c.num_experts, generator=self._chance, device=self._device) * 0.02
-        sizes = torch.tensor([c.hidden_size, inner], device=self._device)
-        factors = (FACTOR / 3 * sizes**-0.5).expand(c.num_experts, 2).contiguous()  # codes are 2.9 in the mean square
-        gate_up, gate_up_scale = self._packed(2 * inner, c.hidden_size)
-        down, down_scale = self._packed(c.hidden_size, inner)
-        experts = Experts(gate_up, down, gate_up_scale, down_scale, factors)
-        shared = SharedExpert(self._matrix(2 * inner, c.hidden_size), self._matrix(c.hidden_size, inner))
-        return Mixture(self._matrix(c.num_experts, c.hidden_size), bias, experts, shared)
-
-    def _packed(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        num = self.config.num_experts
-        return self._bytes(0, 256, num, rows, columns // 2), self._bytes(0x30, 0x40, num, rows, columns // 16)
-
-    def _bytes(self, low: int, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(low, high, shape, generator=self._chance, dtype=torch.uint8, device=self._device)
-
-    def _matrix(self, rows: int, columns: int) -> torch.Tensor:
-        values = torch.randn(rows, columns, generator=self._chance, dtype=torch.bfloat16, device=self._device)
-        return values.mul_(float(columns) ** -0.5)
-
-    def _gain(self, size: int) -> torch.Tensor:
-        return torch.ones(size, dtype=torch.bfloat16, device=self._device)
-
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """A rank, its pages filled with noise, and how its collectives are counted."""
-
-    decoder: CudaGlm
-    layers: Sequence[Layer]
-    memory: DeviceMemory
-    layout: KvLayout
-    group: Counted
-
-
-def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool) -> Rank:
-    """Make one."""
-    weights, group = RandomLayers(config, num_ranks, device), Counted(num_ranks)
-    layers = [weights.layer(index) for index in range(config.num_layers)]
-    layout = glm_layout.layout(config, "bfloat16", PAGE_SIZE)
-    memory = DeviceMemory(KV_TOKENS // PAGE_SIZE, layout.page_bytes, device)
-    for part in memory.bytes.view(torch.bfloat16).split(256):
-        part.normal_(generator=torch.Generator(device).manual_seed(1))
-    return Rank(CudaGlm(weights.config, weights.ends(), layers, group, pdl=pdl), layers, memory, layout, group)
 
 
 def batch(size: int, width: int, context: int) -> Batch:
@@ -217,7 +68,7 @@ def num_distinct(made: Rank, step: Batch) -> float:
     """Experts that a mixture reads in this step, the mean over layers, by the routers' own choice."""
     config, group, counts = made.decoder.config, made.group, list[int]()
     states = views(made.memory.bytes, made.layout, config, NAMES)
-    group.parts = []
+    group.parts, group.num_sums, group.num_bytes = [], 0, 0
     made.decoder.launch(step, states, PAGE_SIZE)
     (x, *parts), group.parts = group.parts, None
     for layer, attended, mixed in zip(made.layers, parts[::2], parts[1::2], strict=True):
@@ -301,25 +152,15 @@ def measure(made: Rank, config: GlmConfig, rate: float, steps: Sequence[Step]) -
 
 
 def project(medians: dict[Step, float], num_layers: int) -> None:
-    """Tokens a second of one user on all ranks, from steps at 8k, all-reduces at a stated time each, and accepted lengths."""
+    """Tokens a second of one user on all ranks: steps at 8k, two all-reduces a layer, accepted lengths; no drafting."""
     print("\n| tokens verified | ms a step, one rank | accepted | all-reduce us | tokens/s |\n|---|---|---|---|---|")
-    for width, accepted in ((1, 1.0), *RANKED_MEAN_ACCEPTED.items()):
+    for width, accepted in ((1, 1.0), *MEAN_ACCEPTED.items()):
         step = medians.get((1, width, 8192))
         if step is None:
             continue
         for us in ALL_REDUCE_US:
             total = step + 2 * num_layers * us / 1e3
             print(f"| {width} | {step:.3f} | {accepted} | {us:.0f} | {accepted / total * 1e3:.0f} |")
-
-
-def compare_fetching(made: Rank, steps: Sequence[Step]) -> None:
-    """Steps with the next large matrix brought into the cache by a kernel aside, and without."""
-    decoder = CudaGlm(made.decoder.config, made.decoder.ends, made.layers, made.group, fetch_ahead=True)
-    for step in steps:
-        decoder(batch(*step), made.memory.bytes, made.layout, NAMES)
-        plain, fetching = (milliseconds(each.graph(*step)) for each in (made.decoder, decoder))
-        medians = f"{statistics.median(plain):.3f} ms, fetching ahead {statistics.median(fetching):.3f} ms"
-        print(f"batch {step[0]}, {step[1]} tokens each, context {step[2]:,}: {medians}", flush=True)
 
 
 def profile(made: Rank, steps: Sequence[Step]) -> None:
@@ -335,7 +176,8 @@ def profile(made: Rank, steps: Sequence[Step]) -> None:
                 graph.replay()
             torch.cuda.synchronize()
         print(
-            f"\nbatch {size}, {width} tokens each, context {context:,}:\n| ms | kernels | us each | kernel |\n|---|---|---|---|"
+            f"\nbatch {size}, {width} tokens each, context {context:,}:"
+            "\n| ms | kernels | us each | kernel |\n|---|---|---|---|"
         )
         found = [event for event in run.key_averages() if event.self_device_time_total > 0]
         for event in sorted(found, key=lambda event: -event.self_device_time_total)[:20]:
@@ -365,14 +207,16 @@ def main() -> None:
         made = rank(config, args.ranks, device, pdl=not args.no_pdl)
         torch.cuda.synchronize()
         print(
-            f"{torch.cuda.get_device_name(0)}; plain reads {rate / 1e12:.2f} TB/s; {torch.cuda.memory_allocated() / 1e9:.1f} GB"
+            f"{torch.cuda.get_device_name(0)}; plain reads {rate / 1e12:.2f} TB/s; "
+            f"{torch.cuda.memory_allocated() / 1e9:.1f} GB"
         )
         print(f"made in {time.perf_counter() - started:.1f} s; room for {KV_TOKENS:,} tokens")
         for kind, num_bytes in floor_bytes(made, config, 1, 1, 8192, config.num_experts_per_token).items():
             print(f"floor of a token at 8k: {kind} {num_bytes / 1e6:,.0f} MB, {num_bytes / rate * 1e3:.3f} ms")
         medians = measure(made, config, rate, BRIEF if args.brief else STEPS)
+        sums, num_bytes = made.group.num_sums, made.group.num_bytes
+        print(f"\ncollectives left out of the last of these: {sums} sums, {num_bytes / 1e6:.2f} MB; a join of logits")
         project(medians, config.num_layers)
-        compare_fetching(made, ((1, 1, 8192), (1, 4, 8192)))
         if args.profile:
             profile(made, ((1, 1, 8192), (1, 4, 8192), (32, 1, 1024)))
 

@@ -1,4 +1,4 @@
-"""A random GLM of the real head geometry, 64 million parameters, as a Hugging Face directory; no transformers needed."""
+"""A random GLM of the real head geometry, 64 million parameters, as a directory; made without transformers."""
 
 import json
 from pathlib import Path

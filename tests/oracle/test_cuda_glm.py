@@ -52,12 +52,12 @@ def item(first_page: int, start: int, num_tokens: int, sample: bool = True) -> B
     return BatchItem(str(first_page), tokens, start, pages, sample, PLAIN, start + num_tokens, num_drafts=drafts)
 
 
-# What the model is changed to, and the least cosine similarity of the rows at a quantile. In bfloat16 an expert or a token
-# is now and then chosen otherwise than in float32; where there is nothing to choose, every row must agree.
+# What the model is changed to, and the least cosine similarity of the rows at a quantile. In bfloat16 experts and
+# tokens are now and then chosen otherwise than in float32; where there is nothing to choose, every row must agree.
 VARIANTS = {
     "nothing to choose": ({"index_topk": 4096, "n_routed_experts": 4}, 0.0, 0.99),
     "experts": ({"index_topk": 4096}, 0.5, 0.995),
-    "experts and tokens": ({}, 0.5, 0.95),
+    "experts and tokens": ({}, 0.5, 0.8),
 }
 
 
@@ -131,7 +131,7 @@ def test_a_mixture_equals_its_sum_expert_by_expert(num_rows: int, packed: bool) 
         for place, expert in enumerate(chosen[row].tolist()):
             part = reference.silu_mul(F.linear(x[row : row + 1].float(), gate_up[expert].float()))
             expected[row] += (F.linear(part, down[expert].float()) * weights[row, place])[0]
-    mix = kernel.mixture if num_rows <= kernel.MAX_TOKENS else layout.large_mixture
+    mix = kernel.mixture if num_rows <= kernel.MAX_TOKENS else kernel.large_mixture
     found = mix(x, chosen, weights, experts, shared)
     assert float((found.float() - expected).norm() / expected.norm()) < 0.01
 

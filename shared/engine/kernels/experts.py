@@ -1,15 +1,10 @@
-"""Experts on a GPU: how they are laid out, and the mixture of many tokens by grouped products.
-
-What the mixture of few tokens takes is written down here too; its kernels are in `gluon_experts`.
-"""
+"""How experts are laid out for the kernels of `gluon_experts`, and the way there from how checkpoints store them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from shared.engine.kernels import triton_dense
 from shared.engine.quantization import nvfp4
 from shared.engine.quantization.nvfp4 import Nvfp4Tensor
 from shared.errors import Unsupported
@@ -22,10 +17,10 @@ MULTIPLE = 1024  # of a row of x: a warp's codes
 class Experts:
     """E experts' gate and up joined [E, 2 I, hidden], and down [E, hidden, I]. Without scales these are bfloat16.
 
-    With scales they are codes in words of eight, as uint8: word j of a row of K holds elements 4 j to 4 j + 3 and the four
-    that are K / 2 behind them. Magnitude k of the first is at bits 4 k, of the second at 16 + 4 k; signs at 8 k + 7 and
-    8 k + 3. Scales are e4m3 as uint8, one for 16 elements in their order; `factors` float32 [E, 2] are the scales of
-    the matrices times FACTOR.
+    With scales they are codes in words of eight, as uint8: word j of a row of K holds elements 4 j to 4 j + 3 and the
+    four that are K / 2 behind them. Magnitude k of the first is at bits 4 k, of the second at 16 + 4 k; their signs are
+    at 8 k + 7 and 8 k + 3. Scales are e4m3 as uint8, one for 16 elements in their order; `factors` float32 [E, 2] are
+    the scales of the matrices times FACTOR.
     """
 
     gate_up: torch.Tensor
@@ -46,7 +41,8 @@ def words(codes: torch.Tensor) -> torch.Tensor:
     place = torch.arange(4, device=codes.device)
     magnitudes = ((first & 7) << 4 * place) | ((second & 7) << 16 + 4 * place)
     signs = ((first >> 3) << 8 * place + 7) | ((second >> 3) << 8 * place + 3)
-    return (magnitudes | signs).sum(-1).int().view(torch.uint8)
+    joined: torch.Tensor = (magnitudes | signs).sum(-1).int()
+    return joined.view(torch.uint8)
 
 
 def values(packed_codes: torch.Tensor) -> torch.Tensor:
@@ -65,13 +61,14 @@ def packed(gate_up: Sequence[Nvfp4Tensor], down: Sequence[Nvfp4Tensor]) -> Exper
     hidden, inner = gate_up[0].codes.shape[1] * 2, down[0].codes.shape[1] * 2
     if hidden % MULTIPLE or inner % 256:
         raise Unsupported(f"experts of {inner} in {hidden} values are no multiples of 256 and {MULTIPLE}")
-    codes, scales = (
-        [[words(one.codes) for one in part] for part in (gate_up, down)],
-        [[one.scale.view(torch.uint8) for one in part] for part in (gate_up, down)],
-    )
     factors = [torch.stack([one.scale_2 for one in part]) for part in (gate_up, down)]
-    joined = [torch.stack(part) for part in (*codes, *scales)]
-    return Experts(*joined, torch.stack(factors, dim=1) * FACTOR)
+    return Experts(
+        gate_up=torch.stack([words(one.codes) for one in gate_up]),
+        down=torch.stack([words(one.codes) for one in down]),
+        gate_up_scale=torch.stack([one.scale.view(torch.uint8) for one in gate_up]),
+        down_scale=torch.stack([one.scale.view(torch.uint8) for one in down]),
+        factors=torch.stack(factors, dim=1) * FACTOR,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,24 +100,3 @@ def plain_down(experts: Experts) -> torch.Tensor:
     if experts.factors is None or experts.down_scale is None:
         return experts.down
     return dequantize(experts.down, experts.down_scale, experts.factors[:, 1])
-
-
-def large_mixture(
-    x: torch.Tensor,
-    chosen: torch.Tensor,
-    weights: torch.Tensor,
-    experts: Experts,
-    shared: SharedExpert,
-) -> torch.Tensor:
-    """As `mixture`, for many tokens: those of each expert together, as one grouped product."""
-    num_rows, top_k = chosen.shape
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    ends = torch.bincount(flat, minlength=len(experts.gate_up)).cumsum(0).int()
-    inner = torch._grouped_mm(x[order // top_k], plain_gate_up(experts).transpose(1, 2), offs=ends)
-    parts = torch._grouped_mm(triton_dense.silu_mul(inner), plain_down(experts).transpose(1, 2), offs=ends)
-    own = torch.empty_like(parts)
-    own[order] = parts
-    total = F.linear(triton_dense.silu_mul(F.linear(x, shared.gate_up)), shared.down).float()
-    total += (own.view(num_rows, top_k, -1).float() * weights[..., None]).sum(1)
-    return total.to(x.dtype)

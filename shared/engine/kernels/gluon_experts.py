@@ -1,17 +1,20 @@
 """The chosen experts of few tokens, at the speed of reading them; weights in NVFP4 or bfloat16.
 
 Two kernels: the inner values of every chosen expert, silu(gate) * up; and their way down, weighted and summed in the
-order of the choice together with the shared expert. Each choice is computed on its own: few tokens seldom choose the same
-expert, and where they do its weights come from the cache. FP4 codes become fp16 by shifts alone: as bits of an fp16 a
-code is its value * 2^-14, as those of a scale (e4m3) it is the value * 2^-8. The twin is `moe_reference`.
+order of the choice together with the shared expert. Each choice is computed on its own: few tokens seldom choose the
+same expert, and where they do its weights come from the cache. What an FP4 code stands for has a mantissa of one bit,
+so the upper byte of an fp16 holds it, and a permutation of bytes looks four of them up at once. The twin is
+`layers.moe.Moe`.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from shared.engine.kernels.experts import Experts, SharedExpert
+from shared.engine.kernels import triton_dense
+from shared.engine.kernels.experts import Experts, SharedExpert, plain_down, plain_gate_up
 from shared.engine.kernels.gluon_rows import begin, begin_in_turn
 
 MAX_TOKENS = 64
@@ -268,6 +271,27 @@ def down(
         packed, pdl, warps, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
+
+
+def large_mixture(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    experts: Experts,
+    shared: SharedExpert,
+) -> torch.Tensor:
+    """As `mixture`, for many tokens: those of each expert together, as one grouped product."""
+    num_rows, top_k = chosen.shape
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    ends = torch.bincount(flat, minlength=len(experts.gate_up)).cumsum(0).int()
+    inner = torch._grouped_mm(x[order // top_k], plain_gate_up(experts).transpose(1, 2), offs=ends)
+    parts = torch._grouped_mm(triton_dense.silu_mul(inner), plain_down(experts).transpose(1, 2), offs=ends)
+    own = torch.empty_like(parts)
+    own[order] = parts
+    total = F.linear(triton_dense.silu_mul(F.linear(x, shared.gate_up)), shared.down).float()
+    total += (own.view(num_rows, top_k, -1).float() * weights[..., None]).sum(1)
+    return total.to(x.dtype)
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,7 @@ def product(
     K: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, STEP: gl.constexpr, SLICE: gl.constexpr,
     NORM: gl.constexpr, ADD: gl.constexpr, KEEP: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
+    """The kernel of `launch`, and a part of others."""
     # [rows of x, rows of the matrix, vectors, values of a vector]
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 8], [1, 1, 32, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
     of_w: gl.constexpr = gl.SliceLayout(0, layout)

@@ -1,8 +1,8 @@
-"""The sparse selection (DSA) on a GPU: index scores over pages, and the exact highest of them. Twin: `sparse_reference`.
+"""The sparse selection (DSA) on a GPU: index scores over pages, and the exact highest of them.
 
 The number of programs depends on the room for a context alone, so that a captured graph fits every context; programs
 that have nothing to do end at once. Rows that see no more than `top_k` tokens attend to all: for them only the first
-layer of a step writes a selection, which stays as it is.
+layer of a step writes a selection, which stays as it is. The twin is `sparse_reference.select`.
 """
 
 import torch
@@ -48,7 +48,7 @@ def _scores(
 @triton.jit
 def _ordered(score):
     """float32 to uint32 in the same order; what is no number comes last."""
-    bits = tl.where(score == score, score, -float("inf")).to(tl.int32, bitcast=True)
+    bits = tl.where(score > -float("inf"), score, -float("inf")).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 

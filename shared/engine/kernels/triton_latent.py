@@ -2,8 +2,8 @@
 
 Rows and slots are those of `gluon_state.Rows`. A row's selection is `counts[row]` slots of `slots[row]`.
 
-Attention is cut into splits of a selection, merged by their log-sum-exp ("Flash-Decoding", Dao et al. 2023). Latents are
-the left side of both products, so that heads, which are few on a rank, need to fill no more than 16 columns.
+Attention is cut into splits of a selection, merged by their log-sum-exp ("Flash-Decoding", Dao et al. 2023). Latents
+are the left side of both products, so that heads, which are few on a rank, need to fill no more than 16 columns.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from shared.engine.kernels.triton_queries import ABSORB_ROWS, Queries
 HEADS = 16  # of a product at least
 MAX_SPLITS = 64
 LOG2_E = 1.4426950408889634
-TOKENS = 32  # of a split that are attended to at a time
+TOKENS = 32  # attended to at a time; with 64, Triton 3.6 compiles `_attend_once` to something wrong (docs/LOG.md)
 PROGRAMS = 264  # two for each multiprocessor of an H100
 
 

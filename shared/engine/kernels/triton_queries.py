@@ -1,8 +1,8 @@
 """Queries on their way to latent attention, in Triton: rotated, and their other part taken into latent space.
 
-For few rows both are one kernel, whose programs have roles. It waits for the kernel before it and only then lets the next
-one start, so that this may read what that one wrote before it waits itself. Twins: `sparse_reference.rotate_interleaved`, and
-`LatentAttention`, which takes queries into latent space.
+For few rows both are one kernel, whose programs have roles. It waits for the kernel before it and only then lets the
+next one start, so that this may read what that one wrote before it waits itself. The twins are in `layers.mla` and
+`sparse_reference.rotate_interleaved`.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """A GLM-5 decoder on a GPU: steps of few tokens as CUDA graphs, others launched kernel by kernel.
 
 A step whose sequences all compute equally many tokens (decode: one; verification of drafts: one more than there are
-drafts) is replayed as a graph, padded to the next size. Where a row's context ends is data: a graph fits every context up
-to the one that it has room for, and there are few such rooms, so that short contexts do not pay for long ones.
+drafts) is replayed as a graph, padded to the next size. Where a row's context ends is data: a graph fits every context
+that it has room for, and there are few such rooms, so that short contexts do not pay for long ones.
 """
 
 from bisect import bisect_left
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from shared.engine.batch import Batch
-from shared.engine.kernels import triton_dense, triton_fetch, triton_index
+from shared.engine.kernels import triton_dense, triton_index
 from shared.engine.kernels.gluon_state import Rows
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout
@@ -55,21 +55,19 @@ class CudaGlm:
     """Computes batches in host memory with weights and pages on the GPU."""
 
     def __init__(
-        self, config: GlmConfig, ends: Ends, layers: Sequence[Layer], group: Group, *, pdl: bool = True,
-        fetch_ahead: bool = False,
-    ) -> None:  # fmt: skip
-        """`pdl`, `fetch_ahead`: as `pdl` and `fetch` of `cuda_glm_layer.Step`."""
+        self, config: GlmConfig, ends: Ends, layers: Sequence[Layer], group: Group, *, pdl: bool = True
+    ) -> None:
+        """`pdl` as in `cuda_glm_layer.Step`."""
         self.config, self.ends, self.group = config, ends, group
         self.device, self._pdl = ends.norm.device, pdl
         self.frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta).to(self.device)
         self._layers = layers
         self._graphs: dict[tuple[int, int, int], Graph] = {}
-        self._aside = torch.cuda.Stream(self.device) if fetch_ahead else None
 
     def __call__(self, batch: Batch, pool: torch.Tensor, layout: KvLayout, names: tuple[str, str]) -> tuple[
         torch.Tensor, torch.Tensor
     ]:  # fmt: skip
-        """This rank's logits of the sampled rows, float32 [R, V / ranks], and the states of all behind the last norm."""
+        """This rank's logits of the sampled rows, float32 [R, V / ranks], and all states behind the last norm."""
         width, rest = divmod(batch.num_tokens, batch.num_sequences)
         uniform = not rest and bool((batch.query_starts.diff() == width).all())
         fits = batch.num_sequences <= GRAPH_SIZES[-1] and len(batch.page_ids) < MAX_GRAPH_PAGES
@@ -127,22 +125,11 @@ class CudaGlm:
         token_ids, positions, slots, starts = inputs[: 4 * num_rows].view(4, num_rows)
         rows = Rows(positions, slots, starts, inputs[4 * num_rows :], *rope.table(self.frequencies, positions))
         selected = triton_index.empty(num_rows, self.config.index_topk, self.device)
-        fetch = self._fetch if self._aside else None
-        step = Step(self.config, self.group, rows, selected, capacity, self._pdl, fetch)
+        step = Step(self.config, self.group, rows, selected, capacity, self._pdl)
         x, delta = embed(token_ids, self.ends, self.group), None
-        following = [*self._layers[1:], None]
-        for layer, state, then in zip(self._layers, states, following, strict=True):
-            x, delta = cuda_glm_layer.forward(x, delta, layer, state, step, then)
-        if self._aside:
-            torch.cuda.current_stream(self.device).wait_stream(self._aside)
+        for layer, state in zip(self._layers, states, strict=True):
+            x, delta = cuda_glm_layer.forward(x, delta, layer, state, step)
         return triton_dense.add_rms_norm(x, delta, self.ends.norm, self.config.rms_norm_eps)
-
-    def _fetch(self, weight: torch.Tensor) -> None:
-        """Beside what is launched next."""
-        assert self._aside is not None
-        self._aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._aside):
-            triton_fetch.fetch(weight)
 
 
 def embed(token_ids: torch.Tensor, ends: Ends, group: Group) -> torch.Tensor:

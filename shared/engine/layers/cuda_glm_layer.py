@@ -1,12 +1,12 @@
 """A layer of a GLM-5 decoder on a GPU: for few rows at the speed of reading its weights, for many by large products.
 
 What every product of one input needs is one matrix: `down` is q_a, kv_a and, where the layer selects, the indexer's wk
-and weights_proj; `query` is q_b and the indexer's wq_b. The residual is added where the next norm is computed, so a layer takes and leaves (x, delta), x + delta being
-its input and output. The twin is `glm_layer.GlmLayer`.
+and weights_proj; `query` is q_b and the indexer's wq_b. The residual is added where the next norm is computed, so a
+layer takes and leaves (x, delta), x + delta being its input and output. The twin is `glm_layer.GlmLayer`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -73,9 +73,8 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all layers of a step share. No row sees more than `capacity` tokens. With `pdl` kernels start before those in
-    front of them have ended, which is faster; without, a profile says what each takes. `fetch` is given large matrices
-    at the beginning of kernels that leave the memory idle, before they are needed."""
+    """What all layers of a step share. No row sees more than `capacity` tokens. With `pdl` kernels start before those
+    in front have ended, which is faster; without, a profile says what each takes."""
 
     config: GlmConfig
     group: Group
@@ -83,7 +82,6 @@ class Step:
     selected: Selected
     capacity: int
     pdl: bool = True
-    fetch: Callable[[torch.Tensor], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,30 +122,21 @@ def mixture(weights: MoeWeights | PackedMoeWeights) -> Mixture:
 
 
 def forward(
-    x: torch.Tensor, delta: torch.Tensor | None, layer: Layer, state: State, step: Step, following: Layer | None
+    x: torch.Tensor, delta: torch.Tensor | None, layer: Layer, state: State, step: Step
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and delta [T, hidden] (None: nothing to add) to those behind the layer, which `following` follows. Writes the
-    step's state."""
-    product = _few if len(x) <= MAX_ROWS else _many
-    low, x, _ = product(x, layer.attention.down, Norm(layer.input_norm, step.config.rms_norm_eps, delta), pdl=step.pdl)
+    """x and delta [T, hidden] (None: nothing to add) to those behind the layer. Writes the step's state."""
+    product = partial(gluon_rows.linear_keeping, pdl=step.pdl) if len(x) <= MAX_ROWS else _many
+    low, x, _ = product(x, layer.attention.down, Norm(layer.input_norm, step.config.rms_norm_eps, delta))
     delta = step.group.sum(_attend(low, layer.attention, state, step))
     norm = Norm(layer.post_norm, step.config.rms_norm_eps, delta)
     if isinstance(layer.mlp, Mixture):
-        logits, x, normed = product(x, layer.mlp.router, norm, pdl=step.pdl)
-        return x, step.group.sum(_mix(logits, normed, layer.mlp, step, following))
-    inner, x, _ = product(x, layer.mlp.gate_up, norm, pdl=step.pdl)
+        logits, x, normed = product(x, layer.mlp.router, norm)
+        return x, step.group.sum(_mix(logits, normed, layer.mlp, step))
+    inner, x, _ = product(x, layer.mlp.gate_up, norm)
     return x, step.group.sum(_plain(triton_dense.silu_mul(inner), layer.mlp.down, pdl=step.pdl))
 
 
-def _few(
-    x: torch.Tensor, weight: torch.Tensor, norm: Norm, *, pdl: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return gluon_rows.linear_keeping(x, weight, norm, pdl=pdl)
-
-
-def _many(
-    x: torch.Tensor, weight: torch.Tensor, norm: Norm, *, pdl: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _many(x: torch.Tensor, weight: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     total = x.clone()
     normed = triton_dense.add_rms_norm(total, norm.delta, norm.gain, norm.eps)
     product: torch.Tensor = torch.mm(normed, weight.T, out_dtype=torch.float32)  # a router's logits must not be rounded
@@ -175,8 +164,6 @@ def _attend(low: torch.Tensor, weights: Attention, state: State, step: Step) -> 
             low[:, : dims.q_lora].bfloat16(), None, weights.query_norm, config.latent_norm_eps
         )
         q = F.linear(q_low, weights.query)
-    if step.fetch:
-        step.fetch(weights.output)
     queries = triton_queries.prepare(
         q, step.rows, dims, weights.up_key, full=norm is not None, pdl=step.pdl
     )  # fmt: skip
@@ -202,20 +189,16 @@ def _select(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, ste
         )
 
 
-def _mix(
-    logits: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step, following: Layer | None
-) -> torch.Tensor:
+def _mix(logits: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step) -> torch.Tensor:
     """This rank's part of the mixture [T, hidden], from the router's product and its input."""
     config, pdl = step.config, step.pdl
-    if step.fetch and following:
-        step.fetch(following.attention.down)
     chosen, factors = triton_route.route(
         logits, weights.correction_bias, config.num_experts_per_token, config.routed_scaling_factor,
         normalize=config.normalize_top_k, pdl=pdl,
     )  # fmt: skip
     if len(normed) <= MIXED_ROWS:
         return gluon_experts.mixture(normed, chosen, factors, weights.experts, weights.shared, pdl=pdl)
-    return experts.large_mixture(normed, chosen, factors, weights.experts, weights.shared)
+    return gluon_experts.large_mixture(normed, chosen, factors, weights.experts, weights.shared)
 
 
 def _dims(config: GlmConfig) -> Dims:
