@@ -13,6 +13,7 @@ from shared.engine.kernels import reference
 from shared.engine.models import glm
 from shared.engine.models.api import Model, Placement
 from shared.engine.quantization import nvfp4
+from shared.engine.quantization.packed_experts import packed as lay_out
 from tests.oracle import random_glm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -121,7 +122,7 @@ def test_a_mixture_equals_its_sum_expert_by_expert(num_rows: int, packed: bool) 
     if packed:
         stored = [[nvfp4.quantize(matrix) for matrix in part] for part in (gate_up, down)]
         gate_up, down = (torch.stack([nvfp4.dequantize(one) for one in part]) for part in stored)
-        experts = layout.packed(stored[0], stored[1])
+        experts = lay_out(stored[0], stored[1])
     x = random(num_rows, hidden)
     shared = layout.SharedExpert(random(2 * inner, hidden, scale=0.03), random(hidden, inner, scale=0.06))
     chosen = torch.stack([torch.randperm(num, device="cuda")[:top_k] for _ in range(num_rows)]).int()

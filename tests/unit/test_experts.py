@@ -5,6 +5,7 @@ import torch
 
 from shared.engine.kernels import experts
 from shared.engine.quantization import nvfp4
+from shared.engine.quantization.packed_experts import packed
 from shared.errors import Unsupported
 
 # By the index of a code's magnitude, the upper byte of the fp16 that has its value: what the kernels look up.
@@ -40,11 +41,11 @@ def test_a_word_is_what_the_kernels_decode() -> None:
 
 def test_experts_dequantize_to_what_was_packed() -> None:
     gate_up, down = [quantized(512, 1024), quantized(512, 1024)], [quantized(1024, 256), quantized(1024, 256)]
-    packed = experts.packed(gate_up, down)
-    for found, stored in ((experts.plain_gate_up(packed), gate_up), (experts.plain_down(packed), down)):
+    laid_out = packed(gate_up, down)
+    for found, stored in ((experts.plain_gate_up(laid_out), gate_up), (experts.plain_down(laid_out), down)):
         assert torch.equal(found, torch.stack([nvfp4.dequantize(one) for one in stored]))
 
 
 def test_sizes_that_the_kernels_do_not_divide_are_refused() -> None:
     with pytest.raises(Unsupported, match="no multiples of 256 and 1024"):
-        experts.packed([quantized(256, 512)], [quantized(512, 128)])
+        packed([quantized(256, 512)], [quantized(512, 128)])

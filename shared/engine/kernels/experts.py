@@ -1,16 +1,12 @@
-"""How experts are laid out for the kernels of `gluon_experts`, and the way there from how checkpoints store them."""
+"""How experts are laid out for the kernels of `gluon_experts`, and back."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from shared.engine.quantization import nvfp4
-from shared.engine.quantization.nvfp4 import Nvfp4Tensor
-from shared.errors import Unsupported
-
 FACTOR = 2.0**8  # the bits of a scale (e4m3) as those of an fp16 are its value / FACTOR
-MULTIPLE = 1024  # of a row of x: a warp's codes
+GROUP = 16  # elements that share a scale
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; bit 3 of a code is the sign
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +33,8 @@ class Experts:
 
 def words(codes: torch.Tensor) -> torch.Tensor:
     """ModelOpt's order (neighbours in a byte) uint8 [..., K/2] to that of `Experts`, int32 [..., K/8] as uint8."""
-    first, second = (half.unflatten(-1, (-1, 4)) for half in nvfp4.unpack(codes).chunk(2, dim=-1))
+    nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()
+    first, second = (half.unflatten(-1, (-1, 4)) for half in nibbles.chunk(2, dim=-1))
     place = torch.arange(4, device=codes.device)
     magnitudes = ((first & 7) << 4 * place) | ((second & 7) << 16 + 4 * place)
     signs = ((first >> 3) << 8 * place + 7) | ((second >> 3) << 8 * place + 3)
@@ -51,24 +48,8 @@ def values(packed_codes: torch.Tensor) -> torch.Tensor:
     halves = []
     for magnitudes, sign in ((4 * place, 8 * place + 7), (16 + 4 * place, 8 * place + 3)):
         halves.append(((word >> magnitudes) & 7) | (((word >> sign) & 1) << 3))
-    table = torch.tensor(nvfp4.MAGNITUDES + tuple(-m for m in nvfp4.MAGNITUDES), device=packed_codes.device)
+    table = torch.tensor(MAGNITUDES + tuple(-m for m in MAGNITUDES), device=packed_codes.device)
     return table[torch.cat([half.flatten(-2) for half in halves], dim=-1)]
-
-
-def packed(gate_up: Sequence[Nvfp4Tensor], down: Sequence[Nvfp4Tensor]) -> Experts:
-    """Expert by expert: gate and up joined [2 I, hidden], which share a scale, and down [hidden, I]. Raises Unsupported
-    for a size that the kernels do not divide."""
-    hidden, inner = gate_up[0].codes.shape[1] * 2, down[0].codes.shape[1] * 2
-    if hidden % MULTIPLE or inner % 256:
-        raise Unsupported(f"experts of {inner} in {hidden} values are no multiples of 256 and {MULTIPLE}")
-    factors = [torch.stack([one.scale_2 for one in part]) for part in (gate_up, down)]
-    return Experts(
-        gate_up=torch.stack([words(one.codes) for one in gate_up]),
-        down=torch.stack([words(one.codes) for one in down]),
-        gate_up_scale=torch.stack([one.scale.view(torch.uint8) for one in gate_up]),
-        down_scale=torch.stack([one.scale.view(torch.uint8) for one in down]),
-        factors=torch.stack(factors, dim=1) * FACTOR,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +65,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, factors: torch.Tensor) 
     out = torch.empty(*codes.shape[:2], codes.shape[2] * 2, dtype=torch.bfloat16, device=codes.device)
     for expert, factor in enumerate((factors / FACTOR).unbind()):
         wide = scale[expert].view(torch.float8_e4m3fn).float() * factor
-        out[expert] = (values(codes[expert]).unflatten(-1, (-1, nvfp4.GROUP)) * wide[..., None]).flatten(-2)
+        out[expert] = (values(codes[expert]).unflatten(-1, (-1, GROUP)) * wide[..., None]).flatten(-2)
     return out
 
 

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from shared.engine.kernels import (
-    experts,
     gluon_experts,
     gluon_rows,
     gluon_state,
@@ -31,6 +30,7 @@ from shared.engine.layers.mla import KEY_NORM_EPS
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_weights import AttentionWeights, MlpWeights, MoeWeights, PackedMoeWeights
 from shared.engine.parallel.group import Group
+from shared.engine.quantization.packed_experts import packed
 
 MIXED_ROWS = gluon_experts.MAX_TOKENS
 SELECTING_ROWS = 256  # at a time, so that their scores stay small
@@ -117,7 +117,7 @@ def attention(weights: AttentionWeights) -> Attention:
 def mixture(weights: MoeWeights | PackedMoeWeights) -> Mixture:
     """With experts packed if they are stored in NVFP4."""
     stored, shared = weights.experts, SharedExpert(weights.shared.gate_up, weights.shared.down)
-    own = Experts(stored.gate_up, stored.down) if isinstance(stored, MlpWeights) else experts.packed(*stored)
+    own = Experts(stored.gate_up, stored.down) if isinstance(stored, MlpWeights) else packed(*stored)
     return Mixture(weights.router.to(shared.down.dtype), weights.correction_bias, own, shared)
 
 
