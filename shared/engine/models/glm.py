@@ -1,5 +1,6 @@
 """GLM-5, 5.1 and 5.2: latent attention over a shared sparse selection, and a mixture of experts."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,19 +8,20 @@ from tqdm import tqdm
 
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference
+from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.kernels.sparse_reference import Selection
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import rope
 from shared.engine.layers.glm_layer import GlmLayer
 from shared.engine.layers.vocabulary import Embedding, Head
-from shared.engine.models.api import CPU, DraftLayer, Placement
+from shared.engine.models.api import CPU, DraftLayer, Model, Placement
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.glm_config import GlmConfig, read
 from shared.engine.models.glm_layout import INDEX_KEYS, LATENTS, layout
 from shared.engine.models.glm_mtp import GlmMtp
 from shared.engine.models.glm_weights import GlmWeights
+from shared.engine.parallel.partition import of_glm
 from shared.engine.quantization import rows
-from shared.errors import Unsupported
 
 
 class Glm:
@@ -70,12 +72,33 @@ class Glm:
         return reference.rms_norm(hidden, self._norm, self._config.rms_norm_eps)
 
 
-def load(model_dir: Path, placement: Placement) -> Glm:
+Build = Callable[[GlmConfig, Placement, GlmWeights], Model]
+
+
+def load(model_dir: Path, placement: Placement) -> Model:
     """The model in a directory. Raises Unsupported, naming every tensor that is missing, extra or misshapen."""
-    if placement.kernels not in ("auto", "torch"):
-        raise Unsupported(f"there are no {placement.kernels} kernels for this architecture")
-    if placement.device != CPU:
-        raise Unsupported(f"there are no kernels for this architecture on {placement.device}; it computes on the CPU")
     config = read(model_dir)
-    checkpoint = Checkpoint(model_dir, placement.dtype)
-    return Glm(config, placement, GlmWeights(checkpoint, config, placement.shard, mtp=placement.mtp))
+    chosen = choose([_cuda(config, placement), _torch(placement)], placement.kernels)
+    checkpoint = Checkpoint(model_dir, placement.dtype, placement.device)
+    return chosen.built(config, placement, GlmWeights(checkpoint, config, placement.shard, mtp=placement.mtp))
+
+
+def _torch(placement: Placement) -> Candidate[Build]:
+    obstacle = None if placement.device == CPU else "in plain torch this architecture computes on the CPU alone"
+    return Candidate("torch", obstacle, Glm)
+
+
+def _cuda(config: GlmConfig, placement: Placement) -> Candidate[Build]:
+    if placement.device.type != "cuda":
+        return Candidate("cuda", "the model is not on a GPU", Glm)
+    try:
+        from shared.engine.layers import cuda_glm_layer
+        from shared.engine.models.glm_cuda import GlmOnCuda
+    except ImportError as error:
+        return Candidate("cuda", f"{error.name} is not installed", Glm)
+    if placement.shard.num_ranks > 1 and placement.shard.expert_split == "experts":
+        return Candidate("cuda", "their ranks share out the experts' matrices, not whole experts", GlmOnCuda)
+    share, _ = of_glm(config, placement.shard)
+    capability = torch.cuda.get_device_capability(placement.device)
+    obstacle = cuda_glm_layer.obstacle(share, placement.dtype, placement.kv_format, capability)
+    return Candidate("cuda", obstacle, GlmOnCuda)

@@ -9,6 +9,7 @@ from shared.engine.models.dense_shapes import EMBEDDING, FINAL_NORM, HEAD
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_shapes import mtp_shapes, shapes
 from shared.engine.parallel.partition import Shard, of_glm
+from shared.engine.quantization.nvfp4 import Nvfp4Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,10 @@ class MlpWeights:
     down: torch.Tensor
 
 
+# Expert by expert: gate and up joined, and down.
+PackedExperts = tuple[list[Nvfp4Tensor], list[Nvfp4Tensor]]
+
+
 @dataclass(frozen=True, slots=True)
 class MoeWeights:
     """The rank's experts `expert_ids` stacked: gate_up [E, 2 I, hidden], down [E, hidden, I]; the router of all, in
@@ -53,6 +58,16 @@ class MoeWeights:
     correction_bias: torch.Tensor
     experts: MlpWeights
     expert_ids: range
+    shared: MlpWeights
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMoeWeights:
+    """As MoeWeights, with experts as they are stored in NVFP4."""
+
+    router: torch.Tensor
+    correction_bias: torch.Tensor
+    experts: PackedExperts
     shared: MlpWeights
 
 
@@ -143,6 +158,32 @@ class GlmWeights:
             expert_ids=self._expert_ids,
             shared=self._mlp(prefix + "shared_experts."),
         )
+
+    def packed_mlp(self, layer: int) -> MlpWeights | MoeWeights | PackedMoeWeights:
+        """As `mlp`, but a mixture whose experts are all stored in NVFP4 keeps them so."""
+        prefix = f"model.layers.{layer}.mlp."
+        if not self._is(self.config.moe_layers, layer):
+            return self._mlp(prefix)
+        experts = self._packed_experts(prefix)
+        if experts is None:
+            return self.mlp(layer)
+        bias = self._read(prefix + "gate.e_score_correction_bias", torch.float32)
+        return PackedMoeWeights(
+            self._read(prefix + "gate.weight"), bias, experts, self._mlp(prefix + "shared_experts.")
+        )
+
+    def _packed_experts(self, prefix: str) -> PackedExperts | None:
+        """None if one is stored otherwise, or if the scales of a gate and its up differ."""
+        gate_ups, downs = list[Nvfp4Tensor](), list[Nvfp4Tensor]()
+        for expert in self._expert_ids:
+            names = [f"{prefix}experts.{expert}.{kind}_proj.weight" for kind in ("gate", "up", "down")]
+            gate, up, down = (self._checkpoint.nvfp4(name, self._part_of(name)) for name in names)
+            if gate is None or up is None or down is None or not torch.equal(gate.scale_2, up.scale_2):
+                return None
+            joined = torch.cat((gate.codes, up.codes)), torch.cat((gate.scale, up.scale))
+            gate_ups.append(Nvfp4Tensor(*joined, gate.scale_2))
+            downs.append(down)
+        return gate_ups, downs
 
     def mtp(self) -> MtpWeights:
         """What the first layer behind the model has besides a layer's weights."""

@@ -1,0 +1,162 @@
+"""A rank of GLM-5.2 at its full size, with random weights made on the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shared.engine.kernels.experts import FACTOR, Experts, SharedExpert
+from shared.engine.kernels.gluon_state import KeyNorm
+from shared.engine.kv.layout import KvLayout
+from shared.engine.kv.view import DeviceMemory
+from shared.engine.layers.cuda_glm import CudaGlm, Ends
+from shared.engine.layers.cuda_glm_layer import Attention, Layer, Mixture
+from shared.engine.models import glm_layout
+from shared.engine.models.glm_config import GlmConfig
+from shared.engine.models.glm_weights import MlpWeights
+from shared.engine.parallel.partition import Shard, of_glm
+
+FIELDS = {
+    "vocab_size": 154_880,
+    "hidden_size": 6144,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 78,
+    "num_nextn_predict_layers": 1,
+    "num_attention_heads": 64,
+    "q_lora_rank": 2048,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "index_topk_freq": 4,
+    "index_skip_topk_offset": 3,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 3,
+    "routed_scaling_factor": 2.5,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 8e6},
+    "max_position_embeddings": 1_048_576,
+    "eos_token_id": [154_820],
+}
+PAGE_SIZE = 64
+NAMES = glm_layout.LATENTS, glm_layout.INDEX_KEYS
+KV_TOKENS = 140_000
+
+
+class Counted:
+    """A group whose collectives do nothing but count."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.rank, self.num_ranks = 0, num_ranks
+        self.num_sums = self.num_bytes = 0
+        self.parts: list[torch.Tensor] | None = None
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        """The part."""
+        self.num_sums += 1
+        self.num_bytes += part.nbytes
+        if self.parts is not None:
+            self.parts.append(part)
+        return part
+
+    def join(self, part: torch.Tensor) -> torch.Tensor:
+        """The part."""
+        return part
+
+
+class RandomLayers:
+    """A rank's weights, made on the device."""
+
+    def __init__(self, config: GlmConfig, num_ranks: int, device: torch.device) -> None:
+        shard = Shard(0, num_ranks, "matrices")
+        self.config, self._device = of_glm(config, shard)[0], device
+        self._inner = len(shard.share(config.moe_intermediate_size))
+        self._chance = torch.Generator(device).manual_seed(0)
+        self.vocabulary = len(shard.share(config.vocab_size))
+
+    def ends(self) -> Ends:
+        hidden = self.config.hidden_size
+        table = self._matrix(self.vocabulary, hidden)
+        return Ends(table * hidden**0.5, 0, self._gain(hidden), self._matrix(self.vocabulary, hidden))
+
+    def layer(self, index: int) -> Layer:
+        moe, hidden = self.config.moe_layers[index], self.config.hidden_size
+        return Layer(
+            self._gain(hidden),
+            self._gain(hidden),
+            self._attention(full=self.config.full_layers[index]),
+            self._mixture() if moe else self._mlp(self.config.intermediate_size),
+        )
+
+    def _attention(self, *, full: bool) -> Attention:
+        c = self.config
+        index_rows = c.index_head_dim + c.index_num_heads if full else 0
+        index_queries = c.index_num_heads * c.index_head_dim if full else 0
+        ones = torch.ones(c.index_head_dim, device=self._device)
+        return Attention(
+            down=self._matrix(c.q_lora_rank + c.latent_dim + index_rows, c.hidden_size),
+            query_norm=self._gain(c.q_lora_rank),
+            query=self._matrix(c.num_heads * c.qk_head_dim + index_queries, c.q_lora_rank),
+            latent_norm=self._gain(c.kv_lora_rank),
+            up_key=self._matrix(c.num_heads * c.qk_nope_head_dim, c.kv_lora_rank).unflatten(0, (c.num_heads, -1)),
+            up_value=self._matrix(c.num_heads * c.v_head_dim, c.kv_lora_rank).unflatten(0, (c.num_heads, -1)),
+            output=self._matrix(c.hidden_size, c.num_heads * c.v_head_dim),
+            key_norm=KeyNorm(ones, 0 * ones, 1e-6) if full else None,
+        )
+
+    def _mlp(self, inner: int) -> MlpWeights:
+        hidden = self.config.hidden_size
+        return MlpWeights(self._matrix(2 * inner, hidden), self._matrix(hidden, inner))
+
+    def _mixture(self) -> Mixture:
+        c, inner = self.config, self._inner
+        bias = torch.randn(c.num_experts, generator=self._chance, device=self._device) * 0.02
+        sizes = torch.tensor([c.hidden_size, inner], device=self._device)
+        factors = (FACTOR / 3 * sizes**-0.5).expand(c.num_experts, 2).contiguous()  # codes are 2.9 in the mean square
+        gate_up, gate_up_scale = self._packed(2 * inner, c.hidden_size)
+        down, down_scale = self._packed(c.hidden_size, inner)
+        experts = Experts(gate_up, down, gate_up_scale, down_scale, factors)
+        shared = SharedExpert(self._matrix(2 * inner, c.hidden_size), self._matrix(c.hidden_size, inner))
+        return Mixture(self._matrix(c.num_experts, c.hidden_size), bias, experts, shared)
+
+    def _packed(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        num = self.config.num_experts
+        return self._bytes(0, 256, num, rows, columns // 2), self._bytes(0x30, 0x40, num, rows, columns // 16)
+
+    def _bytes(self, low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=self._chance, dtype=torch.uint8, device=self._device)
+
+    def _matrix(self, rows: int, columns: int) -> torch.Tensor:
+        values = torch.randn(rows, columns, generator=self._chance, dtype=torch.bfloat16, device=self._device)
+        return values.mul_(float(columns) ** -0.5)
+
+    def _gain(self, size: int) -> torch.Tensor:
+        return torch.ones(size, dtype=torch.bfloat16, device=self._device)
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """A rank, its pages filled with noise, and how its collectives are counted."""
+
+    decoder: CudaGlm
+    layers: Sequence[Layer]
+    memory: DeviceMemory
+    layout: KvLayout
+    group: Counted
+
+
+def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool) -> Rank:
+    """Make one."""
+    weights, group = RandomLayers(config, num_ranks, device), Counted(num_ranks)
+    layers = [weights.layer(index) for index in range(config.num_layers)]
+    layout = glm_layout.layout(config, "bfloat16", PAGE_SIZE)
+    memory = DeviceMemory(KV_TOKENS // PAGE_SIZE, layout.page_bytes, device)
+    for part in memory.bytes.view(torch.bfloat16).split(256):
+        part.normal_(generator=torch.Generator(device).manual_seed(1))
+    return Rank(CudaGlm(weights.config, weights.ends(), layers, group, pdl=pdl), layers, memory, layout, group)

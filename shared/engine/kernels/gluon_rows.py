@@ -1,0 +1,208 @@
+"""Products of few rows with a large matrix, at the speed of reading the matrix; what comes before them is fused in.
+
+For up to MAX_ROWS rows (decode at small batches, verification) a product is bound by the bytes of its weights. Each
+program reads a few rows of the matrix with wide loads and nothing between them; the RMSNorm in front is computed along
+the way, by every program for itself: x is small and in the cache. Programs start while the kernel before them ends
+(programmatic dependent launch) and by then have their first weights. Layouts are set by hand (Gluon), so that a thread
+multiplies what it loaded; Triton's own choice moved it through shared memory. Twins: `reference.rms_norm`, `F.linear`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+MAX_ROWS = 4  # from there on multiplying takes longer than reading
+SMALL, LONG = 6 << 20, 4096  # elements of a matrix, and of a row
+VECTOR = 8  # values of 16 bits that a thread loads at once
+WARP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm of x, or of the sum of x and `delta` [T, K]: `gain` [K]."""
+
+    gain: torch.Tensor
+    eps: float
+    delta: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a program reads: rows of the matrix, warps beside each other along a row, vectors of a thread at a time."""
+
+    rows: int
+    warps: int
+    vectors: int = 1
+
+    @property
+    def step(self) -> int:
+        """Columns at a time."""
+        return self.warps * self.vectors * WARP * VECTOR
+
+
+@gluon.jit
+def _wait():
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _release():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def begin(pdl: gl.constexpr):
+    """Let the next kernel start, and wait for the memory of the one before."""
+    if pdl:
+        _release()
+        _wait()
+
+
+@gluon.jit
+def begin_in_turn(pdl: gl.constexpr):
+    """As `begin`, the other way round: what the next kernel finds before it waits itself is whatever was written by all
+    kernels but this one."""
+    if pdl:
+        _wait()
+        _release()
+
+
+@gluon.jit
+def _keep(
+    x, delta, gain, total, normed, num_rows, x_stride, delta_stride, at_row, scale,
+    K: gl.constexpr, SLICE: gl.constexpr, ADD: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Write what was normed, and what came of it; each program some columns."""
+    at = gl.program_id(0) * SLICE + gl.arange(0, SLICE, gl.SliceLayout(0, layout))[None, :]
+    own = (at_row < num_rows) & (at < K)
+    value = gl.load(x + at_row * x_stride + at, own, 0.0).to(gl.float32)
+    if ADD:
+        value += gl.load(delta + at_row * delta_stride + at, own, 0.0).to(gl.float32)
+        value = value.to(gl.bfloat16).to(gl.float32)
+    gl.store(total + at_row * K + at, value.to(gl.bfloat16), own)
+    value = value * scale * gl.load(gain + at, at < K, 0.0).to(gl.float32)
+    gl.store(normed + at_row * K + at, value.to(gl.bfloat16), own)
+
+
+@gluon.jit
+def product(
+    x, delta, gain, weight, out, total, normed, num_rows, x_stride, delta_stride, N, eps,
+    K: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, STEP: gl.constexpr, SLICE: gl.constexpr,
+    NORM: gl.constexpr, ADD: gl.constexpr, KEEP: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The kernel of `launch`, and a part of others."""
+    # [rows of x, rows of the matrix, vectors, values of a vector]
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 8], [1, 1, 32, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
+    of_w: gl.constexpr = gl.SliceLayout(0, layout)
+    of_x: gl.constexpr = gl.SliceLayout(1, layout)
+    of_gain: gl.constexpr = gl.SliceLayout(0, of_x)
+    VECTORS: gl.constexpr = STEP // 8
+
+    n = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, gl.SliceLayout(2, of_w)))
+    inside = (n < N)[:, None][:, :, None]
+    v = gl.arange(0, VECTORS, gl.SliceLayout(0, gl.SliceLayout(2, of_w)))[None, :][:, :, None] * 8
+    v += gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, of_w)))[None, :][:, None, :]
+    place = weight + n.to(gl.int64)[:, None][:, :, None] * K + v
+
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, of_x)))
+    used = (row < num_rows)[:, None][:, :, None]
+    k = gl.arange(0, VECTORS, gl.SliceLayout(0, gl.SliceLayout(2, of_x)))[None, :][:, :, None] * 8
+    k += gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, of_x)))[None, :][:, None, :]
+    source = x + row[:, None][:, :, None] * x_stride + k
+    other = delta + row[:, None][:, :, None] * delta_stride + k
+    g = (
+        gl.arange(0, VECTORS, gl.SliceLayout(1, of_gain))[:, None] * 8
+        + gl.arange(0, 8, gl.SliceLayout(0, of_gain))[None, :]
+    )
+
+    ahead = gl.load(place, inside, 0.0)
+    begin(PDL)
+    sums = gl.zeros([ROWS, BLOCK, VECTORS], gl.float32, gl.SliceLayout(3, layout))
+    squares = gl.zeros([ROWS, VECTORS], gl.float32, gl.SliceLayout(2, of_x))
+    for start in gl.static_range(0, K, STEP):
+        w = ahead.to(gl.float32)
+        if start + STEP < K:
+            ahead = gl.load(place + (start + STEP), inside, 0.0)
+        value = gl.load(source + start, used, 0.0).to(gl.float32)
+        if ADD:
+            value = (value + gl.load(other + start, used, 0.0).to(gl.float32)).to(gl.bfloat16).to(gl.float32)
+        if NORM:
+            squares += gl.sum(value * value, 2)
+            value = value * gl.expand_dims(gl.load(gain + (g + start)).to(gl.float32), 0)
+        sums += gl.sum(gl.expand_dims(w, 0) * gl.expand_dims(value, 1), 3)
+    flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])
+    result = gl.convert_layout(gl.sum(sums, 2), flat)
+    at_row = gl.arange(0, ROWS, gl.SliceLayout(1, flat))[:, None]
+    at_n = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, flat))[None, :]
+    if NORM:
+        scale = gl.rsqrt(gl.sum(squares, 1) / K + eps)
+        scale = gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, flat)), 1)
+        result = result * scale
+        if KEEP:
+            _keep(x, delta, gain, total, normed, num_rows, x_stride, delta_stride, at_row, scale, K, SLICE, ADD, flat)
+    gl.store(out + at_row * N + at_n, result.to(out.dtype.element_ty), (at_row < num_rows) & (at_n < N))
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: Norm | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    pdl: bool = True,
+) -> torch.Tensor:
+    """x [T, K], T <= MAX_ROWS, behind `norm` or as it is, times weight' [N, K] -> [T, N] of `dtype`.
+
+    Rows of x and delta may be strided. With `pdl` the kernel starts before the one in front of it has ended.
+    """
+    return launch(x, weight, norm, None, dtype, tiling(len(x), *weight.shape), pdl=pdl)
+
+
+def linear_keeping(
+    x: torch.Tensor, weight: torch.Tensor, norm: Norm, dtype: torch.dtype = torch.float32, *, pdl: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `linear`; also the sum that was normed (the residual), and what came of it, both bfloat16 [T, K]."""
+    total, normed = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for _ in range(2))
+    out = launch(x, weight, norm, (total, normed), dtype, tiling(len(x), *weight.shape), pdl=pdl)
+    return out, total, normed
+
+
+def tiling(num_rows: int, n: int, k: int) -> Tiling:
+    """How a product is cut up: enough programs for every multiprocessor, wide enough loads for each (docs/LOG.md)."""
+    most = (k & -k) // (WARP * VECTOR)
+    small, long = n * k < SMALL, k > LONG
+    if small and long:
+        return Tiling(4, min(8, most))
+    if num_rows == 1 and small:
+        return Tiling(2, min(4, most))
+    return Tiling(8 if long and num_rows <= 2 else 4, min(4, most))
+
+
+def launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: Norm | None,
+    kept: tuple[torch.Tensor, torch.Tensor] | None,
+    dtype: torch.dtype,
+    cut: Tiling,
+    *,
+    pdl: bool,
+) -> torch.Tensor:
+    """One product, cut as told."""
+    num_rows, (n, k) = len(x), weight.shape
+    out = torch.empty(num_rows, n, dtype=dtype, device=x.device)
+    delta = norm.delta if norm else None
+    total, normed = kept or (out, out)
+    num_programs = triton.cdiv(n, cut.rows)
+    product[(num_programs,)](
+        x, x if delta is None else delta, norm.gain if norm else x, weight, out, total, normed,
+        num_rows, x.stride(0), 0 if delta is None else delta.stride(0), n, norm.eps if norm else 0.0,
+        k, triton.next_power_of_2(num_rows), cut.rows, cut.step, triton.next_power_of_2(triton.cdiv(k, num_programs)),
+        norm is not None, delta is not None, kept is not None, pdl, cut.warps, num_warps=cut.warps, launch_pdl=pdl,
+    )  # fmt: skip
+    return out

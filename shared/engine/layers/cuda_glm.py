@@ -1,0 +1,189 @@
+"""A GLM-5 decoder on a GPU: steps of few tokens as CUDA graphs, others launched kernel by kernel.
+
+A step whose sequences all compute equally many tokens (decode: one; verification of drafts: one more than there are
+drafts) is replayed as a graph, padded to the next size. Where a row's context ends is data: a graph fits every context
+that it has room for, and there are few such rooms, so that short contexts do not pay for long ones.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from shared.engine.batch import Batch
+from shared.engine.kernels import triton_dense, triton_index
+from shared.engine.kernels.gluon_state import Rows
+from shared.engine.kv import view
+from shared.engine.kv.layout import KvLayout
+from shared.engine.layers import cuda_glm_layer, rope
+from shared.engine.layers.cuda_glm_layer import Layer, State, Step
+from shared.engine.models.glm_config import GlmConfig
+from shared.engine.parallel.group import Group
+from shared.engine.pinned import put
+
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+MAX_GRAPH_WIDTH = 8
+MAX_GRAPH_PAGES = 1 << 17
+LEAST_ROOM, MORE_ROOM = 2048, 4  # tokens of a context; and times more
+NOBODY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Both ends of a rank's decoder: rows `first_token` on of the embedding, and the norm and rows of the head."""
+
+    embedding: torch.Tensor
+    first_token: int
+    norm: torch.Tensor
+    head: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A captured step. Its inputs lie one behind the other in `inputs`: token ids, positions, slots and places of page
+    tables of T rows; page ids."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: torch.Tensor
+    states: torch.Tensor
+    logits: torch.Tensor
+
+
+class CudaGlm:
+    """Computes batches in host memory with weights and pages on the GPU."""
+
+    def __init__(
+        self, config: GlmConfig, ends: Ends, layers: Sequence[Layer], group: Group, *, pdl: bool = True
+    ) -> None:
+        """`pdl` as in `cuda_glm_layer.Step`."""
+        self.config, self.ends, self.group = config, ends, group
+        self.device, self._pdl = ends.norm.device, pdl
+        self.frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta).to(self.device)
+        self._layers = layers
+        self._graphs: dict[tuple[int, int, int], Graph] = {}
+
+    def __call__(self, batch: Batch, pool: torch.Tensor, layout: KvLayout, names: tuple[str, str]) -> tuple[
+        torch.Tensor, torch.Tensor
+    ]:  # fmt: skip
+        """This rank's logits of the sampled rows, float32 [R, V / ranks], and all states behind the last norm."""
+        width, rest = divmod(batch.num_tokens, batch.num_sequences)
+        uniform = not rest and bool((batch.query_starts.diff() == width).all())
+        fits = batch.num_sequences <= GRAPH_SIZES[-1] and len(batch.page_ids) < MAX_GRAPH_PAGES
+        sampled = put(batch.sampled_rows, torch.int32, self.device)
+        states = views(pool, layout, self.config, names)
+        if uniform and fits and width <= MAX_GRAPH_WIDTH:
+            graph = self._replay(batch, width, states, layout.page_size)
+            return graph.logits[sampled].float(), graph.states[: batch.num_tokens].clone()
+        found = self.launch(batch, states, layout.page_size)
+        return F.linear(found[sampled], self.ends.head).float(), found
+
+    def launch(self, batch: Batch, states: Sequence[State], page_size: int) -> torch.Tensor:
+        """The last norm's output [T, hidden], kernel by kernel."""
+        places = torch.cat((_places(batch, page_size).flatten(), batch.page_ids))
+        inputs = torch.cat((batch.token_ids.to(self.device), put(places, torch.int32, self.device)))
+        return self._hidden(inputs, batch.num_tokens, states, int(batch.context_lens.max()))
+
+    def _replay(self, batch: Batch, width: int, states: Sequence[State], page_size: int) -> Graph:
+        key = size, width, room = _kind(batch.num_sequences, width, int(batch.context_lens.max()))
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(size * width, room, states)
+        graph = self._graphs[key]
+        staging = _stage(batch, size * width, page_size)
+        graph.inputs[: len(staging)].copy_(staging, non_blocking=True)
+        if batch.token_ids.is_cuda:  # chosen by a step that the host has not heard of yet
+            graph.inputs[: batch.num_tokens].copy_(batch.token_ids)
+        graph.graph.replay()
+        return graph
+
+    def graph(self, num_sequences: int, width: int, context: int) -> Graph:
+        """The one that computes such a step. Raises KeyError before the first of its kind."""
+        return self._graphs[_kind(num_sequences, width, context)]
+
+    def _capture(self, num_rows: int, room: int, states: Sequence[State]) -> Graph:
+        """Record a step of so many rows, whose contexts are no longer than `room`."""
+        inputs = torch.zeros(4 * num_rows + MAX_GRAPH_PAGES, dtype=torch.int32, device=self.device)
+        inputs[2 * num_rows : 3 * num_rows] = NOBODY
+        num_pages, page_size = states[0].latents.shape[:2]
+        capacity = min(room, num_pages * page_size)
+
+        def compute() -> tuple[torch.Tensor, torch.Tensor]:
+            found = self._hidden(inputs, num_rows, states, capacity)
+            return found, F.linear(found, self.ends.head)
+
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):  # compiles what is compiled at first use
+            compute()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found, logits = compute()
+        return Graph(graph, inputs, found, logits)
+
+    def _hidden(self, inputs: torch.Tensor, num_rows: int, states: Sequence[State], capacity: int) -> torch.Tensor:
+        """The last norm's output [T, hidden]."""
+        token_ids, positions, slots, starts = inputs[: 4 * num_rows].view(4, num_rows)
+        rows = Rows(positions, slots, starts, inputs[4 * num_rows :], *rope.table(self.frequencies, positions))
+        selected = triton_index.empty(num_rows, self.config.index_topk, self.device)
+        step = Step(self.config, self.group, rows, selected, capacity, self._pdl)
+        x, delta = embed(token_ids, self.ends, self.group), None
+        for layer, state in zip(self._layers, states, strict=True):
+            x, delta = cuda_glm_layer.forward(x, delta, layer, state, step)
+        return triton_dense.add_rms_norm(x, delta, self.ends.norm, self.config.rms_norm_eps)
+
+
+def embed(token_ids: torch.Tensor, ends: Ends, group: Group) -> torch.Tensor:
+    """[T, hidden], as `vocabulary.Embedding`, but with no shape that depends on the tokens."""
+    if group.num_ranks == 1:
+        return F.embedding(token_ids, ends.embedding)
+    rows = token_ids - ends.first_token
+    ours = (rows >= 0) & (rows < len(ends.embedding))
+    return group.sum(F.embedding(rows.clamp(0, len(ends.embedding) - 1), ends.embedding) * ours[:, None])
+
+
+def views(pool: torch.Tensor, layout: KvLayout, config: GlmConfig, names: tuple[str, str]) -> list[State]:
+    """The state of each layer in the classes `names` (latents, index keys). `pool` is uint8 [pages, page_bytes]."""
+    latents, keys = (view.state_class(layout, name) for name in names)
+    each = view.state_view(pool, latents, (latents.num_layers, layout.page_size, config.latent_dim)).unbind(1)
+    own = iter(view.state_view(pool, keys, (keys.num_layers, layout.page_size, config.index_head_dim)).unbind(1))
+    selects = config.full_layers[: len(each)]
+    return [
+        State(state, next(own) if full else None, index == 0)
+        for index, (state, full) in enumerate(zip(each, selects, strict=True))
+    ]
+
+
+def _kind(num_sequences: int, width: int, context: int) -> tuple[int, int, int]:
+    """Sequences, tokens of each and room for a context of the graph that computes such a step."""
+    room = LEAST_ROOM
+    while room < context:
+        room *= MORE_ROOM
+    return GRAPH_SIZES[bisect_left(GRAPH_SIZES, num_sequences)], width, room
+
+
+def _stage(batch: Batch, num_rows: int, page_size: int) -> torch.Tensor:
+    """A step laid out as `Graph` says, in pinned memory of its own: a step before may still wait to be copied. Left out
+    are token ids that are on the device.
+
+    Rows that fill the step up write nothing, and attend to some token without anybody reading what they find.
+    """
+    staging = torch.empty(4 * num_rows + len(batch.page_ids), dtype=torch.int32, pin_memory=True)
+    rows = staging[: 4 * num_rows].view(4, num_rows)
+    rows[:, batch.num_tokens :] = 0
+    rows[2, batch.num_tokens :] = NOBODY
+    if not batch.token_ids.is_cuda:
+        rows[0, : batch.num_tokens] = batch.token_ids
+    rows[1:, : batch.num_tokens] = _places(batch, page_size)
+    staging[4 * num_rows :] = batch.page_ids
+    return staging
+
+
+def _places(batch: Batch, page_size: int) -> torch.Tensor:
+    """int32 [3, T] in host memory: positions, slots, places of page tables."""
+    sequence = torch.repeat_interleave(batch.query_starts.diff())
+    starts = batch.page_starts[sequence]
+    pages = batch.page_ids[starts + batch.positions // page_size]
+    slots = pages * page_size + batch.positions % page_size
+    return torch.stack((batch.positions, slots, starts))

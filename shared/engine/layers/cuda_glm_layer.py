@@ -1,0 +1,241 @@
+"""A layer of a GLM-5 decoder on a GPU: for few rows at the speed of reading its weights, for many by large products.
+
+What every product of one input needs is one matrix: `down` is q_a, kv_a and, where the layer selects, the indexer's wk
+and weights_proj; `query` is q_b and the indexer's wq_b. The residual is added where the next norm is computed, so a
+layer takes and leaves (x, delta), x + delta being its input and output. The twin is `glm_layer.GlmLayer`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from shared.engine.kernels import (
+    gluon_experts,
+    gluon_rows,
+    gluon_state,
+    triton_dense,
+    triton_index,
+    triton_latent,
+    triton_queries,
+    triton_route,
+)
+from shared.engine.kernels.experts import Experts, SharedExpert
+from shared.engine.kernels.gluon_rows import MAX_ROWS, Norm
+from shared.engine.kernels.gluon_state import KeyNorm, Rows
+from shared.engine.kernels.triton_latent import Selected
+from shared.engine.kernels.triton_queries import Dims
+from shared.engine.layers.mla import KEY_NORM_EPS
+from shared.engine.models.glm_config import GlmConfig
+from shared.engine.models.glm_weights import AttentionWeights, MlpWeights, MoeWeights, PackedMoeWeights
+from shared.engine.parallel.group import Group
+from shared.engine.quantization.packed_experts import packed
+
+MIXED_ROWS = gluon_experts.MAX_TOKENS
+SELECTING_ROWS = 256  # at a time, so that their scores stay small
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """As AttentionWeights, joined as above."""
+
+    down: torch.Tensor
+    query_norm: torch.Tensor
+    query: torch.Tensor
+    latent_norm: torch.Tensor
+    up_key: torch.Tensor
+    up_value: torch.Tensor
+    output: torch.Tensor
+    key_norm: KeyNorm | None
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """As MoeWeights. The router is kept as the checkpoint has it, in bfloat16: its products with bfloat16 are exact in
+    float32."""
+
+    router: torch.Tensor
+    correction_bias: torch.Tensor
+    experts: Experts
+    shared: SharedExpert
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of a layer, on the device."""
+
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    attention: Attention
+    mlp: MlpWeights | Mixture
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers of a step share. No row sees more than `capacity` tokens. With `pdl` kernels start before those
+    in front have ended, which is faster; without, a profile says what each takes."""
+
+    config: GlmConfig
+    group: Group
+    rows: Rows
+    selected: Selected
+    capacity: int
+    pdl: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One layer's view of the pool: latents [pages, page_size, latent_dim]; index keys [pages, page_size, index_dim]
+    where the layer selects, and whether it is the first of the step to do so."""
+
+    latents: torch.Tensor
+    keys: torch.Tensor | None
+    selects_first: bool
+
+
+def attention(weights: AttentionWeights) -> Attention:
+    """Join what is computed together."""
+    indexer = weights.indexer
+    down, query = [weights.down], [weights.query]
+    if indexer is not None:
+        down += [indexer.key, indexer.head_weights]
+        query.append(indexer.query)
+    gain, bias = (part.float() for part in indexer.key_norm) if indexer else (None, None)
+    return Attention(
+        torch.cat(down),
+        weights.query_norm,
+        torch.cat(query),
+        weights.latent_norm,
+        weights.up_key,
+        weights.up_value,
+        weights.output,
+        None if gain is None or bias is None else KeyNorm(gain, bias, KEY_NORM_EPS),
+    )
+
+
+def mixture(weights: MoeWeights | PackedMoeWeights) -> Mixture:
+    """With experts packed if they are stored in NVFP4."""
+    stored, shared = weights.experts, SharedExpert(weights.shared.gate_up, weights.shared.down)
+    own = Experts(stored.gate_up, stored.down) if isinstance(stored, MlpWeights) else packed(*stored)
+    return Mixture(weights.router.to(shared.down.dtype), weights.correction_bias, own, shared)
+
+
+def forward(
+    x: torch.Tensor, delta: torch.Tensor | None, layer: Layer, state: State, step: Step
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and delta [T, hidden] (None: nothing to add) to those behind the layer. Writes the step's state."""
+    product = partial(gluon_rows.linear_keeping, pdl=step.pdl) if len(x) <= MAX_ROWS else _many
+    low, x, _ = product(x, layer.attention.down, Norm(layer.input_norm, step.config.rms_norm_eps, delta))
+    delta = step.group.sum(_attend(low, layer.attention, state, step))
+    norm = Norm(layer.post_norm, step.config.rms_norm_eps, delta)
+    if isinstance(layer.mlp, Mixture):
+        logits, x, normed = product(x, layer.mlp.router, norm)
+        return x, step.group.sum(_mix(logits, normed, layer.mlp, step))
+    inner, x, _ = product(x, layer.mlp.gate_up, norm)
+    return x, step.group.sum(_plain(triton_dense.silu_mul(inner), layer.mlp.down, pdl=step.pdl))
+
+
+def _many(x: torch.Tensor, weight: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    total = x.clone()
+    normed = triton_dense.add_rms_norm(total, norm.delta, norm.gain, norm.eps)
+    product: torch.Tensor = torch.mm(normed, weight.T, out_dtype=torch.float32)  # a router's logits must not be rounded
+    return product, total, normed
+
+
+def _plain(x: torch.Tensor, weight: torch.Tensor, *, pdl: bool) -> torch.Tensor:
+    """x [T, K] times weight' [N, K], bfloat16."""
+    if len(x) <= MAX_ROWS:
+        return gluon_rows.linear(x, weight, dtype=weight.dtype, pdl=pdl)
+    return F.linear(x.to(weight.dtype), weight)
+
+
+def _attend(low: torch.Tensor, weights: Attention, state: State, step: Step) -> torch.Tensor:
+    """This rank's part of attention [T, hidden], from `down`'s product."""
+    config, norm = step.config, weights.key_norm
+    dims = _dims(config)
+    kept = gluon_state.State(state.latents, weights.latent_norm, config.latent_norm_eps, state.keys, norm)
+    if len(low) <= MAX_ROWS:
+        query_norm = Norm(weights.query_norm, config.latent_norm_eps)
+        q = gluon_state.queries_and_state(low, weights.query, query_norm, step.rows, kept, pdl=step.pdl)
+    else:
+        gluon_state.append(low, dims.q_lora, step.rows, kept)
+        q_low = triton_dense.add_rms_norm(
+            low[:, : dims.q_lora].bfloat16(), None, weights.query_norm, config.latent_norm_eps
+        )
+        q = F.linear(q_low, weights.query)
+    queries = triton_queries.prepare(
+        q, step.rows, dims, weights.up_key, full=norm is not None, pdl=step.pdl
+    )  # fmt: skip
+    selects = state.selects_first or (state.keys is not None and step.capacity > config.index_topk)
+    if selects and queries.index is not None and state.keys is not None:
+        head_weights = low[:, dims.q_lora + dims.latent + dims.rope + dims.index_dim :]
+        _select(queries.index, head_weights, state.keys, step, first=state.selects_first)
+    attended = triton_latent.attend(
+        queries, state.latents, step.selected, weights.up_value, config.qk_head_dim**-0.5,
+        early=not selects and len(low) <= MAX_ROWS, pdl=step.pdl,
+    )  # fmt: skip
+    return _plain(attended, weights.output, pdl=step.pdl)
+
+
+def _select(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, step: Step, *, first: bool) -> None:
+    """Block by block, so that the scores of a prompt stay small."""
+    for at in range(0, len(q), SELECTING_ROWS):
+        block, rows, chosen = slice(at, at + SELECTING_ROWS), step.rows, step.selected
+        own = Rows(rows.positions[block], rows.own_slots[block], rows.starts[block], rows.page_ids, rows.cos, rows.sin)
+        selected = Selected(chosen.slots[block], chosen.counts[block])
+        triton_index.select(
+            q[block], head_weights[block], keys, own, selected, step.capacity, first=first, pdl=step.pdl
+        )
+
+
+def _mix(logits: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step) -> torch.Tensor:
+    """This rank's part of the mixture [T, hidden], from the router's product and its input."""
+    config, pdl = step.config, step.pdl
+    chosen, factors = triton_route.route(
+        logits, weights.correction_bias, config.num_experts_per_token, config.routed_scaling_factor,
+        normalize=config.normalize_top_k, pdl=pdl,
+    )  # fmt: skip
+    if len(normed) <= MIXED_ROWS:
+        return gluon_experts.mixture(normed, chosen, factors, weights.experts, weights.shared, pdl=pdl)
+    return gluon_experts.large_mixture(normed, chosen, factors, weights.experts, weights.shared)
+
+
+def _dims(config: GlmConfig) -> Dims:
+    return Dims(
+        config.num_heads, config.q_lora_rank, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim,
+        config.index_num_heads, config.index_head_dim,
+    )  # fmt: skip
+
+
+def obstacle(config: GlmConfig, dtype: torch.dtype, kv_dtype: str, capability: tuple[int, int]) -> str | None:
+    """What keeps these kernels from serving a model, or a rank's share of it."""
+    if capability < (9, 0):
+        return f"they need compute capability 9.0, and this GPU has {capability[0]}.{capability[1]}"
+    if dtype != torch.bfloat16 or kv_dtype != "bfloat16":
+        return f"they compute and keep KV in bfloat16, not in {str(dtype).removeprefix('torch.')} and {kv_dtype}"
+    if config.num_groups > 1:
+        return "they choose experts from all, not from groups"
+    for name, size in (
+        ("kv_lora_rank", config.kv_lora_rank),
+        ("qk_rope_head_dim", config.qk_rope_head_dim),
+        ("index_head_dim", config.index_head_dim),
+        ("index_n_heads", config.index_num_heads),
+        ("index_topk", config.index_topk),
+        ("n_routed_experts", config.num_experts),
+        ("num_experts_per_tok", config.num_experts_per_token),
+    ):
+        if size & (size - 1) or (size < 16 and "expert" not in name):
+            return f"{name} is {size}, no power of two of at least 16"
+    for name, size, multiple in (
+        ("qk_nope_head_dim", config.qk_nope_head_dim, 16),
+        ("v_head_dim", config.v_head_dim, 32),
+        ("hidden_size", config.hidden_size, 256),
+        ("q_lora_rank", config.q_lora_rank, 256),
+        ("a rank's heads times v_head_dim", config.num_heads * config.v_head_dim, 256),
+        ("a rank's intermediate_size", config.intermediate_size, 256),
+        ("a rank's moe_intermediate_size", 256, 256),
+    ):
+        if size % multiple:
+            return f"{name} is {size}, no multiple of {multiple}"
+    return None

@@ -1,0 +1,70 @@
+"""GLM-5, 5.1 and 5.2 on a GPU."""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from shared.engine.batch import Batch
+from shared.engine.kv.layout import KvLayout
+from shared.engine.layers import cuda_glm_layer
+from shared.engine.layers.cuda_glm import CudaGlm, Ends
+from shared.engine.layers.cuda_glm_layer import Layer
+from shared.engine.models.api import DraftLayer, Placement
+from shared.engine.models.glm_config import GlmConfig
+from shared.engine.models.glm_layout import INDEX_KEYS, LATENTS, layout
+from shared.engine.models.glm_weights import GlmWeights, MlpWeights
+
+log = logging.getLogger(__name__)
+
+
+class GlmOnCuda:
+    """Satisfies `models.api.Model`, as `glm.Glm` does on the CPU; `config` is that of the whole model.
+
+    Its MTP layer is not computed here yet: drafts come from the text so far.
+    """
+
+    num_torch_threads = 1
+
+    def __init__(self, config: GlmConfig, placement: Placement, weights: GlmWeights) -> None:
+        self.vocab_size, self.max_position = config.vocab_size, config.max_position
+        self.eos_token_ids = config.eos_token_ids
+        self._config, self._group = config, placement.group
+        layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
+        read = [read_layer(weights, index) for index in layers]
+        self._decoder = CudaGlm(weights.config, read_ends(weights, config.vocab_size, placement), read, placement.group)
+        self.draft_layer: DraftLayer | None = None
+        if weights.has_mtp:
+            log.warning("the model's own layer for drafts is not computed on a GPU yet")
+
+    def layout(self, page_size: int) -> KvLayout:
+        """A page: latents of every layer, index keys of the full ones."""
+        return layout(self._config, "bfloat16", page_size)
+
+    def rank_layout(self, page_size: int) -> KvLayout:
+        """The same: heads share latents, so every rank needs them all."""
+        return self.layout(page_size)
+
+    def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
+        """Logits float32 [R, vocab_size or more] of the sampled rows; see `models.api.Model`."""
+        logits, _ = self._decoder(batch, pool, layout, (LATENTS, INDEX_KEYS))
+        return self._group.join(logits) if len(logits) else logits
+
+
+def read_layer(weights: GlmWeights, index: int) -> Layer:
+    """A layer of a checkpoint."""
+    mlp = weights.packed_mlp(index)
+    return Layer(
+        *weights.norms(index),
+        cuda_glm_layer.attention(weights.attention(index)),
+        mlp if isinstance(mlp, MlpWeights) else cuda_glm_layer.mixture(mlp),
+    )
+
+
+def read_ends(weights: GlmWeights, vocab_size: int, placement: Placement) -> Ends:
+    """Both ends of a checkpoint. The last rank's part of the head is filled up, so that all parts are equally long."""
+    size = -(-vocab_size // placement.shard.num_ranks)
+    head = weights.head()
+    head = F.pad(head, (0, 0, 0, size - len(head)))
+    return Ends(weights.embedding(), placement.shard.rank * size, weights.final_norm(), head)
