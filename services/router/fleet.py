@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -39,17 +39,30 @@ class Member:
     card: ModelCard
     reported_at: float
     busy_until: float = 0.0
-    unreported: deque[float] = field(default_factory=deque)
+    num_unreported: int = 0
     last_placed: int = 0
 
 
 class Roster:
-    """The workers of one model between two reports."""
+    """The workers of one model between two reports, and as arrays what changes meanwhile."""
 
     def __init__(self, members: Sequence[Member], weights: Weights) -> None:
-        self.members = members
         self.incarnations = [(member.registration.name, member.registration.epoch) for member in members]
         self.facts = Facts([Worker(member.registration, member.card) for member in members], weights)
+        self.row_of = {incarnation: row for row, incarnation in enumerate(self.incarnations)}
+        self.reported_at = np.array([member.reported_at for member in members])
+        self.busy_until = np.array([member.busy_until for member in members])
+        self.last_placed = np.array([member.last_placed for member in members], np.int64)
+        loads = [member.registration.load for member in members]
+        running = [load.num_running + load.num_waiting for load in loads]
+        unreported = [member.num_unreported for member in members]
+        self.num_decoding = np.array(running, np.int64) + np.array(unreported, np.int64)
+
+    def changed(self, member: Member, num_decoding: int) -> None:
+        """A member's clock and order have changed, and it has so many sequences more."""
+        row = self.row_of[member.registration.name, member.registration.epoch]
+        self.busy_until[row], self.last_placed[row] = member.busy_until, member.last_placed
+        self.num_decoding[row] += num_decoding
 
 
 class Fleet:
@@ -69,6 +82,7 @@ class Fleet:
         self._members: dict[tuple[Role, str], Member] = {}
         self._rosters: dict[str, Roster] = {}
         self._num_placed = 0
+        self._unreported: deque[tuple[float, Member]] = deque()
         self._models: set[str] = set()
         self._keep_missing_until = 0.0
         self._changed = asyncio.Event()
@@ -107,7 +121,9 @@ class Fleet:
             members = self._members | members
         self._log_changes(members)
         changed = not was_known or _available(members) != _available(self._members)
-        self._members, self._rosters = members, {}
+        asked_for, self._members, self._rosters = self._rosters.keys(), members, {}
+        for model in asked_for:
+            self.roster(model)  # here, lest the next request waits for it
         self._models |= {member.card.model for member in members.values()}
         if changed:
             self._changed.set()
@@ -128,7 +144,8 @@ class Fleet:
         if old.registration.load == registration.load:
             reported = 0.0  # nothing new: do not start its queue over again
         busy_until = max(old.busy_until, reported)
-        return Member(registration, card, reported_at, busy_until, old.unreported, old.last_placed)
+        old.registration, old.card, old.reported_at, old.busy_until = registration, card, reported_at, busy_until
+        return old
 
     def _log_changes(self, members: dict[tuple[Role, str], Member]) -> None:
         before = {(key, member.registration.epoch) for key, member in self._members.items()}
@@ -158,22 +175,17 @@ class Fleet:
 
     def table(self, roster: Roster, num_cached_pages: Ints) -> Table:
         """What the policy may know of a roster at this moment; cached pages in the same order."""
-        now, members = self._clock(), roster.members
-        for member in members:
-            while member.unreported and member.unreported[0] <= now:
-                member.unreported.popleft()
-        loads = [member.registration.load for member in members]
-        running = [
-            load.num_running + load.num_waiting + len(m.unreported) for m, load in zip(members, loads, strict=True)
-        ]
+        now = self._clock()
+        while self._unreported and self._unreported[0][0] <= now:
+            self._note(self._unreported.popleft()[1], -1)
         fresh_s = FRESH_HEARTBEATS * self._heartbeat_s
         return Table(
             roster.facts,
             num_cached_pages,
-            queue_ms=1000 * np.maximum(0.0, np.array([member.busy_until for member in members]) - now),
-            num_decoding=np.array(running, np.int64),
-            stale_ms=1000 * np.maximum(0.0, now - fresh_s - np.array([member.reported_at for member in members])),
-            last_placed=np.array([member.last_placed for member in members], np.int64),
+            queue_ms=np.maximum(0.0, 1000 * (roster.busy_until - now)),
+            num_decoding=roster.num_decoding.copy(),
+            stale_ms=np.maximum(0.0, 1000 * (now - fresh_s - roster.reported_at)),
+            last_placed=roster.last_placed.copy(),
         )
 
     def record(self, placed: Candidate) -> None:
@@ -183,9 +195,19 @@ class Fleet:
         if placed.computing and (member := self._incarnation(placed.computing)):
             member.busy_until = max(now, member.busy_until) + dict(placed.terms)["prefill"] / 1000
             member.last_placed = self._num_placed
+            self._note(member, 0)
         if placed.decode and (member := self._incarnation(placed.decode)):
-            member.unreported.append(now + UNREPORTED_HEARTBEATS * self._heartbeat_s)
+            self._unreported.append((now + UNREPORTED_HEARTBEATS * self._heartbeat_s, member))
             member.last_placed = self._num_placed
+            self._note(member, 1)
+
+    def _note(self, member: Member, num_decoding: int) -> None:
+        member.num_unreported += num_decoding
+        registration = member.registration
+        if self._members.get((registration.role, registration.name)) is member and (
+            roster := self._rosters.get(member.card.model)
+        ):
+            roster.changed(member, num_decoding)
 
     def _incarnation(self, worker: Worker) -> Member | None:
         member = self._members.get((worker.role, worker.name))

@@ -181,24 +181,24 @@ class PageIndex:
         step = -(-num_pages // FIRST_PROBES)
         places = np.arange(0, num_pages + step - 1, step)
         places[-1] = num_pages - 1
-        have, ends = self._probe(keys, places)
-        if len(ends) and step > 1:
-            within = (places[ends][:, None] + np.arange(step + 1)).reshape(-1)
-            places = np.unique(np.concatenate((places, within[within < num_pages])))
-            have, ends = self._probe(keys, places)
-        return self._lengths(have, places, ends, num_pages)
-
-    def _probe(self, keys: Keys, places: Ints) -> tuple[Words, Ints]:
-        """Who has all that is probed up to each place [places, num_words], and behind which places a run ends."""
         have = np.bitwise_and.accumulate(self.masks(keys[places]), axis=0)
-        return have, np.flatnonzero((have[1:] != have[:-1]).any(axis=1))
+        lasts = np.ones(len(have), np.int64)  # how many pages behind each probe, itself included, are had by who has it
+        lasts[:-1] = np.diff(places)
+        ends = np.flatnonzero((have[1:] != have[:-1]).any(axis=1))
+        if len(ends) and step > 1:
+            lasts[ends] = 1
+            have = np.concatenate((have, self._between(keys, places[ends], have[ends], step)))
+        return _lengths(have, lasts)
 
-    def _lengths(self, have: Words, places: Ints, ends: Ints, num_pages: int) -> Ints:
-        """Lengths of runs from what is had up to each of `places`; it changes behind each of `ends`."""
-        stages = have[np.concatenate((ends, [len(have) - 1]))]
-        bits = np.unpackbits(stages.astype("<u8", copy=False).view(np.uint8), axis=1, bitorder="little")
-        edges = np.concatenate(([0], places[ends + 1], [num_pages]))
-        return np.asarray(np.diff(edges).astype(np.float64) @ bits, np.int64)
+    def _between(self, keys: Keys, places: Ints, have: Words, step: int) -> Words:
+        """Who has all pages up to each of the step - 1 that follow each of these places, of those who `have`
+        [places, num_words] all up to there: [places x (step - 1), num_words]."""
+        within = places[:, None] + np.arange(1, step)
+        masks = self.masks(keys.take(within.reshape(-1), axis=0, mode="clip")).reshape(*within.shape, self.num_words)
+        if within[-1, -1] >= len(keys) - 1:  # that one was looked at
+            masks[within >= len(keys) - 1] = 0
+        masks[:, 0] &= have
+        return np.bitwise_and.accumulate(masks, axis=1).reshape(-1, self.num_words)
 
     def _find(self, keys: Keys) -> Found:
         lows, buckets = _lows_of(keys), self._buckets(keys)
@@ -217,6 +217,14 @@ class PageIndex:
         buckets[:, 0] = first + (lows & _BUCKET_MASK).view(np.int64)
         buckets[:, 1] = first + ((lows + ((lows >> _BUCKET_BITS) | _ONE)) & _BUCKET_MASK).view(np.int64)  # another one
         return buckets
+
+
+def _lengths(have: Words, lasts: Ints) -> Ints:
+    """How many pages each slot has, if a row of `have` [n, num_words] counts for so many, and for one beyond `lasts`."""
+    bits = np.unpackbits(have.astype("<u8", copy=False).view(np.uint8), axis=1, bitorder="little")
+    weights = np.ones(len(have), np.float32)  # exact below 2^24 pages
+    weights[: len(lasts)] = lasts
+    return np.asarray(weights @ bits, np.int64)
 
 
 def _lows_of(keys: Keys) -> Words:

@@ -95,7 +95,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         if not self._fleet.is_known:
             raise BlackboardLost("the router has not seen the fleet yet: Redis cannot be reached")
         roster = self._fleet.roster(query.model)
-        if not roster.members:
+        if not roster.incarnations:
             kind = NoWorker if self._fleet.knows(query.model) else ModelNotFound
             raise kind(f"no worker serves the model {query.model!r}", param="model")
         return self._fleet.table(roster, self._mirror.runs(request.page_hashes, roster.incarnations))

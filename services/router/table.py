@@ -14,6 +14,8 @@ from shared.blackboard.records import Role
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+NOBODY = -1
+"""In the place of a worker's row."""
 
 
 class Facts:
@@ -25,13 +27,23 @@ class Facts:
         cards, groups = [w.card for w in workers], sorted({w.group for w in workers})
         self.num_groups = len(groups)
         self.group: Ints = np.array([groups.index(w.group) for w in workers], np.int64)
-        self.is_decode: Bools = np.array([w.role is Role.DECODE for w in workers], np.bool_)
+        self.rows_of_group: list[Ints] = [np.flatnonzero(self.group == group) for group in range(len(groups))]
+        is_decode = np.array([w.role is Role.DECODE for w in workers], np.bool_)
+        self.decodes: Ints = np.flatnonzero(is_decode)
+        self.prefills: Ints = np.flatnonzero(~is_decode)
+        self.match: Bools | None = None
+        """Who can exchange pages [prefills, decodes]; None: all of them."""
+        if self.num_groups > 1:
+            self.match = self.group[self.prefills][:, None] == self.group[self.decodes][None, :]
         self.drains: Bools = np.array([w.registration.draining for w in workers], np.bool_)
-        self.max_tokens = _column([card.max_model_len - 1 for card in cards])
         self.page_size = _column([card.page_size for card in cards])
-        self.token_bytes = _column([card.kv_bytes_per_token for card in cards])
         self.free_pages, self.cached_pages = _column([p.free for p in pages]), _column([p.cached for p in pages])
-        self.pool_pages = _column([p.total or np.inf for p in pages])
+        pool_pages = _column([p.total or np.inf for p in pages])
+        self.has_pool: Bools = np.isfinite(pool_pages)
+        self.free_pages[~self.has_pool] = np.inf
+        most = np.minimum(_column([card.max_model_len for card in cards]), pool_pages * self.page_size) - 1
+        self.max_tokens = np.where(self.drains, -1.0, most)
+        """The longest prompt that each takes now, and has pages for, its first token included."""
         measured = _column([load.prefill_ms_per_token for load in loads])
         self.prefill_ms = self._filled(measured, measured > 0, weights.default_prefill_ms_per_token)
         self.attention_ms = self._filled(_column([load.prefill_ms_per_pair for load in loads]), measured > 0, 0.0)
@@ -40,9 +52,14 @@ class Facts:
         self.sequence_ms = np.maximum(
             _column([load.decode_ms_per_sequence for load in loads]), weights.min_sequence_share * self.step_ms
         )
+        self.token_ms = self.step_ms + self.sequence_ms
         default = weights.transfer_gb_per_s * 1e6
-        self.transfer_bytes_per_ms = _column([load.transfer_bytes_per_ms or default for load in loads])
+        rates = _column([load.transfer_bytes_per_ms or default for load in loads])
+        self.read_ms = _column([card.kv_bytes_per_token for card in cards]) / rates
         self.output_tokens = _column([load.output_tokens or weights.output_tokens for load in loads])
+        self.zeros, self.nobody = np.zeros(len(workers)), np.full(len(workers), NOBODY)
+        for constant in (self.zeros, self.nobody):
+            constant.flags.writeable = False
 
     def _filled(self, values: Floats, known: Bools, default: float) -> Floats:
         """A worker that has not measured a rate is taken to be like its peers that have, else like nobody in
@@ -110,11 +127,9 @@ class Table:
 
     def fit(self, query: Query) -> Bools:
         """Who may take part."""
-        facts, num_tokens = self.facts, query.num_prompt_tokens
-        fit: Bools = ~facts.drains & (num_tokens <= facts.max_tokens)
-        fit &= num_tokens // facts.page_size + 1 <= facts.pool_pages
+        fit: Bools = self.facts.max_tokens >= query.num_prompt_tokens
         if query.excluded:
-            fit[facts.rows_of(query.excluded)] = False
+            fit[self.facts.rows_of(query.excluded)] = False
         return fit
 
 

@@ -62,7 +62,7 @@ def test_more_cache_never_costs_more(seed: int) -> None:
 def test_a_sequence_more_always_costs_something_whatever_was_measured(seed: int) -> None:
     table = Table.of(random_fleet(seed), WEIGHTS)
     busier = replace(table, num_decoding=table.num_decoding + 1)
-    decodes = table.facts.is_decode
+    decodes = table.facts.decodes
     assert (costs(query(), busier, WEIGHTS).load > costs(query(), table, WEIGHTS).load)[decodes].all()
 
 
