@@ -28,12 +28,14 @@ from services.router.admission import Admission, Limits
 from services.router.candidate import Weights
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
+from services.router.placements import Placements
 from services.router.policy import place
 from services.router.servicer import RouterServicer, parse
 from shared import rpc
 from shared.blackboard.admission import AdmissionBoard
 from shared.blackboard.board import Blackboard
 from shared.blackboard.index import IndexEvent, IndexPart
+from shared.blackboard.placements import PlacementBoard
 from shared.blackboard.records import Load, ModelCard, Pages, Registration, Role, Room
 from shared.errors import Overloaded
 from shared.page_hash import HASH_BYTES
@@ -41,7 +43,7 @@ from shared.telemetry import Telemetry
 
 Action = Callable[[router_pb2.RouteRequest, Any], Awaitable[Any]]
 PAGE_SIZE, TTL_MS = 16, 600_000
-NO_BOARD, NO_CONTEXT = cast("Blackboard", None), cast("Any", None)
+NO_BOARD, NO_CONTEXT, NO_REDIS = cast("Blackboard", None), cast("Any", None), cast("Any", None)
 CARD = ModelCard(
     model="m",
     max_model_len=1 << 20,
@@ -142,7 +144,8 @@ async def measure(num_workers: int, args: argparse.Namespace) -> None:
 
     def servicer(board: AdmissionBoard, max_queued: int = 1_024) -> RouterServicer:
         admission = Admission(board, "bench", Limits(max_queued), telemetry.meter)
-        return RouterServicer(fleet, mirror, admission, Weights(), telemetry)
+        placements = Placements(fleet, PlacementBoard(NO_REDIS), "bench")
+        return RouterServicer(fleet, mirror, placements, admission, Weights(), telemetry)
 
     steady()
     with embedded_valkey() as url:

@@ -11,6 +11,11 @@ from bench.placement.workloads import Agents, Conversation, agents, singles
 
 POLICIES = ("cost", "prefix", "least-loaded", "round-robin", "random")
 NUM_WORKERS = 4
+NEVER = 1_000_000_000
+# Slow enough for two cores: what Python takes is small beside it. Steps are short, as they are on a GPU.
+TIMES = "--sim-prefill-ms-per-token 1.5 --sim-decode-ms 20 --sim-decode-ms-per-sequence 1 --max-step-tokens 128"
+# All conversations' prefixes together do not fit into one worker's pool.
+BOTH = Fleet(num_decode=NUM_WORKERS, num_pages=1_024, router_flags="--chunk-tokens 128", worker_flags=TIMES)
 
 
 def compare(title: str, fleets: Iterable[tuple[str, Fleet]], conversations: Sequence[Conversation], out: Path) -> None:
@@ -24,23 +29,29 @@ def compare(title: str, fleets: Iterable[tuple[str, Fleet]], conversations: Sequ
     report.plot(rows, title, out / f"{title.replace(' ', '-').replace(',', '')}.png")
 
 
-def with_policies(names: Sequence[str]) -> Iterator[tuple[str, Fleet]]:
-    """Workers that all do both, under one policy after the other."""
+def with_policies(names: Sequence[str], fleet: Fleet) -> Iterator[tuple[str, Fleet]]:
+    """Workers that all do both, under one policy after the other. To pull a prefix from a peer is a decision of the
+    cost: the rivals never do, unless their name ends in `+pull`."""
     for name in names:
-        yield name, Fleet(num_decode=NUM_WORKERS, router_flags=f"--policy {name}")
+        policy, _, pulls = name.partition("+")
+        flags = f"{fleet.router_flags} --policy {policy}"
+        if policy != "cost" and not pulls:
+            flags += f" --min-pull-tokens {NEVER}"
+        yield name, replace(fleet, router_flags=flags)
 
 
 def with_routers(counts: Sequence[int]) -> Iterator[tuple[str, Fleet]]:
     """The same, by cost, with more and more routers."""
     for count in counts:
-        yield f"{count} routers" if count > 1 else "1 router", Fleet(num_decode=NUM_WORKERS, num_routers=count)
+        yield f"{count} routers" if count > 1 else "1 router", replace(BOTH, num_routers=count)
 
 
 def with_splits() -> Iterator[tuple[str, Fleet]]:
     """The same number of workers: none of them for prefill alone; half of them, always used; half, used by cost."""
-    yield "aggregated", Fleet(num_decode=NUM_WORKERS)
-    half = Fleet(num_prefill=NUM_WORKERS // 2, num_decode=NUM_WORKERS // 2)
-    yield "always", replace(half, router_flags="--local-prefill-max-tokens 0 --remote-prefill-min-tokens 1")
+    yield "aggregated", BOTH
+    half = replace(BOTH, num_prefill=NUM_WORKERS // 2, num_decode=NUM_WORKERS // 2)
+    always = f"{BOTH.router_flags} --local-prefill-max-tokens 0 --remote-prefill-min-tokens 1"
+    yield "always", replace(half, router_flags=always)
     yield "conditional", half
 
 

@@ -14,6 +14,7 @@ from services.router.config import RouterConfig
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
 from services.router.mirror_feed import MirrorFeed
+from services.router.placements import Placements
 from services.router.servicer import RouterServicer
 from shared import rpc, telemetry
 from shared.blackboard.board import Blackboard
@@ -50,9 +51,10 @@ async def serve(
     feed = MirrorFeed(board.index, fleet, mirror)
     server = rpc.Server(observed, [SERVICE])
     admission = Admission(board.admission, name, config.limits(), observed.meter)
-    servicer = RouterServicer(fleet, mirror, admission, weights, observed, config.no_worker_wait_ms)
+    placements = Placements(fleet, board.placements, name)
+    servicer = RouterServicer(fleet, mirror, placements, admission, weights, observed, config.no_worker_wait_ms)
     router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server.grpc)
-    watching = [asyncio.create_task(work) for work in (fleet.run(), feed.run(), admission.run())]
+    watching = [asyncio.create_task(work) for work in (fleet.run(), feed.run(), placements.run(), admission.run())]
     for task in watching:
         task.add_done_callback(lambda _: ended.set())  # a defect there must not leave a router that sees nothing
     port = await server.start(config.host, config.port, serving=False)

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 Rank = Callable[[], Awaitable[Ranked]]
 Record = Callable[[Candidate], None]
 # Placements offered at first; the others follow only if none of these has room.
-FIRST_PAIRS = 8
+FIRST_PAIRS = 6
 # A waiting router gives a sign of life this often, and is woken then at the latest should a promise have lapsed.
 TEND_S = LEASE_MS / 4000
 # A request in the queue waits this long for Redis to come back, before it is placed without.

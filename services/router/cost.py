@@ -135,7 +135,7 @@ def _computing(query: Query, table: Table, cached: Floats, weights: Weights) -> 
     """
     facts, num_tokens = table.facts, float(query.num_prompt_tokens)
     alone = prefill_ms(facts, cached, num_tokens)
-    sources, longest = _longest(query, table, cached)
+    sources, longest = _longest(query, table)
     gain = longest - cached
     pulls = gain >= weights.min_pull_tokens
     if not np.count_nonzero(pulls):
@@ -160,16 +160,15 @@ def prefill_ms(facts: Facts, start: Floats, end: float) -> Floats:
     return taken
 
 
-def _longest(query: Query, table: Table, cached: Floats) -> tuple[Ints, Floats]:
+def _longest(query: Query, table: Table) -> tuple[Ints, Floats]:
     """For each worker the peer that has most of the prompt, and how much: also one that is full or draining, but none
-    that failed the request, unless by draining. As much as it has itself where no peer has more."""
-    facts = table.facts
+    that failed the request, unless by draining."""
+    facts, stored = table.facts, table.num_stored_tokens(query)
     if query.excluded:
-        cached = cached.copy()
-        cached[[row for row in facts.rows_of(query.excluded) if not facts.drains[row]]] = -1
-    best = np.array([rows[cached.take(rows).argmax()] for rows in facts.rows_of_group], np.int64)
+        stored[[row for row in facts.rows_of(query.excluded) if not facts.drains[row]]] = -1
+    best = np.array([rows[stored.take(rows).argmax()] for rows in facts.rows_of_group], np.int64)
     sources = best.take(facts.group)
-    return sources, cached.take(sources)
+    return sources, stored.take(sources)
 
 
 def _transfer(query: Query, table: Table, computing: Computing, cached: Floats, weights: Weights) -> Floats:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.router.candidate import Candidate, Weights, Worker
+from services.router.candidate import Weights, Worker
 from services.router.page_index import Ints
 from services.router.table import Facts, Table
 from shared.blackboard.board import Blackboard
@@ -22,6 +22,9 @@ from shared.blackboard.records import ModelCard, Registration, Role
 from shared.errors import BlackboardLost
 
 log = logging.getLogger(__name__)
+
+Incarnation = tuple[str, int]
+"""Name and epoch of a worker."""
 
 # A placed sequence counts as running until the worker has surely reported it: this many heartbeats.
 UNREPORTED_HEARTBEATS = 2
@@ -80,6 +83,7 @@ class Fleet:
         self._board, self._weights, self._clock = board, weights, clock
         self._heartbeat_s, self._ttl_s = heartbeat_ms / 1000, ttl_ms / 1000
         self._members: dict[tuple[Role, str], Member] = {}
+        self._incarnations: dict[Incarnation, Member] = {}
         self._rosters: dict[str, Roster] = {}
         self._num_placed = 0
         self._unreported: deque[tuple[float, Member]] = deque()
@@ -122,6 +126,7 @@ class Fleet:
         self._log_changes(members)
         changed = not was_known or _available(members) != _available(self._members)
         asked_for, self._members, self._rosters = self._rosters.keys(), members, {}
+        self._incarnations = {(one.registration.name, one.registration.epoch): one for one in members.values()}
         for model in asked_for:
             self.roster(model)  # here, lest the next request waits for it
         self._models |= {member.card.model for member in members.values()}
@@ -155,9 +160,9 @@ class Fleet:
         for (role, name), epoch in sorted(before - after):
             log.info("%s worker %s, epoch %d, left the fleet", role, name, epoch)
 
-    def incarnations(self) -> list[tuple[str, int]]:
+    def incarnations(self) -> list[Incarnation]:
         """Name and epoch of every worker."""
-        return [(member.registration.name, member.registration.epoch) for member in self._members.values()]
+        return list(self._incarnations)
 
     def knows(self, model: str) -> bool:
         """Whether any worker ever served this model; nobody can tell before the first worker came."""
@@ -173,45 +178,43 @@ class Fleet:
             roster = self._rosters[model] = Roster(self.members(model), self._weights)
         return roster
 
-    def table(self, roster: Roster, num_cached_pages: Ints) -> Table:
-        """What the policy may know of a roster at this moment; cached pages in the same order."""
+    def table(self, roster: Roster, num_stored_pages: Ints, num_expected_pages: Ints | None = None) -> Table:
+        """What the policy may know of a roster at this moment. Leading pages that its workers have, and will have when
+        their turn comes, in the same order."""
         now = self._clock()
         while self._unreported and self._unreported[0][0] <= now:
-            self._note(self._unreported.popleft()[1], -1)
+            self._changes(self._unreported.popleft()[1], -1)
         fresh_s = FRESH_HEARTBEATS * self._heartbeat_s
         return Table(
             roster.facts,
-            num_cached_pages,
+            num_stored_pages if num_expected_pages is None else num_expected_pages,
+            num_stored_pages,
             queue_ms=np.maximum(0.0, 1000 * (roster.busy_until - now)),
             num_decoding=roster.num_decoding.copy(),
             stale_ms=np.maximum(0.0, 1000 * (now - fresh_s - roster.reported_at)),
             last_placed=roster.last_placed.copy(),
         )
 
-    def record(self, placed: Candidate) -> None:
-        """Remember a placement that no report shows yet."""
+    def note(self, computing: Incarnation, decode: Incarnation, prefill_ms: float) -> float:
+        """Remember a placement that no report shows yet; when its prompt will be computed."""
         now = self._clock()
+        computed_at = now + prefill_ms / 1000
         self._num_placed += 1
-        if placed.computing and (member := self._incarnation(placed.computing)):
-            member.busy_until = max(now, member.busy_until) + dict(placed.terms)["prefill"] / 1000
+        if member := self._incarnations.get(computing):
+            computed_at = member.busy_until = max(now, member.busy_until) + prefill_ms / 1000
             member.last_placed = self._num_placed
-            self._note(member, 0)
-        if placed.decode and (member := self._incarnation(placed.decode)):
+            self._changes(member, 0)
+        if member := self._incarnations.get(decode):
             self._unreported.append((now + UNREPORTED_HEARTBEATS * self._heartbeat_s, member))
             member.last_placed = self._num_placed
-            self._note(member, 1)
+            self._changes(member, 1)
+        return computed_at
 
-    def _note(self, member: Member, num_decoding: int) -> None:
+    def _changes(self, member: Member, num_decoding: int) -> None:
         member.num_unreported += num_decoding
-        registration = member.registration
-        if self._members.get((registration.role, registration.name)) is member and (
-            roster := self._rosters.get(member.card.model)
-        ):
+        incarnation = member.registration.name, member.registration.epoch
+        if self._incarnations.get(incarnation) is member and (roster := self._rosters.get(member.card.model)):
             roster.changed(member, num_decoding)
-
-    def _incarnation(self, worker: Worker) -> Member | None:
-        member = self._members.get((worker.role, worker.name))
-        return member if member and member.registration.epoch == worker.registration.epoch else None
 
 
 def _available(members: Mapping[tuple[Role, str], Member]) -> set[tuple[str, int]]:

@@ -6,7 +6,6 @@ import numpy as np
 
 from services.router.candidate import Query
 from services.router.policy import Ranked
-from services.router.table import NOBODY
 from shared.blackboard.admission import ASSUMED_OUTPUT_TOKENS, Need, Pair
 
 
@@ -15,9 +14,9 @@ def offer(query: Query, ranked: Ranked, count: int) -> tuple[list[Need], list[Pa
     facts = ranked.scored.table.facts
     prefill, decode = np.divmod(ranked.numbers(count), len(facts.decodes))
     decodes = facts.decodes.take(decode).tolist()
-    prefills = np.append(NOBODY, facts.prefills).take(prefill).tolist()
-    rows = [row for row in dict.fromkeys((*decodes, *prefills)) if row != NOBODY]
-    place_of: dict[int, int | None] = {NOBODY: None}
+    prefills, nobody = facts.prefill_of.take(prefill).tolist(), len(facts.workers)
+    rows = [row for row in dict.fromkeys((*decodes, *prefills)) if row != nobody]
+    place_of: dict[int, int | None] = {nobody: None}
     place_of |= {row: place for place, row in enumerate(rows)}
     pairs = [Pair(place_of[d] or 0, place_of[p]) for d, p in zip(decodes, prefills, strict=True)]
     return list(_needs(query, ranked, rows, set(decodes))), pairs

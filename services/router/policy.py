@@ -101,7 +101,8 @@ def by_cost(query: Query, scored: Costs, totals: Floats, tie_ms: float) -> Ranke
     num_tied = np.count_nonzero(totals <= totals.min() + tie_ms) if num_possible else 0
     count = min(max(FEW, num_tied), num_possible)
     few = np.argpartition(totals, count - 1)[:count] if 0 < count < num_possible else np.arange(len(totals))
-    first = few[np.lexsort((few, totals.take(few)))][:count]
+    few.sort()
+    first = few.take(totals.take(few).argsort(kind="stable")[:count])
     if num_tied > 1:
         first[:num_tied] = spread(query, scored.table, first[:num_tied])
 
@@ -115,10 +116,10 @@ def spread(query: Query, table: Table, tied: Ints) -> Ints:
     """Placements in the order of a rendezvous hash of prompt and worker: removing a worker moves only its own prompts
     (Thaler and Ravishankar, 1998). Prefill workers first, so that a prompt stays with one whoever decodes."""
     facts = table.facts
-    ranks = _mixed(facts.salts ^ np.uint64(hash64(query.affinity)))
     prefill, decode = np.divmod(tied, len(facts.decodes))
-    of_prefills = np.append(np.uint64(0), ranks.take(facts.prefills))  # those on one worker are equal in this
-    return tied[np.lexsort((ranks.take(facts.decodes)[decode], of_prefills[prefill]))]
+    ranks = _mixed(facts.salts ^ np.uint64(hash64(query.affinity)))
+    ranks[NOBODY] = 0  # those on one worker are equal in their prefill worker
+    return tied[np.lexsort((ranks.take(facts.decodes.take(decode)), ranks.take(facts.prefill_of.take(prefill))))]
 
 
 def _mixed(

@@ -12,6 +12,7 @@ from services.router.admission import Admission
 from services.router.candidate import Candidate, Query, Weights, Worker
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
+from services.router.placements import Placements
 from services.router.table import Table
 from shared import rpc
 from shared.errors import BlackboardLost, DeadlineExceeded, Fault, InvalidRequest, ModelNotFound, NoWorker
@@ -29,12 +30,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self,
         fleet: Fleet,
         mirror: Mirror,
+        placements: Placements,
         admission: Admission,
         weights: Weights,
         telemetry: Telemetry,
         no_worker_wait_ms: int = 0,
     ) -> None:
-        self._fleet, self._mirror, self._admission, self._weights = fleet, mirror, admission, weights
+        self._fleet, self._mirror, self._placements = fleet, mirror, placements
+        self._admission, self._weights = admission, weights
         self._no_worker_wait_s = no_worker_wait_ms / 1000
         self._routes = telemetry.meter.create_counter("forebay_routes", description="Routes by outcome")
         self._seconds = telemetry.meter.create_histogram(
@@ -50,7 +53,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 request,
                 query,
                 lambda: self._rank(request, query),
-                self._fleet.record,
+                lambda chosen: self._placements.record(request.page_hashes, chosen),
                 can_reserve=self._fleet.is_current,
             )
         except Fault as fault:
@@ -98,7 +101,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         if not roster.incarnations:
             kind = NoWorker if self._fleet.knows(query.model) else ModelNotFound
             raise kind(f"no worker serves the model {query.model!r}", param="model")
-        return self._fleet.table(roster, self._mirror.runs(request.page_hashes, roster.incarnations))
+        page_hashes = request.page_hashes
+        stored = self._mirror.runs(page_hashes, roster.incarnations)
+        return self._fleet.table(roster, stored, self._placements.expected(roster, page_hashes, stored))
 
 
 def parse(request: router_pb2.RouteRequest) -> Query:

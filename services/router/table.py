@@ -1,7 +1,7 @@
 """The workers of a model as arrays, one row each: what the cost is computed from, for all of them at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 
@@ -31,6 +31,8 @@ class Facts:
         is_decode = np.array([w.role is Role.DECODE for w in workers], np.bool_)
         self.decodes: Ints = np.flatnonzero(is_decode)
         self.prefills: Ints = np.flatnonzero(~is_decode)
+        self.prefill_of: Ints = np.append(len(workers), self.prefills)
+        """Rows of prefill workers as placements count them: first nobody, in the row behind all workers."""
         self.match: Bools | None = None
         """Who can exchange pages [prefills, decodes]; None: all of them."""
         if self.num_groups > 1:
@@ -73,8 +75,8 @@ class Facts:
 
     @cached_property
     def salts(self) -> NDArray[np.uint64]:
-        """A number for each name."""
-        return np.array([hash64(worker.name.encode()) for worker in self.workers], np.uint64)
+        """A number for each name, and one for nobody, who comes last."""
+        return np.array([*(hash64(worker.name.encode()) for worker in self.workers), 0], np.uint64)
 
     def rows_of(self, names: frozenset[str]) -> list[int]:
         """Rows of these workers."""
@@ -87,6 +89,9 @@ class Table:
 
     facts: Facts
     num_cached_pages: Ints
+    """Of the prompt, when it is its turn there."""
+    num_stored_pages: Ints
+    """At this moment: what a peer can read."""
     queue_ms: Floats
     num_decoding: Ints
     stale_ms: Floats
@@ -97,9 +102,11 @@ class Table:
     @staticmethod
     def of(workers: Sequence[Worker], weights: Weights) -> "Table":
         """A table of workers as they say of themselves."""
+        pages = np.array([worker.num_cached_pages for worker in workers], np.int64)
         return Table(
             Facts(workers, weights),
-            np.array([worker.num_cached_pages for worker in workers], np.int64),
+            pages,
+            pages,
             _column([worker.queue_ms for worker in workers]),
             np.array([worker.num_decoding for worker in workers], np.int64),
             _column([worker.stale_ms for worker in workers]),
@@ -108,8 +115,10 @@ class Table:
 
     def worker(self, row: int) -> Worker:
         """A row as an object."""
-        return replace(
-            self.facts.workers[row],
+        worker = self.facts.workers[row]
+        return Worker(
+            worker.registration,
+            worker.card,
             num_cached_pages=int(self.num_cached_pages[row]),
             queue_ms=float(self.queue_ms[row]),
             num_decoding=int(self.num_decoding[row]),
@@ -122,8 +131,15 @@ class Table:
 
     def num_cached_tokens(self, query: Query) -> Floats:
         """Tokens of the prompt that need not be computed; the last one always must, for its logits."""
-        cached: Floats = np.minimum(self.num_cached_pages * self.facts.page_size, query.num_prompt_tokens - 1)
-        return cached
+        return self._num_tokens(query, self.num_cached_pages)
+
+    def num_stored_tokens(self, query: Query) -> Floats:
+        """Those of them that a peer can read now."""
+        return self._num_tokens(query, self.num_stored_pages)
+
+    def _num_tokens(self, query: Query, num_pages: Ints) -> Floats:
+        tokens: Floats = np.minimum(num_pages * self.facts.page_size, query.num_prompt_tokens - 1)
+        return tokens
 
     def fit(self, query: Query) -> Bools:
         """Who may take part."""

@@ -13,6 +13,7 @@ from shared.blackboard import keys
 from shared.blackboard.admission import AdmissionBoard
 from shared.blackboard.connection import connect, faults
 from shared.blackboard.index import PrefixIndex
+from shared.blackboard.placements import PlacementBoard
 from shared.blackboard.records import Registration, Role
 from shared.errors import BlackboardLost, StaleEpoch
 
@@ -33,6 +34,7 @@ class Blackboard:
         self._redis: Redis = connect(url, timeout_ms)
         self.index = PrefixIndex(self._redis)
         self.admission = AdmissionBoard(self._redis)
+        self.placements = PlacementBoard(self._redis)
 
     async def close(self) -> None:
         """Close the connections."""

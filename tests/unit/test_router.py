@@ -16,6 +16,7 @@ from services.router.candidate import Weights
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
 from services.router.mirror_feed import MirrorFeed
+from services.router.placements import Placements
 from services.router.servicer import RouterServicer
 from shared import rpc
 from shared.blackboard.board import Blackboard
@@ -60,14 +61,15 @@ class Router:
         self.mirror = Mirror(max_pages=10_000)
         self.feed = MirrorFeed(self.board.index, self.fleet, self.mirror)
         self.admission = Admission(self.board.admission, name, limits, self.telemetry.meter)
+        self.placements = Placements(self.fleet, self.board.placements, name)
         self.servicer = RouterServicer(
-            self.fleet, self.mirror, self.admission, WEIGHTS, self.telemetry, no_worker_wait_ms
+            self.fleet, self.mirror, self.placements, self.admission, WEIGHTS, self.telemetry, no_worker_wait_ms
         )
         router_pb2_grpc.add_RouterServiceServicer_to_server(self.servicer, self.server.grpc)
         self.channels = rpc.Channels()
 
     async def start(self) -> None:
-        running = (self.fleet.run(), self.feed.run(), self.admission.run())
+        running = (self.fleet.run(), self.feed.run(), self.placements.run(), self.admission.run())
         self.watching = [asyncio.create_task(each) for each in running]
         port = await self.server.start("127.0.0.1", 0)
         self.channel = self.channels.to(f"127.0.0.1:{port}")

@@ -16,7 +16,7 @@ from services.router.rivals import RIVALS
 from services.router.table import Table
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Load
-from tests.unit.fleets import place, query, registration, worker
+from tests.unit.fleets import place, query, record, registration, worker
 
 WEIGHTS = Weights()
 NO_BOARD = cast("Blackboard", None)
@@ -104,7 +104,7 @@ def test_a_hundred_equal_prompts_at_once_are_spread_by_what_they_take() -> None:
     roster, chosen = fleet.roster("m"), []
     for _ in range(100):
         placed = place_on(query(), fleet.table(roster, np.zeros(10, np.int64)), WEIGHTS)
-        fleet.record(placed)
+        record(fleet, placed)
         chosen.append(placed.names[0])
     assert sorted(map(chosen.count, names)) == [10] * 10
 
@@ -163,7 +163,7 @@ def test_round_robin_takes_turns() -> None:
     chosen = []
     for _ in range(6):
         placed = place_on(query(), fleet.table(fleet.roster("m"), np.zeros(3, np.int64)), weights)
-        fleet.record(placed)
+        record(fleet, placed)
         chosen.append(placed.names[0])
     assert chosen[:3] == chosen[3:]
     assert set(chosen) == {"d1", "d2", "d3"}

@@ -13,7 +13,7 @@ from services.router.fleet import UNREPORTED_HEARTBEATS, Fleet
 from services.router.table import Table
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Load, Registration
-from tests.unit.fleets import place, query, registration
+from tests.unit.fleets import place, query, record, registration
 
 WEIGHTS = Weights()
 NO_BOARD = cast("Blackboard", None)
@@ -45,7 +45,7 @@ class World:
         return self.fleet.table(roster, np.array(pages, np.int64))
 
     def place(self, num_tokens: int) -> None:
-        self.fleet.record(place(query(num_tokens), self.workers(), WEIGHTS))
+        record(self.fleet, place(query(num_tokens), self.workers(), WEIGHTS))
 
 
 @pytest.fixture
@@ -112,9 +112,9 @@ def test_a_placement_on_a_pair_counts_on_both_workers(world: World) -> None:
 def test_a_restarted_worker_has_no_queue_of_its_former_life(world: World) -> None:
     world.observe(registration("d1", epoch=1))
     placed = place(query(100), world.workers(), WEIGHTS)
-    world.fleet.record(placed)
+    record(world.fleet, placed)
     world.observe(registration("d1", epoch=2))
-    world.fleet.record(placed)
+    record(world.fleet, placed)
     assert (world.worker().queue_ms, world.worker().num_decoding) == (0, 0)
 
 
@@ -146,7 +146,7 @@ def test_a_conversations_next_turn_goes_where_its_prefix_is_though_it_was_placed
 ) -> None:
     world.observe(registration("d1"), registration("d2"))
     first = place(query(100), world.workers(), WEIGHTS)
-    world.fleet.record(first)
+    record(world.fleet, first)
     assert first.decode is not None
     world.now += 0.06
     second = policy.place(query(110), world.table({first.decode.name: 6}), WEIGHTS)
