@@ -12,10 +12,27 @@ from bench.placement.workloads import Agents, Conversation, agents, singles
 POLICIES = ("cost", "prefix", "least-loaded", "round-robin", "random")
 NUM_WORKERS = 4
 NEVER = 1_000_000_000
-# Slow enough for two cores: what Python takes is small beside it. Steps are short, as they are on a GPU.
-TIMES = "--sim-prefill-ms-per-token 1.5 --sim-decode-ms 20 --sim-decode-ms-per-sequence 1 --max-step-tokens 128"
-# All conversations' prefixes together do not fit into one worker's pool.
-BOTH = Fleet(num_decode=NUM_WORKERS, num_pages=1_024, router_flags="--chunk-tokens 128", worker_flags=TIMES)
+
+
+def fleet(num_pages: int, prefill_ms: float, decode_ms: float, sequence_ms: float) -> Fleet:
+    """Four workers that do both, their times slow enough for two cores: what Python takes is small beside them. Steps
+    are short, as they are on a GPU."""
+    chunk_tokens = 128
+    times = {"prefill-ms-per-token": prefill_ms, "decode-ms": decode_ms, "decode-ms-per-sequence": sequence_ms}
+    worker_flags = " ".join([f"--sim-{name} {ms}" for name, ms in times.items()])
+    return Fleet(
+        num_decode=NUM_WORKERS,
+        num_pages=num_pages,
+        router_flags=f"--chunk-tokens {chunk_tokens}",
+        worker_flags=f"{worker_flags} --max-step-tokens {chunk_tokens}",
+    )
+
+
+# Prefixes of all conversations together do not fit into one worker's pool.
+AGENTS = fleet(num_pages=1_024, prefill_ms=1.5, decode_ms=20, sequence_ms=1)
+TRACE = fleet(num_pages=2_048, prefill_ms=0.35, decode_ms=10, sequence_ms=0.5)
+# A step of a GPU hardly takes longer for one sequence more, else half of the workers could not decode for all.
+SPLIT = fleet(num_pages=4_096, prefill_ms=0.6, decode_ms=20, sequence_ms=0.1)
 
 
 def compare(title: str, fleets: Iterable[tuple[str, Fleet]], conversations: Sequence[Conversation], out: Path) -> None:
@@ -43,14 +60,14 @@ def with_policies(names: Sequence[str], fleet: Fleet) -> Iterator[tuple[str, Fle
 def with_routers(counts: Sequence[int]) -> Iterator[tuple[str, Fleet]]:
     """The same, by cost, with more and more routers."""
     for count in counts:
-        yield f"{count} routers" if count > 1 else "1 router", replace(BOTH, num_routers=count)
+        yield f"{count} routers" if count > 1 else "1 router", replace(AGENTS, num_routers=count)
 
 
 def with_splits() -> Iterator[tuple[str, Fleet]]:
     """The same number of workers: none of them for prefill alone; half of them, always used; half, used by cost."""
-    yield "aggregated", BOTH
-    half = replace(BOTH, num_prefill=NUM_WORKERS // 2, num_decode=NUM_WORKERS // 2)
-    always = f"{BOTH.router_flags} --local-prefill-max-tokens 0 --remote-prefill-min-tokens 1"
+    yield "aggregated", SPLIT
+    half = replace(SPLIT, num_prefill=NUM_WORKERS // 2, num_decode=NUM_WORKERS // 2)
+    always = f"{SPLIT.router_flags} --local-prefill-max-tokens 0 --remote-prefill-min-tokens 1"
     yield "always", replace(half, router_flags=always)
     yield "conditional", half
 
@@ -69,7 +86,7 @@ def on_trace(path: Path, divide: int, speed: float, duration_s: float) -> list[C
 def shapes(duration_s: float, seed: int) -> dict[str, list[Conversation]]:
     """Long prompts with short answers, short ones with long answers, and agents."""
     return {
-        "long prompts": singles(3.0, duration_s, 2048, 16, seed),
-        "long answers": singles(3.0, duration_s, 128, 128, seed),
-        "agents in turns": on_agents(1.0, duration_s, seed),
+        "long prompts": singles(1.6, duration_s, 2048, 16, seed),
+        "long answers": singles(5.0, duration_s, 128, 96, seed),
+        "agents in turns": on_agents(2.0, duration_s, seed),
     }

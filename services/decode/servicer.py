@@ -77,7 +77,7 @@ class Generation:
                 run = self._behind_remote_prefill(hashes, table)
             else:
                 await self._pull(hashes, table)
-                run = self._decode(self._job, table)
+                run = self._decode(self._job, table, is_cached=True)
             async with aclosing(run) as responses:
                 async for response in responses:
                     yield response
@@ -160,11 +160,15 @@ class Generation:
         )
         return rpc.stream(stub.Prefill, request)
 
-    async def _decode(self, job: EngineRequest, table: PageTable) -> Responses:
+    async def _decode(self, job: EngineRequest, table: PageTable, *, is_cached: bool = False) -> Responses:
+        """Computing and generating here. `is_cached`: what the engine finds computed was so before this request."""
         async with aclosing(self._worker.loop.generate(job, table)) as events:
             async for event in events:
                 match event:
                     case TokensSampled():
+                        if is_cached:
+                            local = event.num_cached_tokens - self._usage.num_cached_transferred
+                            self._usage.num_cached_local = max(0, local)
                         wire.count_drafts(self._usage, event.num_drafts, event.num_accepted)
                         if event.tokens:
                             yield self._tokens(wire.token_chunk(event.tokens))

@@ -99,6 +99,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                             yield prefill_pb2.PrefillResponse(pages_ready=ready)
                     case TokensSampled():
                         handed.stays = True
+                        usage.num_cached_remote = max(0, event.num_cached_tokens - usage.num_cached_transferred)
                         yield prefill_pb2.PrefillResponse(finished=handed.finished(event, usage))
                         return
                     case Failed():

@@ -83,7 +83,7 @@ class Admission:
             "forebay_queue_wait_seconds", unit="s", description="Time that placed requests spent in the queue"
         )
         meter.create_observable_gauge(
-            "forebay_queued_requests", [self._num_queued], description="Requests that wait here for room, by priority"
+            "forebay_queued_requests", [self._num_queued_here], description="Requests that wait here for room, by priority"
         )
 
     async def place(
@@ -241,6 +241,13 @@ class Admission:
         if waiter := self._waiters.get(request_id):
             waiter.woken.set()
 
+    async def num_queued(self, model: str) -> int:
+        """Length of a model's queue, of all routers; 0 while Redis is away."""
+        try:
+            return (await self._board.num_queued([model]))[0]
+        except BlackboardLost:
+            return 0
+
     # Reporting --------------------------------------------------------------------------------------------------------
 
     def _note_placed(self, waiter: _Waiter) -> None:
@@ -255,7 +262,7 @@ class Admission:
             return DeadlineExceeded(message, metadata=retry)
         return Overloaded(f"all workers of model {ask.model!r} are full, and so is the queue", metadata=retry)
 
-    def _num_queued(self, _: CallbackOptions) -> Iterable[Observation]:
+    def _num_queued_here(self, _: CallbackOptions) -> Iterable[Observation]:
         parked = Counter(waiter.ask.priority for waiter in self._waiters.values() if waiter.parked_at is not None)
         for priority, number in parked.items() or ((0, 0),):
             yield Observation(number, {"priority": str(priority)})

@@ -72,7 +72,11 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             summary = str(policy.nobody(query, table))
         else:
             summary = summarize(query, candidates[0], len(candidates))
-        return router_pb2.ExplainResponse(candidates=[_candidate(c) for c in candidates], summary=summary)
+        num_queued = await self._admission.num_queued(query.model)
+        if num_queued:
+            summary += f"; {num_queued} requests wait in the queue"
+        shown = [_candidate(candidate) for candidate in candidates]
+        return router_pb2.ExplainResponse(candidates=shown, summary=summary, num_queued=num_queued)
 
     async def _rank(self, request: router_pb2.RouteRequest, query: Query) -> Sequence[Candidate]:
         """Placements, the best first. While no worker is there at all, one may be about to come."""

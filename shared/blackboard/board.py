@@ -95,6 +95,16 @@ class Blackboard:
         found = (_parse(raw) for answer in answers for raw in answer)
         return [registration for registration in found if registration is not None]
 
+    async def ages_ms(self, *roles: Role) -> dict[str, float]:
+        """How long ago each process of these roles registered last, by their clocks and ours."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for role in roles:
+            pipeline.zrange(keys.members(role), 0, -1, withscores=True)
+        with faults():
+            answers = await pipeline.execute()
+        now_ms = time.time_ns() / 1e6
+        return {name.decode(): max(0.0, now_ms - at_ms) for answer in answers for name, at_ms in answer}
+
     @asynccontextmanager
     async def changes(self) -> AsyncIterator["Changes"]:
         """Listen to announcements while inside."""
