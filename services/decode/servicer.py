@@ -146,6 +146,7 @@ class Generation:
 
     def _prefill_events(self, prefill: kv_pb2.WorkerRef, source: Source, num_held: int) -> Any:
         stub: Any = prefill_pb2_grpc.PrefillServiceStub(self._worker.channels.to(prefill.address))
+        placement = self._request.placement
         request = prefill_pb2.PrefillRequest(
             request_id=self._request.request_id,
             model=self._request.model,
@@ -157,6 +158,7 @@ class Generation:
             epoch=prefill.epoch,
             kv_source=source,
             priority=self._request.priority,
+            expected_ms=placement.expected_ms if prefill == placement.prefill else 0.0,
         )
         return rpc.stream(stub.Prefill, request)
 
@@ -186,7 +188,10 @@ class Generation:
         self._stay.computed()
         if not self._emitted:
             self._emitted = True
-            measures.first_token.record(time.monotonic() - self._started)
+            took_s = time.monotonic() - self._started
+            measures.first_token.record(took_s)
+            if not self._request.placement.HasField("prefill"):
+                measures.computed(self._request.placement.expected_ms, took_s * 1000)
             chunk.usage.CopyFrom(self._usage)
         return decode_pb2.GenerateResponse(tokens=chunk)
 

@@ -68,6 +68,11 @@ class Costs:
         before = (*self._computing_terms(first), self._stale(first), ("kv", float(self.prompt_kv[first])))
         return _sum((*before, *self._decode_terms(second), *behind))
 
+    def expected_ms(self, row: int) -> float:
+        """Until a worker has computed the prompt, by its rates as measured."""
+        computing, ratio = self.computing, self.table.facts.prompt_ratio[row]
+        return float((computing.queue[row] + computing.prefill[row]) / ratio + computing.pull[row])
+
     def _computing_terms(self, row: int) -> Terms:
         computing = self.computing
         queue, prefill, pull = computing.queue[row], computing.prefill[row], computing.pull[row]

@@ -16,7 +16,7 @@ import numpy as np
 
 from services.router.candidate import Weights, Worker
 from services.router.page_index import Ints
-from services.router.table import Facts, Table
+from services.router.table import Facts, Table, calibration
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import ModelCard, Registration, Role
 from shared.errors import BlackboardLost
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 Incarnation = tuple[str, int]
 """Name and epoch of a worker."""
 
-# A placed sequence counts as running until the worker has surely reported it: this many heartbeats.
+# A placed sequence counts as running until the worker reports that it came; no longer than this many heartbeats.
 UNREPORTED_HEARTBEATS = 2
 # A report may be so old: a worker writes once in a heartbeat, and the router reads as often.
 FRESH_HEARTBEATS = 2
@@ -36,13 +36,16 @@ FRESH_HEARTBEATS = 2
 class Member:
     """One incarnation of a worker. `busy_until` is a virtual clock: when, as far as reports and placements tell, its
     queued prompts will be computed. Placing a prompt moves it on, time catches up with it, and a report of a longer
-    queue moves it further; so a burst does not herd before load reports arrive, and nothing has to be taken back."""
+    queue moves it further; so a burst does not herd before load reports arrive, and nothing has to be taken back.
+
+    `num_unreported` sequences were placed and are in no report; `num_arrived` have come since, but would still count."""
 
     registration: Registration
     card: ModelCard
     reported_at: float
     busy_until: float = 0.0
     num_unreported: int = 0
+    num_arrived: int = 0
     last_placed: int = 0
 
 
@@ -57,7 +60,7 @@ class Roster:
         self.busy_until = np.array([member.busy_until for member in members])
         self.last_placed = np.array([member.last_placed for member in members], np.int64)
         loads = [member.registration.load for member in members]
-        running = [load.num_running + load.num_waiting for load in loads]
+        running = [max(load.num_inside, load.num_running + load.num_waiting) for load in loads]
         unreported = [member.num_unreported for member in members]
         self.num_decoding = np.array(running, np.int64) + np.array(unreported, np.int64)
 
@@ -140,13 +143,18 @@ class Fleet:
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     def _member(self, registration: Registration, card: ModelCard, now: float) -> Member:
-        rate = registration.load.prefill_ms_per_token or self._weights.default_prefill_ms_per_token
-        reported = now + registration.load.num_queued_tokens * rate / 1000
+        load = registration.load
+        rate = (load.prefill_ms_per_token or self._weights.default_prefill_ms_per_token) * calibration(load)
+        reported = now + load.num_queued_tokens * rate / 1000
         old = self._members.get((registration.role, registration.name))
         if old is None or old.registration.epoch != registration.epoch:
             return Member(registration, card, now, reported)
         reported_at = old.reported_at if old.registration.num_beats == registration.num_beats > 0 else now
-        if old.registration.load == registration.load:
+        num_arrived = min(old.num_unreported, load.num_requests - old.registration.load.num_requests)
+        if num_arrived > 0:
+            old.num_unreported -= num_arrived
+            old.num_arrived += num_arrived
+        if old.registration.load == load:
             reported = 0.0  # nothing new: do not start its queue over again
         busy_until = max(old.busy_until, reported)
         old.registration, old.card, old.reported_at, old.busy_until = registration, card, reported_at, busy_until
@@ -183,7 +191,11 @@ class Fleet:
         their turn comes, in the same order."""
         now = self._clock()
         while self._unreported and self._unreported[0][0] <= now:
-            self._changes(self._unreported.popleft()[1], -1)
+            member = self._unreported.popleft()[1]
+            if member.num_arrived:
+                member.num_arrived -= 1
+            elif member.num_unreported:
+                self._changes(member, -1)
         fresh_s = FRESH_HEARTBEATS * self._heartbeat_s
         return Table(
             roster.facts,

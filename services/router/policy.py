@@ -145,6 +145,7 @@ def candidate(scored: Costs, number: int) -> Candidate:
         num_cached_tokens=int(computing.num_cached[row]),
         num_computed_tokens=int(computing.num_computed[row]),
         second_prefill=_second_prefill(scored, prefill - 1, decode) if prefill else None,
+        expected_ms=scored.expected_ms(row),
     )
 
 

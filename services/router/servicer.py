@@ -153,6 +153,7 @@ def _placement(candidate: Candidate) -> decode_pb2.Placement:
         prefill=_ref(candidate.prefill),
         kv_source=_ref(candidate.source),
         second_prefill=_ref(candidate.second_prefill),
+        expected_ms=candidate.expected_ms,
     )
 
 

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from services.router.candidate import Query, Weights, Worker
 from services.router.page_index import Ints
-from shared.blackboard.records import Role
+from shared.blackboard.records import Load, Role
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+MAX_CALIBRATION = 2.0
 NOBODY = -1
 """In the place of a worker's row."""
 
@@ -47,8 +48,10 @@ class Facts:
         self.max_tokens = np.where(self.drains, -1.0, most)
         """The longest prompt that each takes now, and has pages for, its first token included."""
         measured = _column([load.prefill_ms_per_token for load in loads])
-        self.prefill_ms = self._filled(measured, measured > 0, weights.default_prefill_ms_per_token)
-        self.attention_ms = self._filled(_column([load.prefill_ms_per_pair for load in loads]), measured > 0, 0.0)
+        self.prompt_ratio = _column([calibration(load) for load in loads])
+        self.prefill_ms = self._filled(measured, measured > 0, weights.default_prefill_ms_per_token) * self.prompt_ratio
+        pairs = self._filled(_column([load.prefill_ms_per_pair for load in loads]), measured > 0, 0.0)
+        self.attention_ms = pairs * self.prompt_ratio
         steps = _column([load.decode_step_ms for load in loads])
         self.step_ms = self._filled(steps, steps > 0, weights.default_decode_step_ms)
         self.sequence_ms = np.maximum(
@@ -147,6 +150,12 @@ class Table:
         if query.excluded:
             fit[self.facts.rows_of(query.excluded)] = False
         return fit
+
+
+def calibration(load: Load) -> float:
+    """What to multiply a worker's rates with: what prompts really took there, over what was expected by the rates. A step
+    that prompts share with decodes, or a machine that others use too, makes them slower than any rate says."""
+    return min(max(load.prompt_ratio, 1 / MAX_CALIBRATION), MAX_CALIBRATION) if load.prompt_ratio else 1.0
 
 
 def hash64(data: bytes) -> int:
