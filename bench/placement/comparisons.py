@@ -30,7 +30,7 @@ def fleet(num_pages: int, prefill_ms: float, decode_ms: float, sequence_ms: floa
 
 # Prefixes of all conversations together do not fit into one worker's pool.
 AGENTS = fleet(num_pages=1_024, prefill_ms=1.5, decode_ms=20, sequence_ms=1)
-TRACE = fleet(num_pages=2_048, prefill_ms=0.35, decode_ms=10, sequence_ms=0.5)
+TRACE = fleet(num_pages=5_120, prefill_ms=0.6, decode_ms=10, sequence_ms=0.5)
 # A step of a GPU hardly takes longer for one sequence more, else half of the workers could not decode for all.
 SPLIT = fleet(num_pages=4_096, prefill_ms=0.6, decode_ms=20, sequence_ms=0.1)
 

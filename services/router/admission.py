@@ -83,7 +83,9 @@ class Admission:
             "forebay_queue_wait_seconds", unit="s", description="Time that placed requests spent in the queue"
         )
         meter.create_observable_gauge(
-            "forebay_queued_requests", [self._num_queued_here], description="Requests that wait here for room, by priority"
+            "forebay_queued_requests",
+            [self._num_queued_here],
+            description="Requests that wait here for room, by priority",
         )
 
     async def place(

@@ -108,9 +108,7 @@ def costs(query: Query, table: Table, weights: Weights) -> Costs:
     return Costs(table, computing, prompt_kv, decode, load, kv, stall, transfer, local, remote)
 
 
-def _totals(
-    alone: Floats, before: Floats, behind: Floats, transfer: Floats, facts: Facts
-) -> tuple[Floats, Floats]:
+def _totals(alone: Floats, before: Floats, behind: Floats, transfer: Floats, facts: Facts) -> tuple[Floats, Floats]:
     """Costs of workers alone [decodes], and of pairs [prefills, decodes]."""
     pairs = before.take(facts.prefills)[:, None] + behind.take(facts.decodes) + transfer
     return alone.take(facts.decodes), pairs

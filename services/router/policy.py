@@ -97,8 +97,8 @@ def place(query: Query, table: Table, weights: Weights) -> Candidate:
 
 def by_cost(query: Query, scored: Costs, totals: Floats, tie_ms: float) -> Ranked:
     """The cheapest first. Those that may be chosen at once, and a few more, are put in order at once."""
-    num_possible = np.count_nonzero(totals < np.inf)
-    num_tied = np.count_nonzero(totals <= totals.min() + tie_ms) if num_possible else 0
+    num_possible = int(np.count_nonzero(totals < np.inf))
+    num_tied = int(np.count_nonzero(totals <= totals.min() + tie_ms)) if num_possible else 0
     count = min(max(FEW, num_tied), num_possible)
     few = np.argpartition(totals, count - 1)[:count] if 0 < count < num_possible else np.arange(len(totals))
     few.sort()
@@ -190,7 +190,9 @@ def _rejected(query: Query, table: Table, weights: Weights) -> Iterator[Candidat
         else:
             fit.append(worker)
     scored = costs(query, table, weights)
-    decodes, prefills = ({workers[row].name: at for at, row in enumerate(rows)} for rows in (table.facts.decodes, table.facts.prefills))
+    decodes, prefills = (
+        {workers[row].name: at for at, row in enumerate(rows)} for rows in (table.facts.decodes, table.facts.prefills)
+    )
     for decode in (worker for worker in fit if worker.role is Role.DECODE):
         at = decodes[decode.name]
         if np.isinf(scored.local[at]):

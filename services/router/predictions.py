@@ -36,9 +36,7 @@ def places(num_pages: int) -> tuple[int, ...]:
 
 def marks(page_hashes: bytes) -> list[bytes]:
     """The marks of a prompt with these pages, concatenated hashes."""
-    return [
-        page_hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES] for at in places(len(page_hashes) // HASH_BYTES)
-    ]
+    return [page_hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES] for at in places(len(page_hashes) // HASH_BYTES)]
 
 
 class Predictions:

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Sequence
 
 from grpc.aio import ServicerContext
 
@@ -74,11 +73,11 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             summary = summarize(query, candidates[0], len(candidates))
         num_queued = await self._admission.num_queued(query.model)
         if num_queued:
-            summary += f"; {num_queued} requests wait in the queue"
+            summary += f"; {num_queued} {'request waits' if num_queued == 1 else 'requests wait'} in the queue"
         shown = [_candidate(candidate) for candidate in candidates]
         return router_pb2.ExplainResponse(candidates=shown, summary=summary, num_queued=num_queued)
 
-    async def _rank(self, request: router_pb2.RouteRequest, query: Query) -> Sequence[Candidate]:
+    async def _rank(self, request: router_pb2.RouteRequest, query: Query) -> policy.Ranked:
         """Placements, the best first. While no worker is there at all, one may be about to come."""
         give_up = time.monotonic() + self._no_worker_wait_s
         while True:

@@ -9,7 +9,6 @@ from shared.blackboard.records import Load
 from shared.engine.api import Engine
 from shared.engine.meter import Rate
 
-
 # How right the router's expectations were is told from prompts expected to take so long together, and a single one counts
 # as at most so wrong.
 PROMPT_MEMORY_MS = 10_000.0

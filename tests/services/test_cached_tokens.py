@@ -18,7 +18,9 @@ def counts(usage: generation_pb2.Usage) -> tuple[int, int, int]:
     return usage.num_cached_local, usage.num_cached_remote, usage.num_cached_transferred
 
 
-async def cached(world: Fleet, decode: Running, prefill: Running | None = None, source: Running | None = None) -> object:
+async def cached(
+    world: Fleet, decode: Running, prefill: Running | None = None, source: Running | None = None
+) -> object:
     return counts((await generate(world, request(prompt(LENGTH), decode, prefill, source))).usage)
 
 

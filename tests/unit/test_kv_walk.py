@@ -24,7 +24,17 @@ class Actor:
         self.leases: list[int] = []
 
     def act(self) -> None:
-        actions = [self.reserve, self.extend, self.adopt, self.publish, self.shrink, self.drop, self.drop, self.grant, self.widen]
+        actions = [
+            self.reserve,
+            self.extend,
+            self.adopt,
+            self.publish,
+            self.shrink,
+            self.drop,
+            self.drop,
+            self.grant,
+            self.widen,
+        ]
         self.random.choice([*actions, self.acquire, self.renew, self.release, self.wait])()
 
     def chain(self) -> list[bytes]:

@@ -185,7 +185,9 @@ async def two(valkey_url: str) -> AsyncIterator[tuple[World, World]]:
     """Routers that see the same workers and hear each other."""
     boards = [Blackboard(valkey_url), Blackboard(valkey_url)]
     fleet = [registration("d1"), registration("d2")]
-    worlds = [World(*fleet, board=board.placements, name=name) for board, name in zip(boards, ("r1", "r2"), strict=True)]
+    worlds = [
+        World(*fleet, board=board.placements, name=name) for board, name in zip(boards, ("r1", "r2"), strict=True)
+    ]
     running = [asyncio.create_task(world.placements.run()) for world in worlds]
     await heard_by(boards[0], 2)
     yield worlds[0], worlds[1]

@@ -54,7 +54,7 @@ class Router:
         limits: Limits = Limits(),  # noqa: B008 - frozen
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.board = Blackboard(url)
+        self.url, self.board = url, Blackboard(url)
         self.telemetry = Telemetry("router", "r1")
         self.fleet = Fleet(self.board, WEIGHTS, heartbeat_ms=heartbeat_ms, ttl_ms=ttl_ms, clock=clock)
         self.server = rpc.Server(self.telemetry, [SERVICE])
@@ -68,12 +68,14 @@ class Router:
         router_pb2_grpc.add_RouterServiceServicer_to_server(self.servicer, self.server.grpc)
         self.channels = rpc.Channels()
 
-    async def start(self) -> None:
+    async def start(self) -> int:
+        """The port."""
         running = (self.fleet.run(), self.feed.run(), self.placements.run(), self.admission.run())
         self.watching = [asyncio.create_task(each) for each in running]
         port = await self.server.start("127.0.0.1", 0)
         self.channel = self.channels.to(f"127.0.0.1:{port}")
         self.stub: Any = router_pb2_grpc.RouterServiceStub(self.channel)
+        return port
 
     async def stop(self) -> None:
         for task in self.watching:

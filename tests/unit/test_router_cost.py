@@ -12,6 +12,7 @@ from services.router.config import RouterConfig
 from services.router.cost import costs
 from services.router.fleet import Fleet
 from services.router.policy import place as place_on
+from services.router.policy import rank
 from services.router.rivals import RIVALS
 from services.router.table import Table
 from shared.blackboard.board import Blackboard
@@ -154,6 +155,14 @@ def test_each_rival_goes_by_its_own_thing() -> None:
     assert place(query(), fleet, Weights(policy="least-loaded")).names == ("d2", "")
     at_random = {place(replace(query(), request_id=str(n)), fleet, Weights(policy="random")).names for n in range(50)}
     assert len(at_random) == 3
+
+
+@pytest.mark.parametrize("policy", RIVALS)
+def test_a_rival_offers_workers_alone_behind_all_pairs_should_no_prefill_worker_have_room(policy: str) -> None:
+    weights = Weights(policy=policy)
+    fleet = [worker("p1"), worker("p2"), worker("d1"), worker("d2", decoding=1)]
+    ways = [bool(each.prefill) for each in rank(query(), Table.of(fleet, weights), weights)]
+    assert ways == [True] * 4 + [False] * 2
 
 
 def test_round_robin_takes_turns() -> None:
