@@ -6,8 +6,8 @@ Half of the workers prefill, half decode. Each prompt is new and begins with wha
 have different parts of it cached, so that its pages lie cold and scattered among the million. `lookup` finds prefixes,
 `policy` weighs placements; `inside` is all that the router does between reading a request and having its answer, with a
 board that promises room without being asked, and `decision` the same with the reservation in Valkey, one round trip.
-`over gRPC` includes a client in the same process. `refused`: no worker has room, so that all placements are offered, and
-the queue is full. CPU is that of the process, without Valkey.
+`over gRPC` includes a client in the same process. `refused`: no worker has room, so that all placements are offered,
+and the queue is full. CPU is that of the process, without Valkey.
 """
 
 import argparse

@@ -25,9 +25,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--trace", type=Path, help="JSONL: timestamp, input_length, output_length, hash_ids")
     made.add_argument("--divide", type=int, default=32, help="lengths of the trace are divided by this")
     made.add_argument("--speed", type=float, default=6.0, help="the trace runs so many times as fast")
-    made.add_argument(
-        "--shapes", nargs="+", default=["long prompts", "long answers", "agents in turns"], help="of splits"
-    )
+    made.add_argument("--shapes", nargs="+", default=comparisons.SHAPES, help="of splits")
     made.add_argument("--policies", nargs="+", default=comparisons.POLICIES, help="those to compare")
     made.add_argument("--routers", nargs="+", type=int, default=[1, 2, 4], help="numbers of routers")
     made.add_argument("--rate", type=float, default=3.0, help="conversations of agents that begin per second")

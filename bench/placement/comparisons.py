@@ -10,6 +10,7 @@ from bench.placement.harness import Fleet
 from bench.placement.workloads import Agents, Conversation, agents, singles
 
 POLICIES = ("cost", "prefix", "least-loaded", "round-robin", "random")
+SHAPES = ("long prompts", "long answers", "agents in turns")
 NUM_WORKERS = 4
 NEVER = 1_000_000_000
 

@@ -84,7 +84,7 @@ class Admission:
         )
         meter.create_observable_gauge(
             "forebay_queued_requests",
-            [self._num_queued_here],
+            [self._num_waiting],
             description="Requests that wait here for room, by priority",
         )
 
@@ -264,7 +264,7 @@ class Admission:
             return DeadlineExceeded(message, metadata=retry)
         return Overloaded(f"all workers of model {ask.model!r} are full, and so is the queue", metadata=retry)
 
-    def _num_queued_here(self, _: CallbackOptions) -> Iterable[Observation]:
+    def _num_waiting(self, _: CallbackOptions) -> Iterable[Observation]:
         parked = Counter(waiter.ask.priority for waiter in self._waiters.values() if waiter.parked_at is not None)
         for priority, number in parked.items() or ((0, 0),):
             yield Observation(number, {"priority": str(priority)})

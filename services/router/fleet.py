@@ -38,7 +38,8 @@ class Member:
     queued prompts will be computed. Placing a prompt moves it on, time catches up with it, and a report of a longer
     queue moves it further; so a burst does not herd before load reports arrive, and nothing has to be taken back.
 
-    `num_unreported` sequences were placed and are in no report; `num_arrived` have come since, but would still count."""
+    `num_unreported` sequences were placed and are in no report yet; of `num_arrived` more the time is not up, but a
+    report says that they came."""
 
     registration: Registration
     card: ModelCard

@@ -220,7 +220,7 @@ class PageIndex:
 
 
 def _lengths(have: Words, lasts: Ints) -> Ints:
-    """How many pages each slot has, if a row of `have` [n, num_words] counts for so many, and for one beyond `lasts`."""
+    """How many pages each slot has, if rows of `have` [n, num_words] count for so many each, for one beyond `lasts`."""
     bits = np.unpackbits(have.astype("<u8", copy=False).view(np.uint8), axis=1, bitorder="little")
     weights = np.ones(len(have), np.float32)  # exact below 2^24 pages
     weights[: len(lasts)] = lasts

@@ -190,8 +190,9 @@ def _rejected(query: Query, table: Table, weights: Weights) -> Iterator[Candidat
         else:
             fit.append(worker)
     scored = costs(query, table, weights)
+    facts = table.facts
     decodes, prefills = (
-        {workers[row].name: at for at, row in enumerate(rows)} for rows in (table.facts.decodes, table.facts.prefills)
+        {workers[row].name: at for at, row in enumerate(rows)} for rows in (facts.decodes, facts.prefills)
     )
     for decode in (worker for worker in fit if worker.role is Role.DECODE):
         at = decodes[decode.name]

@@ -51,7 +51,7 @@ class Predictions:
         return len(self._spans)
 
     def add(self, marked: Sequence[bytes], worker: Incarnation, begin: float, computed_at: float, now: float) -> None:
-        """From `begin` on a worker counts as having a prompt with these marks, which it should have at `computed_at`."""
+        """From `begin` on a worker counts as having a prompt with these marks, which it will have at `computed_at`."""
         end = computed_at + GRACE_S
         self.forget(now)
         if end > now + MAX_AHEAD_S or len(self._spans) + len(marked) > MAX_MARKS:

@@ -153,8 +153,8 @@ class Table:
 
 
 def calibration(load: Load) -> float:
-    """What to multiply a worker's rates with: what prompts really took there, over what was expected by the rates. A step
-    that prompts share with decodes, or a machine that others use too, makes them slower than any rate says."""
+    """What to multiply a worker's rates with: what prompts really took there, over what the rates say. Steps
+    that prompts share with decodes, or a machine that others use too, make them slower than any rate says."""
     return min(max(load.prompt_ratio, 1 / MAX_CALIBRATION), MAX_CALIBRATION) if load.prompt_ratio else 1.0
 
 

@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 
 class Placement(Record):
-    """One prompt. `computing` and `decode` are names and epochs of workers; `marks` are page hashes here and there in it,
-    as the router chooses them, in hex. It takes `prefill_ms` to compute, from when it is its turn."""
+    """One prompt. `computing` and `decode` are names and epochs of workers; `marks` are page hashes here and there in
+    it, as the router chooses them, in hex. It takes `prefill_ms` to compute, from when it is its turn."""
 
     computing: tuple[str, int]
     decode: tuple[str, int]

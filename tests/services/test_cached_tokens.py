@@ -1,5 +1,5 @@
-"""What counts as cached, on every path that a prompt can take: the three counts are disjoint, and what is computed for a
-request is in none of them."""
+"""What counts as cached, on every path that a prompt can take: the three counts are disjoint, and what is computed for
+a request is in none of them."""
 
 import asyncio
 from dataclasses import replace
@@ -10,17 +10,18 @@ from tests.services.workers import MODEL, Fleet, Running, generate, prompt, requ
 
 LENGTH, SHORT = 101, 41
 ALL, SOME = 100, 40  # whole pages, without the last token
+Counts = tuple[int, int, int]
 SURE = replace(MODEL, draft_acceptance=1.0)
 
 
-def counts(usage: generation_pb2.Usage) -> tuple[int, int, int]:
+def counts(usage: generation_pb2.Usage) -> Counts:
     """Local, remote, transferred."""
     return usage.num_cached_local, usage.num_cached_remote, usage.num_cached_transferred
 
 
 async def cached(
     world: Fleet, decode: Running, prefill: Running | None = None, source: Running | None = None
-) -> object:
+) -> Counts:
     return counts((await generate(world, request(prompt(LENGTH), decode, prefill, source))).usage)
 
 

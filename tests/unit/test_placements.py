@@ -202,13 +202,13 @@ async def heard_by(board: Blackboard, count: int) -> None:
     """Wait until so many listen."""
     async with asyncio.timeout(10):
         nobody = Placement(computing=("x", 1), decode=("x", 1), prefill_ms=0)
-        while await board.placements.announce("test", [nobody]) < count:
+        while await board.placements.announce("test", [nobody]) < count:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.01)
 
 
 async def until_expected(world: World, pages: bytes) -> None:
     async with asyncio.timeout(10):
-        while not world.look(pages).num_cached_tokens:
+        while not world.look(pages).num_cached_tokens:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.005)
 
 

@@ -27,7 +27,7 @@ async def has(router: Router, used: Room, *arrived: str) -> None:
 
 async def queued(router: Router, length: int) -> None:
     async with asyncio.timeout(10):
-        while await router.admission.num_queued("m") != length:
+        while await router.admission.num_queued("m") != length:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.005)
 
 

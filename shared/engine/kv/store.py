@@ -75,8 +75,8 @@ class KvStore:
             return True
 
     def adopt(self, table: PageTable, page_hashes: Sequence[bytes]) -> None:
-        """Put cached pages in the place of a table's own that are yet to be computed: others with the same prompt may have
-        computed them since it was reserved. Its own must be whole, new and unknown to anybody."""
+        """Put cached pages in the place of a table's own that are yet to be computed: others with the same prompt may
+        have computed them since it was reserved. Its own must be new, and unknown to anybody."""
         with self._section():
             first, part = divmod(table.num_tokens, self.page_size)
             run = self._index.run(page_hashes[: len(table.page_ids)])
