@@ -9,8 +9,8 @@ from shared.blackboard.records import Load
 from shared.engine.api import Engine
 from shared.engine.meter import Rate
 
-# How right the router's expectations were is told from prompts that should have taken so long together, and a single one
-# counts as at most so wrong.
+# How right the router's expectations were is told from prompts that should have taken so long together, and a single
+# one counts as at most so wrong.
 PROMPT_MEMORY_MS = 10_000.0
 MAX_RATIO = 4.0
 
