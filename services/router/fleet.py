@@ -131,7 +131,7 @@ class Fleet:
         changed = not was_known or _available(members) != _available(self._members)
         asked_for, self._members, self._rosters = self._rosters.keys(), members, {}
         self._incarnations = {(one.registration.name, one.registration.epoch): one for one in members.values()}
-        for model in asked_for:
+        for model in asked_for & {member.card.model for member in members.values()}:
             self.roster(model)  # here, lest the next request waits for it
         self._models |= {member.card.model for member in members.values()}
         if changed:

@@ -107,7 +107,10 @@ def by_cost(query: Query, scored: Costs, totals: Floats, tie_ms: float) -> Ranke
         first[:num_tied] = spread(query, scored.table, first[:num_tied])
 
     def rest() -> Ints:
-        return np.argsort(totals, kind="stable")[count:num_possible]
+        others = np.ones(len(totals), np.bool_)
+        others[first] = False  # equal ones are on both sides
+        order = np.argsort(totals, kind="stable")[:num_possible]
+        return order[others[order]]
 
     return Ranked(scored, first, num_possible, rest)
 

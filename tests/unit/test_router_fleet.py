@@ -136,6 +136,15 @@ def test_without_a_loss_a_missing_worker_leaves_at_once(world: World) -> None:
     assert [worker.name for worker in world.workers()] == ["d2"]
 
 
+def test_models_that_nobody_serves_leave_nothing_behind(world: World) -> None:
+    world.observe(registration("d1"))
+    for number in range(100):
+        assert world.fleet.roster(f"no model {number}").incarnations == []
+    world.observe(registration("d1"))
+    assert len(world.fleet._rosters) == 0
+    assert len(world.workers()) == 1
+
+
 def test_a_process_without_a_model_card_is_no_worker(world: World) -> None:
     world.observe(registration("d1", card=None))
     assert world.workers() == []
