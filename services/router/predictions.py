@@ -9,7 +9,7 @@ places that are the same for all prompts.
 """
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from services.router.page_index import Ints
@@ -76,21 +76,27 @@ class Predictions:
     def raise_runs(self, runs: Ints, page_hashes: bytes, row_of: Mapping[Incarnation, int], now: float) -> Ints:
         """Leading pages that each worker has [workers], or is going to: `runs` itself if no prediction says more."""
         self.forget(now)
-        raised = runs
-        for at in places(len(page_hashes) // HASH_BYTES) if self._spans else ():
-            spans = self._spans.get(page_hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES])
-            if spans is None:
-                break  # nor has anybody more of it
-            for row in _rows(spans, row_of, now):
-                if raised[row] <= at:
+        known = self._known(page_hashes) if self._spans else []
+        raised, seen = runs, set[Incarnation]()
+        for at, spans in reversed(known):
+            for worker, (begin, end) in spans.items():
+                if worker in seen or not begin <= now < end:
+                    continue
+                seen.add(worker)
+                row = row_of.get(worker)
+                if row is not None and raised[row] <= at:
                     raised = runs.copy() if raised is runs else raised
                     raised[row] = at + 1
+            if len(seen) == len(known[0][1]):
+                break  # who has a later mark has the first
         return raised
 
-
-def _rows(
-    spans: Mapping[Incarnation, tuple[float, float]], row_of: Mapping[Incarnation, int], now: float
-) -> Iterable[int]:
-    for worker, (begin, end) in spans.items():
-        if begin <= now < end and (row := row_of.get(worker)) is not None:
-            yield row
+    def _known(self, page_hashes: bytes) -> list[tuple[int, dict[Incarnation, tuple[float, float]]]]:
+        """The leading marks of a prompt that anybody is predicted to have: at which page, and who."""
+        known = []
+        for at in places(len(page_hashes) // HASH_BYTES):
+            spans = self._spans.get(page_hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES])
+            if spans is None:
+                break
+            known.append((at, spans))
+        return known
