@@ -3,17 +3,19 @@
     python -m bench.routing [--pages 1000] [--workers 16 64] [--index-pages 1000000] [--seconds 2]
 
 Half of the workers prefill, half decode. Each prompt is new and begins with what some conversation had: four workers
-have different parts of it cached, so that its pages lie cold and scattered among the million. `decision` is all that
-the router does between reading a request and having its answer, the reservation in Valkey included, `lookup` the part
-of it that finds prefixes, `policy` the one that weighs placements; `over gRPC` includes a client in the same process.
-CPU is that of the process.
+have different parts of it cached, so that its pages lie cold and scattered among the million. `lookup` finds prefixes,
+`policy` weighs placements; `inside` is all that the router does between reading a request and having its answer, with a
+board that promises room without being asked, and `decision` the same with the reservation in Valkey, one round trip.
+`over gRPC` includes a client in the same process. `refused`: no worker has room, so that all placements are offered,
+and the queue is full. CPU is that of the process, without Valkey.
 """
 
 import argparse
+import itertools
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,21 +23,27 @@ import uvloop
 
 from bench import provenance
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
+from services.router.__main__ import steady
 from services.router.admission import Admission, Limits
 from services.router.candidate import Weights
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
+from services.router.placements import Placements
 from services.router.policy import place
 from services.router.servicer import RouterServicer, parse
 from shared import rpc
+from shared.blackboard.admission import AdmissionBoard
 from shared.blackboard.board import Blackboard
 from shared.blackboard.index import IndexEvent, IndexPart
-from shared.blackboard.records import Load, ModelCard, Pages, Registration, Role
+from shared.blackboard.placements import PlacementBoard
+from shared.blackboard.records import Load, ModelCard, Pages, Registration, Role, Room
+from shared.errors import Overloaded
 from shared.page_hash import HASH_BYTES
 from shared.telemetry import Telemetry
 
+Action = Callable[[router_pb2.RouteRequest, Any], Awaitable[Any]]
 PAGE_SIZE, TTL_MS = 16, 600_000
-NO_BOARD, NO_CONTEXT = cast("Blackboard", None), cast("Any", None)
+NO_BOARD, NO_CONTEXT, NO_REDIS = cast("Blackboard", None), cast("Any", None), cast("Any", None)
 CARD = ModelCard(
     model="m",
     max_model_len=1 << 20,
@@ -117,40 +125,71 @@ class Prompts:
             )
 
 
+class Promising:
+    """In Redis' place: promises room on the first placement without looking."""
+
+    def register_script(self, _: str) -> Callable[..., Awaitable[list[bytes | int]]]:
+        async def run(keys: list[str], args: list[str | int]) -> list[bytes | int]:  # noqa: ARG001
+            return [b"placed", 0]
+
+        return run
+
+
 async def measure(num_workers: int, args: argparse.Namespace) -> None:
     fleet, telemetry = Fleet(NO_BOARD, Weights(), heartbeat_ms=500, ttl_ms=TTL_MS), Telemetry("router", "bench")
     fleet.observe(registrations(num_workers))
     prompts = Prompts(args.pages, args.index_pages, fleet.incarnations())
     mirror = prompts.mirror
     print(f"\n{num_workers} workers, {mirror.num_pages:,} pages indexed in {mirror.num_bytes / 1e6:.0f} MB")
+
+    def servicer(board: AdmissionBoard, max_queued: int = 1_024) -> RouterServicer:
+        admission = Admission(board, "bench", Limits(max_queued), telemetry.meter)
+        placements = Placements(fleet, PlacementBoard(NO_REDIS), "bench")
+        return RouterServicer(fleet, mirror, placements, admission, Weights(), telemetry)
+
+    steady()
     with embedded_valkey() as url:
         board = Blackboard(url)
-        admission = Admission(board.admission, "bench", Limits(), telemetry.meter)
-        servicer = RouterServicer(fleet, mirror, admission, Weights(), telemetry)
-        await time_route(servicer, prompts, fleet, telemetry, args.seconds)
+        asked = itertools.cycle(list(itertools.islice(prompts, 1_000)))
+        await time_parts(mirror, fleet, asked, args.seconds)
+        for name, redis in (("inside", AdmissionBoard(cast("Any", Promising()))), ("decision", board.admission)):
+            print(f"  {name:10} {await repeat(servicer(redis).Route, asked, args.seconds)}")
+        await over_grpc(servicer(board.admission), asked, telemetry, args.seconds)
+        await fill(board.admission, fleet)
+        print(f"  {'refused':10} {await repeat(refused(servicer(board.admission, 0)), asked, args.seconds)}")
         await board.close()
     telemetry.close()
 
 
-async def time_route(
-    servicer: RouterServicer, prompts: Prompts, fleet: Fleet, telemetry: Telemetry, seconds: float
-) -> None:
-    mirror, roster, asked = prompts.mirror, fleet.roster("m"), iter(prompts)
-    request = next(asked)
+async def time_parts(mirror: Mirror, fleet: Fleet, asked: Iterator[router_pb2.RouteRequest], seconds: float) -> None:
+    roster, request = fleet.roster("m"), next(asked)
     query, table = parse(request), fleet.table(roster, mirror.runs(request.page_hashes, roster.incarnations))
 
-    async def look_up() -> None:
-        mirror.runs(next(asked).page_hashes, roster.incarnations)
+    async def look_up(request: router_pb2.RouteRequest, _: Any) -> None:
+        mirror.runs(request.page_hashes, roster.incarnations)
 
-    async def weigh() -> None:
+    async def weigh(_: router_pb2.RouteRequest, __: Any) -> None:
         place(query, table, Weights())
 
-    async def decide() -> None:
-        await servicer.Route(next(asked), NO_CONTEXT)
+    for name, action in (("lookup", look_up), ("policy", weigh)):
+        print(f"  {name:10} {await repeat(action, asked, seconds)}")
 
-    for name, action in (("lookup", look_up), ("policy", weigh), ("decision", decide)):
-        print(f"  {name:10} {await repeat(action, seconds)}")
-    await over_grpc(servicer, asked, telemetry, seconds)
+
+async def fill(board: AdmissionBoard, fleet: Fleet) -> None:
+    """Every worker reports that it has no room."""
+    full = Room(sequences=1, tokens=1, pages=1)
+    for name, epoch in fleet.incarnations():
+        await board.report("m", name, epoch, limits=full, used=full, arrived=(), ttl_ms=TTL_MS)
+
+
+def refused(servicer: RouterServicer) -> Action:
+    """Asks for what is not to be had."""
+
+    async def ask(request: router_pb2.RouteRequest, context: Any) -> None:
+        with suppress(Overloaded):
+            await servicer.Route(request, context)
+
+    return ask
 
 
 @contextmanager
@@ -167,19 +206,23 @@ async def over_grpc(
     server, channels = rpc.Server(telemetry, []), rpc.Channels()
     router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server.grpc)
     stub: Any = router_pb2_grpc.RouterServiceStub(channels.to(f"127.0.0.1:{await server.start('127.0.0.1', 0)}"))
-    print(f"  {'over gRPC':10} {await repeat(lambda: rpc.call(stub.Route, next(asked)), seconds)}")
+
+    async def call(request: router_pb2.RouteRequest, _: Any) -> None:
+        await rpc.call(stub.Route, request)
+
+    print(f"  {'over gRPC':10} {await repeat(call, asked, seconds)}")
     await channels.close()
     await server.stop(0)
 
 
-async def repeat(action: Callable[[], Awaitable[Any]], seconds: float) -> Timing:
+async def repeat(action: Action, asked: Iterator[router_pb2.RouteRequest], seconds: float) -> Timing:
     """One at a time."""
     for _ in range(20):
-        await action()
+        await action(next(asked), NO_CONTEXT)
     wall_ms: list[float] = []
     end, cpu = time.perf_counter() + seconds, time.process_time()
     while (started := time.perf_counter()) < end:
-        await action()
+        await action(next(asked), NO_CONTEXT)
         wall_ms.append((time.perf_counter() - started) * 1000)
     return Timing(len(wall_ms), wall_ms, time.process_time() - cpu)
 

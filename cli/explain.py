@@ -1,6 +1,7 @@
 """`forebay explain`: where the router would send a conversation, what every other placement would cost, and why."""
 
 import asyncio
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +23,11 @@ TIMEOUT_S = 10.0
 
 
 def explain(
-    prompt: Annotated[str, typer.Argument(help="What a user would say.")],
+    prompt: Annotated[str, typer.Argument(help="What a user would say, or token ids.")],
     model: Annotated[str, typer.Option(help="Model; default: the first that is served.")] = "",
     tenant: Annotated[str, typer.Option(help="Whose cache to look in.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    ids: Annotated[bool, typer.Option("--ids", help="The prompt is token ids, with spaces or commas between.")] = False,
     redis: Annotated[str, typer.Option(metavar="URL", help="Blackboard of a cluster on other machines.")] = "",
 ) -> None:
     """Show every placement of a prompt with its cost in milliseconds; nothing is computed or reserved."""
@@ -33,24 +35,47 @@ def explain(
     if not redis and run is None:
         fail("no cluster runs on this machine; start one with `forebay up`")
     try:
-        answer = asyncio.run(_ask(redis or (run.redis_url if run else ""), prompt, model, tenant, max_tokens))
+        asked = Asked(prompt, model, tenant, max_tokens, token_ids(prompt) if ids else None)
+        answer = asyncio.run(_ask(redis or (run.redis_url if run else ""), asked))
     except Fault as fault:
         fail(fault.message)
     Console().print(_table(answer))
     typer.echo(answer.summary)
 
 
-async def _ask(redis_url: str, prompt: str, model: str, tenant: str, max_tokens: int) -> router_pb2.ExplainResponse:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line says; `token_ids` take the place of the prompt if they are given."""
+
+    prompt: str
+    model: str
+    tenant: str
+    max_tokens: int
+    token_ids: list[int] | None
+
+
+def token_ids(text: str) -> list[int]:
+    """Numbers with spaces or commas between. Raises InvalidRequest."""
+    try:
+        ids = [int(word) for word in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise InvalidRequest(f"not a token id: {error}", param="prompt") from None
+    if not ids or not all(0 <= token < 1 << 31 for token in ids):
+        raise InvalidRequest("token ids are numbers from 0 on, at least one", param="prompt")
+    return ids
+
+
+async def _ask(redis_url: str, asked: Asked) -> router_pb2.ExplainResponse:
     board, channels = Blackboard(redis_url), rpc.Channels()
     try:
         entries = await board.processes(Role.DECODE, Role.ROUTER)
         routers = [entry.address for entry in entries if entry.role is Role.ROUTER]
-        cards = [entry.card for entry in entries if entry.card and model in ("", entry.card.model)]
+        cards = [entry.card for entry in entries if entry.card and asked.model in ("", entry.card.model)]
         if not routers:
             raise NoWorker("no router is there")
         if not cards:
-            raise ModelNotFound(f"no worker serves {model!r}" if model else "no worker is there")
-        request = await _request(cards[0], prompt, tenant, max_tokens)
+            raise ModelNotFound(f"no worker serves {asked.model!r}" if asked.model else "no worker is there")
+        request = _request(cards[0], asked, asked.token_ids or await _tokenized(cards[0], asked.prompt))
         stub: Any = router_pb2_grpc.RouterServiceStub(channels.to(routers[0]))
         explanation: router_pb2.ExplainResponse
         explanation = await rpc.call(stub.Explain, router_pb2.ExplainRequest(request=request), TIMEOUT_S)
@@ -60,21 +85,25 @@ async def _ask(redis_url: str, prompt: str, model: str, tenant: str, max_tokens:
         await board.close()
 
 
-async def _request(card: ModelCard, prompt: str, tenant: str, max_tokens: int) -> router_pb2.RouteRequest:
+async def _tokenized(card: ModelCard, prompt: str) -> list[int]:
+    """As the gateway tokenizes a conversation that a user begins."""
     text = text_model.load(Path(card.model_path) if card.model_path else None)
     if text.tokenizer is None:
-        raise InvalidRequest(f"{card.model} has no tokenizer on this machine")
+        raise InvalidRequest(f"{card.model} has no tokenizer on this machine; give token ids and --ids")
     if text.chat_template is not None:
         prompt = text.chat_template.render([{"role": "user", "content": prompt}])
-    token_ids = await text.tokenizer.encode(prompt, special=text.chat_template is None)
-    hashes = page_hash.chain(page_hash.tenant_key(tenant), token_ids, card.page_size)
+    return list(await text.tokenizer.encode(prompt, special=text.chat_template is None))
+
+
+def _request(card: ModelCard, asked: Asked, ids: list[int]) -> router_pb2.RouteRequest:
+    hashes = page_hash.chain(page_hash.tenant_key(asked.tenant), ids, card.page_size)
     return router_pb2.RouteRequest(
         request_id="explain",
         model=card.model,
         page_hashes=page_hash.join(hashes),
-        num_prompt_tokens=len(token_ids),
-        max_tokens=max_tokens,
-        tenant=tenant,
+        num_prompt_tokens=len(ids),
+        max_tokens=asked.max_tokens,
+        tenant=asked.tenant,
     )
 
 

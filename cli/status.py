@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +20,27 @@ from shared.models.store import default_cache
 
 Row = dict[str, Any]
 FILE_WIDTH = 130
-COLUMNS = ("process", "state", "pid", "address", "epoch", "free/cached/leased/held", "running", "restarts")
+COLUMNS = (
+    "process",
+    "state",
+    "pid",
+    "address",
+    "epoch",
+    "free/cached/leased/held",
+    "running",
+    "waiting",
+    "report s",
+    "restarts",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the blackboard shows: processes, how old their reports are by name, and lengths of queues by model."""
+
+    registrations: list[Registration]
+    ages_ms: dict[str, float]
+    queues: dict[str, int]
 
 
 def status(
@@ -30,27 +53,32 @@ def status(
         typer.secho("no cluster runs on this machine; start one with `forebay up`", fg="red", err=True)
         raise typer.Exit(1)
     try:
-        registrations = asyncio.run(_registrations(run.redis_url if run else redis))
+        seen = asyncio.run(_look(run.redis_url if run else redis))
     except BlackboardLost as fault:
         typer.secho(fault.message, fg="red", err=True)
-        registrations = []
+        seen = Seen([], {}, {})
         if run is None:
             raise typer.Exit(1) from None
-    rows = join(run, registrations)
+    rows = join(run, seen.registrations, seen.ages_ms)
     if as_json:
         about = run.model_dump(include={"url", "model", "redis_url", "supervisor_pid"}) if run else {"redis_url": redis}
-        typer.echo(json.dumps(about | {"processes": rows}, indent=2))
+        typer.echo(json.dumps(about | {"queues": seen.queues, "processes": rows}, indent=2))
     else:
         console = Console()
         console.width = console.width if console.is_terminal else FILE_WIDTH
         console.print(_table(rows))
+        for model, length in seen.queues.items():
+            console.print(f"{length} requests wait for room on workers of {model}")
 
 
-def join(run: RunState | None, registrations: list[Registration]) -> list[Row]:
+def join(
+    run: RunState | None, registrations: list[Registration], ages_ms: Mapping[str, float] = MappingProxyType({})
+) -> list[Row]:
     """One row for each process that is supervised or registered, in the supervisor's order."""
     known = {process.name: process for process in (run.processes if run else [])}
     registered = {entry.name: entry for entry in registrations}
-    rows = [_row(name, known.get(name), registered.get(name)) for name in dict.fromkeys([*known, *registered])]
+    names = dict.fromkeys([*known, *registered])
+    rows = [_row(name, known.get(name), registered.get(name), ages_ms.get(name)) for name in names]
     if run:
         for row in rows:
             if row["role"] == plan.BLACKBOARD:
@@ -59,7 +87,7 @@ def join(run: RunState | None, registrations: list[Registration]) -> list[Row]:
     return rows
 
 
-def _row(name: str, process: ProcessState | None, entry: Registration | None) -> Row:
+def _row(name: str, process: ProcessState | None, entry: Registration | None, age_ms: float | None) -> Row:
     current = entry if process is None or (entry and entry.pid == process.pid) else None
     return {
         "role": str(entry.role) if entry else process.role if process else "",
@@ -74,6 +102,7 @@ def _row(name: str, process: ProcessState | None, entry: Registration | None) ->
         "model": current.card.model if current and current.card else None,
         "pages": current.pages.model_dump() if current and current.card else None,
         "load": current.load.model_dump() if current and current.card else None,
+        "report_age_ms": age_ms if current else None,
         "num_restarts": process.num_restarts if process else None,
         "last_exit": process.last_exit if process else None,
         "log": process.log if process else None,
@@ -86,33 +115,26 @@ def _state(process: ProcessState | None, entry: Registration | None) -> str:
     return "starting" if process and process.pid else "down"
 
 
-async def _registrations(redis_url: str) -> list[Registration]:
+async def _look(redis_url: str) -> Seen:
     board = Blackboard(redis_url)
     try:
-        return await board.processes(*Role)
+        registrations = await board.processes(*Role)
+        models = sorted({entry.card.model for entry in registrations if entry.card})
+        lengths = await board.admission.num_queued(models)
+        return Seen(registrations, await board.ages_ms(*Role), dict(zip(models, lengths, strict=True)))
     finally:
         await board.close()
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for title in (
-        "process",
-        "state",
-        "pid",
-        "address",
-        "epoch",
-        "free/cached/leased/held",
-        "running",
-        "restarts",
-    ):
-        table.add_column(title)
+    table = Table(*COLUMNS, box=None, pad_edge=False)
     for row in rows:
-        pages, load = row["pages"], row["load"]
+        pages, load, age_ms = row["pages"], row["load"], row["report_age_ms"]
         shown = "/".join(str(pages[key]) for key in ("free", "cached", "leased", "held")) if pages else ""
         address = row["http_address"] or row["address"]
         pids = " ".join(str(pid) for pid in (row["pid"], *row["rank_pids"]) if pid)
         cells = [row["name"], row["state"], pids, address, row["epoch"], shown]
-        cells += [load["num_running"] if load else "", row["num_restarts"]]
+        cells += [load["num_running"], load["num_waiting"]] if load else ["", ""]
+        cells += ["" if age_ms is None else f"{age_ms / 1000:.1f}", row["num_restarts"]]
         table.add_row(*("" if cell is None else str(cell) for cell in cells))
     return table

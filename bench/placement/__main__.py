@@ -23,11 +23,12 @@ def parser() -> argparse.ArgumentParser:
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("what", choices=("agents", "trace", "splits", "routers", "streams", "path"))
     made.add_argument("--trace", type=Path, help="JSONL: timestamp, input_length, output_length, hash_ids")
-    made.add_argument("--divide", type=int, default=8, help="lengths of the trace are divided by this")
-    made.add_argument("--speed", type=float, default=2.0, help="the trace runs so many times as fast")
+    made.add_argument("--divide", type=int, default=32, help="lengths of the trace are divided by this")
+    made.add_argument("--speed", type=float, default=6.0, help="the trace runs so many times as fast")
+    made.add_argument("--shapes", nargs="+", default=comparisons.SHAPES, help="of splits")
     made.add_argument("--policies", nargs="+", default=comparisons.POLICIES, help="those to compare")
     made.add_argument("--routers", nargs="+", type=int, default=[1, 2, 4], help="numbers of routers")
-    made.add_argument("--rate", type=float, default=2.0, help="conversations of agents that begin per second")
+    made.add_argument("--rate", type=float, default=3.0, help="conversations of agents that begin per second")
     made.add_argument("--duration-s", type=float, default=60.0, help="time in which conversations begin")
     made.add_argument("--requests", type=int, default=1000, help="of path, at each number of streams")
     made.add_argument("--concurrency", nargs="+", type=int, default=[16, 64, 256], help="streams of path")
@@ -44,17 +45,18 @@ def main() -> None:
     match options.what:
         case "agents":
             load = comparisons.on_agents(options.rate, duration_s, seed)
-            comparisons.compare("agents", comparisons.with_policies(options.policies), load, out)
+            comparisons.compare("agents", comparisons.with_policies(options.policies, comparisons.AGENTS), load, out)
         case "trace":
             if options.trace is None:
                 made.error("trace needs --trace FILE")
             load = comparisons.on_trace(options.trace, options.divide, options.speed, duration_s)
-            comparisons.compare("trace", comparisons.with_policies(options.policies), load, out)
+            comparisons.compare("trace", comparisons.with_policies(options.policies, comparisons.TRACE), load, out)
         case "routers":
             load = comparisons.on_agents(options.rate, duration_s, seed)
             comparisons.compare("routers", comparisons.with_routers(options.routers), load, out)
         case "splits":
-            for name, load in comparisons.shapes(duration_s, seed).items():
+            shapes = comparisons.shapes(duration_s, seed)
+            for name, load in [(name, shapes[name]) for name in options.shapes]:
                 comparisons.compare(name, comparisons.with_splits(), load, out)
         case "streams":
             streams.measure(streams.Load(duration_s=duration_s, seed=seed))

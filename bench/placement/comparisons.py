@@ -10,7 +10,30 @@ from bench.placement.harness import Fleet
 from bench.placement.workloads import Agents, Conversation, agents, singles
 
 POLICIES = ("cost", "prefix", "least-loaded", "round-robin", "random")
+SHAPES = ("long prompts", "long answers", "agents in turns")
 NUM_WORKERS = 4
+NEVER = 1_000_000_000
+
+
+def fleet(num_pages: int, prefill_ms: float, decode_ms: float, sequence_ms: float) -> Fleet:
+    """Four workers that do both, their times slow enough for two cores: what Python takes is small beside them. Steps
+    are short, as they are on a GPU."""
+    chunk_tokens = 128
+    times = {"prefill-ms-per-token": prefill_ms, "decode-ms": decode_ms, "decode-ms-per-sequence": sequence_ms}
+    worker_flags = " ".join([f"--sim-{name} {ms}" for name, ms in times.items()])
+    return Fleet(
+        num_decode=NUM_WORKERS,
+        num_pages=num_pages,
+        router_flags=f"--chunk-tokens {chunk_tokens}",
+        worker_flags=f"{worker_flags} --max-step-tokens {chunk_tokens}",
+    )
+
+
+# Prefixes of all conversations together do not fit into one worker's pool.
+AGENTS = fleet(num_pages=1_024, prefill_ms=1.5, decode_ms=20, sequence_ms=1)
+TRACE = fleet(num_pages=5_120, prefill_ms=0.6, decode_ms=10, sequence_ms=0.5)
+# A step of a GPU hardly takes longer for one sequence more, else half of the workers could not decode for all.
+SPLIT = fleet(num_pages=4_096, prefill_ms=0.6, decode_ms=20, sequence_ms=0.1)
 
 
 def compare(title: str, fleets: Iterable[tuple[str, Fleet]], conversations: Sequence[Conversation], out: Path) -> None:
@@ -24,23 +47,29 @@ def compare(title: str, fleets: Iterable[tuple[str, Fleet]], conversations: Sequ
     report.plot(rows, title, out / f"{title.replace(' ', '-').replace(',', '')}.png")
 
 
-def with_policies(names: Sequence[str]) -> Iterator[tuple[str, Fleet]]:
-    """Workers that all do both, under one policy after the other."""
+def with_policies(names: Sequence[str], fleet: Fleet) -> Iterator[tuple[str, Fleet]]:
+    """Workers that all do both, under one policy after the other. To pull a prefix from a peer is a decision of the
+    cost: the rivals never do, unless their name ends in `+pull`."""
     for name in names:
-        yield name, Fleet(num_decode=NUM_WORKERS, router_flags=f"--policy {name}")
+        policy, _, pulls = name.partition("+")
+        flags = f"{fleet.router_flags} --policy {policy}"
+        if policy != "cost" and not pulls:
+            flags += f" --min-pull-tokens {NEVER}"
+        yield name, replace(fleet, router_flags=flags)
 
 
 def with_routers(counts: Sequence[int]) -> Iterator[tuple[str, Fleet]]:
     """The same, by cost, with more and more routers."""
     for count in counts:
-        yield f"{count} routers" if count > 1 else "1 router", Fleet(num_decode=NUM_WORKERS, num_routers=count)
+        yield f"{count} routers" if count > 1 else "1 router", replace(AGENTS, num_routers=count)
 
 
 def with_splits() -> Iterator[tuple[str, Fleet]]:
     """The same number of workers: none of them for prefill alone; half of them, always used; half, used by cost."""
-    yield "aggregated", Fleet(num_decode=NUM_WORKERS)
-    half = Fleet(num_prefill=NUM_WORKERS // 2, num_decode=NUM_WORKERS // 2)
-    yield "always", replace(half, router_flags="--local-prefill-max-tokens 0 --remote-prefill-min-tokens 1")
+    yield "aggregated", SPLIT
+    half = replace(SPLIT, num_prefill=NUM_WORKERS // 2, num_decode=NUM_WORKERS // 2)
+    always = f"{SPLIT.router_flags} --local-prefill-max-tokens 0 --remote-prefill-min-tokens 1"
+    yield "always", replace(half, router_flags=always)
     yield "conditional", half
 
 
@@ -58,7 +87,7 @@ def on_trace(path: Path, divide: int, speed: float, duration_s: float) -> list[C
 def shapes(duration_s: float, seed: int) -> dict[str, list[Conversation]]:
     """Long prompts with short answers, short ones with long answers, and agents."""
     return {
-        "long prompts": singles(3.0, duration_s, 2048, 16, seed),
-        "long answers": singles(3.0, duration_s, 128, 128, seed),
-        "agents in turns": on_agents(1.0, duration_s, seed),
+        "long prompts": singles(1.6, duration_s, 2048, 16, seed),
+        "long answers": singles(5.0, duration_s, 128, 96, seed),
+        "agents in turns": on_agents(2.0, duration_s, seed),
     }

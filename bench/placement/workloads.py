@@ -33,9 +33,9 @@ class Agents:
     average, Poisson, `burst` times as often in the first quarter of every 20 s as in the rest of it.
     """
 
-    rate: float = 2.0
+    rate: float = 3.0
     duration_s: float = 60.0
-    num_tenants: int = 12
+    num_tenants: int = 24
     zipf: float = 1.1
     burst: float = 3.0
     system_tokens: int = 768

@@ -79,7 +79,7 @@ class Generation:
                 run = self._behind_remote_prefill(hashes, table)
             else:
                 await self._pull(hashes, table)
-                run = self._decode(self._job, table)
+                run = self._decode(self._job, table, is_cached=True)
             async with aclosing(run) as responses:
                 async for response in responses:
                     yield response
@@ -148,6 +148,7 @@ class Generation:
 
     def _prefill_events(self, prefill: kv_pb2.WorkerRef, source: Source, num_held: int) -> Any:
         stub = self._worker.channels.stub(prefill_pb2_grpc.PrefillServiceStub, prefill.address)
+        placement = self._request.placement
         request = prefill_pb2.PrefillRequest(
             request_id=self._request.request_id,
             model=self._request.model,
@@ -159,15 +160,20 @@ class Generation:
             epoch=prefill.epoch,
             kv_source=source,
             priority=self._request.priority,
+            expected_ms=placement.expected_ms if prefill == placement.prefill else 0.0,
         )
         return rpc.stream(stub.Prefill, request)
 
-    async def _decode(self, job: EngineRequest, table: PageTable) -> Responses:
-        """What the engine chose while the message before was on its way goes into one."""
+    async def _decode(self, job: EngineRequest, table: PageTable, *, is_cached: bool = False) -> Responses:
+        """Computing and generating here. What the engine chose while the message before was on its way goes into one.
+        `is_cached`: what the engine finds computed was so before this request."""
         async with aclosing(self._worker.loop.bursts(job, table)) as bursts:
             async for events in bursts:
                 sampled = [event for event in events if isinstance(event, TokensSampled)]
                 for event in sampled:
+                    if is_cached:
+                        local = event.num_cached_tokens - self._usage.num_cached_transferred
+                        self._usage.num_cached_local = max(0, local)
                     wire.count_drafts(self._usage, event.num_drafts, event.num_accepted)
                 if tokens := [token for event in sampled for token in event.tokens]:
                     yield self._tokens(wire.token_chunk(tokens))
@@ -186,7 +192,10 @@ class Generation:
         self._stay.computed()
         if not self._emitted:
             self._emitted = True
-            measures.first_token.record(time.monotonic() - self._started)
+            took_s = time.monotonic() - self._started
+            measures.first_token.record(took_s)
+            if not self._request.placement.HasField("prefill"):
+                measures.computed(self._request.placement.expected_ms, took_s * 1000)
             if self._request.output_token_ids:
                 self._log_resumed()
             chunk.usage.CopyFrom(self._usage)

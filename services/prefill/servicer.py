@@ -1,6 +1,7 @@
 """PrefillService: computes prompts and hands their pages over, chunk by chunk."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
@@ -27,7 +28,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: prefill_pb2.PrefillRequest, _context: Any
     ) -> AsyncGenerator[prefill_pb2.PrefillResponse, None]:
         """Compute a prompt; see the protocol."""
-        worker = self._worker
+        worker, started = self._worker, time.monotonic()
         worker.identity.require(request.epoch, request.model)
         job = wire.engine_request(request, prefill_only=True)
         num_tokens = len(job.token_ids)
@@ -40,6 +41,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             with self._lease(request.num_pages_held, table) as handed:
                 async with aclosing(self._compute(job, table, handed, usage)) as responses:
                     async for response in responses:
+                        if response.HasField("finished"):
+                            worker.measures.computed(request.expected_ms, (time.monotonic() - started) * 1000)
                         yield response
 
     async def _reserve(
@@ -100,6 +103,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                             ready = await self._ready(handed, event)
                         case TokensSampled():
                             handed.stays = True
+                            usage.num_cached_remote = max(0, event.num_cached_tokens - usage.num_cached_transferred)
                             yield prefill_pb2.PrefillResponse(finished=handed.finished(event, usage, ready))
                             return
                         case Failed():

@@ -14,6 +14,7 @@ from services.router.config import RouterConfig
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
 from services.router.mirror_feed import MirrorFeed
+from services.router.placements import Placements
 from services.router.servicer import RouterServicer
 from shared import gentle_start, rpc, telemetry
 from shared.blackboard.board import Blackboard
@@ -21,6 +22,8 @@ from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import Registration, Role
 from shared.telemetry import Telemetry
 
+# Objects that are made, less those that are gone, between two searches for garbage: some hundred requests.
+GC_ALLOCATIONS = 10_000
 SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
 
 
@@ -48,14 +51,15 @@ async def serve(
     feed = MirrorFeed(board.index, fleet, mirror)
     server = rpc.Server(observed, [SERVICE])
     admission = Admission(board.admission, name, config.limits(), observed.meter)
-    servicer = RouterServicer(fleet, mirror, admission, weights, observed, config.no_worker_wait_ms)
+    placements = Placements(fleet, board.placements, name)
+    servicer = RouterServicer(fleet, mirror, placements, admission, weights, observed, config.no_worker_wait_ms)
     router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server.grpc)
-    watching = [asyncio.create_task(work) for work in (fleet.run(), feed.run(), admission.run())]
+    watching = [asyncio.create_task(work) for work in (fleet.run(), feed.run(), placements.run(), admission.run())]
     for task in watching:
         task.add_done_callback(lambda _: ended.set())  # a defect there must not leave a router that sees nothing
     port = await server.start(config.host, config.port, serving=False)
     if (epoch := await _epoch(config, name, board, feed, ended)) is not None:
-        gc.freeze()  # what start-up made is there to stay: to look through it at a full collection takes 0.1 s
+        steady()
         await server.set_serving(True)
         heartbeat = _register(config, name, epoch, board, port, metrics_port, ended)
         await gentle_start.over()
@@ -67,6 +71,14 @@ async def serve(
     for task in watching:
         task.cancel()
     await asyncio.wait(watching)
+
+
+def steady() -> None:
+    """From now on look for garbage among what requests leave, and seldom: what is there at the start stays, and going
+    through all of it would hold a request up for longer than deciding on it takes."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_ALLOCATIONS, 50, 100)
 
 
 async def _epoch(

@@ -19,7 +19,9 @@ from typing import Any
 from opentelemetry.metrics import CallbackOptions, Observation
 
 from protos.forebay.v1 import decode_pb2, router_pb2
-from services.router.candidate import Candidate, Query, Worker
+from services.router.candidate import Candidate, Query
+from services.router.offer import offer
+from services.router.policy import Ranked
 from shared import rpc
 from shared.blackboard.admission import (
     ASSUMED_OUTPUT_TOKENS,
@@ -28,7 +30,6 @@ from shared.blackboard.admission import (
     Ask,
     Need,
     NoneFits,
-    Pair,
     Placed,
     Refused,
     Verdict,
@@ -38,10 +39,10 @@ from shared.instruments import Meter
 
 log = logging.getLogger(__name__)
 
-Rank = Callable[[], Awaitable[Sequence[Candidate]]]
+Rank = Callable[[], Awaitable[Ranked]]
 Record = Callable[[Candidate], None]
-# Pairs offered at first; the others follow only if none of these has room.
-FIRST_PAIRS = 16
+# Placements offered at first; the others follow only if none of these has room.
+FIRST_PAIRS = 6
 # A waiting router gives a sign of life this often, and is woken then at the latest should a promise have lapsed.
 TEND_S = LEASE_MS / 4000
 # A request in the queue waits this long for Redis to come back, before it is placed without.
@@ -60,7 +61,7 @@ class _Waiter:
     """A request on its way to a verdict."""
 
     ask: Ask
-    pairs: list[Pair] = field(default_factory=list)
+    needs: Sequence[Need] = ()
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     call: asyncio.Future[Verdict] | None = None
     parked_at: float | None = None
@@ -83,7 +84,9 @@ class Admission:
             "forebay_queue_wait_seconds", unit="s", description="Time that placed requests spent in the queue"
         )
         meter.create_observable_gauge(
-            "forebay_queued_requests", [self._num_queued], description="Requests that wait here for room, by priority"
+            "forebay_queued_requests",
+            [self._num_waiting],
+            description="Requests that wait here for room, by priority",
         )
 
     async def place(
@@ -101,24 +104,24 @@ class Admission:
             while True:
                 waiter.woken.clear()
                 ranked = await rank()
-                candidates = list(ranked[: FIRST_PAIRS + 1])
-                expected = None if self._num_parked[ask.model] else candidates[0]
-                if expected:
-                    record(expected)
+                best = ranked[0]
+                is_expected = not self._num_parked[ask.model]
+                if is_expected:
+                    record(best)
                 if not can_reserve and waiter.parked_at is None:
                     self._unreserved.add(1)
-                    return candidates[0]
+                    return best
                 try:
-                    verdict = await self._reserve(waiter, query, candidates, ranked[FIRST_PAIRS + 1 :])
+                    verdict = await self._reserve(waiter, query, ranked)
                 except BlackboardLost as fault:
                     if waiter.parked_at is None or not await _wait(waiter.woken, LOST_WAIT_S):
                         log.warning("placed without a reservation: %s", fault.message)
                         self._unreserved.add(1)
-                        return candidates[0]
+                        return best
                     continue
                 if isinstance(verdict, Placed):
-                    chosen = candidates[verdict.index]
-                    if chosen is not expected:
+                    chosen = ranked[verdict.index] if verdict.index else best
+                    if verdict.index or not is_expected:
                         record(chosen)
                     self._note_placed(waiter)
                     return chosen
@@ -150,35 +153,27 @@ class Admission:
             resumed=request.resumed,
         )
 
-    async def _reserve(
-        self, waiter: _Waiter, query: Query, candidates: list[Candidate], others: Sequence[Candidate]
-    ) -> Verdict:
-        """Ask the blackboard for the first candidates; only if none has room, for all, which `candidates` then are."""
-        needs = [self._pair(query, candidate) for candidate in candidates[:FIRST_PAIRS]]
-        verdict = await self._call(waiter, needs, is_partial=len(candidates) > FIRST_PAIRS)
+    async def _reserve(self, waiter: _Waiter, query: Query, ranked: Ranked) -> Verdict:
+        """Ask the blackboard for the first placements; only if none of them has room, for all."""
+        verdict = await self._call(waiter, query, ranked, FIRST_PAIRS)
         if isinstance(verdict, NoneFits):
-            candidates += others
-            needs += [self._pair(query, candidate) for candidate in candidates[FIRST_PAIRS:]]
-            verdict = await self._call(waiter, needs, is_partial=False)
+            verdict = await self._call(waiter, query, ranked, len(ranked))
         return verdict
 
-    async def _call(self, waiter: _Waiter, pairs: list[Pair], *, is_partial: bool) -> Verdict:
+    async def _call(self, waiter: _Waiter, query: Query, ranked: Ranked, count: int) -> Verdict:
         """Should the caller be cancelled meanwhile, the answer is still known afterwards."""
-        waiter.pairs = pairs
+        waiter.needs, pairs = offer(query, ranked, count)
         waiter.call = asyncio.ensure_future(
             self._board.reserve(
-                waiter.ask, pairs, router=self._router, max_queued=self._limits.max_queued, is_partial=is_partial
+                waiter.ask,
+                waiter.needs,
+                pairs,
+                router=self._router,
+                max_queued=self._limits.max_queued,
+                is_partial=count < len(ranked),
             )
         )
         return await asyncio.shield(waiter.call)
-
-    def _pair(self, query: Query, candidate: Candidate) -> Pair:
-        assert candidate.decode is not None
-        output = min(query.max_tokens, ASSUMED_OUTPUT_TOKENS)
-        num_tokens, num_computed = query.num_prompt_tokens, candidate.num_computed_tokens
-        if candidate.prefill is None:
-            return Pair(_need(candidate.decode, num_computed, num_tokens + output))
-        return Pair(_need(candidate.decode, 0, num_tokens + output), _need(candidate.prefill, num_computed, num_tokens))
 
     @asynccontextmanager
     async def _waiting(self, ask: Ask) -> AsyncIterator[_Waiter]:
@@ -203,8 +198,7 @@ class Admission:
             await asyncio.wait({call})
             if waiter.ask.request_id in self._waiters or (not call.exception() and isinstance(call.result(), Refused)):
                 return  # it has come again meanwhile, or has nothing
-            needs = (need for pair in waiter.pairs for need in (pair.decode, pair.prefill) if need)
-            await self._board.withdraw(waiter.ask, self._router, {(need.name, need.epoch) for need in needs})
+            await self._board.withdraw(waiter.ask, self._router, {(need.name, need.epoch) for need in waiter.needs})
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -258,6 +252,13 @@ class Admission:
         if waiter := self._waiters.get(request_id):
             waiter.woken.set()
 
+    async def num_queued(self, model: str) -> int:
+        """Length of a model's queue, of all routers; 0 while Redis is away."""
+        try:
+            return (await self._board.num_queued([model]))[0]
+        except BlackboardLost:
+            return 0
+
     # Reporting --------------------------------------------------------------------------------------------------------
 
     def _note_placed(self, waiter: _Waiter) -> None:
@@ -272,15 +273,10 @@ class Admission:
             return DeadlineExceeded(message, metadata=retry)
         return Overloaded(f"all workers of model {ask.model!r} are full, and so is the queue", metadata=retry)
 
-    def _num_queued(self, _: CallbackOptions) -> Iterable[Observation]:
+    def _num_waiting(self, _: CallbackOptions) -> Iterable[Observation]:
         parked = Counter(waiter.ask.priority for waiter in self._waiters.values() if waiter.parked_at is not None)
         for priority, number in parked.items() or ((0, 0),):
             yield Observation(number, {"priority": str(priority)})
-
-
-def _need(worker: Worker, num_computed: int, num_tokens: int) -> Need:
-    num_pages = -(-num_tokens // worker.card.page_size) - worker.num_cached_pages
-    return Need(worker.name, worker.registration.epoch, num_computed, max(0, num_pages))
 
 
 async def _wait(event: asyncio.Event, timeout_s: float | None) -> bool:

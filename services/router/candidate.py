@@ -81,6 +81,8 @@ class Candidate:
     num_computed_tokens: int = 0
     rejection: str = ""
     second_prefill: Worker | None = None
+    expected_ms: float = 0.0
+    """Until the prompt is computed, by the rates as measured, without what calibrates them."""
 
     @staticmethod
     def rejected(worker: Worker, reason: str) -> "Candidate":

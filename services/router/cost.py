@@ -22,9 +22,7 @@ import numpy as np
 
 from services.router.candidate import Query, Terms, Weights
 from services.router.page_index import Ints
-from services.router.table import Bools, Floats, Table
-
-NOBODY = -1
+from services.router.table import NOBODY, Facts, Floats, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +39,8 @@ class Computing:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Every placement of a request. `local` [workers] has inf for those that cannot, `remote` [workers, workers] too:
-    its first axis is the prefill worker."""
+    """Every placement of a request, inf where it cannot be: `local` [decodes], and `remote` [prefills, decodes], in the
+    order of the facts' rows of these roles. Terms are [workers], but for `transfer` [prefills, decodes]."""
 
     table: Table
     computing: Computing
@@ -55,18 +53,25 @@ class Costs:
     local: Floats
     remote: Floats
 
-    def local_terms(self, row: int) -> Terms:
-        """Parts of the cost of prefill and decode on one worker."""
+    def local_terms(self, decode: int) -> Terms:
+        """Parts of the cost of prefill and decode on one worker, the one that has number `decode` of those."""
+        row = int(self.table.facts.decodes[decode])
         return (*self._computing_terms(row), ("stall", float(self.stall[row])), *self._decode_terms(row))
 
     def remote_terms(self, prefill: int, decode: int) -> Terms:
         """Parts of the cost of a pair."""
-        first = (*self._computing_terms(prefill), self._stale(prefill))
+        first, second = int(self.table.facts.prefills[prefill]), int(self.table.facts.decodes[decode])
         behind = (
-            ("decode_queue", float(self.table.queue_ms[decode])),
+            ("decode_queue", float(self.table.queue_ms[second])),
             ("transfer", float(self.transfer[prefill, decode])),
         )
-        return _sum((*first, ("kv", float(self.prompt_kv[prefill])), *self._decode_terms(decode), *behind))
+        before = (*self._computing_terms(first), self._stale(first), ("kv", float(self.prompt_kv[first])))
+        return _sum((*before, *self._decode_terms(second), *behind))
+
+    def expected_ms(self, row: int) -> float:
+        """Until a worker has computed the prompt, by its rates as measured."""
+        computing, ratio = self.computing, self.table.facts.prompt_ratio[row]
+        return float((computing.queue[row] + computing.prefill[row]) / ratio + computing.pull[row])
 
     def _computing_terms(self, row: int) -> Terms:
         computing = self.computing
@@ -83,44 +88,47 @@ class Costs:
 
 def costs(query: Query, table: Table, weights: Weights) -> Costs:
     """Every placement's cost."""
-    facts, fit, cached = table.facts, table.fit(query), table.num_cached_tokens(query)
+    facts, num_tokens, cached = table.facts, query.num_prompt_tokens, table.num_cached_tokens(query)
     computing = _computing(query, table, cached, weights)
-    running = table.num_decoding
-    output = np.minimum(facts.output_tokens, query.max_tokens or np.inf)
-    decode = output * (facts.step_ms + facts.sequence_ms)
-    load = weights.load_weight * output * facts.sequence_ms * running
-    needed = (query.num_prompt_tokens + output) // facts.page_size + 1
-    kv, prompt_kv = (
-        _pressure(table, cached, pages, weights) for pages in (needed, query.num_prompt_tokens // facts.page_size + 1)
-    )
-    stall = weights.stall_weight * np.maximum(running, weights.min_stalled) * computing.prefill
-    transfer = _transfer(query, table, computing, cached, weights)
+    running, output = table.num_decoding, facts.output_tokens
+    if query.max_tokens:
+        output = np.minimum(output, query.max_tokens)
+    decode = output * facts.token_ms
+    load = output * facts.sequence_ms * (weights.load_weight * running)
+    prompt_kv = _pressure(table, cached, num_tokens, weights)
+    kv = _pressure(table, cached, num_tokens + output, weights)
+    stall = np.maximum(running, weights.min_stalled) * (weights.stall_weight * computing.prefill)
     compute = computing.queue + computing.prefill + computing.pull
     generate = decode + load + kv + table.stale_ms
-    may_local, may_remote = _allowed(query, table, fit, cached, weights)
-    local = np.where(may_local, compute + stall + generate, np.inf)
-    pairs = (compute + prompt_kv + table.stale_ms)[:, None] + (generate + table.queue_ms)[None, :] + transfer
-    remote = np.where(may_remote, pairs, np.inf)
+    transfer = _transfer(query, table, computing, cached, weights)
+    local, remote = _totals(
+        compute + stall + generate, compute + prompt_kv + table.stale_ms, generate + table.queue_ms, transfer, facts
+    )
+    _bar(query, table, num_tokens - cached, local, remote, weights)
     return Costs(table, computing, prompt_kv, decode, load, kv, stall, transfer, local, remote)
 
 
-def _allowed(query: Query, table: Table, fit: Bools, cached: Floats, weights: Weights) -> tuple[Bools, Bools]:
-    """Which placements may be: alone [workers], and as a pair [workers, workers]."""
-    facts, uncached = table.facts, query.num_prompt_tokens - cached
-    decodes, prefills = fit & facts.is_decode, fit & ~facts.is_decode
-    pairs: Bools = prefills[:, None] & (decodes & (uncached > weights.local_prefill_max_tokens))[None, :]
-    if facts.num_groups > 1:
-        pairs &= facts.group[:, None] == facts.group[None, :]
-    alone = decodes
+def _totals(alone: Floats, before: Floats, behind: Floats, transfer: Floats, facts: Facts) -> tuple[Floats, Floats]:
+    """Costs of workers alone [decodes], and of pairs [prefills, decodes]."""
+    pairs = before.take(facts.prefills)[:, None] + behind.take(facts.decodes) + transfer
+    return alone.take(facts.decodes), pairs
+
+
+def _bar(query: Query, table: Table, uncached: Floats, local: Floats, remote: Floats, weights: Weights) -> None:
+    """Make placements that may not be infinitely dear."""
+    facts, fit = table.facts, table.fit(query)
+    if np.count_nonzero(fit) < len(fit):
+        local[~fit.take(facts.decodes)] = np.inf
+        remote[~fit.take(facts.prefills)] = np.inf
+        remote[:, ~fit.take(facts.decodes)] = np.inf
+    if facts.match is not None:
+        remote[~facts.match] = np.inf
+    uncached = uncached.take(facts.decodes)
+    short = uncached <= weights.local_prefill_max_tokens
+    if np.count_nonzero(short):
+        remote[:, short] = np.inf
     if weights.remote_prefill_min_tokens:
-        alone = decodes & ~((uncached >= weights.remote_prefill_min_tokens) & pairs.any(axis=0))
-    return alone, pairs
-
-
-def prefill_ms(table: Table, start: Floats, end: float) -> Floats:
-    """Time to compute tokens start … end: each costs its own time, and a little for every token before it."""
-    per_token, per_pair = table.facts.prefill_ms, table.facts.attention_ms
-    return (end - start) * per_token + per_pair * (end * end - start * start) / 2
+        local[(uncached >= weights.remote_prefill_min_tokens) & np.isfinite(remote).any(axis=0)] = np.inf
 
 
 def _computing(query: Query, table: Table, cached: Floats, weights: Weights) -> Computing:
@@ -129,70 +137,71 @@ def _computing(query: Query, table: Table, cached: Floats, weights: Weights) -> 
     The longest prefix of all is the only one worth a look: reading a token costs the same wherever it is.
     """
     facts, num_tokens = table.facts, float(query.num_prompt_tokens)
-    alone = prefill_ms(table, cached, num_tokens)
-    sources = _longest(query, table, cached)
-    gain = np.where(sources == NOBODY, 0.0, cached[sources] - cached)
-    if not (gain >= weights.min_pull_tokens).any():
-        nobody = np.full(len(cached), NOBODY)
-        return Computing(table.queue_ms, alone, np.zeros_like(alone), nobody, cached, num_tokens - cached)
-    pull = weights.handoff_ms + gain * facts.token_bytes / facts.transfer_bytes_per_ms
-    helped = prefill_ms(table, cached + gain, num_tokens)
-    pulls = (gain >= weights.min_pull_tokens) & (pull + helped < alone)
-    reached = np.where(pulls, cached + gain, cached)
+    alone = prefill_ms(facts, cached, num_tokens)
+    sources, longest = _longest(query, table)
+    gain = longest - cached
+    pulls = gain >= weights.min_pull_tokens
+    if not np.count_nonzero(pulls):
+        return Computing(table.queue_ms, alone, facts.zeros, facts.nobody, cached, num_tokens - cached)
+    pull = weights.handoff_ms + gain * facts.read_ms
+    helped = prefill_ms(facts, longest, num_tokens)
+    pulls &= pull + helped < alone
+    reached = np.where(pulls, longest, cached)
     return Computing(
         table.queue_ms,
         np.where(pulls, helped, alone),
-        np.where(pulls, pull, 0.0),
+        pull * pulls,
         np.where(pulls, sources, NOBODY),
         reached,
         num_tokens - reached,
     )
 
 
-def _longest(query: Query, table: Table, cached: Floats) -> Ints:
-    """For each worker the peer that has most of the prompt: also one that is full or draining, but none that failed the
-    request, unless by draining."""
-    facts = table.facts
+def prefill_ms(facts: Facts, start: Floats, end: float) -> Floats:
+    """Time to compute tokens start … end: each costs its own time, and a little for every token before it."""
+    taken: Floats = (end - start) * (facts.prefill_ms + facts.attention_ms * ((end + start) * 0.5))
+    return taken
+
+
+def _longest(query: Query, table: Table) -> tuple[Ints, Floats]:
+    """For each worker the peer that has most of the prompt, and how much: also one that is full or draining, but none
+    that failed the request, unless by draining."""
+    facts, stored = table.facts, table.num_stored_tokens(query)
     if query.excluded:
-        cached = cached.copy()
-        cached[[row for row in facts.rows_of(query.excluded) if not facts.drains[row]]] = -1
-    best = np.full(facts.num_groups, NOBODY)
-    for group in range(facts.num_groups):
-        theirs = np.where(facts.group == group, cached, -1)
-        if theirs.max() > 0:
-            best[group] = theirs.argmax()
-    return best[facts.group]
+        stored[[row for row in facts.rows_of(query.excluded) if not facts.drains[row]]] = -1
+    best = np.array([rows[stored.take(rows).argmax()] for rows in facts.rows_of_group], np.int64)
+    sources = best.take(facts.group)
+    return sources, stored.take(sources)
 
 
 def _transfer(query: Query, table: Table, computing: Computing, cached: Floats, weights: Weights) -> Floats:
-    """Time for which reading pages [prefill, decode] goes on with nothing left to compute.
+    """Time for which reading pages [prefills, decodes] goes on with nothing left to compute.
 
     Pages of a chunk are read while the next one is computed: exposed is the reading of the last chunk, or all that
     takes longer than computing the chunks before the last.
     """
-    facts = table.facts
-    read_ms = facts.token_bytes / facts.transfer_bytes_per_ms
-    lacking = query.num_prompt_tokens - cached
+    facts, num_tokens = table.facts, float(query.num_prompt_tokens)
     last = np.minimum(computing.num_computed, weights.chunk_tokens)
-    num_tokens = float(query.num_prompt_tokens)
-    hidden_ms = computing.prefill - prefill_ms(table, num_tokens - last, num_tokens)
-    last_ms = np.minimum(lacking[None, :], last[:, None]) * read_ms[None, :]
-    exposed: Floats = np.maximum(last_ms, (lacking * read_ms)[None, :] - hidden_ms[:, None])
+    hidden_ms = computing.prefill - prefill_ms(facts, num_tokens - last, num_tokens)
+    lacking, read_ms = (num_tokens - cached).take(facts.decodes), facts.read_ms.take(facts.decodes)
+    last_ms = np.minimum(lacking, last.take(facts.prefills)[:, None]) * read_ms
+    exposed: Floats = np.maximum(last_ms, lacking * read_ms - hidden_ms.take(facts.prefills)[:, None])
     return weights.handoff_ms + exposed
 
 
-def _pressure(table: Table, cached: Floats, num_pages: Floats, weights: Weights) -> Floats:
-    """What it costs others to make room for so many pages: to compute again what is evicted, if it is asked for again,
-    and to wait for what cannot be."""
+def _pressure(table: Table, cached: Floats, num_tokens: Floats | int, weights: Weights) -> Floats:
+    """What it costs others to make room for so many tokens, of which some are cached: to compute again what is evicted,
+    if it is asked for again, and to wait for what cannot be."""
     facts = table.facts
-    held = np.minimum(cached // facts.page_size, num_pages)
-    lacking = np.maximum(0.0, num_pages - held - facts.free_pages)
-    evictable = np.maximum(0.0, facts.cached_pages - held)
-    evicted = np.minimum(lacking, evictable)
-    missing = np.where(np.isfinite(facts.pool_pages), lacking - evicted, 0.0)
-    evicted = np.where(np.isfinite(facts.pool_pages), evicted, 0.0)
+    most = (num_tokens - cached) / facts.page_size + 2  # partly filled pages at both ends
+    if not np.count_nonzero(most > facts.free_pages):
+        return facts.zeros
+    held = cached // facts.page_size
+    lacking = np.maximum(0.0, num_tokens // facts.page_size + 1 - held - facts.free_pages)
+    evicted = np.minimum(lacking, np.maximum(0.0, facts.cached_pages - held))
     again_ms = weights.eviction_weight * evicted * facts.page_size * facts.prefill_ms
-    return np.asarray(again_ms + missing * weights.missing_page_ms, np.float64)
+    pressure: Floats = again_ms + (lacking - evicted) * weights.missing_page_ms
+    return pressure
 
 
 def _sum(terms: Terms) -> Terms:

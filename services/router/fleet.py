@@ -10,20 +10,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from services.router.candidate import Candidate, Weights, Worker
+from services.router.candidate import Weights, Worker
 from services.router.page_index import Ints
-from services.router.table import Facts, Table
+from services.router.table import Facts, Table, calibration
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import ModelCard, Registration, Role
 from shared.errors import BlackboardLost
 
 log = logging.getLogger(__name__)
 
-# A placed sequence counts as running until the worker has surely reported it: this many heartbeats.
+Incarnation = tuple[str, int]
+"""Name and epoch of a worker."""
+
+# A placed sequence counts as running until the worker reports that it came; no longer than this many heartbeats.
 UNREPORTED_HEARTBEATS = 2
 # A report may be so old: a worker writes once in a heartbeat, and the router reads as often.
 FRESH_HEARTBEATS = 2
@@ -33,23 +36,40 @@ FRESH_HEARTBEATS = 2
 class Member:
     """One incarnation of a worker. `busy_until` is a virtual clock: when, as far as reports and placements tell, its
     queued prompts will be computed. Placing a prompt moves it on, time catches up with it, and a report of a longer
-    queue moves it further; so a burst does not herd before load reports arrive, and nothing has to be taken back."""
+    queue moves it further; so a burst does not herd before load reports arrive, and nothing has to be taken back.
+
+    `num_unreported` sequences were placed and are in no report yet; of `num_arrived` more the time is not up, but a
+    report says that they came."""
 
     registration: Registration
     card: ModelCard
     reported_at: float
     busy_until: float = 0.0
-    unreported: deque[float] = field(default_factory=deque)
+    num_unreported: int = 0
+    num_arrived: int = 0
     last_placed: int = 0
 
 
 class Roster:
-    """The workers of one model between two reports."""
+    """The workers of one model between two reports, and as arrays what changes meanwhile."""
 
     def __init__(self, members: Sequence[Member], weights: Weights) -> None:
-        self.members = members
         self.incarnations = [(member.registration.name, member.registration.epoch) for member in members]
         self.facts = Facts([Worker(member.registration, member.card) for member in members], weights)
+        self.row_of = {incarnation: row for row, incarnation in enumerate(self.incarnations)}
+        self.reported_at = np.array([member.reported_at for member in members])
+        self.busy_until = np.array([member.busy_until for member in members])
+        self.last_placed = np.array([member.last_placed for member in members], np.int64)
+        loads = [member.registration.load for member in members]
+        running = [max(load.num_inside, load.num_running + load.num_waiting) for load in loads]
+        unreported = [member.num_unreported for member in members]
+        self.num_decoding = np.array(running, np.int64) + np.array(unreported, np.int64)
+
+    def changed(self, member: Member, num_decoding: int) -> None:
+        """A member's clock and order have changed, and it has so many sequences more."""
+        row = self.row_of[member.registration.name, member.registration.epoch]
+        self.busy_until[row], self.last_placed[row] = member.busy_until, member.last_placed
+        self.num_decoding[row] += num_decoding
 
 
 class Fleet:
@@ -67,8 +87,10 @@ class Fleet:
         self._board, self._weights, self._clock = board, weights, clock
         self._heartbeat_s, self._ttl_s = heartbeat_ms / 1000, ttl_ms / 1000
         self._members: dict[tuple[Role, str], Member] = {}
+        self._incarnations: dict[Incarnation, Member] = {}
         self._rosters: dict[str, Roster] = {}
         self._num_placed = 0
+        self._unreported: deque[tuple[float, Member]] = deque()
         self._models: set[str] = set()
         self._keep_missing_until = 0.0
         self._changed = asyncio.Event()
@@ -107,7 +129,10 @@ class Fleet:
             members = self._members | members
         self._log_changes(members)
         changed = not was_known or _available(members) != _available(self._members)
-        self._members, self._rosters = members, {}
+        asked_for, self._members, self._rosters = self._rosters.keys(), members, {}
+        self._incarnations = {(one.registration.name, one.registration.epoch): one for one in members.values()}
+        for model in asked_for & {member.card.model for member in members.values()}:
+            self.roster(model)  # here, lest the next request waits for it
         self._models |= {member.card.model for member in members.values()}
         if changed:
             self._changed.set()
@@ -119,16 +144,22 @@ class Fleet:
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     def _member(self, registration: Registration, card: ModelCard, now: float) -> Member:
-        rate = registration.load.prefill_ms_per_token or self._weights.default_prefill_ms_per_token
-        reported = now + registration.load.num_queued_tokens * rate / 1000
+        load = registration.load
+        rate = (load.prefill_ms_per_token or self._weights.default_prefill_ms_per_token) * calibration(load)
+        reported = now + load.num_queued_tokens * rate / 1000
         old = self._members.get((registration.role, registration.name))
         if old is None or old.registration.epoch != registration.epoch:
             return Member(registration, card, now, reported)
         reported_at = old.reported_at if old.registration.num_beats == registration.num_beats > 0 else now
-        if old.registration.load == registration.load:
+        num_arrived = min(old.num_unreported, load.num_requests - old.registration.load.num_requests)
+        if num_arrived > 0:
+            old.num_unreported -= num_arrived
+            old.num_arrived += num_arrived
+        if old.registration.load == load:
             reported = 0.0  # nothing new: do not start its queue over again
         busy_until = max(old.busy_until, reported)
-        return Member(registration, card, reported_at, busy_until, old.unreported, old.last_placed)
+        old.registration, old.card, old.reported_at, old.busy_until = registration, card, reported_at, busy_until
+        return old
 
     def _log_changes(self, members: dict[tuple[Role, str], Member]) -> None:
         before = {(key, member.registration.epoch) for key, member in self._members.items()}
@@ -138,9 +169,9 @@ class Fleet:
         for (role, name), epoch in sorted(before - after):
             log.info("%s worker %s, epoch %d, left the fleet", role, name, epoch)
 
-    def incarnations(self) -> list[tuple[str, int]]:
+    def incarnations(self) -> list[Incarnation]:
         """Name and epoch of every worker."""
-        return [(member.registration.name, member.registration.epoch) for member in self._members.values()]
+        return list(self._incarnations)
 
     def knows(self, model: str) -> bool:
         """Whether any worker ever served this model; nobody can tell before the first worker came."""
@@ -156,40 +187,47 @@ class Fleet:
             roster = self._rosters[model] = Roster(self.members(model), self._weights)
         return roster
 
-    def table(self, roster: Roster, num_cached_pages: Ints) -> Table:
-        """What the policy may know of a roster at this moment; cached pages in the same order."""
-        now, members = self._clock(), roster.members
-        for member in members:
-            while member.unreported and member.unreported[0] <= now:
-                member.unreported.popleft()
-        loads = [member.registration.load for member in members]
-        running = [
-            load.num_running + load.num_waiting + len(m.unreported) for m, load in zip(members, loads, strict=True)
-        ]
+    def table(self, roster: Roster, num_stored_pages: Ints, num_expected_pages: Ints | None = None) -> Table:
+        """What the policy may know of a roster at this moment. Leading pages that its workers have, and will have when
+        their turn comes, in the same order."""
+        now = self._clock()
+        while self._unreported and self._unreported[0][0] <= now:
+            member = self._unreported.popleft()[1]
+            if member.num_arrived:
+                member.num_arrived -= 1
+            elif member.num_unreported:
+                self._changes(member, -1)
         fresh_s = FRESH_HEARTBEATS * self._heartbeat_s
         return Table(
             roster.facts,
-            num_cached_pages,
-            queue_ms=1000 * np.maximum(0.0, np.array([member.busy_until for member in members]) - now),
-            num_decoding=np.array(running, np.int64),
-            stale_ms=1000 * np.maximum(0.0, now - fresh_s - np.array([member.reported_at for member in members])),
-            last_placed=np.array([member.last_placed for member in members], np.int64),
+            num_stored_pages if num_expected_pages is None else num_expected_pages,
+            num_stored_pages,
+            queue_ms=np.maximum(0.0, 1000 * (roster.busy_until - now)),
+            num_decoding=roster.num_decoding.copy(),
+            stale_ms=np.maximum(0.0, 1000 * (now - fresh_s - roster.reported_at)),
+            last_placed=roster.last_placed.copy(),
         )
 
-    def record(self, placed: Candidate) -> None:
-        """Remember a placement that no report shows yet."""
+    def note(self, computing: Incarnation, decode: Incarnation, prefill_ms: float) -> float:
+        """Remember a placement that no report shows yet; when its prompt will be computed."""
         now = self._clock()
+        computed_at = now + prefill_ms / 1000
         self._num_placed += 1
-        if placed.computing and (member := self._incarnation(placed.computing)):
-            member.busy_until = max(now, member.busy_until) + dict(placed.terms)["prefill"] / 1000
+        if member := self._incarnations.get(computing):
+            computed_at = member.busy_until = max(now, member.busy_until) + prefill_ms / 1000
             member.last_placed = self._num_placed
-        if placed.decode and (member := self._incarnation(placed.decode)):
-            member.unreported.append(now + UNREPORTED_HEARTBEATS * self._heartbeat_s)
+            self._changes(member, 0)
+        if member := self._incarnations.get(decode):
+            self._unreported.append((now + UNREPORTED_HEARTBEATS * self._heartbeat_s, member))
             member.last_placed = self._num_placed
+            self._changes(member, 1)
+        return computed_at
 
-    def _incarnation(self, worker: Worker) -> Member | None:
-        member = self._members.get((worker.role, worker.name))
-        return member if member and member.registration.epoch == worker.registration.epoch else None
+    def _changes(self, member: Member, num_decoding: int) -> None:
+        member.num_unreported += num_decoding
+        incarnation = member.registration.name, member.registration.epoch
+        if self._incarnations.get(incarnation) is member and (roster := self._rosters.get(member.card.model)):
+            roster.changed(member, num_decoding)
 
 
 def _available(members: Mapping[tuple[Role, str], Member]) -> set[tuple[str, int]]:

@@ -89,6 +89,9 @@ class Mirror:
         self._index = PageIndex(max_pages)
         self._slots = Slots(self._index)
         self._copies: dict[Incarnation, Copy] = {}
+        self._asked: Sequence[Incarnation] | None = None
+        self._asked_slots: Ints = np.empty(0, np.int64)
+        """The slots of the workers that were asked for last: they seldom change."""
 
     @property
     def num_pages(self) -> int:
@@ -108,6 +111,8 @@ class Mirror:
     def track(self, workers: Iterable[Incarnation]) -> None:
         """From now on mirror these and no others."""
         wanted = set(workers)
+        if wanted != self._copies.keys():
+            self._asked = None
         for worker in self._copies.keys() - wanted:
             copy = self._copies.pop(worker)
             self._abandon(copy)
@@ -156,6 +161,7 @@ class Mirror:
 
     def _complete(self, copy: Copy, snapshot: Snapshot) -> None:
         self._slots.give_back(copy.slot)
+        self._asked = None
         copy.slot, copy.number, copy.known, copy.snapshot = snapshot.slot, snapshot.number, True, None
         copy.audited = 0
         for event in snapshot.changes:
@@ -206,6 +212,8 @@ class Mirror:
 
     def runs(self, page_hashes: bytes, workers: Sequence[Incarnation]) -> Ints:
         """How many leading pages of the concatenated hashes each worker has: [workers]."""
+        if self._asked is not workers:
+            slots = [copy.slot if (copy := self._copies.get(worker)) else -1 for worker in workers]
+            self._asked, self._asked_slots = workers, np.array(slots, np.int64)
         lengths = self._index.runs(keys_of(page_hashes))
-        slots = [copy.slot if (copy := self._copies.get(worker)) else -1 for worker in workers]
-        return np.append(lengths, 0)[slots]
+        return np.append(lengths, 0).take(self._asked_slots, mode="wrap")

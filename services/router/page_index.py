@@ -23,7 +23,7 @@ Keys = NDArray[np.uint64]  # [pages, 2], low and high words
 Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
 
-BUCKET_ROWS = 8
+BUCKET_ROWS = 8  # `_find` takes positions apart by shifts of 3 and 4 bits
 SEGMENT_BUCKETS = 512
 SEGMENT_ROWS = BUCKET_ROWS * SEGMENT_BUCKETS
 SLOTS_PER_WORD = 64
@@ -33,7 +33,7 @@ MIN_LOAD = 0.4
 # given hashes that are none; it takes no more of those.
 MAX_DIRECTORY = 64
 # A search for the ends of prefixes looks at this many pages first, and then at all between two that differ.
-FIRST_PROBES = 32
+FIRST_PROBES = 48
 
 _BUCKET_BITS, _BUCKET_MASK = np.uint64(9), np.uint64(SEGMENT_BUCKETS - 1)
 _ONE = np.uint64(1)
@@ -181,33 +181,33 @@ class PageIndex:
         step = -(-num_pages // FIRST_PROBES)
         places = np.arange(0, num_pages + step - 1, step)
         places[-1] = num_pages - 1
-        have, ends = self._probe(keys, places)
-        if len(ends) and step > 1:
-            within = (places[ends][:, None] + np.arange(step + 1)).reshape(-1)
-            places = np.unique(np.concatenate((places, within[within < num_pages])))
-            have, ends = self._probe(keys, places)
-        return self._lengths(have, places, ends, num_pages)
-
-    def _probe(self, keys: Keys, places: Ints) -> tuple[Words, Ints]:
-        """Who has all that is probed up to each place [places, num_words], and behind which places a run ends."""
         have = np.bitwise_and.accumulate(self.masks(keys[places]), axis=0)
-        return have, np.flatnonzero((have[1:] != have[:-1]).any(axis=1))
+        lasts = np.ones(len(have), np.int64)  # how many pages behind each probe, itself included, are had by who has it
+        lasts[:-1] = np.diff(places)
+        ends = np.flatnonzero((have[1:] != have[:-1]).any(axis=1))
+        if len(ends) and step > 1:
+            lasts[ends] = 1
+            have = np.concatenate((have, self._between(keys, places[ends], have[ends], step)))
+        return _lengths(have, lasts)
 
-    def _lengths(self, have: Words, places: Ints, ends: Ints, num_pages: int) -> Ints:
-        """Lengths of runs from what is had up to each of `places`; it changes behind each of `ends`."""
-        stages = have[np.concatenate((ends, [len(have) - 1]))]
-        bits = np.unpackbits(stages.astype("<u8", copy=False).view(np.uint8), axis=1, bitorder="little")
-        edges = np.concatenate(([0], places[ends + 1], [num_pages]))
-        return np.asarray(np.diff(edges).astype(np.float64) @ bits, np.int64)
+    def _between(self, keys: Keys, places: Ints, have: Words, step: int) -> Words:
+        """Who has all pages up to each of the step - 1 that follow each of these places, of those who `have`
+        [places, num_words] all up to there: [places x (step - 1), num_words]."""
+        within = places[:, None] + np.arange(1, step)
+        masks = self.masks(keys.take(within.reshape(-1), axis=0, mode="clip")).reshape(*within.shape, self.num_words)
+        if within[-1, -1] >= len(keys) - 1:  # that one was looked at
+            masks[within >= len(keys) - 1] = 0
+        masks[:, 0] &= have
+        return np.bitwise_and.accumulate(masks, axis=1).reshape(-1, self.num_words)
 
     def _find(self, keys: Keys) -> Found:
         lows, buckets = _lows_of(keys), self._buckets(keys)
         candidates = self._lows.take(buckets.reshape(-1), axis=0).reshape(len(keys), 2 * BUCKET_ROWS)
         hits = np.flatnonzero(candidates == lows[:, None])
-        places = hits // (2 * BUCKET_ROWS)
-        rows = buckets.reshape(-1)[hits // BUCKET_ROWS] * BUCKET_ROWS + hits % BUCKET_ROWS
+        places = hits >> 4
+        rows = buckets.reshape(-1).take(hits >> 3) * BUCKET_ROWS + (hits & 7)
         right = self._highs.take(rows) == keys[:, 1].take(places)
-        return Found(places, rows) if right.all() else Found(places[right], rows[right])
+        return Found(places, rows) if np.count_nonzero(right) == len(right) else Found(places[right], rows[right])
 
     def _buckets(self, keys: Keys) -> Ints:
         """The two buckets [n, 2] of each key."""
@@ -217,6 +217,14 @@ class PageIndex:
         buckets[:, 0] = first + (lows & _BUCKET_MASK).view(np.int64)
         buckets[:, 1] = first + ((lows + ((lows >> _BUCKET_BITS) | _ONE)) & _BUCKET_MASK).view(np.int64)  # another one
         return buckets
+
+
+def _lengths(have: Words, lasts: Ints) -> Ints:
+    """How many pages each slot has, if rows of `have` [n, num_words] count for so many each, for one beyond `lasts`."""
+    bits = np.unpackbits(have.astype("<u8", copy=False).view(np.uint8), axis=1, bitorder="little")
+    weights = np.ones(len(have), np.float32)  # exact below 2^24 pages
+    weights[: len(lasts)] = lasts
+    return np.asarray(weights @ bits, np.int64)
 
 
 def _lows_of(keys: Keys) -> Words:

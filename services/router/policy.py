@@ -5,16 +5,16 @@ within `tie_ms` of the lowest are equal; a rendezvous hash of the prompt's first
 agree and prompts that begin alike meet on one worker before any index says so.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
 
 from services.router.candidate import Candidate, Query, Weights, Worker
-from services.router.cost import NOBODY, Costs, costs
+from services.router.cost import Costs, costs
 from services.router.page_index import Ints
 from services.router.rivals import rival_order
-from services.router.table import Floats, Table, hash64
+from services.router.table import NOBODY, Floats, Table, hash64
 from shared.blackboard.records import Role
 from shared.errors import ContextTooLong, Fault, NoWorker
 
@@ -40,26 +40,40 @@ def num_pages(query: Query, worker: Worker) -> int:
     return query.num_prompt_tokens // worker.card.page_size + 1
 
 
+# Placements that are put in order whether somebody wants to see them or not.
+FEW = 16
+
 # Pick -----------------------------------------------------------------------------------------------------------------
 
 
 class Ranked(Sequence[Candidate]):
-    """Placements in order, the best first; each is made an object when it is looked at."""
+    """Placements in order, the best first; each is made an object when it is looked at, and those behind the first few
+    are put in order when somebody wants them."""
 
-    def __init__(self, scored: Costs, order: Ints) -> None:
-        self._scored, self._order = scored, order
+    def __init__(self, scored: Costs, first: Ints, num_possible: int, rest: Callable[[], Ints]) -> None:
+        self.scored = scored
+        self._order, self._num_possible, self._rest = first, num_possible, rest
 
     def __len__(self) -> int:
-        return len(self._order)
+        return self._num_possible
+
+    def numbers(self, stop: int) -> Ints:
+        """Numbers of the first placements, at most `stop`: those on one worker by its place among decode workers, then
+        the pairs, prefill workers outside."""
+        if len(self._order) < min(stop, self._num_possible):
+            self._order = np.concatenate((self._order, self._rest()))
+        return self._order[:stop]
 
     @overload
     def __getitem__(self, place: int) -> Candidate: ...
     @overload
-    def __getitem__(self, place: slice) -> "Ranked": ...
-    def __getitem__(self, place: int | slice) -> "Candidate | Ranked":
+    def __getitem__(self, place: slice) -> "Sequence[Candidate]": ...
+    def __getitem__(self, place: int | slice) -> "Candidate | Sequence[Candidate]":
         if isinstance(place, slice):
-            return Ranked(self._scored, self._order[place])
-        return candidate(self._scored, int(self._order[place]))
+            return [self[number] for number in range(*place.indices(len(self)))]
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        return candidate(self.scored, int(self.numbers(place + 1)[place]))
 
 
 def rank(query: Query, table: Table, weights: Weights) -> Ranked:
@@ -67,12 +81,13 @@ def rank(query: Query, table: Table, weights: Weights) -> Ranked:
     scored = costs(query, table, weights)
     totals = np.concatenate((scored.local, scored.remote.reshape(-1)))
     if weights.policy == "cost":
-        order = by_cost(query, table, totals, weights.tie_ms)
+        ranked = by_cost(query, scored, totals, weights.tie_ms)
     else:
         order = rival_order(weights.policy, query, table, scored, totals)
-    if not len(order):
+        ranked = Ranked(scored, order, len(order), lambda: order[:0])
+    if not len(ranked):
         raise nobody(query, table)
-    return Ranked(scored, order)
+    return ranked
 
 
 def place(query: Query, table: Table, weights: Weights) -> Candidate:
@@ -80,25 +95,34 @@ def place(query: Query, table: Table, weights: Weights) -> Candidate:
     return rank(query, table, weights)[0]
 
 
-def by_cost(query: Query, table: Table, totals: Floats, tie_ms: float) -> Ints:
-    """Numbers of the possible placements: those as cheap as the cheapest in the order of their hashes, then others."""
-    order = np.argsort(totals, kind="stable")
-    order = order[: np.searchsorted(totals[order], np.inf)]
-    if not len(order):
-        return order
-    num_tied = int(np.searchsorted(totals[order], totals[order[0]] + tie_ms, side="right"))
+def by_cost(query: Query, scored: Costs, totals: Floats, tie_ms: float) -> Ranked:
+    """The cheapest first. Those that may be chosen at once, and a few more, are put in order at once."""
+    num_possible = int(np.count_nonzero(totals < np.inf))
+    num_tied = int(np.count_nonzero(totals <= totals.min() + tie_ms)) if num_possible else 0
+    count = min(max(FEW, num_tied), num_possible)
+    few = np.argpartition(totals, count - 1)[:count] if 0 < count < num_possible else np.arange(len(totals))
+    few.sort()
+    first = few.take(totals.take(few).argsort(kind="stable")[:count])
     if num_tied > 1:
-        order[:num_tied] = spread(query, table, order[:num_tied])
-    return order
+        first[:num_tied] = spread(query, scored.table, first[:num_tied])
+
+    def rest() -> Ints:
+        others = np.ones(len(totals), np.bool_)
+        others[first] = False  # equal ones are on both sides
+        order = np.argsort(totals, kind="stable")[:num_possible]
+        return order[others[order]]
+
+    return Ranked(scored, first, num_possible, rest)
 
 
 def spread(query: Query, table: Table, tied: Ints) -> Ints:
     """Placements in the order of a rendezvous hash of prompt and worker: removing a worker moves only its own prompts
     (Thaler and Ravishankar, 1998). Prefill workers first, so that a prompt stays with one whoever decodes."""
-    num_workers = len(table.facts.workers)
-    ranks = np.append(_mixed(table.facts.salts ^ np.uint64(hash64(query.affinity))), np.uint64(0))
-    prefill, decode = tied // num_workers - 1, tied % num_workers
-    return tied[np.lexsort((ranks[decode], ranks[prefill]))]
+    facts = table.facts
+    prefill, decode = np.divmod(tied, len(facts.decodes))
+    ranks = _mixed(facts.salts ^ np.uint64(hash64(query.affinity)))
+    ranks[NOBODY] = 0  # those on one worker are equal in their prefill worker
+    return tied[np.lexsort((ranks.take(facts.decodes.take(decode)), ranks.take(facts.prefill_of.take(prefill))))]
 
 
 def _mixed(
@@ -111,19 +135,20 @@ def _mixed(
 
 
 def candidate(scored: Costs, number: int) -> Candidate:
-    """Placement `number`: first those on one worker, then the pairs, prefill workers outside."""
-    table, computing = scored.table, scored.computing
-    prefill, decode = divmod(number, len(table.facts.workers))
-    row = decode if prefill == 0 else prefill - 1
+    """Placement `number`, as `Ranked.numbers` counts them."""
+    table, facts, computing = scored.table, scored.table.facts, scored.computing
+    prefill, decode = divmod(number, len(facts.decodes))
+    row = int(facts.prefills[prefill - 1] if prefill else facts.decodes[decode])
     source = int(computing.source[row])
     return Candidate(
-        decode=table.worker(decode),
-        prefill=table.worker(prefill - 1) if prefill else None,
+        decode=table.worker(int(facts.decodes[decode])),
+        prefill=table.worker(row) if prefill else None,
         source=None if source == NOBODY else table.worker(source),
         terms=scored.remote_terms(prefill - 1, decode) if prefill else scored.local_terms(decode),
         num_cached_tokens=int(computing.num_cached[row]),
         num_computed_tokens=int(computing.num_computed[row]),
         second_prefill=_second_prefill(scored, prefill - 1, decode) if prefill else None,
+        expected_ms=scored.expected_ms(row),
     )
 
 
@@ -131,7 +156,8 @@ def _second_prefill(scored: Costs, first: int, decode: int) -> Worker | None:
     """Who would compute the prompt the cheapest should the chosen prefill worker fail."""
     others = scored.remote[:, decode].copy()
     others[first] = np.inf
-    return scored.table.worker(int(others.argmin())) if np.isfinite(others.min()) else None
+    second = int(others.argmin())
+    return scored.table.worker(int(scored.table.facts.prefills[second])) if np.isfinite(others[second]) else None
 
 
 def nobody(query: Query, table: Table) -> Fault:
@@ -167,12 +193,15 @@ def _rejected(query: Query, table: Table, weights: Weights) -> Iterator[Candidat
         else:
             fit.append(worker)
     scored = costs(query, table, weights)
-    rows = {worker.name: row for row, worker in enumerate(workers)}
+    facts = table.facts
+    decodes, prefills = (
+        {workers[row].name: at for at, row in enumerate(rows)} for rows in (facts.decodes, facts.prefills)
+    )
     for decode in (worker for worker in fit if worker.role is Role.DECODE):
-        row = rows[decode.name]
-        if np.isinf(scored.local[row]):
+        at = decodes[decode.name]
+        if np.isinf(scored.local[at]):
             yield Candidate(decode, None, None, (), rejection="over remote_prefill_min_tokens: prefilled elsewhere")
         for prefill in (worker for worker in fit if worker.role is Role.PREFILL):
-            if np.isinf(scored.remote[rows[prefill.name], row]):
+            if np.isinf(scored.remote[prefills[prefill.name], at]):
                 reason = "compatibility hashes differ" if prefill.group != decode.group else "little to compute"
                 yield Candidate(decode, prefill, None, (), rejection=reason)

@@ -1,7 +1,7 @@
 """Simpler policies, to compare with: each puts the possible placements in order by one thing alone.
 
 All prefer a pair to prefill on the decode worker wherever the cost allows both, as a fleet that always disaggregates
-does; where prefill workers are absent, every placement is on one worker.
+does; where prefill workers are absent or full, placements are on one worker.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,12 @@ Key = Callable[[Query, Table, Costs], Floats]
 
 def rival_order(name: str, query: Query, table: Table, scored: Costs, totals: Floats) -> Ints:
     """Numbers of the possible placements by the policy of this name, a key of RIVALS; `totals` is inf for those that
-    cannot be."""
-    num_workers = len(table.facts.workers)
-    possible = np.flatnonzero(np.isfinite(totals))
-    if (possible >= num_workers).any():
-        possible = possible[possible >= num_workers]
+    cannot be. Workers alone come behind all pairs: for when no prefill worker has room."""
+    facts, possible = table.facts, np.flatnonzero(np.isfinite(totals))
     liking = RIVALS[name](query, table, scored)
-    prefill, decode = possible // num_workers - 1, possible % num_workers
-    return possible[np.lexsort((liking[decode], liking[prefill] if prefill.min() >= 0 else liking[decode]))]
+    prefill, decode = np.divmod(possible, len(facts.decodes) or 1)
+    of_prefills = np.append(np.inf, liking.take(facts.prefills))
+    return possible[np.lexsort((liking.take(facts.decodes)[decode], of_prefills[prefill]))]
 
 
 def at_random(query: Query, table: Table, scored: Costs) -> Floats:  # noqa: ARG001 - all policies are called alike

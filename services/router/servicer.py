@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Sequence
 
 from grpc.aio import ServicerContext
 
@@ -12,6 +11,7 @@ from services.router.admission import Admission
 from services.router.candidate import Candidate, Query, Weights, Worker
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
+from services.router.placements import Placements
 from services.router.table import Table
 from shared import rpc
 from shared.errors import BlackboardLost, DeadlineExceeded, Fault, InvalidRequest, ModelNotFound, NoWorker
@@ -30,12 +30,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self,
         fleet: Fleet,
         mirror: Mirror,
+        placements: Placements,
         admission: Admission,
         weights: Weights,
         telemetry: Telemetry,
         no_worker_wait_ms: int = 0,
     ) -> None:
-        self._fleet, self._mirror, self._admission, self._weights = fleet, mirror, admission, weights
+        self._fleet, self._mirror, self._placements = fleet, mirror, placements
+        self._admission, self._weights = admission, weights
         self._no_worker_wait_s = no_worker_wait_ms / 1000
         self._routes = telemetry.meter.create_counter("forebay_routes", description="Routes by outcome")
         self._seconds = telemetry.meter.create_histogram(
@@ -53,7 +55,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 request,
                 query,
                 lambda: self._rank(request, query),
-                self._fleet.record,
+                lambda chosen: self._placements.record(request.page_hashes, chosen),
                 can_reserve=self._fleet.is_current,
             )
         except Fault as fault:
@@ -72,7 +74,11 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             summary = str(policy.nobody(query, table))
         else:
             summary = summarize(query, candidates[0], len(candidates))
-        return router_pb2.ExplainResponse(candidates=[_candidate(c) for c in candidates], summary=summary)
+        num_queued = await self._admission.num_queued(query.model)
+        if num_queued:
+            summary += f"; {num_queued} {'request waits' if num_queued == 1 else 'requests wait'} in the queue"
+        shown = [_candidate(candidate) for candidate in candidates]
+        return router_pb2.ExplainResponse(candidates=shown, summary=summary, num_queued=num_queued)
 
     async def Withdraw(
         self,
@@ -83,7 +89,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         await self._admission.give_back(request.request_id, request.model, request.placement)
         return router_pb2.WithdrawResponse()
 
-    async def _rank(self, request: router_pb2.RouteRequest, query: Query) -> Sequence[Candidate]:
+    async def _rank(self, request: router_pb2.RouteRequest, query: Query) -> policy.Ranked:
         """Placements, the best first. While no worker is there at all, one may be about to come."""
         give_up = time.monotonic() + self._no_worker_wait_s
         while True:
@@ -107,10 +113,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         if not self._fleet.is_known:
             raise BlackboardLost("the router has not seen the fleet yet: Redis cannot be reached")
         roster = self._fleet.roster(query.model)
-        if not roster.members:
+        if not roster.incarnations:
             kind = NoWorker if self._fleet.knows(query.model) else ModelNotFound
             raise kind(f"no worker serves the model {query.model!r}", param="model")
-        return self._fleet.table(roster, self._mirror.runs(request.page_hashes, roster.incarnations))
+        page_hashes = request.page_hashes
+        stored = self._mirror.runs(page_hashes, roster.incarnations)
+        return self._fleet.table(roster, stored, self._placements.expected(roster, page_hashes, stored))
 
 
 def parse(request: router_pb2.RouteRequest) -> Query:
@@ -156,6 +164,7 @@ def _placement(candidate: Candidate) -> decode_pb2.Placement:
         prefill=_ref(candidate.prefill),
         kv_source=_ref(candidate.source),
         second_prefill=_ref(candidate.second_prefill),
+        expected_ms=candidate.expected_ms,
     )
 
 

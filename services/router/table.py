@@ -1,7 +1,7 @@
 """The workers of a model as arrays, one row each: what the cost is computed from, for all of them at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 
@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 
 from services.router.candidate import Query, Weights, Worker
 from services.router.page_index import Ints
-from shared.blackboard.records import Role
+from shared.blackboard.records import Load, Role
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+MAX_CALIBRATION = 2.0
+NOBODY = -1
+"""In the place of a worker's row."""
 
 
 class Facts:
@@ -25,24 +28,43 @@ class Facts:
         cards, groups = [w.card for w in workers], sorted({w.group for w in workers})
         self.num_groups = len(groups)
         self.group: Ints = np.array([groups.index(w.group) for w in workers], np.int64)
-        self.is_decode: Bools = np.array([w.role is Role.DECODE for w in workers], np.bool_)
+        self.rows_of_group: list[Ints] = [np.flatnonzero(self.group == group) for group in range(len(groups))]
+        is_decode = np.array([w.role is Role.DECODE for w in workers], np.bool_)
+        self.decodes: Ints = np.flatnonzero(is_decode)
+        self.prefills: Ints = np.flatnonzero(~is_decode)
+        self.prefill_of: Ints = np.append(len(workers), self.prefills)
+        """Rows of prefill workers as placements count them: first nobody, in the row behind all workers."""
+        self.match: Bools | None = None
+        """Who can exchange pages [prefills, decodes]; None: all of them."""
+        if self.num_groups > 1:
+            self.match = self.group[self.prefills][:, None] == self.group[self.decodes][None, :]
         self.drains: Bools = np.array([w.registration.draining for w in workers], np.bool_)
-        self.max_tokens = _column([card.max_model_len - 1 for card in cards])
         self.page_size = _column([card.page_size for card in cards])
-        self.token_bytes = _column([card.kv_bytes_per_token for card in cards])
         self.free_pages, self.cached_pages = _column([p.free for p in pages]), _column([p.cached for p in pages])
-        self.pool_pages = _column([p.total or np.inf for p in pages])
+        pool_pages = _column([p.total or np.inf for p in pages])
+        self.has_pool: Bools = np.isfinite(pool_pages)
+        self.free_pages[~self.has_pool] = np.inf
+        most = np.minimum(_column([card.max_model_len for card in cards]), pool_pages * self.page_size) - 1
+        self.max_tokens = np.where(self.drains, -1.0, most)
+        """The longest prompt that each takes now, and has pages for, its first token included."""
         measured = _column([load.prefill_ms_per_token for load in loads])
-        self.prefill_ms = self._filled(measured, measured > 0, weights.default_prefill_ms_per_token)
-        self.attention_ms = self._filled(_column([load.prefill_ms_per_pair for load in loads]), measured > 0, 0.0)
+        self.prompt_ratio = _column([calibration(load) for load in loads])
+        self.prefill_ms = self._filled(measured, measured > 0, weights.default_prefill_ms_per_token) * self.prompt_ratio
+        pairs = self._filled(_column([load.prefill_ms_per_pair for load in loads]), measured > 0, 0.0)
+        self.attention_ms = pairs * self.prompt_ratio
         steps = _column([load.decode_step_ms for load in loads])
         self.step_ms = self._filled(steps, steps > 0, weights.default_decode_step_ms)
         self.sequence_ms = np.maximum(
             _column([load.decode_ms_per_sequence for load in loads]), weights.min_sequence_share * self.step_ms
         )
+        self.token_ms = self.step_ms + self.sequence_ms
         default = weights.transfer_gb_per_s * 1e6
-        self.transfer_bytes_per_ms = _column([load.transfer_bytes_per_ms or default for load in loads])
+        rates = _column([load.transfer_bytes_per_ms or default for load in loads])
+        self.read_ms = _column([card.kv_bytes_per_token for card in cards]) / rates
         self.output_tokens = _column([load.output_tokens or weights.output_tokens for load in loads])
+        self.zeros, self.nobody = np.zeros(len(workers)), np.full(len(workers), NOBODY)
+        for constant in (self.zeros, self.nobody):
+            constant.flags.writeable = False
 
     def _filled(self, values: Floats, known: Bools, default: float) -> Floats:
         """A worker that has not measured a rate is taken to be like its peers that have, else like nobody in
@@ -56,8 +78,8 @@ class Facts:
 
     @cached_property
     def salts(self) -> NDArray[np.uint64]:
-        """A number for each name."""
-        return np.array([hash64(worker.name.encode()) for worker in self.workers], np.uint64)
+        """A number for each name, and one for nobody, who comes last."""
+        return np.array([*(hash64(worker.name.encode()) for worker in self.workers), 0], np.uint64)
 
     def rows_of(self, names: frozenset[str]) -> list[int]:
         """Rows of these workers."""
@@ -70,6 +92,9 @@ class Table:
 
     facts: Facts
     num_cached_pages: Ints
+    """Of the prompt, when it is its turn there."""
+    num_stored_pages: Ints
+    """At this moment: what a peer can read."""
     queue_ms: Floats
     num_decoding: Ints
     stale_ms: Floats
@@ -80,9 +105,11 @@ class Table:
     @staticmethod
     def of(workers: Sequence[Worker], weights: Weights) -> "Table":
         """A table of workers as they say of themselves."""
+        pages = np.array([worker.num_cached_pages for worker in workers], np.int64)
         return Table(
             Facts(workers, weights),
-            np.array([worker.num_cached_pages for worker in workers], np.int64),
+            pages,
+            pages,
             _column([worker.queue_ms for worker in workers]),
             np.array([worker.num_decoding for worker in workers], np.int64),
             _column([worker.stale_ms for worker in workers]),
@@ -91,8 +118,10 @@ class Table:
 
     def worker(self, row: int) -> Worker:
         """A row as an object."""
-        return replace(
-            self.facts.workers[row],
+        worker = self.facts.workers[row]
+        return Worker(
+            worker.registration,
+            worker.card,
             num_cached_pages=int(self.num_cached_pages[row]),
             queue_ms=float(self.queue_ms[row]),
             num_decoding=int(self.num_decoding[row]),
@@ -105,17 +134,28 @@ class Table:
 
     def num_cached_tokens(self, query: Query) -> Floats:
         """Tokens of the prompt that need not be computed; the last one always must, for its logits."""
-        cached: Floats = np.minimum(self.num_cached_pages * self.facts.page_size, query.num_prompt_tokens - 1)
-        return cached
+        return self._num_tokens(query, self.num_cached_pages)
+
+    def num_stored_tokens(self, query: Query) -> Floats:
+        """Those of them that a peer can read now."""
+        return self._num_tokens(query, self.num_stored_pages)
+
+    def _num_tokens(self, query: Query, num_pages: Ints) -> Floats:
+        tokens: Floats = np.minimum(num_pages * self.facts.page_size, query.num_prompt_tokens - 1)
+        return tokens
 
     def fit(self, query: Query) -> Bools:
         """Who may take part."""
-        facts, num_tokens = self.facts, query.num_prompt_tokens
-        fit: Bools = ~facts.drains & (num_tokens <= facts.max_tokens)
-        fit &= num_tokens // facts.page_size + 1 <= facts.pool_pages
+        fit: Bools = self.facts.max_tokens >= query.num_prompt_tokens
         if query.excluded:
-            fit[facts.rows_of(query.excluded)] = False
+            fit[self.facts.rows_of(query.excluded)] = False
         return fit
+
+
+def calibration(load: Load) -> float:
+    """What to multiply a worker's rates with: what prompts really took there, over what the rates say. Steps
+    that prompts share with decodes, or a machine that others use too, make them slower than any rate says."""
+    return min(max(load.prompt_ratio, 1 / MAX_CALIBRATION), MAX_CALIBRATION) if load.prompt_ratio else 1.0
 
 
 def hash64(data: bytes) -> int:

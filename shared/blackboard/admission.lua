@@ -98,6 +98,14 @@ local function promise(number, id, tokens, pages, ttl_ms)
   end
 end
 
+local function needs_of(text)
+  local needs = {}
+  for tokens, pages in string.gmatch(text, '(%d+) (%d+)') do
+    needs[#needs + 1] = { tokens = tonumber(tokens), pages = tonumber(pages) }
+  end
+  return needs
+end
+
 -- Queue ---------------------------------------------------------------------------------------------------------------
 
 local function read(id)
@@ -230,8 +238,9 @@ end
 
 local commands = {}
 
--- reserve ID ROUTER CLASS TENANT COST REMAINING_MS MAX_QUEUED LEASE_MS PROMISE_MS IS_PARTIAL, then for each candidate
--- decode worker, its tokens and pages, prefill worker (0: none), its tokens and pages.
+-- reserve ID ROUTER CLASS TENANT COST REMAINING_MS MAX_QUEUED LEASE_MS PROMISE_MS IS_PARTIAL NEEDS CANDIDATES. NEEDS has
+-- for each worker in KEYS the tokens, should it compute the prompt, and pages; CANDIDATES the numbers of decode and prefill
+-- worker (0: none) of each. Long lists, and mostly the first candidate is it: so they are text, read no further than that.
 -- → placed CANDIDATE | parked POSITION | refused REASON RETRY_MS | more (none of a partial list has room)
 function commands.reserve()
   local id, router, class, tenant = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
@@ -254,20 +263,23 @@ function commands.reserve()
 
   local head, ahead = first()
   if not head or head == id or (not mine and score < score_of(ahead.class, ahead.start)) then
-    for at = 12, #ARGV, 6 do
-      local decode, prefill = tonumber(ARGV[at]), tonumber(ARGV[at + 3])
-      if fits(decode, tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]))
-        and (prefill == 0 or fits(prefill, tonumber(ARGV[at + 4]), tonumber(ARGV[at + 5]))) then
-        promise(decode, id, ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[10]))
+    local needs = needs_of(ARGV[12])
+    local at = 0
+    for first_number, second_number in string.gmatch(ARGV[13], '(%d+) (%d+)') do
+      local decode, prefill = tonumber(first_number), tonumber(second_number)
+      local tokens, pages = prefill == 0 and needs[decode].tokens or 0, needs[decode].pages
+      if fits(decode, tokens, pages) and (prefill == 0 or fits(prefill, needs[prefill].tokens, needs[prefill].pages)) then
+        promise(decode, id, tokens, pages, tonumber(ARGV[10]))
         if prefill > 0 then
-          promise(prefill, id, ARGV[at + 4], ARGV[at + 5], tonumber(ARGV[10]))
+          promise(prefill, id, needs[prefill].tokens, needs[prefill].pages, tonumber(ARGV[10]))
         end
         if mine then
           served(id, entry)
         end
         wake() -- there may be room for the next one, too
-        return { 'placed', (at - 12) / 6 }
+        return { 'placed', at }
       end
+      at = at + 1
     end
     if ARGV[11] == '1' then
       return { 'more' }

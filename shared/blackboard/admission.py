@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
@@ -27,9 +28,8 @@ ASSUMED_OUTPUT_TOKENS = 256
 LEASE_MS = 2_000
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What a request takes of one worker, besides a sequence: prompt tokens to compute, and pages."""
+class Need(NamedTuple):
+    """What a request takes of one worker, besides a sequence: prompt tokens, if it is computed there, and pages."""
 
     name: str
     epoch: int
@@ -37,12 +37,12 @@ class Need:
     pages: int
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One way to serve a request; without `prefill` the decode worker computes the prompt."""
+class Pair(NamedTuple):
+    """One way to serve a request: places of two workers in the list of needs. Without `prefill` the decode worker
+    computes the prompt."""
 
-    decode: Need
-    prefill: Need | None = None
+    decode: int
+    prefill: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +103,23 @@ class AdmissionBoard:
         self._script = redis.register_script(script)
 
     async def reserve(
-        self, ask: Ask, pairs: Sequence[Pair], *, router: str, max_queued: int, is_partial: bool = False
+        self,
+        ask: Ask,
+        needs: Sequence[Need],
+        pairs: Sequence[Pair],
+        *,
+        router: str,
+        max_queued: int,
+        is_partial: bool = False,
     ) -> Verdict:
         """Reserve the first pair that has room on both workers, if it is this request's turn; else park it.
 
         A request that is parked already keeps its place, also if another router has parked it. `is_partial`: there are
         more pairs; nothing is done if it is the request's turn and none of these has room.
         """
-        workers = list(dict.fromkeys((n.name, n.epoch) for pair in pairs for n in (pair.decode, pair.prefill) if n))
-        number = {worker: i + 1 for i, worker in enumerate(workers)}
         remaining = -1 if ask.remaining_ms is None else max(0, ask.remaining_ms)
-        about: list[str | int] = [
+        args: list[str | int] = [
+            "reserve",
             ask.request_id,
             router,
             ask.klass,
@@ -122,12 +128,12 @@ class AdmissionBoard:
             remaining,
             max_queued,
             LEASE_MS,
+            PROMISE_MS,
+            int(is_partial),
+            " ".join([f"{need.tokens} {need.pages}" for need in needs]),
+            " ".join([f"{decode + 1} {0 if prefill is None else prefill + 1}" for decode, prefill in pairs]),
         ]
-        args: list[str | int] = ["reserve", *about, PROMISE_MS, int(is_partial)]
-        for pair in pairs:
-            decode, prefill = pair.decode, pair.prefill
-            args += [number[decode.name, decode.epoch], decode.tokens, decode.pages]
-            args += [number[prefill.name, prefill.epoch], prefill.tokens, prefill.pages] if prefill else [0, 0, 0]
+        workers = [(need.name, need.epoch) for need in needs]
         with faults():
             return _verdict(await self._script(keys=_keys(ask.model, workers), args=args))
 

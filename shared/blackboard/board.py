@@ -13,6 +13,7 @@ from shared.blackboard import keys
 from shared.blackboard.admission import AdmissionBoard
 from shared.blackboard.connection import connect, faults
 from shared.blackboard.index import PrefixIndex
+from shared.blackboard.placements import PlacementBoard
 from shared.blackboard.records import Registration, Role
 from shared.errors import BlackboardLost, StaleEpoch
 
@@ -33,6 +34,7 @@ class Blackboard:
         self._redis: Redis = connect(url, timeout_ms)
         self.index = PrefixIndex(self._redis)
         self.admission = AdmissionBoard(self._redis)
+        self.placements = PlacementBoard(self._redis)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -92,6 +94,16 @@ class Blackboard:
             answers = await pipeline.execute()
         found = (_parse(raw) for answer in answers for raw in answer)
         return [registration for registration in found if registration is not None]
+
+    async def ages_ms(self, *roles: Role) -> dict[str, float]:
+        """How long ago each process of these roles registered last, by their clocks and ours."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for role in roles:
+            pipeline.zrange(keys.members(role), 0, -1, withscores=True)
+        with faults():
+            answers = await pipeline.execute()
+        now_ms = time.time_ns() / 1e6
+        return {name.decode(): max(0.0, now_ms - at_ms) for answer in answers for name, at_ms in answer}
 
     @asynccontextmanager
     async def changes(self) -> AsyncIterator["Changes"]:

@@ -14,12 +14,14 @@ forebay:shares:MODEL         hash    virtual times and finish tags of the queue'
 forebay:pace:MODEL           hash    how fast requests leave the queue; expires
 forebay:waiter:ROUTER        string  present while a router that has requests in a queue is alive; expires
 forebay:wake:ROUTER          channel requests of a router that may now have room
+forebay:placements           channel what routers have just placed, as JSON, for the other routers
 forebay:changes              channel names of processes whose registration came, went or began to drain
 """
 
 from shared.blackboard.records import Role
 
 CHANGES = "forebay:changes"
+PLACEMENTS = "forebay:placements"
 EVENTS = "forebay:events"
 # A member of every index that was written whole. After Redis lost its data, increments alone would make an index that
 # looks right and misses most pages: without this member it counts as absent.

@@ -38,7 +38,9 @@ class Load(Record):
     """Measured by the worker: fields of `shared.engine.api.EngineLoad` by its engine, the others by its services.
 
     A prompt's tokens start … end take (end - start) x `prefill_ms_per_token` + (end² - start²) / 2 x
-    `prefill_ms_per_pair`. 0 is a rate that was not measured yet.
+    `prefill_ms_per_pair`. 0 is a rate that was not measured yet. `prompt_ratio` is the time that prompts took here over
+    what the router had expected by these rates. `num_inside` counts requests, also those whose prompt is computed
+    elsewhere as yet, and `num_requests` all that ever came.
     """
 
     num_running: int = 0
@@ -50,6 +52,9 @@ class Load(Record):
     decode_ms_per_sequence: float = 0.0
     transfer_bytes_per_ms: float = 0.0
     output_tokens: float = 0.0
+    prompt_ratio: float = 0.0
+    num_inside: int = 0
+    num_requests: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
 

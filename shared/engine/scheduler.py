@@ -159,6 +159,8 @@ class Scheduler:
             if not sequence.num_pages_missing or (not self._short and self._acquire(sequence)):
                 self.waiting.remove(sequence)
                 insort(self.running, sequence, key=RANK)
+                if not sequence.started:
+                    self._kv.adopt(sequence.table, sequence.reusable_hashes)
                 sequence.start()
                 return sequence
             self._short = True

@@ -36,6 +36,8 @@ class Admission:
         """Requests that came since somebody last took these, with what they took at first."""
         self.on_freed: Callable[[], None] = lambda: None
         """Called whenever a request takes less, or leaves."""
+        self.num_requests = 0
+        """All that ever came."""
         self._inside: set[Stay] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -53,6 +55,7 @@ class Admission:
         stay = Stay(request_id, num_tokens, num_pages, self._freed)
         self.arrived[request_id] = Room(sequences=1, tokens=num_tokens, pages=num_pages)
         self._inside.add(stay)
+        self.num_requests += 1
         self._idle.clear()
         try:
             yield stay

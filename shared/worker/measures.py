@@ -10,6 +10,11 @@ from shared.engine.api import Engine
 from shared.engine.meter import Rate
 from shared.instruments import Meter
 
+# How right the router's expectations were is told from prompts that should have taken so long together, and a single
+# one counts as at most so wrong.
+PROMPT_MEMORY_MS = 10_000.0
+MAX_RATIO = 4.0
+
 
 class Measures:
     """The instruments of one worker."""
@@ -35,6 +40,7 @@ class Measures:
             "forebay_first_token_seconds", unit="s", description="Time from a request's arrival here to its first token"
         )
         self._byte, self._output = Rate(memory=1e9), Rate(memory=64)
+        self._prompt = Rate(memory=PROMPT_MEMORY_MS)
         self._transfer_bytes = meter.create_counter("forebay_transfer_bytes", description="KV bytes read from peers")
         self._checked_pages = meter.create_counter(
             "forebay_checked_pages", description="Pages read from peers whose checksum was verified, by outcome"
@@ -62,11 +68,21 @@ class Measures:
         """One output came to its end."""
         self._output.add(num_output_tokens, 1)
 
-    def load(self) -> Load:
+    def computed(self, expected_ms: float, took_ms: float) -> None:
+        """A prompt was computed here, which the router expected to take so long; 0 if it did not say."""
+        if expected_ms > 0:
+            self._prompt.add(min(max(took_ms, expected_ms / MAX_RATIO), expected_ms * MAX_RATIO), expected_ms)
+
+    def load(self, num_inside: int, num_requests: int) -> Load:
         """Facts for the router."""
-        engine = asdict(self._engine.load())
-        rate = 1 / self._byte.ms if self._byte.ms else 0.0
-        return Load(**engine, transfer_bytes_per_ms=rate, output_tokens=self._output.ms)
+        return Load(
+            **asdict(self._engine.load()),
+            transfer_bytes_per_ms=1 / self._byte.ms if self._byte.ms else 0.0,
+            output_tokens=self._output.ms,
+            prompt_ratio=self._prompt.ms,
+            num_inside=num_inside,
+            num_requests=num_requests,
+        )
 
     def checked(self, num_pages: int, num_corrupt: int, owner: str) -> None:
         """Pages of a peer whose checksums were compared."""

@@ -204,7 +204,7 @@ class _Process:
             ),
             rank_pids=tuple(rank.pid for rank in self._assembled.ranks),
             num_beats=self._num_beats,
-            load=self._measures.load(),
+            load=self._measures.load(self._admission.num_active, self._admission.num_requests),
             pages=Pages(**{name: getattr(counts, name) for name in Pages.model_fields}),
         )
 

@@ -76,6 +76,24 @@ async def test_a_prompt_computed_where_it_is_cached_counts_as_local(world: Fleet
     assert (await generate(world, request(PROMPT, d))).usage.num_cached_local == 100
 
 
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+async def test_of_prompts_that_come_at_once_those_that_wait_count_what_the_first_computed(
+    remote: bool, world: Fleet
+) -> None:
+    expected = await alone(world, PROMPT)
+    p, d = await world.start("p"), await world.start("d")
+    asked = [request(PROMPT, d, p if remote else None) for _ in range(3)]
+    for number, each in enumerate(asked):
+        each.request_id = f"r{number}"
+    answers = await asyncio.gather(*(generate(world, each) for each in asked))
+    assert [answer.tokens for answer in answers] == [expected] * 3
+    cached = [answer.usage.num_cached_remote if remote else answer.usage.num_cached_local for answer in answers]
+    assert min(cached) == 0
+    assert max(cached) > 0
+    for worker in (p, d):
+        await worker.idle()
+
+
 async def test_a_prefix_is_pulled_from_the_peer_that_has_it(world: Fleet) -> None:
     expected = await alone(world, PROMPT)
     q, p, d = [await world.start(name) for name in "qpd"]

@@ -4,6 +4,7 @@ from typing import Any
 
 from services.router import policy
 from services.router.candidate import Candidate, Query, Weights, Worker
+from services.router.fleet import Fleet
 from services.router.table import Table
 from shared.blackboard.records import Load, ModelCard, Pages, Registration, Role
 
@@ -41,6 +42,14 @@ def registration(name: str, epoch: int = 1, **changes: Any) -> Registration:
 def place(asked: Query, workers: list[Worker], weights: Weights) -> Candidate:
     """The placement of a request on these workers."""
     return policy.place(asked, Table.of(workers, weights), weights)
+
+
+def record(fleet: Fleet, placed: Candidate) -> None:
+    """Tell a fleet of a placement."""
+    assert placed.computing is not None
+    assert placed.decode is not None
+    computing, decode = placed.computing.registration, placed.decode.registration
+    fleet.note((computing.name, computing.epoch), (decode.name, decode.epoch), dict(placed.terms)["prefill"])
 
 
 def worker(

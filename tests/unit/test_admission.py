@@ -29,8 +29,16 @@ from shared.blackboard.records import Room
 TTL_MS = 60_000
 ONE = Room(sequences=1, tokens=1_000, pages=1_000)
 NONE = Room()
-D1 = Pair(Need("d1", 1, 0, 10))
-P1_D1 = Pair(Need("d1", 1, 0, 10), Need("p1", 1, 100, 10))
+Way = tuple[Need, ...]
+"""One way to serve a request: a decode worker, and perhaps a prefill worker."""
+D1: Way = (Need("d1", 1, 0, 10),)
+P1_D1: Way = (Need("d1", 1, 0, 10), Need("p1", 1, 100, 10))
+
+
+def offered(*ways: Way) -> tuple[list[Need], list[Pair]]:
+    """As routers offer them."""
+    needs = list(dict.fromkeys(need for way in ways for need in way))
+    return needs, [Pair(*map(needs.index, way)) for way in ways]
 
 
 class World:
@@ -58,7 +66,7 @@ class World:
     async def reserve(
         self,
         request_id: str,
-        *pairs: Pair,
+        *ways: Way,
         router: str = "r1",
         max_queued: int = 100,
         is_partial: bool = False,
@@ -66,7 +74,7 @@ class World:
     ) -> Verdict:
         ask = Ask(request_id, "m", **about)
         options: dict[str, Any] = {"router": router, "max_queued": max_queued, "is_partial": is_partial}
-        return await self.board.reserve(ask, pairs or [D1], **options)
+        return await self.board.reserve(ask, *offered(*(ways or [D1])), **options)
 
     async def full(self, name: str = "d1") -> None:
         await self.report(name, used=Room(sequences=1))
@@ -102,8 +110,7 @@ async def test_the_first_pair_with_room_on_both_workers_is_reserved(world: World
     await world.report("d2")
     await world.full("p1")
     await world.report("p2")
-    pairs = [P1_D1, Pair(Need("d2", 1, 0, 10), Need("p2", 1, 100, 10))]
-    assert await world.reserve("a", *pairs) == Placed(1)
+    assert await world.reserve("a", P1_D1, (Need("d2", 1, 0, 10), Need("p2", 1, 100, 10))) == Placed(1)
 
 
 async def test_a_pair_is_never_reserved_by_half(world: World) -> None:
@@ -124,14 +131,14 @@ async def test_a_pair_is_never_reserved_by_half(world: World) -> None:
 )
 async def test_promises_count_like_what_workers_report(world: World, limits: Room, used: Room) -> None:
     await world.report("d1", limits, used)
-    pair = Pair(Need("d1", 1, 100, 10))
-    assert await world.reserve("a", pair) == Placed(0)
-    assert isinstance(await world.reserve("b", pair), Parked)
+    alone: Way = (Need("d1", 1, 100, 10),)
+    assert await world.reserve("a", alone) == Placed(0)
+    assert isinstance(await world.reserve("b", alone), Parked)
 
 
 async def test_an_idle_worker_takes_what_exceeds_its_limits(world: World) -> None:
     await world.report("d1")
-    assert await world.reserve("a", Pair(Need("d1", 1, 9_999, 9_999))) == Placed(0)
+    assert await world.reserve("a", (Need("d1", 1, 9_999, 9_999),)) == Placed(0)
 
 
 async def test_a_prompt_without_tokens_to_compute_does_not_wait_for_those_who_compute(world: World) -> None:
@@ -155,7 +162,7 @@ async def test_a_promise_counts_once_when_its_request_has_arrived(world: World) 
 async def test_room_and_promises_of_an_earlier_epoch_do_not_count(world: World) -> None:
     await world.full("d1")
     await world.reserve("a")
-    assert await world.reserve("b", Pair(Need("d1", 2, 0, 10)), priority=1) == Placed(0)
+    assert await world.reserve("b", (Need("d1", 2, 0, 10),), priority=1) == Placed(0)
 
 
 async def test_a_partial_list_without_room_changes_nothing(world: World) -> None:
@@ -265,8 +272,8 @@ async def test_a_resumed_request_goes_before_all_classes(world: World) -> None:
 async def test_models_have_queues_of_their_own(world: World) -> None:
     await world.full()
     await world.reserve("a")
-    other = Pair(Need("x1", 1, 0, 1))
-    assert await world.board.reserve(Ask("b", "other"), [other], router="r1", max_queued=9) == Placed(0)
+    other = offered((Need("x1", 1, 0, 1),))
+    assert await world.board.reserve(Ask("b", "other"), *other, router="r1", max_queued=9) == Placed(0)
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Who computes what in which step, and who gets the pages."""
 
+from dataclasses import replace
+
 import pytest
 
 from shared.engine.api import PagesComputed
 from shared.page_hash import chain
-from tests.unit.engine_rig import Rig, order_of_ends, output, request
+from tests.unit.engine_rig import Rig, last, order_of_ends, output, request
 
 
 @pytest.fixture
@@ -191,3 +193,21 @@ def test_a_handed_over_table_is_empty_for_the_one_who_handed_it_over(rig: Rig) -
 def test_a_budget_that_is_too_small_for_its_sequences_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot share"):
         Rig(max_step_tokens=4, max_num_sequences=8)
+
+
+# Prompts that begin alike ---------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_waited_takes_over_what_another_one_computed_meanwhile(rig: Rig) -> None:
+    """Both found nothing when they came, as in a burst."""
+    alone = Rig()
+    alone.submit("a", 100)
+    expected = output(alone.finish(), "a")
+    asked = request("a", 100)
+    for name in ("first", "second"):
+        pages = rig.kv.reserve(chain(asked.hash_key, asked.prompt_token_ids, 16), 7)
+        rig.engine.submit(replace(asked, request_id=name), pages)
+    events = rig.finish()
+    assert output(events, "first") == output(events, "second") == expected
+    assert (last(events, "first").num_cached_tokens, last(events, "second").num_cached_tokens) == (0, 64)
+    assert sum(batch.get("second", 0) for batch in rig.batches) == 100 - 64 + 3  # and three of its output

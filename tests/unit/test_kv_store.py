@@ -298,3 +298,33 @@ def test_pages_of_a_lapsed_lease_are_news_even_if_the_call_that_noticed_takes_th
     clock.now = TTL_S
     assert kv.reserve([], 8) is not None
     assert seen == [True]
+
+
+# Pages that others computed meanwhile ---------------------------------------------------------------------------------
+
+
+def test_pages_that_somebody_computed_meanwhile_take_the_place_of_ones_own(kv: KvStore) -> None:
+    mine = kv.reserve(hashes(3), 3)
+    assert mine is not None
+    theirs = hold(kv, 4, "a")
+    kv.adopt(mine, hashes(2))
+    assert (mine.page_ids[:2], mine.num_tokens) == (theirs.page_ids[:2], 2 * PAGE_SIZE)
+    assert mine.page_ids[2] not in theirs.page_ids
+    assert states(kv) == (3, 0, 0, 5)
+
+
+def test_what_is_computed_already_is_not_given_up_for_pages_of_others(kv: KvStore) -> None:
+    mine = kv.reserve([], 3)
+    assert mine is not None
+    mine.num_tokens = 2 * PAGE_SIZE
+    own = list(mine.page_ids)
+    hold(kv, 2, "a")
+    kv.adopt(mine, hashes(2))
+    assert (mine.page_ids, mine.num_tokens) == (own, 2 * PAGE_SIZE)
+
+
+def test_a_table_without_pages_adopts_none(kv: KvStore) -> None:
+    cache(kv, 2, "a")
+    mine = PageTable()
+    kv.adopt(mine, hashes(2))
+    assert mine == PageTable()

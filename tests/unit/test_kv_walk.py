@@ -24,7 +24,17 @@ class Actor:
         self.leases: list[int] = []
 
     def act(self) -> None:
-        actions = [self.reserve, self.extend, self.publish, self.shrink, self.drop, self.drop, self.grant, self.widen]
+        actions = [
+            self.reserve,
+            self.extend,
+            self.adopt,
+            self.publish,
+            self.shrink,
+            self.drop,
+            self.drop,
+            self.grant,
+            self.widen,
+        ]
         self.random.choice([*actions, self.acquire, self.renew, self.release, self.wait])()
 
     def chain(self) -> list[bytes]:
@@ -39,6 +49,12 @@ class Actor:
 
     def extend(self) -> None:
         self.kv.extend(self.table(), self.random.randint(0, 3))
+
+    def adopt(self) -> None:
+        if fresh := self.kv.reserve(self.chain(), self.random.randint(0, 10)):
+            self.publish()
+            self.kv.adopt(fresh, self.chain())
+            self.tables.append(fresh)
 
     def publish(self) -> None:
         self.kv.publish(self.table(), 0, self.chain())

@@ -17,6 +17,7 @@ from services.router.candidate import Weights
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
 from services.router.mirror_feed import MirrorFeed
+from services.router.placements import Placements
 from services.router.servicer import RouterServicer
 from shared import rpc
 from shared.blackboard import keys
@@ -62,18 +63,21 @@ class Router:
         self.mirror = Mirror(max_pages=10_000)
         self.feed = MirrorFeed(self.board.index, self.fleet, self.mirror)
         self.admission = Admission(self.board.admission, name, limits, self.telemetry.meter)
+        self.placements = Placements(self.fleet, self.board.placements, name)
         self.servicer = RouterServicer(
-            self.fleet, self.mirror, self.admission, WEIGHTS, self.telemetry, no_worker_wait_ms
+            self.fleet, self.mirror, self.placements, self.admission, WEIGHTS, self.telemetry, no_worker_wait_ms
         )
         router_pb2_grpc.add_RouterServiceServicer_to_server(self.servicer, self.server.grpc)
         self.channels = rpc.Channels()
 
-    async def start(self) -> None:
-        running = (self.fleet.run(), self.feed.run(), self.admission.run())
+    async def start(self) -> int:
+        """The port."""
+        running = (self.fleet.run(), self.feed.run(), self.placements.run(), self.admission.run())
         self.watching = [asyncio.create_task(each) for each in running]
         port = await self.server.start("127.0.0.1", 0)
         self.channel = self.channels.to(f"127.0.0.1:{port}")
         self.stub: Any = router_pb2_grpc.RouterServiceStub(self.channel)
+        return port
 
     async def stop(self) -> None:
         for task in self.watching:

@@ -12,11 +12,12 @@ from services.router.config import RouterConfig
 from services.router.cost import costs
 from services.router.fleet import Fleet
 from services.router.policy import place as place_on
+from services.router.policy import rank
 from services.router.rivals import RIVALS
 from services.router.table import Table
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Load
-from tests.unit.fleets import place, query, registration, worker
+from tests.unit.fleets import place, query, record, registration, worker
 
 WEIGHTS = Weights()
 NO_BOARD = cast("Blackboard", None)
@@ -62,7 +63,7 @@ def test_more_cache_never_costs_more(seed: int) -> None:
 def test_a_sequence_more_always_costs_something_whatever_was_measured(seed: int) -> None:
     table = Table.of(random_fleet(seed), WEIGHTS)
     busier = replace(table, num_decoding=table.num_decoding + 1)
-    decodes = table.facts.is_decode
+    decodes = table.facts.decodes
     assert (costs(query(), busier, WEIGHTS).load > costs(query(), table, WEIGHTS).load)[decodes].all()
 
 
@@ -104,7 +105,7 @@ def test_a_hundred_equal_prompts_at_once_are_spread_by_what_they_take() -> None:
     roster, chosen = fleet.roster("m"), []
     for _ in range(100):
         placed = place_on(query(), fleet.table(roster, np.zeros(10, np.int64)), WEIGHTS)
-        fleet.record(placed)
+        record(fleet, placed)
         chosen.append(placed.names[0])
     assert sorted(map(chosen.count, names)) == [10] * 10
 
@@ -156,6 +157,14 @@ def test_each_rival_goes_by_its_own_thing() -> None:
     assert len(at_random) == 3
 
 
+@pytest.mark.parametrize("policy", RIVALS)
+def test_a_rival_offers_workers_alone_behind_all_pairs_should_no_prefill_worker_have_room(policy: str) -> None:
+    weights = Weights(policy=policy)
+    fleet = [worker("p1"), worker("p2"), worker("d1"), worker("d2", decoding=1)]
+    ways = [bool(each.prefill) for each in rank(query(), Table.of(fleet, weights), weights)]
+    assert ways == [True] * 4 + [False] * 2
+
+
 def test_round_robin_takes_turns() -> None:
     weights = Weights(policy="round-robin")
     fleet = Fleet(NO_BOARD, weights, heartbeat_ms=500, ttl_ms=2_000, clock=lambda: 0.0)
@@ -163,7 +172,7 @@ def test_round_robin_takes_turns() -> None:
     chosen = []
     for _ in range(6):
         placed = place_on(query(), fleet.table(fleet.roster("m"), np.zeros(3, np.int64)), weights)
-        fleet.record(placed)
+        record(fleet, placed)
         chosen.append(placed.names[0])
     assert chosen[:3] == chosen[3:]
     assert set(chosen) == {"d1", "d2", "d3"}

@@ -13,7 +13,7 @@ from services.router.fleet import UNREPORTED_HEARTBEATS, Fleet
 from services.router.table import Table
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Load, Registration
-from tests.unit.fleets import place, query, registration
+from tests.unit.fleets import place, query, record, registration
 
 WEIGHTS = Weights()
 NO_BOARD = cast("Blackboard", None)
@@ -45,7 +45,7 @@ class World:
         return self.fleet.table(roster, np.array(pages, np.int64))
 
     def place(self, num_tokens: int) -> None:
-        self.fleet.record(place(query(num_tokens), self.workers(), WEIGHTS))
+        record(self.fleet, place(query(num_tokens), self.workers(), WEIGHTS))
 
 
 @pytest.fixture
@@ -112,9 +112,9 @@ def test_a_placement_on_a_pair_counts_on_both_workers(world: World) -> None:
 def test_a_restarted_worker_has_no_queue_of_its_former_life(world: World) -> None:
     world.observe(registration("d1", epoch=1))
     placed = place(query(100), world.workers(), WEIGHTS)
-    world.fleet.record(placed)
+    record(world.fleet, placed)
     world.observe(registration("d1", epoch=2))
-    world.fleet.record(placed)
+    record(world.fleet, placed)
     assert (world.worker().queue_ms, world.worker().num_decoding) == (0, 0)
 
 
@@ -136,6 +136,15 @@ def test_without_a_loss_a_missing_worker_leaves_at_once(world: World) -> None:
     assert [worker.name for worker in world.workers()] == ["d2"]
 
 
+def test_models_that_nobody_serves_leave_nothing_behind(world: World) -> None:
+    world.observe(registration("d1"))
+    for number in range(100):
+        assert world.fleet.roster(f"no model {number}").incarnations == []
+    world.observe(registration("d1"))
+    assert len(world.fleet._rosters) == 0
+    assert len(world.workers()) == 1
+
+
 def test_a_process_without_a_model_card_is_no_worker(world: World) -> None:
     world.observe(registration("d1", card=None))
     assert world.workers() == []
@@ -146,8 +155,39 @@ def test_a_conversations_next_turn_goes_where_its_prefix_is_though_it_was_placed
 ) -> None:
     world.observe(registration("d1"), registration("d2"))
     first = place(query(100), world.workers(), WEIGHTS)
-    world.fleet.record(first)
+    record(world.fleet, first)
     assert first.decode is not None
     world.now += 0.06
     second = policy.place(query(110), world.table({first.decode.name: 6}), WEIGHTS)
     assert second.names == first.names
+
+
+def test_a_placed_sequence_is_left_to_the_report_that_says_it_came(world: World) -> None:
+    world.observe(registration("d1", load=Load(num_requests=7)))
+    for _ in range(3):
+        world.place(100)
+    world.observe(registration("d1", load=Load(num_inside=2, num_requests=9)))
+    assert world.worker().num_decoding == 2 + 1
+    world.place(100)
+    world.now += UNREPORTED_HEARTBEATS * HEARTBEAT_MS / 1000
+    assert world.worker().num_decoding == 2
+
+
+def test_a_request_whose_prompt_is_computed_elsewhere_counts_where_it_will_decode(world: World) -> None:
+    world.observe(registration("d1", load=Load(num_running=1, num_inside=3)))
+    assert world.worker().num_decoding == 3
+
+
+def test_a_worker_that_is_slower_than_its_rates_say_is_expected_to_be_so_within_bounds(world: World) -> None:
+    rate = 0.5
+    for ratio, factor in ((0.0, 1.0), (1.5, 1.5), (40.0, 2.0), (0.01, 0.5)):
+        world.observe(registration("d1", load=Load(prefill_ms_per_token=rate, prompt_ratio=ratio, num_steps=1)))
+        placed = place(query(100), world.workers(), WEIGHTS)
+        assert dict(placed.terms)["prefill"] == pytest.approx(100 * rate * factor)
+        assert placed.expected_ms == pytest.approx(100 * rate)  # what the worker is to compare with, or it would drift
+        world.now += 60
+
+
+def test_a_slow_workers_queue_is_longer_too(world: World) -> None:
+    world.observe(registration("d1", load=Load(num_queued_tokens=400, prefill_ms_per_token=0.5, prompt_ratio=1.5)))
+    assert world.worker().queue_ms == pytest.approx(300)

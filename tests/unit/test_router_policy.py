@@ -336,6 +336,13 @@ def test_every_placement_is_ranked_once_the_chosen_first_and_then_by_cost() -> N
     assert [candidate.cost_ms for candidate in found] == sorted(candidate.cost_ms for candidate in found)
 
 
+def test_of_many_equal_placements_each_is_ranked_once_too() -> None:
+    fleet = [worker("d0"), *(worker(f"d{number}", queue_ms=500) for number in range(1, 60))]
+    found = ranked(fleet, query())
+    assert found[0].names == ("d0", "")
+    assert len({candidate.names for candidate in found}) == len(found) == 60
+
+
 def test_behind_the_pairs_every_decode_worker_is_offered_alone_should_no_prefill_worker_have_room() -> None:
     found = [candidate.names for candidate in ranked([worker("p1"), worker("d1"), worker("d2", decoding=1)], query())]
     assert found == [("d1", "p1"), ("d2", "p1"), ("d1", ""), ("d2", "")]

@@ -78,3 +78,10 @@ def test_a_draining_process_is_shown_as_draining() -> None:
 def test_processes_of_other_machines_are_shown_without_supervisor_facts() -> None:
     (row,) = join(None, [_registration(pid=7)])
     assert (row["state"], row["pid"], row["num_restarts"]) == ("serving", 7, None)
+
+
+def test_the_age_of_a_report_is_shown_for_the_current_incarnation_alone() -> None:
+    (row,) = join(_run(1), [_registration(pid=7)], {"decode-0": 300.0})
+    assert row["report_age_ms"] == 300.0
+    (row,) = join(_run(1), [_registration(pid=6)], {"decode-0": 300.0})
+    assert row["report_age_ms"] is None

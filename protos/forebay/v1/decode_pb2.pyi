@@ -79,6 +79,11 @@ class Placement(google.protobuf.message.Message):
     PREFILL_FIELD_NUMBER: builtins.int
     KV_SOURCE_FIELD_NUMBER: builtins.int
     SECOND_PREFILL_FIELD_NUMBER: builtins.int
+    EXPECTED_MS_FIELD_NUMBER: builtins.int
+    expected_ms: builtins.float
+    """When the router expects the prompt to be computed, ms from now, by the measured rates alone; 0: it does not know. Who
+    computes the prompt reports how right that was.
+    """
     @property
     def decode(self) -> protos.forebay.v1.kv_pb2.WorkerRef:
         """Generates."""
@@ -102,9 +107,10 @@ class Placement(google.protobuf.message.Message):
         prefill: protos.forebay.v1.kv_pb2.WorkerRef | None = ...,
         kv_source: protos.forebay.v1.kv_pb2.WorkerRef | None = ...,
         second_prefill: protos.forebay.v1.kv_pb2.WorkerRef | None = ...,
+        expected_ms: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["decode", b"decode", "kv_source", b"kv_source", "prefill", b"prefill", "second_prefill", b"second_prefill"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["decode", b"decode", "kv_source", b"kv_source", "prefill", b"prefill", "second_prefill", b"second_prefill"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode", b"decode", "expected_ms", b"expected_ms", "kv_source", b"kv_source", "prefill", b"prefill", "second_prefill", b"second_prefill"]) -> None: ...
 
 global___Placement = Placement
 

@@ -30,6 +30,7 @@ class PrefillRequest(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     KV_SOURCE_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
+    EXPECTED_MS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Unique name of the request."""
     model: builtins.str
@@ -42,6 +43,8 @@ class PrefillRequest(google.protobuf.message.Message):
     """Epoch of this worker that the route named."""
     priority: builtins.int
     """Higher runs first."""
+    expected_ms: builtins.float
+    """When the router expects the prompt to be computed, as in Placement."""
     @property
     def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The prompt."""
@@ -71,9 +74,10 @@ class PrefillRequest(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         kv_source: protos.forebay.v1.kv_pb2.WorkerRef | None = ...,
         priority: builtins.int = ...,
+        expected_ms: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["kv_source", b"kv_source", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "hash_key", b"hash_key", "kv_source", b"kv_source", "model", b"model", "num_pages_held", b"num_pages_held", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "expected_ms", b"expected_ms", "hash_key", b"hash_key", "kv_source", b"kv_source", "model", b"model", "num_pages_held", b"num_pages_held", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]) -> None: ...
 
 global___PrefillRequest = PrefillRequest
 

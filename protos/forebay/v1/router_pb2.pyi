@@ -228,8 +228,11 @@ class ExplainResponse(google.protobuf.message.Message):
 
     CANDIDATES_FIELD_NUMBER: builtins.int
     SUMMARY_FIELD_NUMBER: builtins.int
+    NUM_QUEUED_FIELD_NUMBER: builtins.int
     summary: builtins.str
     """What Route would answer, in words."""
+    num_queued: builtins.int
+    """Requests that wait in the model's queue; new ones of their class stand behind them."""
     @property
     def candidates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Candidate]:
         """The candidates."""
@@ -239,7 +242,8 @@ class ExplainResponse(google.protobuf.message.Message):
         *,
         candidates: collections.abc.Iterable[global___Candidate] | None = ...,
         summary: builtins.str = ...,
+        num_queued: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "summary", b"summary"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "num_queued", b"num_queued", "summary", b"summary"]) -> None: ...
 
 global___ExplainResponse = ExplainResponse

@@ -74,6 +74,20 @@ class KvStore:
             table.page_ids += self._pages.take(num_pages)
             return True
 
+    def adopt(self, table: PageTable, page_hashes: Sequence[bytes]) -> None:
+        """Put cached pages in the place of a table's own that are yet to be computed: others with the same prompt may
+        have computed them since it was reserved. Its own must be new, and unknown to anybody."""
+        with self._section():
+            first, part = divmod(table.num_tokens, self.page_size)
+            run = self._index.run(page_hashes[: len(table.page_ids)])
+            if part or len(run) <= first:
+                return
+            spared = table.page_ids[first : len(run)]
+            self._pages.hold(run[first:])
+            table.page_ids[first : len(run)] = run[first:]
+            table.num_tokens = len(run) * self.page_size
+            self._pages.unhold(spared)
+
     def shrink(self, table: PageTable, num_tokens: int) -> None:
         """Hold only the pages of the first `num_tokens` tokens."""
         with self._section():

@@ -1,0 +1,107 @@
+"""What was placed and no report shows yet: remembered here, and told to the other routers, whose prompts go to the same
+workers. They are told every few milliseconds of all at once, by messages that may be lost: reports of the workers will
+say the same a heartbeat later.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from services.router.candidate import Candidate, Worker
+from services.router.fleet import Fleet, Incarnation, Roster
+from services.router.page_index import Ints
+from services.router.predictions import Predictions, marks
+from shared.blackboard.placements import Placement, PlacementBoard
+from shared.errors import BlackboardLost
+from shared.page_hash import split
+
+log = logging.getLogger(__name__)
+
+# Placements within this time go out together.
+GATHER_S = 0.02
+RETRY_S = 0.5
+LISTEN_S = 10.0
+# So many wait to be told at most; those beyond are not told.
+MAX_UNTOLD = 1_000
+
+
+class Placements:
+    """Belongs to one event loop. Others hear of placements and are heard while `run` runs."""
+
+    def __init__(
+        self, fleet: Fleet, board: PlacementBoard, router: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._fleet, self._board, self._router, self._clock = fleet, board, router, clock
+        self._predictions = Predictions()
+        self._untold: list[Placement] = []
+        self._any_untold = asyncio.Event()
+
+    def expected(self, roster: Roster, page_hashes: bytes, num_stored_pages: Ints) -> Ints:
+        """Leading pages that each worker will have when its turn comes to compute: what it has, or more."""
+        return self._predictions.raise_runs(num_stored_pages, page_hashes, roster.row_of, self._clock())
+
+    def record(self, page_hashes: bytes, chosen: Candidate) -> None:
+        """Remember a placement of ours."""
+        if chosen.computing is None or chosen.decode is None:
+            return
+        marked = marks(page_hashes)
+        placed = Placement.model_construct(
+            computing=_incarnation(chosen.computing),
+            decode=_incarnation(chosen.decode),
+            prefill_ms=dict(chosen.terms)["prefill"],
+            marks=b"".join(marked).hex(),
+        )
+        self._note(placed, marked)
+        if len(self._untold) < MAX_UNTOLD:
+            self._untold.append(placed)
+            self._any_untold.set()
+
+    def hear(self, placed: Placement) -> None:
+        """Remember a placement of another router."""
+        self._note(placed, split(bytes.fromhex(placed.marks)))
+
+    def _note(self, placed: Placement, marked: list[bytes]) -> None:
+        now = self._clock()
+        computed_at = self._fleet.note(placed.computing, placed.decode, placed.prefill_ms)
+        # Who computes does so in order, and will have the pages when the next prompt's turn comes; who only decodes
+        # does not wait for them.
+        self._predictions.add(marked, placed.computing, now, computed_at, now)
+        if placed.decode != placed.computing:
+            self._predictions.add(marked, placed.decode, computed_at, computed_at, now)
+
+    # Between routers --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Tell and hear until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._tell())
+            group.create_task(self._listen())
+
+    async def _tell(self) -> None:
+        while True:
+            await self._any_untold.wait()
+            await asyncio.sleep(GATHER_S)
+            placed, self._untold = self._untold, []
+            self._any_untold.clear()
+            try:
+                await self._board.announce(self._router, placed)
+            except BlackboardLost:
+                await asyncio.sleep(RETRY_S)
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with self._board.listen(self._router) as heard:
+                    while True:
+                        for placed in await heard.wait(LISTEN_S):
+                            self.hear(placed)
+            except ValueError as error:
+                log.warning("another router says what cannot be understood: %s", error)
+            except BlackboardLost as fault:
+                log.warning("other routers are not heard: %s", fault.message)
+                await asyncio.sleep(RETRY_S)
+
+
+def _incarnation(worker: Worker) -> Incarnation:
+    return worker.registration.name, worker.registration.epoch

@@ -1,0 +1,56 @@
+"""What a worker tells routers of itself, beyond what its engine measures."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from shared.telemetry import Telemetry
+from shared.worker.admission import Admission
+from shared.worker.measures import MAX_RATIO, Measures
+from tests.unit.engine_rig import Rig
+
+
+@pytest.fixture
+def measures() -> Iterator[Measures]:
+    telemetry = Telemetry("worker", "w")
+    yield Measures(telemetry.meter, Rig().engine)
+    telemetry.close()
+
+
+def ratio(measures: Measures) -> float:
+    return measures.load(0, 0).prompt_ratio
+
+
+def test_before_any_prompt_nothing_is_said_of_expectations(measures: Measures) -> None:
+    assert ratio(measures) == 0
+    measures.computed(0.0, 50.0)  # the router did not say what it expected
+    assert ratio(measures) == 0
+
+
+def test_prompts_count_by_what_was_expected_of_them(measures: Measures) -> None:
+    measures.computed(100.0, 200.0)
+    measures.computed(300.0, 300.0)
+    assert ratio(measures) == pytest.approx(500 / 400, rel=0.02)
+
+
+def test_one_prompt_that_went_wrong_says_little(measures: Measures) -> None:
+    for _ in range(20):
+        measures.computed(500.0, 500.0)
+    measures.computed(500.0, 1e9)
+    assert 1 < ratio(measures) < 1 + MAX_RATIO / 15
+
+
+def test_a_worker_that_recovers_is_believed_again(measures: Measures) -> None:
+    for _ in range(50):
+        measures.computed(500.0, 1_500.0)
+    for _ in range(100):
+        measures.computed(500.0, 500.0)
+    assert ratio(measures) == pytest.approx(1, abs=0.05)
+
+
+def test_requests_are_counted_while_inside_and_for_ever() -> None:
+    admission = Admission()
+    for _ in range(3):
+        with admission.request("r"):
+            assert admission.num_active == 1
+    assert (admission.num_active, admission.num_requests) == (0, 3)
