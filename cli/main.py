@@ -2,12 +2,13 @@
 
 import typer
 
-from cli import bench
+from cli import bench, evaluate
 from cli.chat import chat
 from cli.explain import explain
 from cli.inspect import inspect
 from cli.make_tiny import make_tiny
 from cli.models import models
+from cli.quantize import quantize
 from cli.status import status
 from cli.up import up
 
@@ -18,9 +19,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Forebay serves large language models through separate prefill and decode workers.",
 )
-for command in (up, status, chat, models, explain, inspect, make_tiny):
+for command in (up, status, chat, models, explain, inspect, make_tiny, quantize):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
+app.add_typer(evaluate.app, name="eval")
 
 if __name__ == "__main__":
     app()

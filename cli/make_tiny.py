@@ -9,7 +9,7 @@ from shared.errors import Fault
 
 
 def make_tiny(
-    kind: Annotated[str, typer.Argument(help="Which architecture: glm-5.2.")],
+    kind: Annotated[str, typer.Argument(help="glm-5.2, or glm-5.2-even, which can be quantized.")],
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.")] = 0,
 ) -> None:

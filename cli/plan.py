@@ -85,4 +85,4 @@ def _http_port(options: ClusterOptions, number: int) -> int:
 def _service(role: str, number: int, flags: list[str], environment: dict[str, str] | None = None) -> ProcessSpec:
     name = f"{role}-{number}"
     command = (sys.executable, "-m", f"services.{role}", "--name", name, *flags)
-    return ProcessSpec(role, name, command, environment or {})
+    return ProcessSpec(role, name, command, environment or {}, starts_gently=True)

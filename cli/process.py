@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shared import gentle_start
+
 # Ends the process when its supervisor dies, however it dies (prctl PR_SET_PDEATHSIG, on Linux). A launcher,
 # because code between fork and exec is unsafe in a process with threads.
 _LAUNCHER = """
@@ -19,7 +21,13 @@ if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 if os.getppid() != int(sys.argv[1]):
     sys.exit("the supervisor is gone")
-os.execvp(sys.argv[2], sys.argv[2:])
+if sys.argv[2] != "0":
+    try:
+        with open("/proc/self/autogroup", "w") as autogroup:
+            autogroup.write(sys.argv[2])
+    except OSError:
+        pass
+os.execvp(sys.argv[3], sys.argv[3:])
 """
 
 FIRST_BACKOFF_S = 0.1
@@ -34,12 +42,13 @@ NUM_OLD_LOGS = 4
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """What to run. `name` is unique in a cluster."""
+    """What to run. `name` is unique in a cluster. One that `starts_gently` ends that itself (`shared.gentle_start`)."""
 
     role: str
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    starts_gently: bool = False
 
 
 class Supervised:
@@ -131,7 +140,7 @@ class Supervised:
         rotate(self.log_path, NUM_OLD_LOGS)
         with self.log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                *bound_to_me(self.spec.command),
+                *bound_to_me(self.spec.command, gentle_start.NICE if self.spec.starts_gently else 0),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if self._echo else log,
                 stderr=subprocess.STDOUT,
@@ -157,9 +166,10 @@ class Supervised:
         return code
 
 
-def bound_to_me(command: Sequence[str]) -> list[str]:
-    """The command line that runs `command` and ends it (SIGTERM) when this process dies, however it dies."""
-    return [sys.executable, "-ISc", _LAUNCHER, str(os.getpid()), *command]
+def bound_to_me(command: Sequence[str], nice: int = 0) -> list[str]:
+    """The command line that runs `command` and ends it (SIGTERM) when this process dies, however it dies. With a `nice`
+    value, which is for the whole session, it must lead one of its own."""
+    return [sys.executable, "-ISc", _LAUNCHER, str(os.getpid()), str(nice), *command]
 
 
 def rotate(path: Path, num_kept: int) -> None:

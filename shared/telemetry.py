@@ -6,19 +6,23 @@ carried through every hop as W3C trace context. Metrics are OpenTelemetry instru
 
 import logging
 import sys
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import Protocol
 
-from opentelemetry import trace
+from opentelemetry import context, propagate, trace
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
-from opentelemetry.metrics import Meter
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider, sampling
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
-from opentelemetry.trace import Tracer
-from prometheus_client import CollectorRegistry, start_http_server
+from opentelemetry.trace import Span, SpanKind, Tracer
+from prometheus_client import CollectorRegistry, Metric, start_http_server
 from pythonjsonlogger.json import JsonFormatter
+
+from shared.instruments import Meter
+
+TRACE_PARENT = "traceparent"
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
@@ -48,17 +52,31 @@ class Telemetry:
 
     def __init__(self, role: str, name: str, traces: str = "none") -> None:
         resource = Resource.create({"service.name": f"forebay-{role}", "service.instance.id": name})
-        self.registry = CollectorRegistry()
         exporter = _exporter(traces)
-        # Spans that nobody will read are not recorded; ids are made and passed on all the same.
+        self._records = exporter is not None
         sampler = sampling.ALWAYS_OFF if exporter is None else sampling.DEFAULT_ON
         self._tracers = TracerProvider(sampler, resource)
         if exporter is not None:
             self._tracers.add_span_processor(BatchSpanProcessor(exporter))
+        self.registry = _Registry()
         reader = PrometheusMetricReader(scope_info_enabled=False, registry=self.registry)
         self._meters = MeterProvider(resource=resource, metric_readers=[reader], shutdown_on_exit=False)
         self.tracer: Tracer = self._tracers.get_tracer("forebay")
-        self.meter: Meter = self._meters.get_meter("forebay")
+        self.meter = self.registry.meter = Meter(self._meters.get_meter("forebay"))
+
+    def begin(self, name: str, headers: Mapping[str, str]) -> Span:
+        """The span of a call that came with these headers, for its task to work in; the caller ends it.
+
+        Where nobody reads spans there is none, and a caller's trace is passed on as it came.
+        """
+        if not self._records and TRACE_PARENT not in headers:
+            return trace.INVALID_SPAN
+        parent = propagate.extract(headers)
+        span = trace.get_current_span(parent)
+        if self._records:
+            span = self.tracer.start_span(name, parent, SpanKind.SERVER)
+        context.attach(trace.set_span_in_context(span, parent))
+        return span
 
     def serve_metrics(self, host: str, port: int) -> int:
         """Answer Prometheus at http://host:port/metrics from a thread; return the port."""
@@ -67,8 +85,20 @@ class Telemetry:
 
     def close(self) -> None:
         """Send what is left of the spans."""
+        self.meter.take_in()
         self._tracers.shutdown()
         self._meters.shutdown()
+
+
+class _Registry(CollectorRegistry):
+    """What Prometheus reads, complete at that moment."""
+
+    meter: Meter
+
+    def collect(self) -> Iterable[Metric]:
+        """All metrics, with the last measurements."""
+        self.meter.take_in()
+        return super().collect()
 
 
 def start(role: str, name: str, config: TelemetryConfig) -> tuple[Telemetry, int]:

@@ -64,6 +64,7 @@ class Generation:
         self._started = time.monotonic()
         self._emitted = self._over = False
         self._num_cached_here = 0
+        self._got_pages = self._started
         self._first: Sequence[int] = ()
         self._drafts: Sequence[int] = ()
 
@@ -71,6 +72,7 @@ class Generation:
         """Prefill where the placement says, then decode here."""
         worker, hashes, num_pages = self._worker, *self._worker.pages_for(self._job)
         table = await worker.loop.reserve(hashes, num_pages)
+        self._got_pages = time.monotonic()
         self._stay.cached(table.num_tokens, table.num_tokens // worker.engine.spec.layout.page_size)
         try:
             if self._request.placement.HasField("prefill"):
@@ -145,7 +147,7 @@ class Generation:
             self._note_fallback(prefill, fault, handoff.num_kept)
 
     def _prefill_events(self, prefill: kv_pb2.WorkerRef, source: Source, num_held: int) -> Any:
-        stub: Any = prefill_pb2_grpc.PrefillServiceStub(self._worker.channels.to(prefill.address))
+        stub = self._worker.channels.stub(prefill_pb2_grpc.PrefillServiceStub, prefill.address)
         request = prefill_pb2.PrefillRequest(
             request_id=self._request.request_id,
             model=self._request.model,
@@ -161,18 +163,20 @@ class Generation:
         return rpc.stream(stub.Prefill, request)
 
     async def _decode(self, job: EngineRequest, table: PageTable) -> Responses:
-        async with aclosing(self._worker.loop.generate(job, table)) as events:
-            async for event in events:
-                match event:
-                    case TokensSampled():
-                        wire.count_drafts(self._usage, event.num_drafts, event.num_accepted)
-                        if event.tokens:
-                            yield self._tokens(wire.token_chunk(event.tokens))
-                        if event.finish_reason is not None:
-                            yield self._finished(wire.finish_reason(event.finish_reason), event.stop_token_id)
-                            return
-                    case Failed():
-                        raise event.fault
+        """What the engine chose while the message before was on its way goes into one."""
+        async with aclosing(self._worker.loop.bursts(job, table)) as bursts:
+            async for events in bursts:
+                sampled = [event for event in events if isinstance(event, TokensSampled)]
+                for event in sampled:
+                    wire.count_drafts(self._usage, event.num_drafts, event.num_accepted)
+                if tokens := [token for event in sampled for token in event.tokens]:
+                    yield self._tokens(wire.token_chunk(tokens))
+                match events[-1]:
+                    case TokensSampled(finish_reason=reason, stop_token_id=stop) if reason is not None:
+                        yield self._finished(wire.finish_reason(reason), stop)
+                        return
+                    case Failed(fault=fault):
+                        raise fault
         raise Internal("the engine ended a sequence without a reason")
 
     def _tokens(self, chunk: generation_pb2.TokenChunk) -> decode_pb2.GenerateResponse:
@@ -183,15 +187,27 @@ class Generation:
         if not self._emitted:
             self._emitted = True
             measures.first_token.record(time.monotonic() - self._started)
+            if self._request.output_token_ids:
+                self._log_resumed()
             chunk.usage.CopyFrom(self._usage)
         return decode_pb2.GenerateResponse(tokens=chunk)
+
+    def _log_resumed(self) -> None:
+        """An output that another worker began goes on here: what its client waits for."""
+        said: dict[str, Any] = {
+            "choice": self._request.request_id,
+            "pages_s": self._got_pages - self._started,
+            "first_s": time.monotonic() - self._started,
+            "num_tokens": len(self._job.token_ids),
+            "num_cached": _num_cached(self._usage),
+        }
+        log.info("took over", extra=said)
 
     def _finished(
         self, reason: generation_pb2.FinishReason.ValueType, stop_token_id: int | None
     ) -> decode_pb2.GenerateResponse:
         usage = self._usage
-        cached = usage.num_cached_local + usage.num_cached_remote + usage.num_cached_transferred
-        self._worker.measures.cached_tokens.add(cached)
+        self._worker.measures.cached_tokens.add(_num_cached(usage))
         self._worker.measures.finished(usage.num_output_tokens)
         finished = decode_pb2.GenerateFinished(reason=reason, usage=usage, stop_token_id=stop_token_id)
         return decode_pb2.GenerateResponse(finished=finished)
@@ -219,16 +235,16 @@ class Generation:
 
 
 async def _announce(events: AsyncIterator[Any], handoff: Handoff) -> prefill_pb2.PrefillFinished:
-    """Pass on what the prefill worker says, to its last message."""
-    finished: prefill_pb2.PrefillFinished | None = None
+    """Pass on what the prefill worker says, to its last message; the end of its stream says nothing more."""
     async for event in events:
+        finished: prefill_pb2.PrefillFinished = event.finished
         if event.HasField("pages_ready"):
             handoff.announce(event.pages_ready)
-        else:
-            finished = event.finished
-    if finished is None:
-        raise BadManifest("the prefill worker ended its stream without a token")
-    return finished
+        elif finished.HasField("last_pages"):
+            handoff.announce(finished.last_pages)
+        if event.HasField("finished"):
+            return finished
+    raise BadManifest("the prefill worker ended its stream without a token")
 
 
 def _takes(worker: Worker, request: decode_pb2.GenerateRequest) -> tuple[int, int]:
@@ -237,6 +253,10 @@ def _takes(worker: Worker, request: decode_pb2.GenerateRequest) -> tuple[int, in
     num_output = min(request.sampling.max_tokens, ASSUMED_OUTPUT_TOKENS)
     num_computed = 0 if request.placement.HasField("prefill") else num_tokens
     return num_computed, worker.engine.spec.layout.num_pages(num_tokens + num_output)
+
+
+def _num_cached(usage: generation_pb2.Usage) -> int:
+    return usage.num_cached_local + usage.num_cached_remote + usage.num_cached_transferred
 
 
 def _is_ours(fault: Fault) -> bool:

@@ -43,7 +43,7 @@ class Core:
         """The outputs of a job. Raises any Fault. Leaving the iterator early cancels the job everywhere."""
         starts = siblings.starts(job.choices, job.options.n, self._dispatcher.generate)
         streams = [output.deltas(job, choice, start) for choice, start in zip(job.choices, starts, strict=True)]
-        return self._meters.measure(job, merge(streams))
+        return self._meters.measure(job, streams[0] if len(streams) == 1 else merge(streams))
 
     @contextmanager
     def admitted(self) -> Iterator[None]:

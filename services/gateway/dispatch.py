@@ -4,11 +4,13 @@ Going on is without a seam: the next worker gets the tokens that the client has,
 everywhere, because every random choice depends on seed and position alone.
 """
 
+import asyncio
+import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
 from typing import Any
 
 from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, router_pb2, router_pb2_grpc
@@ -42,6 +44,8 @@ _ROUTER_FAULTS = (WorkerLost, Draining, Cancelled, BlackboardLost)
 MAX_ATTEMPTS = 4
 # While no router answers: time between two tries, unless the blackboard announces one earlier.
 ROUTER_RETRY_S = 0.25
+LOG_LATER_S = 0.001
+WITHDRAW_S = 1.0
 _CACHED = ("num_cached_local", "num_cached_remote", "num_cached_transferred")
 
 
@@ -53,6 +57,7 @@ class Dispatcher:
         self._recovery_wait_s = recovery_wait_ms / 1000
         self._turn = 0
         self._num_asked: Counter[str] = Counter()
+        self._clearing: set[asyncio.Task[None]] = set()
 
     async def generate(self, choice: Choice) -> AsyncGenerator[decode_pb2.GenerateResponse, None]:
         """What the decode worker sends, up to and with GenerateFinished. Raises any Fault.
@@ -60,35 +65,52 @@ class Dispatcher:
         Leaving the iterator early cancels the request everywhere.
         """
         attempt = _Attempt(choice, self._recovery_wait_s)
-        while True:
-            attempt.place(await self._route(attempt))
-            try:
-                async with aclosing(self._stream(attempt)) as responses:
-                    async for response in responses:
-                        if attempt.failed is not None:
-                            self._meters.recovered(*attempt.failed)
-                        attempt.note(response)
-                        yield response
-                if attempt.finished:
-                    return
-                raise WorkerLost("the stream ended without its last message")
-            except _WORKER_FAULTS as fault:
-                attempt.fail(fault)
-                if attempt.complete:
-                    yield attempt.end()
-                    return
-                if isinstance(fault, StaleEpoch):  # the router will hear of the worker's new epoch any moment
-                    await self._directory.changed(ROUTER_RETRY_S)
+        try:
+            while True:
+                attempt.place(await self._route(attempt))
+                try:
+                    async with aclosing(self._stream(attempt)) as responses:
+                        async for response in responses:
+                            if attempt.failed is not None:
+                                self._meters.recovered(*attempt.failed)
+                                attempt.log("goes on")
+                            attempt.note(response)
+                            yield response
+                    if attempt.finished:
+                        return
+                    raise WorkerLost("the stream ended without its last message")
+                except _WORKER_FAULTS as fault:
+                    attempt.fail(fault)
+                    if attempt.complete:
+                        yield attempt.end()
+                        return
+                    if isinstance(fault, StaleEpoch):  # the router will hear of the worker's new epoch any moment
+                        await self._directory.changed(ROUTER_RETRY_S)
+        finally:
+            if attempt.unclaimed is not None:
+                self._clearing.add(task := asyncio.create_task(self._withdraw(attempt.route, attempt.unclaimed)))
+                task.add_done_callback(self._clearing.discard)
+
+    async def _withdraw(self, route: router_pb2.RouteRequest, placement: decode_pb2.Placement) -> None:
+        """Have given back what was reserved for a request that its workers may never have seen."""
+        about = router_pb2.WithdrawRequest(request_id=route.request_id, model=route.model, placement=placement)
+        with suppress(Fault), rpc.no_deadline(), rpc.deadline(WITHDRAW_S):  # else it lapses
+            await self._ask_routers(lambda router: router.Withdraw, about)
+
+    async def settled(self) -> None:
+        """Wait until what requests left behind is cleared up, for a moment at most."""
+        if self._clearing:
+            await asyncio.wait(set(self._clearing))
 
     def _stream(self, attempt: "_Attempt") -> AsyncGenerator[decode_pb2.GenerateResponse, None]:
-        stub: Any = decode_pb2_grpc.DecodeServiceStub(self._channels.to(attempt.request.placement.decode.address))
+        stub = self._channels.stub(decode_pb2_grpc.DecodeServiceStub, attempt.request.placement.decode.address)
         return rpc.stream(stub.Generate, attempt.request)
 
     async def _route(self, attempt: "_Attempt") -> router_pb2.RouteResponse:
         give_up = time.monotonic() + self._recovery_wait_s
         while True:
             try:
-                return await self._ask_routers(attempt.route)
+                response: router_pb2.RouteResponse = await self._ask_routers(lambda router: router.Route, attempt.route)
             except (NoWorker, ModelNotFound) as fault:  # a router that has just started knows of no model
                 if not attempt.may_recover:
                     raise (attempt.fault or NoWorker(fault.message, param=fault.param)) from None
@@ -98,9 +120,11 @@ class Dispatcher:
                 left = give_up - time.monotonic()
                 if left <= 0:
                     raise NoWorker(f"no router answers: {fault.message}") from None
+            else:
+                return response
             await self._directory.changed(min(left, ROUTER_RETRY_S, _time_remaining(left)))
 
-    async def _ask_routers(self, route: router_pb2.RouteRequest) -> router_pb2.RouteResponse:
+    async def _ask_routers(self, method: Callable[[Any], Any], request: object) -> Any:
         """Ask one after the other until one answers.
 
         The one with the fewest calls of ours to answer comes first, of equals a different one each time: one that has
@@ -111,10 +135,10 @@ class Dispatcher:
         in_turn = [*routers[self._turn :], *routers[: self._turn]]
         fault: Fault = WorkerLost("none is registered")
         for router in sorted(in_turn, key=lambda router: self._num_asked[router.address]):
-            stub: Any = router_pb2_grpc.RouterServiceStub(self._channels.to(router.address))
+            stub = self._channels.stub(router_pb2_grpc.RouterServiceStub, router.address)
             self._num_asked[router.address] += 1
             try:
-                return await rpc.call(stub.Route, route)
+                return await rpc.call(method(stub), request)
             except _ROUTER_FAULTS as error:
                 log.info("router %s does not answer: %s", router.name, error.message)
                 fault = error
@@ -143,6 +167,8 @@ class _Attempt:
         self._page_size = choice.page_size
         self._cached: dict[str, int] | None = None
         self.finished = False
+        self.unclaimed: decode_pb2.Placement | None = None
+        """Where it was sent last, until a message came from there: something may be reserved for it yet."""
         self.fault: Fault | None = None
         self.failed: tuple[str, float] | None = None
         """Reason and time of the first fault since the last message; None if there was none."""
@@ -153,13 +179,22 @@ class _Attempt:
     def place(self, response: router_pb2.RouteResponse) -> None:
         """Take the router's decision."""
         self.request.placement.CopyFrom(response.placement)
-        placed = {"choice": self.route.request_id, "decode": response.placement.decode.worker_id}
-        log.info("placed", extra=placed | {"prefill": response.placement.prefill.worker_id})
+        self.unclaimed = response.placement
+        self.log("placed", prefill=response.placement.prefill.worker_id)
+
+    def log(self, what: str, **more: str) -> None:
+        """Tell what became of the choice, and at which decode worker.
+
+        Writing a line takes as long as a hop: the call at hand goes out before.
+        """
+        placed = {"choice": self.route.request_id, "decode": self.request.placement.decode.worker_id}
+        write = functools.partial(log.info, what, extra=placed | more)
+        asyncio.get_running_loop().call_later(LOG_LATER_S, write)
 
     def note(self, response: decode_pb2.GenerateResponse) -> None:
         """Remember what the client gets."""
         self._token_ids.extend(response.tokens.token_ids)
-        self._num_failures, self.failed = 0, None
+        self._num_failures, self.failed, self.unclaimed = 0, None, None
         self.finished = response.HasField("finished")
         said = response.finished if self.finished else response.tokens
         if said.HasField("usage"):
@@ -188,6 +223,9 @@ class _Attempt:
             raise self.fault from None
         self.request.output_token_ids[:] = self._token_ids
         self.route.resumed = bool(self._token_ids)
+        self.route.ClearField("withdrawn")
+        if self.unclaimed is not None:
+            self.route.withdrawn.CopyFrom(self.unclaimed)
         token_ids = [*self.request.prompt_token_ids, *self._token_ids]
         self.route.num_prompt_tokens = len(token_ids)
         # A worker that drains has the pages of the output, too.

@@ -10,11 +10,6 @@ Item = TypeVar("Item")
 
 async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[Item, None]:
     """The items of all streams as they come. The first exception of any ends all; so does leaving early."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as only:
-            async for item in only:
-                yield item
-        return
     queue: asyncio.Queue[Item | BaseException | None] = asyncio.Queue()
     tasks = [asyncio.create_task(_pump(stream, queue)) for stream in streams]
     try:

@@ -4,11 +4,10 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from opentelemetry.metrics import Meter
-
 from services.gateway.output import Delta
 from services.gateway.request import Job
 from shared.errors import Cancelled, Fault
+from shared.instruments import Meter
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 

@@ -73,18 +73,25 @@ class Answer(Response):
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Do the work; cancel it when the client disconnects. The request's body must have been read."""
-    working = asyncio.create_task(work)
+    working, gone = asyncio.current_task(), False
+    assert working is not None
+
+    def leave(listening: asyncio.Task[None]) -> None:
+        nonlocal gone
+        if not listening.cancelled():
+            gone = working.cancel()
+
     listening = asyncio.create_task(_disconnect(receive))
+    listening.add_done_callback(leave)
     try:
-        await asyncio.wait({working, listening}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            log.info("the client went away")
+        await work
+    except asyncio.CancelledError:
+        if not gone or working.uncancel():  # somebody else wants the task to end
+            raise
+        log.info("the client went away")
     finally:
+        listening.remove_done_callback(leave)
         listening.cancel()
-        working.cancel()
-        await asyncio.gather(listening, working, return_exceptions=True)
-    if not working.cancelled():
-        working.result()
 
 
 async def _disconnect(receive: Callable[[], Awaitable[Any]]) -> None:

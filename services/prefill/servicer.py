@@ -88,22 +88,32 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     async def _compute(
         self, job: EngineRequest, table: PageTable, handed: "_Handover", usage: generation_pb2.Usage
     ) -> AsyncGenerator[prefill_pb2.PrefillResponse, None]:
-        layout = self._worker.engine.spec.layout
-        async with aclosing(self._worker.loop.generate(job, table)) as events:
-            async for event in events:
-                match event:
-                    case PagesComputed():
-                        if ready := handed.ready(layout, event):
-                            self._worker.engine.kv.widen(ready.lease.lease_id, ready.manifest.page_ids)
-                            await self._worker.kv_servicer.seal(ready.manifest)
-                            yield prefill_pb2.PrefillResponse(pages_ready=ready)
-                    case TokensSampled():
-                        handed.stays = True
-                        yield prefill_pb2.PrefillResponse(finished=handed.finished(event, usage))
-                        return
-                    case Failed():
-                        raise event.fault
+        """The last pages go with the first token, which would otherwise wait for a message to be written and read."""
+        async with aclosing(self._worker.loop.bursts(job, table)) as bursts:
+            async for events in bursts:
+                ready: prefill_pb2.PagesReady | None = None
+                for event in events:
+                    if ready is not None and not isinstance(event, TokensSampled):
+                        yield prefill_pb2.PrefillResponse(pages_ready=ready)
+                    match event:
+                        case PagesComputed():
+                            ready = await self._ready(handed, event)
+                        case TokensSampled():
+                            handed.stays = True
+                            yield prefill_pb2.PrefillResponse(finished=handed.finished(event, usage, ready))
+                            return
+                        case Failed():
+                            raise event.fault
+                if ready is not None:
+                    yield prefill_pb2.PrefillResponse(pages_ready=ready)
         raise Internal("the engine ended a prompt without a token")
+
+    async def _ready(self, handed: "_Handover", event: PagesComputed) -> prefill_pb2.PagesReady | None:
+        """The pages of an event that the reader lacks, under the lease."""
+        if ready := handed.ready(self._worker.engine.spec.layout, event):
+            self._worker.engine.kv.widen(ready.lease.lease_id, ready.manifest.page_ids)
+            await self._worker.kv_servicer.seal(ready.manifest)
+        return ready
 
 
 class _Handover:
@@ -131,7 +141,9 @@ class _Handover:
         self._next_page += len(page_ids)
         return prefill_pb2.PagesReady(lease=self._lease, manifest=manifest)
 
-    def finished(self, event: TokensSampled, usage: generation_pb2.Usage) -> prefill_pb2.PrefillFinished:
+    def finished(
+        self, event: TokensSampled, usage: generation_pb2.Usage, last_pages: prefill_pb2.PagesReady | None
+    ) -> prefill_pb2.PrefillFinished:
         """The last message."""
         message = prefill_pb2.PrefillFinished(
             finish_reason=wire.finish_reason(event.finish_reason),
@@ -139,6 +151,7 @@ class _Handover:
             usage=usage,
             stop_token_id=event.stop_token_id,
             draft_token_ids=event.draft_token_ids,
+            last_pages=last_pages,
         )
         if event.tokens:
             message.tokens.CopyFrom(wire.token_chunk(event.tokens))

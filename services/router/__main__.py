@@ -1,6 +1,7 @@
 """`python -m services.router`: register, serve, and drain on SIGTERM."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from services.router.fleet import Fleet
 from services.router.mirror import Mirror
 from services.router.mirror_feed import MirrorFeed
 from services.router.servicer import RouterServicer
-from shared import rpc, telemetry
+from shared import gentle_start, rpc, telemetry
 from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import Registration, Role
@@ -54,8 +55,10 @@ async def serve(
         task.add_done_callback(lambda _: ended.set())  # a defect there must not leave a router that sees nothing
     port = await server.start(config.host, config.port, serving=False)
     if (epoch := await _epoch(config, name, board, feed, ended)) is not None:
+        gc.freeze()  # what start-up made is there to stay: to look through it at a full collection takes 0.1 s
         await server.set_serving(True)
         heartbeat = _register(config, name, epoch, board, port, metrics_port, ended)
+        await gentle_start.over()
         await ended.wait()
         await heartbeat.stop()
     admission.drain()

@@ -16,9 +16,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from opentelemetry.metrics import CallbackOptions, Meter, Observation
+from opentelemetry.metrics import CallbackOptions, Observation
 
-from protos.forebay.v1 import router_pb2
+from protos.forebay.v1 import decode_pb2, router_pb2
 from services.router.candidate import Candidate, Query, Worker
 from shared import rpc
 from shared.blackboard.admission import (
@@ -34,6 +34,7 @@ from shared.blackboard.admission import (
     Verdict,
 )
 from shared.errors import BlackboardLost, DeadlineExceeded, Draining, Fault, Overloaded
+from shared.instruments import Meter
 
 log = logging.getLogger(__name__)
 
@@ -209,6 +210,14 @@ class Admission:
         task = asyncio.create_task(work)
         self._clearing.add(task)
         task.add_done_callback(self._clearing.discard)
+
+    async def give_back(self, request_id: str, model: str, placement: decode_pb2.Placement) -> None:
+        """Free at once what was reserved for a request that does not come. While Redis is away that lapses instead."""
+        refs = [placement.decode, *([placement.prefill] if placement.HasField("prefill") else [])]
+        try:
+            await self._board.give_back(request_id, model, {(ref.worker_id, ref.epoch) for ref in refs})
+        except BlackboardLost as fault:
+            log.warning("a reservation has to lapse: %s", fault.message)
 
     async def settled(self) -> None:
         """Wait until what calls left behind is cleared up."""

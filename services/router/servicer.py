@@ -19,6 +19,7 @@ from shared.page_hash import HASH_BYTES
 from shared.telemetry import Telemetry
 
 RouteContext = ServicerContext[router_pb2.RouteRequest, router_pb2.RouteResponse]
+WithdrawContext = ServicerContext[router_pb2.WithdrawRequest, router_pb2.WithdrawResponse]
 ExplainContext = ServicerContext[router_pb2.ExplainRequest, router_pb2.ExplainResponse]
 
 
@@ -46,6 +47,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         outcome = "ok"
         try:
             query = parse(request)
+            if request.HasField("withdrawn"):
+                await self._admission.give_back(query.request_id, query.model, request.withdrawn)
             chosen = await self._admission.place(
                 request,
                 query,
@@ -70,6 +73,15 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         else:
             summary = summarize(query, candidates[0], len(candidates))
         return router_pb2.ExplainResponse(candidates=[_candidate(c) for c in candidates], summary=summary)
+
+    async def Withdraw(
+        self,
+        request: router_pb2.WithdrawRequest,
+        context: WithdrawContext,  # noqa: ARG002
+    ) -> router_pb2.WithdrawResponse:
+        """Give back what Route reserved for a request that does not come."""
+        await self._admission.give_back(request.request_id, request.model, request.placement)
+        return router_pb2.WithdrawResponse()
 
     async def _rank(self, request: router_pb2.RouteRequest, query: Query) -> Sequence[Candidate]:
         """Placements, the best first. While no worker is there at all, one may be about to come."""

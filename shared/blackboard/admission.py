@@ -137,6 +137,10 @@ class AdmissionBoard:
         with faults():
             await self._script(keys=_keys(ask.model, workers), args=["withdraw", ask.request_id, router])
 
+    async def give_back(self, request_id: str, model: str, workers: Iterable[tuple[str, int]]) -> None:
+        """End the promises of these workers (name, epoch) to a request that will not come to them."""
+        await self.withdraw(Ask(request_id, model), "", workers)
+
     async def report(
         self, model: str, name: str, epoch: int, *, limits: Room, used: Room, arrived: Iterable[str], ttl_ms: int
     ) -> int:

@@ -41,6 +41,11 @@ class SamplingParams:
     ignore_eos: bool = False
     num_logprobs: int | None = None
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a choice depends on the tokens before it other than through the model."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
@@ -189,7 +194,7 @@ class Engine(Protocol):
         """Whether `step` would do anything."""
 
     def step(self) -> list[Event]:
-        """Schedule, forward, absorb, emit. Raises WorkerLost if nothing will ever be computed again."""
+        """Schedule, launch, absorb, emit. Raises WorkerLost if nothing will ever be computed again."""
 
     def load(self) -> EngineLoad:
         """Current facts."""
@@ -208,7 +213,10 @@ class BatchItem:
     `page_ids` cover all tokens up to the end of this part. `output_start` is the index in the sequence where its output
     begins (the length of the prompt), and `history` the whole sequence so far, for penalties. The last `num_drafts` of
     `token_ids` are drafts: they are not in `history`, and to be verified. `num_wanted` drafts may be proposed for the
-    next step.
+    next step. `following` is the token behind a part that is not the last, which a drafting layer looks at.
+
+    Launched behind another step, a token may be what that one will choose: the id -1 - k (see `awaited`) stands for the
+    k-th token that it chooses, and `history` ends before it.
     """
 
     request_id: str
@@ -221,6 +229,7 @@ class BatchItem:
     history: Sequence[int] = field(default=())
     num_drafts: int = 0
     num_wanted: int = 0
+    following: int | None = None
 
     @property
     def position(self) -> int:
@@ -231,6 +240,29 @@ class BatchItem:
     def drafts(self) -> Sequence[int]:
         """The tokens to verify."""
         return self.token_ids[len(self.token_ids) - self.num_drafts :]
+
+
+def awaited(place: int) -> int:
+    """The token id that stands for the token which the step before chooses in this place, and the reverse."""
+    return -1 - place
+
+
+class Step(Protocol):
+    """A step that was launched."""
+
+    def chosen(self) -> list[Chosen | None]:
+        """Wait until it is computed; what is chosen for each item with `sample`. Raises what went wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A step that was computed at once; satisfies `Step`."""
+
+    choices: list[Chosen | None]
+
+    def chosen(self) -> list[Chosen | None]:
+        """What was chosen."""
+        return self.choices
 
 
 class Executor(Protocol):
@@ -244,11 +276,17 @@ class Executor(Protocol):
 
     @property
     def proposes(self) -> bool:
-        """Whether `forward` has drafts where they are wanted."""
+        """Whether steps have drafts where they are wanted."""
 
-    def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
-        """Write the KV of every item's tokens into its pages; return what is chosen for each item with `sample`.
+    @property
+    def runs_behind(self) -> bool:
+        """Whether `launch` returns before the step is computed. Then steps may be launched one behind the other, each
+        going on from what the one before writes and chooses, as long as that one had no drafts to verify or propose."""
 
-        What is written for a draft that turns out wrong is overwritten by a later step. Raises WorkerLost if nothing
-        can be computed any more; any other error is of this batch alone.
+    def launch(self, batch: Sequence[BatchItem]) -> Step:
+        """Write the KV of every item's tokens into its pages, and choose a token for each item with `sample`.
+
+        What is written for a draft that turns out wrong is overwritten by a later step. Nothing of `batch` is looked at
+        after this has returned. Raises WorkerLost if nothing can be computed any more; any other error is of this batch
+        alone.
         """

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from shared.engine.api import BatchItem
+from shared.engine.pinned import put
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All tensors int32 [..], on one device; T tokens in S sequences, R of which have a token chosen that follows them:
-    the last one of a sequence, and the ones before its drafts.
+    """All tensors int32 [..], on one device, but that token ids may be on that of the model already; T tokens in S
+    sequences, R of which have a token chosen that follows them: the last one of a sequence, and the ones before its
+    drafts.
 
     Sequence s computes rows query_starts[s] .. query_starts[s+1] of the T tokens, attends to context_lens[s] tokens
     (its own included), and lives in pages page_ids[page_starts[s] : page_starts[s+1]].
@@ -32,11 +34,25 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on another device; itself if it is there."""
-        if self.token_ids.device == device:
+        if self.positions.device == device:
             return self
         fields = {name: getattr(self, name) for name in self.__slots__}
-        moved: dict[str, Any] = {name: x.to(device) for name, x in fields.items() if isinstance(x, torch.Tensor)}
+        tensors = {name: x for name, x in fields.items() if isinstance(x, torch.Tensor)}
+        moved: dict[str, Any] = {n: x if x.device == device else put(x, x.dtype, device) for n, x in tensors.items()}
         return replace(self, **moved)
+
+    def resolved(self, chosen: torch.Tensor) -> "Batch":
+        """With the tokens of `chosen` [..], on any device, in the place of those that stand for them (`api.awaited`).
+        Nothing waits for that device."""
+        stands = self.token_ids < 0
+        if not stands.any():
+            return self
+        places = -1 - self.token_ids  # as `awaited` has it
+        if len(places) == len(chosen) and torch.equal(places, torch.arange(len(places), dtype=places.dtype)):
+            return replace(self, token_ids=chosen.int())  # as in most steps: all sequences go on, and nobody came
+        found = chosen[put(places.clamp(min=0), torch.int64, chosen.device)].int()
+        known, stands = (put(each, each.dtype, chosen.device) for each in (self.token_ids, stands))
+        return replace(self, token_ids=torch.where(stands, found, known))
 
 
 def build(items: Sequence[BatchItem], page_size: int) -> Batch:

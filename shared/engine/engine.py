@@ -19,13 +19,14 @@ from shared.engine.api import (
     PagesComputed,
     TokensSampled,
 )
+from shared.engine.flight import Flight, Landed
 from shared.engine.intake import limits, require_runnable
 from shared.engine.kv.store import KvStore, PageTable
 from shared.engine.meter import Meter
 from shared.engine.scheduler import Part, Scheduler
 from shared.engine.sequence import Ending, Sequence
 from shared.engine.speculation.speculator import Speculation, Speculator
-from shared.errors import Internal, InvalidRequest, WorkerLost
+from shared.errors import Internal, InvalidRequest
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +52,13 @@ class Engine:
         self.spec = executor.spec
         self.memory = executor.memory
         self.kv = kv
-        self._executor = executor
         speculation = speculation or Speculation()
         self._scheduler = Scheduler(kv, max_step_tokens, max_num_sequences, speculation.num_ahead)
         self._limits = limits(executor.spec)
         self._meter = Meter()
         self._speculator = Speculator(speculation, self._meter)
         self._clock = clock
+        self._flight = Flight(executor, kv, clock)
         self._numbers = count()
         self._load = EngineLoad()
         self._draft_counts = DraftCounts()
@@ -118,23 +119,16 @@ class Engine:
         """Whether `step` would do anything."""
         with self._lock:
             news = bool(self._arrived or self._cancelled)
-        return news or self._scheduler.has_work()
+        return news or len(self._flight) > 0 or self._scheduler.has_work()
 
     def step(self) -> list[Event]:
-        """Schedule, forward, absorb, emit."""
+        """Schedule, launch, absorb, emit. What is absorbed may be the step before: see `flight`."""
         self._admit()
         events: list[Event] = []
-        if parts := self._scheduler.schedule():
-            items = self._items(parts)
-            try:
-                chosen = self._forward(parts, items)
-            except WorkerLost:
-                raise
-            except Exception as error:
-                events = self._fail(parts, error)
-            else:
-                for part, item, choice in zip(parts, items, chosen, strict=True):
-                    events += self._absorb(part, item, choice)
+        if parts := self._scheduler.schedule(ahead=len(self._flight) > 0):
+            self._flight.launch(parts, self._items(parts))
+        while self._flight.is_due(planned=bool(parts)):
+            events += self._land(self._flight.land())
         self._note_load()
         return events
 
@@ -157,32 +151,30 @@ class Engine:
             items.append(part.sequence.part(part.start, part.num_tokens, part.num_drafts, num_wanted))
         return items
 
-    def _forward(self, parts: list[Part], items: list[BatchItem]) -> list[Chosen | None]:
-        started = self._clock()
-        chosen = self._executor.forward(items)
-        if len(chosen) != len(items):
-            raise Internal(f"the executor answered {len(chosen)} of {len(items)} sequences")
-        num_chosen = sum(len(choice.tokens) for choice in chosen if choice is not None)
-        self._meter.record(parts, num_chosen, (self._clock() - started) * 1000)
-        return chosen
+    def _land(self, landed: Landed) -> list[Event]:
+        if landed.error is not None:
+            return self._fail(landed.parts, landed.error)
+        num_chosen = sum(len(choice.tokens) for choice in landed.chosen if choice is not None)
+        self._meter.record(landed.parts, num_chosen, landed.elapsed_ms)
+        events: list[Event] = []
+        for part, item, choice in zip(landed.parts, landed.items, landed.chosen, strict=True):
+            if not (part.sequence.cancelled or part.sequence.ended):
+                events += self._absorb(part, item, choice)
+        return events
 
     def _absorb(self, part: Part, item: BatchItem, chosen: Chosen | None) -> list[Event]:
         """Note what a part computed, and say what came of it."""
-        sequence, events = part.sequence, list[Event]()
-        if sequence.cancelled:
-            return events
-        sequence.table.num_tokens = part.end
+        sequence, num_computed, events = part.sequence, part.end, list[Event]()
         if sequence.request.prefill_only:
-            first_page, page_ids = sequence.unannounced()
+            first_page, page_ids = sequence.unannounced(num_computed)
             if page_ids:
-                events.append(
-                    PagesComputed(sequence.request.request_id, first_page, tuple(page_ids), sequence.num_computed)
-                )
+                events.append(PagesComputed(sequence.request.request_id, first_page, tuple(page_ids), num_computed))
         sampled, ending = None, None
         if chosen is not None:
             sampled, ending = self._take(sequence, item, chosen)
+            num_computed += min(sampled.num_accepted, len(sampled.tokens))
             events.append(sampled)
-        first_page, page_hashes = sequence.unpublished()
+        first_page, page_hashes = sequence.unpublished(num_computed)
         if page_hashes:
             self.kv.publish(sequence.table, first_page, page_hashes)
         if ending or (sampled and sequence.request.prefill_only):
@@ -211,7 +203,7 @@ class Engine:
         """A step broke: its sequences cannot go on, the engine can."""
         log.error("a step of %d sequences failed", len(parts), exc_info=error)
         fault = Internal(f"the step that computed this request failed: {type(error).__name__}: {error}")
-        failed = [part.sequence for part in parts if not part.sequence.cancelled]
+        failed = [part.sequence for part in parts if not (part.sequence.cancelled or part.sequence.ended)]
         for sequence in failed:
             self._retire(sequence)
         return [Failed(sequence.request.request_id, fault) for sequence in failed]
@@ -226,7 +218,8 @@ class Engine:
 
     def _retire(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
-        self.kv.drop(sequence.table)
+        self._flight.drop(sequence)
+        sequence.ended = True
         with self._lock:
             self._known.pop(sequence.request.request_id, None)
 

@@ -1,11 +1,12 @@
-"""Computes steps with a model in torch. One thread calls `forward`; kernels run outside the GIL."""
+"""Computes steps with a model in torch. One thread calls `launch`; kernels run outside the GIL."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from shared.engine.api import BatchItem, Chosen, EngineSpec, SampledToken
+from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, SampledToken, Step
 from shared.engine.batch import build
 from shared.engine.kv.layout import KvLayout, compatibility_hash
 from shared.engine.kv.memory import HostMemory, PoolMemory
@@ -13,52 +14,109 @@ from shared.engine.kv.view import DeviceMemory, pool_bytes
 from shared.engine.models import registry
 from shared.engine.models.api import CPU, Model, Placement
 from shared.engine.models.inventory import revision
+from shared.engine.models.tokens import num_tokens
 from shared.engine.parallel.group import Alone, Group
 from shared.engine.parallel.partition import Shard
+from shared.engine.pinned import Fetched
+from shared.engine.sampling.batched import BatchedSampler, Choice
 from shared.engine.sampling.sampler import Sampler
 from shared.engine.speculation.mtp import MtpDrafter
 from shared.errors import Unsupported
 from shared.models.store import default_cache
 
+Tokens = tuple[SampledToken, ...]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class TorchExecutor:
-    """Satisfies `shared.engine.api.Executor`; `layout` is that of its pages, a rank's share of the spec's."""
+    """Satisfies `shared.engine.api.Executor`; `layout` is that of its pages, a rank's share of the spec's. Ids from
+    `num_tokens` on are never chosen.
 
-    def __init__(self, model: Model, spec: EngineSpec, memory: PoolMemory) -> None:
+    On a GPU it runs behind, and chooses tokens there; with `behind` it does so wherever it is. A layer that proposes
+    drafts goes on from chosen tokens, so with one steps are computed to their end.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        spec: EngineSpec,
+        memory: PoolMemory,
+        num_tokens: int | None = None,
+        *,
+        behind: bool = False,
+    ) -> None:
         self.spec = spec
         self.layout: KvLayout = model.rank_layout(spec.layout.page_size)
         self.memory: PoolMemory = memory
-        self._model = model
-        self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids)
+        self.model = model
+        self._pool = pool_bytes(memory)
+        kind = BatchedSampler if behind or self._pool.is_cuda else Sampler
+        self._sampler = kind(num_tokens or spec.vocab_size, spec.eos_token_ids)
         drafts = model.draft_layer
         self._drafter = None if drafts is None else MtpDrafter(drafts, self._sampler, self.layout)
-        self._pool = pool_bytes(memory)
+        self._chosen = torch.empty(0, dtype=torch.int64, device=self._pool.device)
 
     @property
     def proposes(self) -> bool:
-        """Whether `forward` has drafts where they are wanted."""
+        """Whether steps have drafts where they are wanted."""
         return self._drafter is not None
 
-    @torch.inference_mode()
-    def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
-        """Write the KV of every item's tokens into its pages; return what is chosen for each item with `sample`."""
-        if torch.get_num_threads() != self._model.num_torch_threads:
-            torch.set_num_threads(self._model.num_torch_threads)  # OpenMP keeps it per calling thread
-        step = build(batch, self.layout.page_size), self._pool, self.layout
-        if self._drafter is None:
-            chosen = self._choose(self._model.forward(*step), batch)
-            return [None if tokens is None else Chosen(tokens) for tokens in chosen]
-        logits, states = self._drafter.layer.forward(*step)
-        return self._drafter(batch, self._choose(logits, batch), states, self._pool)
+    @property
+    def runs_behind(self) -> bool:
+        """Whether `launch` returns before the step is computed."""
+        return self._drafter is None and isinstance(self._sampler, BatchedSampler)
 
-    def _choose(self, logits: torch.Tensor, batch: Sequence[BatchItem]) -> list[tuple[SampledToken, ...] | None]:
-        sampled = [item for item in batch if item.sample]
-        chosen = iter(self._sampler(logits, sampled) if sampled else ())
-        if not sampled and self._pool.is_cuda:  # choosing waits for the GPU; pages must not be announced before either
-            torch.cuda.current_stream(self._pool.device).synchronize()
-        return [next(chosen) if item.sample else None for item in batch]
+    def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
+        """Compute a step to its end; what is chosen for each item with `sample`."""
+        return self.launch(batch).chosen()
+
+    def launch(self, batch: Sequence[BatchItem]) -> Step:
+        """Write the KV of every item's tokens into its pages, and choose a token for each item with `sample`."""
+        try:
+            return self._launch(batch)
+        except Exception:
+            Fetched(self._pool[:0]).wait()  # what was launched of it still writes to pages
+            raise
+
+    @torch.inference_mode()
+    def _launch(self, batch: Sequence[BatchItem]) -> Step:
+        if torch.get_num_threads() != self.model.num_torch_threads:
+            torch.set_num_threads(self.model.num_torch_threads)  # OpenMP keeps it per calling thread
+        step, sampled = build(batch, self.layout.page_size), [item for item in batch if item.sample]
+        if self._drafter is not None:
+            logits, states = self._drafter.layer.forward(step, self._pool, self.layout)
+            tokens = _spread(self._sampler(logits, sampled), batch)
+            chosen = self._drafter(batch, tokens, states, self._pool)
+            Fetched(logits[:0]).wait()  # the layer may have written behind what it chose last
+            return Computed(chosen)
+        logits = self.model.forward(step.resolved(self._chosen), self._pool, self.layout)
+        if not isinstance(self._sampler, BatchedSampler):
+            return Computed(_choices(self._sampler(logits, sampled), batch))
+        choice = self._sampler.launch(logits, sampled, self._chosen)
+        self._chosen = choice.tokens
+        return TorchStep(list(batch), choice)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchStep:
+    """A step on its way; satisfies `Step`."""
+
+    batch: list[BatchItem]
+    choice: Choice
+
+    def chosen(self) -> list[Chosen | None]:
+        """Wait for the tokens, which are chosen when all pages are written, even if none is."""
+        return _choices(self.choice.collect(), self.batch)
+
+
+def _spread(chosen: Iterable[Tokens], batch: Iterable[BatchItem]) -> list[Tokens | None]:
+    """What the items with `sample` chose, each in its place."""
+    each = iter(chosen)
+    return [next(each) if item.sample else None for item in batch]
+
+
+def _choices(chosen: Iterable[Tokens], batch: Iterable[BatchItem]) -> list[Chosen | None]:
+    return [None if tokens is None else Chosen(tokens) for tokens in _spread(chosen, batch)]
 
 
 def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, each field by its name
@@ -107,9 +165,8 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
         num_pages=num_pages,
         compatibility_hash=compatibility_hash(model_name, revision(model_dir), dtype, layout),
     )
-    if where == CPU:
-        return TorchExecutor(model, spec, HostMemory(num_pages, page_bytes))
-    return TorchExecutor(model, spec, DeviceMemory(num_pages, page_bytes, where))
+    memory = HostMemory(num_pages, page_bytes) if where == CPU else DeviceMemory(num_pages, page_bytes, where)
+    return TorchExecutor(model, spec, memory, num_tokens(model_dir, model.vocab_size))
 
 
 def _device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -87,10 +88,22 @@ class EngineLoop:
     async def generate(self, request: EngineRequest, pages: PageTable | None = None) -> AsyncGenerator[Event, None]:
         """Events of one sequence, to the last one; leaving early cancels it. `pages` are as in `Engine.submit`.
 
+        Raises the fault of a sequence that failed, and what `bursts` raises.
+        """
+        async with aclosing(self.bursts(request, pages)) as bursts:
+            async for events in bursts:
+                for event in events:
+                    if isinstance(event, Failed):
+                        raise event.fault
+                    yield event
+
+    async def bursts(self, request: EngineRequest, pages: PageTable | None = None) -> AsyncGenerator[list[Event], None]:
+        """As `generate`, but all events at once that have come since the last time: one, unless the caller is slower
+        than the engine. The last event may be Failed.
+
         The engine knows each call under a name of its own, which the events carry: a request may come again while its
         first try is still being cleared away. Pages of a prefill-only sequence stay held until the iterator is left.
-        Raises the fault of a sequence that failed; InvalidRequest or ContextTooLong at once, and `pages` stay with the
-        caller then.
+        Raises InvalidRequest or ContextTooLong at once, and `pages` stay with the caller then.
         """
         self._require_alive()
         request = replace(request, request_id=f"{request.request_id}#{next(self._numbers)}")
@@ -99,11 +112,11 @@ class EngineLoop:
             self.engine.submit(request, pages)
             self._wake.set()
             while True:
-                event = await stream.get()
-                if isinstance(event, Failed):
-                    raise event.fault
-                yield event
-                if isinstance(event, TokensSampled) and (event.finish_reason or request.prefill_only):
+                events = [await stream.get()]
+                while not stream.empty():
+                    events.append(stream.get_nowait())
+                yield events
+                if any(_is_last(event, request) for event in events):
                     return
         finally:
             del self._streams[request.request_id]
@@ -188,3 +201,12 @@ class EngineLoop:
     def _require_alive(self) -> None:
         if self._fault is not None:
             raise self._fault
+
+
+def _is_last(event: Event, request: EngineRequest) -> bool:
+    match event:
+        case TokensSampled():
+            return event.finish_reason is not None or request.prefill_only
+        case Failed():
+            return True
+    return False

@@ -28,7 +28,7 @@ class Part:
     @property
     def is_last(self) -> bool:
         """Whether a token is chosen behind it."""
-        return self.end == len(self.sequence.tokens)
+        return self.end == self.sequence.length
 
     @property
     def is_decode(self) -> bool:
@@ -46,6 +46,9 @@ class Scheduler:
 
     Nobody starves: ranks are fixed at arrival, the head of the queue is never overtaken by those who need pages, and of
     those who run, the first by rank always makes progress.
+
+    Ahead of a step that is still computed, the next one is planned as if its tokens were there. Nobody loses pages
+    then: they may still be written to.
 
     Drafts are verified with what is left: of the budget behind all tokens, of the pages behind all who grow, and not at
     all while somebody waits. An executor that proposes drafts may want room for `num_ahead` of them in turn.
@@ -95,10 +98,15 @@ class Scheduler:
             return False
         return self._stalled_at is None or self._stalled_at != self._kv.num_freed()
 
-    def schedule(self) -> list[Part]:
-        """Plan a step: those that generate first, then prompts in order of rank, as far as the budget goes."""
+    def schedule(self, *, ahead: bool = False) -> list[Part]:
+        """Plan a step: those that generate first, then prompts in order of rank, as far as the budget goes. `ahead` of
+        one in flight nothing is planned if somebody would have to give pages for it, or has drafts: they can be
+        verified once it is known what they are to follow."""
         num_freed, self._short = self._kv.num_freed(), False
-        decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
+        generating = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
+        decoding = [sequence for sequence in generating if not sequence.awaits_its_last] if ahead else generating
+        if ahead and not self._can_go_on(decoding):
+            return []
         parts = [_part(sequence, 1) for sequence in decoding if self._grow(sequence)]
         budget = self._max_step_tokens - len(parts)
         for sequence in self._prompts():
@@ -106,8 +114,16 @@ class Scheduler:
             budget -= parts[-1].num_tokens
             if not budget:
                 break
-        self._stalled_at = None if parts else num_freed
+        self._stalled_at = None if parts or ahead else num_freed
         return parts if self.is_pressed else self._with_drafts(parts, budget)
+
+    def _can_go_on(self, decoding: list[Sequence]) -> bool:
+        """Whether sequences whose next token is awaited need nothing but a page that is free."""
+        if any(sequence.drafts for sequence in decoding):
+            return False
+        growing = [sequence for sequence in decoding if sequence.num_pages_missing]
+        self._short = not all(self._kv.extend(sequence.table, sequence.num_pages_missing) for sequence in growing)
+        return not self._short
 
     def _with_drafts(self, parts: list[Part], budget: int) -> list[Part]:
         drafted = []
@@ -122,12 +138,12 @@ class Scheduler:
         num_drafts, table = min(sequence.num_draftable, budget), sequence.table
         if not num_drafts + self._num_ahead:
             return 0
-        end = len(sequence.tokens) + num_drafts
+        end = sequence.length + num_drafts
         for num_tokens in (min(end + self._num_ahead, sequence.limits.max_len), end):
             num_pages = max(0, -(-num_tokens // self._kv.page_size) - len(table.page_ids))
             if self._kv.extend(table, num_pages, num_spare=len(self.running)):
                 break
-        return min(num_drafts, len(table.page_ids) * self._kv.page_size - len(sequence.tokens))
+        return min(num_drafts, len(table.page_ids) * self._kv.page_size - sequence.length)
 
     def _prompts(self) -> Iterator[Sequence]:
         yield from [sequence for sequence in self.running if sequence.num_uncomputed > 1]

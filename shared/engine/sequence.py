@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from shared.engine.api import BatchItem, EngineRequest, FinishReason, SampledToken
+from shared.engine.api import BatchItem, EngineRequest, FinishReason, SampledToken, awaited
 from shared.engine.kv.store import PageTable
 from shared.engine.speculation.acceptance import Acceptance
 from shared.engine.speculation.proposer import Proposer
@@ -34,8 +34,9 @@ class Ending:
 class Sequence:
     """Tokens, and the pages that hold the KV of the first `num_computed` of them.
 
-    `rank` orders sequences: lower runs first. `drafts` may follow `tokens`. Only the engine's thread changes a
-    sequence, but for `cancelled`.
+    `rank` orders sequences: lower runs first. `drafts` may follow `tokens`. Steps in flight choose `num_awaited` tokens
+    more, the last of them as the `place`-th of its step; `table` is as it will be when those steps are done. There
+    are never more than `most` tokens. Only the engine's thread changes a sequence, but for `cancelled`.
     """
 
     request: EngineRequest
@@ -45,11 +46,15 @@ class Sequence:
     tokens: list[int] = field(init=False)
     hashes: list[bytes] = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)
+    most: int = field(init=False)
     num_cached_tokens: int = 0
     num_published: int = 0
     num_announced: int = 0
+    num_awaited: int = 0
+    place: int = 0
     started: bool = False
     cancelled: bool = False
+    ended: bool = False
     drafts: list[int] = field(default_factory=list)
     acceptance: Acceptance = field(default_factory=Acceptance)
     proposer: Proposer | None = None
@@ -59,6 +64,13 @@ class Sequence:
         self.hashes = chain(self.request.hash_key, self.tokens, self.limits.page_size)
         eos = () if self.request.sampling.ignore_eos else self.limits.eos_token_ids
         self.stop_token_ids = frozenset((*self.request.sampling.stop_token_ids, *eos))
+        num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.most = min(num_prompt_tokens + self.request.sampling.max_tokens, self.limits.max_len)
+
+    @property
+    def length(self) -> int:
+        """Tokens, those that are awaited included."""
+        return len(self.tokens) + self.num_awaited
 
     @property
     def num_computed(self) -> int:
@@ -68,7 +80,7 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         """Tokens still to compute before the next one can be chosen; 1 while decoding."""
-        return len(self.tokens) - self.table.num_tokens
+        return len(self.tokens) + self.num_awaited - self.table.num_tokens
 
     @property
     def num_output(self) -> int:
@@ -78,7 +90,7 @@ class Sequence:
     @property
     def num_pages_missing(self) -> int:
         """Pages to hold before all tokens have room."""
-        return max(0, -(-len(self.tokens) // self.limits.page_size) - len(self.table.page_ids))
+        return max(0, -(-self.length // self.limits.page_size) - len(self.table.page_ids))
 
     @property
     def num_draftable(self) -> int:
@@ -107,25 +119,35 @@ class Sequence:
 
     def part(self, start: int, num_tokens: int, num_drafts: int = 0, num_wanted: int = 0) -> BatchItem:
         """The item of a step that computes `num_tokens` tokens from `start`, and drafts behind them. It shows the live
-        lists, uncopied: they do not change before the step is absorbed."""
+        lists, uncopied: they do not change before the step is launched."""
         end = start + num_tokens
         return BatchItem(
             request_id=self.request.request_id,
-            token_ids=self.tokens[start:end] + self.drafts[:num_drafts],
+            token_ids=(self.tokens[start:end] or [awaited(self.place)]) + self.drafts[:num_drafts],
             start=start,
             page_ids=self.table.page_ids,
-            sample=end == len(self.tokens),
+            sample=end == self.length,
             sampling=self.request.sampling,
             output_start=len(self.request.prompt_token_ids),
             history=self.tokens,
             num_drafts=num_drafts,
             num_wanted=num_wanted,
+            following=self.tokens[end] if end < len(self.tokens) else None,
         )
 
-    def unpublished(self) -> tuple[int, list[bytes]]:
-        """Full computed pages that were not made findable yet: index of the first one, and their hashes."""
+    def launch(self, end: int, place: int | None) -> None:
+        """A step was launched that computes the tokens up to `end`; if they are all, it chooses the next one in
+        `place`."""
+        self.table.num_tokens = end
+        if place is not None:
+            self.place = place
+            self.num_awaited += 1
+
+    def unpublished(self, num_computed: int) -> tuple[int, list[bytes]]:
+        """Full pages of the first `num_computed` tokens, which are known, that were not made findable yet: index of the
+        first one, and their hashes."""
         first, page_size = self.num_published, self.limits.page_size
-        self.num_published = self.num_computed // page_size
+        self.num_published = num_computed // page_size
         known = len(self.hashes)
         if known < self.num_published:
             tail = self.tokens[known * page_size : self.num_published * page_size]
@@ -133,17 +155,18 @@ class Sequence:
             self.hashes += chain(self.request.hash_key, tail, page_size, parent)
         return first, self.hashes[first : self.num_published]
 
-    def unannounced(self) -> tuple[int, list[int]]:
-        """Computed pages that no event has named yet: index of the first one, and their ids. The partly filled last
-        page comes with the last token."""
+    def unannounced(self, num_computed: int) -> tuple[int, list[int]]:
+        """Pages of the first `num_computed` tokens that no event has named yet: index of the first one, and their ids.
+        The partly filled last page comes with the last token."""
         first, page_size = self.num_announced, self.limits.page_size
-        whole = self.num_computed // page_size
-        self.num_announced = whole if self.num_uncomputed else -(-self.num_computed // page_size)
+        is_all = num_computed == len(self.tokens)
+        self.num_announced = -(-num_computed // page_size) if is_all else num_computed // page_size
         return first, self.table.page_ids[first : self.num_announced]
 
     def append(self, chosen: Iterable[SampledToken]) -> tuple[list[SampledToken], Ending | None]:
-        """Take chosen tokens in until one ends the sequence: those that were emitted, and how it ended, if it did. No
-        stop token is ever chosen before `min_tokens` are there: that is the executor's part."""
+        """Take the tokens in that a step chose, until one ends the sequence: those that were emitted, and how it ended,
+        if it did. No stop token is ever chosen before `min_tokens` are there: that is the executor's part."""
+        self.num_awaited -= 1
         emitted: list[SampledToken] = []
         for token in chosen:
             if token.token_id in self.stop_token_ids:
@@ -157,4 +180,9 @@ class Sequence:
     @property
     def is_full(self) -> bool:
         """Whether the output or the context has no room for another token."""
-        return self.num_output >= self.request.sampling.max_tokens or len(self.tokens) >= self.limits.max_len
+        return len(self.tokens) >= self.most
+
+    @property
+    def awaits_its_last(self) -> bool:
+        """Whether the token that is awaited ends the sequence, whichever it is: nothing is to be computed behind it."""
+        return self.num_awaited > 0 and (self.request.prefill_only or self.length >= self.most)

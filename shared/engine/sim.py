@@ -19,16 +19,15 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.engine.api import BatchItem, Chosen, EngineSpec, SampledToken
+from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, SampledToken
 from shared.engine.kv.layout import KvLayout, compatibility_hash, pack
 from shared.engine.kv.memory import HostMemory
 from shared.engine.speculation.verify import verified
+from shared.engine.splitmix import GOLDEN, Words, mix, mix_words
 
-Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
 
 WORD_BYTES = 8
-GOLDEN = 0x9E3779B97F4A7C15
 
 
 class WrongPages(Exception):
@@ -85,6 +84,8 @@ class Rows:
 class SimExecutor:
     """Satisfies `shared.engine.api.Executor`. `sleep` takes seconds, and lets tests take none."""
 
+    runs_behind = False
+
     def __init__(
         self,
         model: SimModel,
@@ -117,8 +118,12 @@ class SimExecutor:
 
     @property
     def proposes(self) -> bool:
-        """Whether `forward` has drafts where they are wanted."""
+        """Whether steps have drafts where they are wanted."""
         return self._model.draft_acceptance > 0
+
+    def launch(self, batch: Sequence[BatchItem]) -> Computed:
+        """Compute a step, at once."""
+        return Computed(self.forward(batch))
 
     def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
         """Write the words of every item's tokens into its pages; return what is chosen for each item with `sample`.
@@ -136,7 +141,7 @@ class SimExecutor:
         """Check the context of every item, and write its new tokens; the states after which it may choose a token."""
         rows = _lay_out(batch, [self._first_row(item) for item in batch], self._model.page_size)
         sums = np.cumsum(
-            _mix(_mix(rows.tokens + np.uint64(1)) + rows.positions.astype(np.uint64) * np.uint64(GOLDEN)),
+            mix_words(mix_words(rows.tokens + np.uint64(1)) + rows.positions.astype(np.uint64) * np.uint64(GOLDEN)),
             dtype=np.uint64,
         )
         sums_before = np.concatenate([np.zeros(1, np.uint64), sums[rows.ends[:-1] - 1]])
@@ -165,7 +170,7 @@ class SimExecutor:
 
     def _expand(self, states: Words) -> Words:
         """Page words [tokens, words_per_token] of states [tokens]."""
-        words = _mix(states[:, None] + self._salts * np.uint64(GOLDEN))
+        words = mix_words(states[:, None] + self._salts * np.uint64(GOLDEN))
         words[:, 0] = states
         return words
 
@@ -235,17 +240,3 @@ def _lay_out(batch: Sequence[BatchItem], firsts: Sequence[int], page_size: int) 
 def _after(token: int, position: int) -> int:
     """What a token adds to the state."""
     return mix((mix(token + 1) + position * GOLDEN) % 2**64)
-
-
-def mix(word: int) -> int:
-    """`_mix` of one word, without numpy's cost."""
-    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
-    return word ^ (word >> 31)
-
-
-def _mix(words: Words) -> Words:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014)."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

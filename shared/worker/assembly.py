@@ -34,8 +34,8 @@ class Assembled:
 
 def assemble(config: WorkerConfig) -> Assembled:
     """Load the model and set the engine up. Raises a Fault if that is not possible."""
-    if config.tensor_parallel > 1 and (config.engine == "sim" or config.checksums):
-        raise Unsupported("the sim engine and checksums of pages are for workers of one rank")
+    if config.tensor_parallel > 1 and config.engine == "sim":
+        raise Unsupported("the sim engine is for workers of one rank")
     executor, model_path, layout, ranks = _sim(config) if config.engine == "sim" else _torch(config)
     spec = executor.spec
     kv = KvStore(spec.num_pages, spec.layout.page_size, config.lease_ttl_ms)

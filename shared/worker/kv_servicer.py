@@ -1,12 +1,10 @@
 """KvService: lets peers read this worker's pages under leases."""
 
-import asyncio
 from typing import Any
 
 from protos.forebay.v1 import kv_pb2, kv_pb2_grpc
 from shared import page_hash
 from shared.engine.api import Engine
-from shared.engine.kv.checksum import page_checksums
 from shared.engine.transfer.pools import Pools
 from shared.errors import Incompatible, InvalidRequest, StaleEpoch
 from shared.worker import manifests
@@ -18,7 +16,7 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
 
     def __init__(self, identity: Identity, engine: Engine, pools: Pools, *, checksums: bool = False) -> None:
         self._identity, self._checksums = identity, checksums
-        self._spec, self._kv, self._memory = engine.spec, engine.kv, engine.memory
+        self._spec, self._kv = engine.spec, engine.kv
         self._pools = pools
 
     async def Connect(self, request: kv_pb2.ConnectRequest, _context: Any) -> kv_pb2.ConnectResponse:
@@ -29,6 +27,7 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
             raise Incompatible(f"compatibility hash {request.compatibility_hash} is not {ours}")
         self.serve()
         response = kv_pb2.ConnectResponse(epoch=self._identity.epoch, compatibility_hash=ours)
+        response.checksums = self._checksums
         for rank, (pool, layout) in enumerate((own.pool, own.layout) for own in self._pools.describe()):
             response.shards.add(
                 rank=rank,
@@ -85,8 +84,7 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
     async def seal(self, manifest: kv_pb2.Manifest) -> None:
         """Add the checksums of pages that a lease has, if this worker gives any."""
         if self._checksums:
-            checksums = await asyncio.to_thread(page_checksums, self._memory, manifest.page_ids)
-            manifest.page_checksums.extend(checksums)
+            manifest.page_checksums.extend(await self._pools.checksums(manifest.page_ids))
 
     def serve(self) -> None:
         """Answer READs for as long as a lease given now would last."""

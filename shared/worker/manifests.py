@@ -29,7 +29,7 @@ def check(found: kv_pb2.Manifest, layout: KvLayout, expected_first_page: int) ->
     num_pages = len(found.page_ids)
     if not (num_pages - 1) * layout.page_size < found.num_tokens <= num_pages * layout.page_size:
         raise BadManifest(f"{found.num_tokens} tokens cannot be in {num_pages} pages of {layout.page_size}")
-    if len(found.page_checksums) not in (0, num_pages):
+    if len(found.page_checksums) % max(1, num_pages):  # of how many ranks they are, the pools know
         raise BadManifest(f"the manifest has {len(found.page_checksums)} checksums for {num_pages} pages")
     if len(set(found.page_ids)) != num_pages:
         raise BadManifest("the manifest names a page twice")

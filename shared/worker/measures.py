@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
-from opentelemetry.metrics import CallbackOptions, Meter, Observation
+from opentelemetry.metrics import CallbackOptions, Observation
 
 from shared.blackboard.records import Load
 from shared.engine.api import Engine
 from shared.engine.meter import Rate
+from shared.instruments import Meter
 
 
 class Measures:

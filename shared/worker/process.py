@@ -1,6 +1,7 @@
 """The main program of a worker: from configuration to a registered, serving process, and back."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from protos.forebay.v1 import kv_pb2_grpc
-from shared import rpc, telemetry
+from shared import gentle_start, rpc, telemetry
 from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import ModelCard, Pages, Registration, Role, Room
@@ -58,7 +59,9 @@ async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
         identity = Identity(name, epoch, assembled.engine.spec.model)
         process = _Process(role, config, identity, assembled, measured, stop)
         await process.start(stack, board, services, metrics_port)
+        gc.freeze()  # what start-up made is there to stay: to look through it at a full collection takes 0.1 s
         log.info("%s serves %s at %s", name, identity.model, process.address)
+        await gentle_start.over()
         await stop.wait()
         await process.drain()
     return process.status

@@ -10,7 +10,6 @@ from typing import Any
 from protos.forebay.v1 import kv_pb2, kv_pb2_grpc
 from shared import page_hash, rpc
 from shared.engine.api import Engine
-from shared.engine.kv.checksum import page_checksums
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.store import PageTable
 from shared.engine.transfer.api import RemotePool
@@ -41,7 +40,7 @@ class Puller:
 
     def __init__(self, channels: rpc.Channels, pools: Pools, engine: Engine, measures: Measures) -> None:
         self._channels, self._pools = channels, pools
-        self._spec, self._memory, self._measures = engine.spec, engine.memory, measures
+        self._spec, self._measures = engine.spec, measures
         self._sources: dict[str, asyncio.Task[Source]] = {}
         self._farewells: set[asyncio.Task[None]] = set()
 
@@ -68,10 +67,11 @@ class Puller:
         if answer.epoch != ref.epoch:
             raise StaleEpoch(f"{ref.worker_id} is at epoch {answer.epoch}, not {ref.epoch}")
         theirs = self._theirs(answer)
-        return Source(ref.worker_id, ref.epoch, await self._pools.connect(theirs, CONNECT_TIMEOUT_S))
+        peer = await self._pools.connect(theirs, CONNECT_TIMEOUT_S, checksums=answer.checksums)
+        return Source(ref.worker_id, ref.epoch, peer)
 
     def _stub(self, ref: kv_pb2.WorkerRef) -> Any:
-        return kv_pb2_grpc.KvServiceStub(self._channels.to(ref.address))
+        return self._channels.stub(kv_pb2_grpc.KvServiceStub, ref.address)
 
     def _theirs(self, answer: kv_pb2.ConnectResponse) -> list[RankPool]:
         """The pools of the peer's ranks, if they are of our model. Raises Incompatible."""
@@ -98,32 +98,30 @@ class Puller:
         self, source: Source, remote: Sequence[int], local: Sequence[int], checksums: Sequence[int] = ()
     ) -> None:
         """Read pages, and compare them with the owner's checksums if it gave any. A source whose read failed is
-        disconnected. Raises as `Pools.read`, Incompatible for checksums that cannot be compared, and CorruptPages.
+        disconnected. Raises as `Pools.read`.
         """
-        if checksums and not source.peer.whole:
-            raise Incompatible(f"the checksums of {source.worker_id} are of pages that its or our ranks share out")
         started = asyncio.get_running_loop().time()
         timeout_s = min(READ_TIMEOUT_S, rpc.time_remaining() or READ_TIMEOUT_S)
         try:
-            num_bytes = await self._pools.read(source.peer, remote, local, timeout_s)
+            num_bytes = await self._pools.read(source.peer, remote, local, timeout_s, checksums)
+        except CorruptPages as fault:
+            raise self._corrupt(source, len(local), fault) from None
         finally:
             if not source.peer.is_open:
                 self.forget(source.worker_id, source)
         self._measures.transferred(num_bytes, asyncio.get_running_loop().time() - started)
         if checksums:
-            await self._verify(source, local, checksums)
+            self._measures.checked(len(local), 0, source.worker_id)
 
-    async def _verify(self, source: Source, local: Sequence[int], checksums: Sequence[int]) -> None:
-        found = await asyncio.to_thread(page_checksums, self._memory, local)
-        num_corrupt = sum(ours != theirs for ours, theirs in zip(found, checksums, strict=True))
-        self._measures.checked(len(local), num_corrupt, source.worker_id)
-        if num_corrupt:
-            fault = CorruptPages(
-                f"{num_corrupt} of {len(local)} pages of {source.worker_id}, epoch {source.epoch}, arrived corrupt",
-                metadata={"worker": source.worker_id, "epoch": str(source.epoch)},
-            )
-            log.error("%s", fault.message)
-            raise fault
+    def _corrupt(self, source: Source, num_pages: int, found: CorruptPages) -> CorruptPages:
+        num_corrupt = int(found.metadata.get("num_corrupt", num_pages))
+        self._measures.checked(num_pages, num_corrupt, source.worker_id)
+        fault = CorruptPages(
+            f"{num_corrupt} of {num_pages} pages of {source.worker_id}, epoch {source.epoch}, arrived corrupt",
+            metadata={"worker": source.worker_id, "epoch": str(source.epoch)},
+        )
+        log.error("%s", fault.message)
+        return fault
 
     async def release(
         self, ref: kv_pb2.WorkerRef, lease: kv_pb2.Lease, read: Sequence[int], timeout_s: float = CALL_TIMEOUT_S
@@ -201,7 +199,9 @@ class Puller:
             manifests.check_lease(answer.lease, ref)
             _check(answer, self._spec.layout, len(page_hashes))
             first = table.num_tokens // self._spec.layout.page_size
-            remote, checksums = answer.manifest.page_ids[first:], answer.manifest.page_checksums[first:]
+            remote = answer.manifest.page_ids[first:]
+            num_ranks = len(answer.manifest.page_checksums) // max(1, len(answer.manifest.page_ids))
+            checksums = answer.manifest.page_checksums[first * num_ranks :]
             async with self.renewed(ref, answer.lease):
                 await self.read(source, remote, table.page_ids[first : first + len(remote)], checksums)
         except BaseException:

@@ -21,7 +21,7 @@ from shared.engine.transfer.pools import RankPool, own_pool
 from shared.engine.transfer.registry import transport
 from shared.errors import Fault, Internal, TransferFailed
 from shared.worker import rank_wire
-from shared.worker.rank_wire import HEADER_BYTES, Answer, Call, Cancel, Here, Open, Ready, Start
+from shared.worker.rank_wire import HEADER_BYTES, Answer, Call, Cancel, Here, Open, Ready, Result, Start
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Calls:
                 self._running[number].cancel()
 
     async def _answer(self, call: Call) -> None:
-        result: int | RankPool | None = None
+        result: Result = None
         error: Fault | None = None
         try:
             result = await self._do(call)
@@ -72,7 +72,7 @@ class Calls:
         usable = frozenset(number for number, peer in self._peers.items() if peer.is_open)
         self._writer.write(rank_wire.encode(Answer(call.number, result, error, usable)))
 
-    async def _do(self, call: Call) -> int | RankPool | None:
+    async def _do(self, call: Call) -> Result:
         if call.method == "open":
             return self._open(*call.arguments)
         if self._transport is None:
@@ -81,8 +81,10 @@ class Calls:
             case "connect", (pool, timeout_s, slices):
                 self._peers[call.number] = await self._transport.connect(pool, timeout_s, slices)
                 return call.number
-            case "read", (number, remote, local, timeout_s):
-                return await self._transport.read(self._peers[number], remote, local, timeout_s)
+            case "read", (number, remote, local, timeout_s, checksums):
+                return await self._transport.read(self._peers[number], remote, local, timeout_s, checksums)
+            case "checksums", (page_ids,):
+                return await self._transport.checksums(page_ids)
             case "disconnect", (number,):
                 if number in self._peers:
                     self._transport.disconnect(self._peers.pop(number))

@@ -20,6 +20,8 @@ from shared.worker.rank_wire import HEADER_BYTES, Answer, Call, Cancel, Open, St
 # What a rank may need beyond the time that a call itself was given.
 ANSWER_GRACE_S = 10.0
 END_S = 5.0
+# A pass over as many pages as a chunk has.
+CHECKSUMS_TIMEOUT_S = 5.0
 
 
 class RankProcess:
@@ -142,11 +144,19 @@ class RankTransport:
             peer.is_open = False
             self._tell(Call(next(self._numbers), "disconnect", (peer.number,)))
 
-    async def read(self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float) -> int:
+    async def checksums(self, page_ids: Sequence[int]) -> list[int]:
+        """See `Transport.checksums`."""
+        call = Call(next(self._numbers), "checksums", (list(page_ids),))
+        found: list[int] = await self._answer(call, CHECKSUMS_TIMEOUT_S)
+        return found
+
+    async def read(
+        self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float, checksums: Sequence[int] = ()
+    ) -> int:
         """See `Transport.read`."""
         if not isinstance(peer, RankPeer) or not peer.is_open:
             raise TransferFailed(f"the connection to {peer.pool.agent_name} was closed")
-        arguments = (peer.number, list(remote), list(local), timeout_s)
+        arguments = (peer.number, list(remote), list(local), timeout_s, list(checksums))
         num_bytes: int = await self._answer(Call(next(self._numbers), "read", arguments), timeout_s)
         return num_bytes
 

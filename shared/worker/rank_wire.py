@@ -13,6 +13,7 @@ from shared.engine.parallel.partition import Shard
 from shared.engine.transfer.pools import RankPool
 
 HEADER_BYTES = 8
+Result = int | RankPool | list[int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Answer:
     """What a call returned, or raised. `open_peers` are the connections that can be read from then on."""
 
     number: int
-    result: int | RankPool | None = None
+    result: Result = None
     error: Exception | None = None
     open_peers: frozenset[int] = field(default_factory=frozenset)
 

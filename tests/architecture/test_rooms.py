@@ -38,4 +38,4 @@ def test_every_rpc_of_the_protocol_has_a_caller() -> None:
     sources = "\n".join(
         path.read_text() for room in ("services", "shared", "cli") for path in (ROOT / room).rglob("*.py")
     )
-    assert {f"{service}.{rpc}" for service, rpc in rpcs if not re.search(rf"\.{rpc}\b", sources)} == set()
+    assert {f"{service}.{rpc}" for service, rpc in rpcs if not re.search(rf'[."]{rpc}\b', sources)} == set()

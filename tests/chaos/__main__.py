@@ -35,7 +35,11 @@ def main() -> int:
     plan = replace(base, seed=options.seed, num_requests=num_requests, seconds=options.minutes * 60)
     report = asyncio.run(run(plan))
     violations = report.violations(limits)
-    sys.stdout.write("\n".join(["", report.table(), "", *(violations or ["nothing happened that must not"]), ""]))
+    sys.stdout.write(
+        "\n".join(
+            ["", report.table(), "", report.phases(), "", *(violations or ["nothing happened that must not"]), ""]
+        )
+    )
     return 1 if violations else 0
 
 

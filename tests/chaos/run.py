@@ -107,8 +107,8 @@ async def run(plan: Plan, cluster: RunningCluster, clients: Clients, twin: Twin)
     report = Report(
         answers=clients.answers,
         faults=faults.done,
-        stalls=list(stalls(clients.answers, faults.done, watch.placed, plan.prefill_ms_per_token / 1000)),
-        suspected=watch.suspected,
+        stalls=list(stalls(clients.answers, faults.done, watch.said, plan.prefill_ms_per_token / 1000)),
+        said=watch.said,
         wrong=wrong(clients.answers, twin),
         defects=[*clients.defects, *watch.wrong_pages],
         num_bytes=sum(watch.num_bytes.values()),

@@ -1,4 +1,4 @@
-"""How long clients waited when the decode worker behind their stream was hit: from what they saw and gateways said."""
+"""How long clients waited when the decode worker behind their stream was hit: from what they saw and processes said."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from tests.chaos.answers import Answer, Output
 from tests.chaos.faults import STOP, Done
-from tests.chaos.watch import Placed
+from tests.chaos.sayings import Placed, Sayings, TookOver
 
 # What was hit this long before may still be on its way back.
 BEFORE_S = 1.0
@@ -15,16 +15,25 @@ BEFORE_S = 1.0
 
 @dataclass(frozen=True)
 class Stall:
-    """The longest gap between chunks that a fault can have caused, and the time that computing anew may take.
+    """The longest gap between chunks that a fault can have caused, from when to when (unix times).
 
-    `alone` says that nothing else was stopped or killed while it lasted.
+    `recompute_s` is the time that computing takes what the next worker had to compute of the sequence: nothing that it
+    found in a cache or fetched, and nothing of other sequences. `alone` says that nothing else was stopped or killed
+    while it lasted, `elsewhere` that another decode worker served all the while.
     """
 
     fault: Done
     request: str
-    gap_s: float
+    choice: int
+    began: float
+    ended: float
     recompute_s: float
     alone: bool
+    elsewhere: bool
+
+    @property
+    def gap_s(self) -> float:
+        return self.ended - self.began
 
     @property
     def beyond_s(self) -> float:
@@ -32,21 +41,23 @@ class Stall:
 
 
 def stalls(
-    answers: Sequence[Answer], faults: Sequence[Done], placed: Sequence[Placed], prefill_s_per_token: float
+    answers: Sequence[Answer], faults: Sequence[Done], said: Sayings, prefill_s_per_token: float
 ) -> Iterator[Stall]:
     """One for each stream that had begun on a decode worker, and had not ended, when that worker was hit."""
     placements: dict[tuple[str, int], list[Placed]] = defaultdict(list)
-    for place in sorted(placed, key=lambda place: place.at):
+    for place in sorted(said.placed, key=lambda place: place.at):
         placements[place.request, place.choice].append(place)
     hits = [fault for fault in faults if fault.role == "decode"]
+    away = _Away(hits, said)
     for answer in (answer for answer in answers if answer.ask.body["stream"]):
         for index, output in answer.outputs.items():
             mine = [p for p in placements[answer.ask.name, index] if answer.started <= p.at <= answer.ended]
             for fault in hits:
                 if gap := _gap(fault, mine, output, answer.ended):
-                    recompute_s = (answer.ask.num_prompt_tokens + len(output.token_ids)) * prefill_s_per_token
                     alone = not any(f is not fault and f.at < gap[1] and f.until > gap[0] - BEFORE_S for f in faults)
-                    yield Stall(fault, answer.ask.name, gap[1] - gap[0], recompute_s, alone)
+                    num_tokens = _num_computed(answer.ask.name, index, gap, said.took_over)
+                    elsewhere = away.leaves_some(fault.name, *gap)
+                    yield Stall(fault, answer.ask.name, index, *gap, num_tokens * prefill_s_per_token, alone, elsewhere)
 
 
 def _gap(fault: Done, placed: Sequence[Placed], output: Output, ended: float) -> tuple[float, float] | None:
@@ -56,11 +67,37 @@ def _gap(fault: Done, placed: Sequence[Placed], output: Output, ended: float) ->
         return None
     after = next((place.at for place in placed if place.at > fault.at), None)
     end = fault.until if fault.kind == STOP else after
-    if end is None:  # it had all it needed
-        return None
+    if end is None:
+        if output.finish_reason:  # it had all it needed
+            return None
+        end = ended  # it never went on
     times = output.arrivals if output.finish_reason else [*output.arrivals, ended]
     gaps = [(a, b) for a, b in pairwise(times) if a <= max(end, after or 0.0) and b >= fault.at]
     return max(gaps, key=lambda gap: gap[1] - gap[0], default=None)
+
+
+def _num_computed(request: str, choice: int, gap: tuple[float, float], took_over: Sequence[TookOver]) -> int:
+    """Tokens that whoever went on had to compute; 0 if it did not say."""
+    theirs = (t for t in took_over if (t.request, t.choice) == (request, choice) and gap[0] <= t.at <= gap[1])
+    return next((t.num_tokens - t.num_cached for t in theirs), 0)
+
+
+class _Away:
+    """When decode workers were not there: stopped, or from the end of one start until the next one serves."""
+
+    def __init__(self, hits: Sequence[Done], said: Sayings) -> None:
+        self._names = {place.decode for place in said.placed}
+        self._spans = [(hit.name, hit.at, hit.until if hit.kind == STOP else back(hit, said)) for hit in hits]
+
+    def leaves_some(self, lost: str, began: float, ended: float) -> bool:
+        """Whether a worker other than the lost one was there from the beginning to the end."""
+        gone = {name for name, at, until in self._spans if at < ended and until > began}
+        return bool(self._names - gone - {lost})
+
+
+def back(hit: Done, said: Sayings) -> float:
+    """When a worker that was killed or told to end served again."""
+    return min((s.at for s in said.served if s.name == hit.name and s.at > hit.at), default=float("inf"))
 
 
 def percentile(values: Sequence[float], share: float) -> float:

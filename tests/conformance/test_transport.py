@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import xxhash
 
 from shared.engine.transfer.api import Peer
 from shared.engine.transfer.layout_plan import Slices, Span
-from shared.errors import BadManifest, DeadlineExceeded, Incompatible, TransferFailed
+from shared.errors import BadManifest, CorruptPages, DeadlineExceeded, Incompatible, TransferFailed
 from tests.conformance.worlds import NUM_PAGES, PAGE_BYTES, LocalWorld, NixlWorld, Owner, World, page_byte
 
 LONG_S = 20.0
@@ -68,6 +69,45 @@ async def test_slices_of_larger_pages_arrive_in_their_places(staged: bool, world
             expected[start : start + size] = bytes([page_byte(1, remote)]) * size
         assert world.memory.page(local) == expected
     assert all(world.bytes_of(page) == {0} for page in range(NUM_PAGES) if page not in (5, 4, 9))
+
+
+def checksums(seed: int, remote: list[int], page_bytes: int = PAGE_BYTES) -> list[int]:
+    """Those of an owner's pages, as it would give them."""
+    return [xxhash.xxh3_64_intdigest(bytes([page_byte(seed, page)]) * page_bytes) for page in remote]
+
+
+async def test_a_transport_says_what_its_own_pages_are(world: World) -> None:
+    world.memory.page(2)[:] = bytes([page_byte(1, 5)]) * PAGE_BYTES
+    assert await world.reader.checksums([2]) == checksums(1, [5])
+
+
+async def test_pages_that_are_not_what_their_owner_vouched_for_are_found(world: World) -> None:
+    _, peer = await connected(world)
+    right = checksums(1, [5, 6, 7])
+    assert await world.reader.read(peer, [5, 6, 7], [0, 1, 2], LONG_S, right) == 3 * PAGE_BYTES
+    with pytest.raises(CorruptPages) as caught:
+        await world.reader.read(peer, [5, 6, 7], [0, 1, 2], LONG_S, [right[0], 1, 2])
+    assert caught.value.metadata["num_corrupt"] == "2"
+    assert peer.is_open  # it is the bytes that are wrong, not the connection
+
+
+async def test_staged_slices_are_compared_as_the_whole_pages_that_they_are_of(world: World) -> None:
+    size = 9 << 20  # fewer of them than are read fit the buffer
+    owner = world.owner("owner", 1, 3, size)
+    peer = await world.reader.connect(owner.pool, LONG_S, Slices((Span(100, 7, 1000),), staged=True))
+    right = checksums(1, [2, 0, 1], size)
+    await world.reader.read(peer, [2, 0, 1], [5, 4, 9], LONG_S, right)
+    assert bytes(world.memory.page(9)[7:1007]) == bytes([page_byte(1, 1)]) * 1000
+    with pytest.raises(CorruptPages):
+        await world.reader.read(peer, [2, 0, 1], [5, 4, 10], LONG_S, [*right[:2], 0])
+    assert world.bytes_of(10) == {0}  # a page that is wrong is not copied out of the buffer
+
+
+async def test_slices_that_are_read_alone_cannot_be_compared(world: World) -> None:
+    owner = world.owner("owner")
+    peer = await world.reader.connect(owner.pool, LONG_S, Slices((Span(100, 7, 1000),), staged=False))
+    with pytest.raises(Incompatible, match="checksums are of whole pages"):
+        await world.reader.read(peer, [5], [5], LONG_S, checksums(1, [5]))
 
 
 async def test_many_reads_at_once_do_not_mix(world: World) -> None:

@@ -1,12 +1,17 @@
-"""A tiny GLM-5.2 through four services, in float32, by token ids: it has no tokenizer."""
+"""A tiny GLM-5.2 through four services, in float32: by token ids, where it has no tokenizer, and in a conversation."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from shared.engine.models import tiny
-from tests.e2e.cluster import running
+from tests.e2e import scripted_glm
+from tests.e2e.cluster import RunningCluster, running
+from tests.e2e.test_failover import kill_the_busy_worker
+from tests.e2e.test_faults import client_of
 from tests.oracle import driver
 
 PROMPT = [token * 37 % 499 for token in range(700)]
@@ -32,3 +37,60 @@ async def test_a_cluster_gives_the_tokens_of_the_bare_model(length: int, kv_dtyp
     assert [answer["choices"][0]["token_ids"] for answer in answers] == [expected, expected]
     assert text.status_code == 400
     assert "token ids" in text.json()["error"]["message"]
+
+
+CALL = ["<tool_call>", "w", "<arg_key>", "c", "</arg_key>", "<arg_value>", "y", "</arg_value>", "</tool_call>"]
+SCRIPT = ["<think>", "n", "o", "</think>", "d", "u", *CALL, "<|observation|>"]
+TOOL = {"type": "function", "function": {"name": "w", "parameters": {"properties": {"c": {"type": "string"}}}}}
+
+
+async def chat(cluster: RunningCluster, *conversation: dict[str, Any], **fields: Any) -> tuple[dict[str, Any], Any]:
+    """The message and all of the answer."""
+    body = {"model": cluster.model, "messages": list(conversation), "temperature": 0, "max_tokens": 64} | fields
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
+        answer = await http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    (choice,) = answer.json()["choices"]
+    return choice["message"] | {"finish_reason": choice["finish_reason"]}, answer.json()
+
+
+async def test_thoughts_content_and_tool_calls_come_apart_and_drafts_of_them_are_right(tmp_path: Path) -> None:
+    scripted_glm.write(tmp_path / "glm", SCRIPT)
+    asked = {"role": "user", "content": "weather? " * 90}  # handed over
+    with running("--model", str(tmp_path / "glm"), "--dtype", "float32") as cluster:
+        message, whole = await chat(cluster, asked, tools=[TOOL])
+        quiet, _ = await chat(cluster, asked, tools=[TOOL], chat_template_kwargs={"enable_thinking": False})
+        result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "rain"}
+        again, _ = await chat(cluster, asked, {**message, "finish_reason": None}, result, tools=[TOOL])
+        rows = await cluster.status()
+        async with httpx.AsyncClient() as http:
+            metrics = (await http.get(f"http://{rows['decode-0']['metrics_address']}/metrics")).text.splitlines()
+        handed_over = rows["prefill-0"]["pages"]["cached"]
+    for found in (message, again):
+        assert (found["reasoning_content"], found["content"], found["finish_reason"]) == ("no", "du", "tool_calls")
+    assert (quiet.get("reasoning_content"), quiet["content"]) == (None, "du")
+    calls = [each["tool_calls"][0]["function"] for each in (message, quiet, again)]
+    assert [(call["name"], json.loads(call["arguments"])) for call in calls] == [("w", {"c": "y"})] * 3
+    assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+    counts = {name: _total(metrics, f"forebay_drafts_{name}_total") for name in ("verified", "accepted")}
+    assert counts["accepted"] >= len(SCRIPT) - 4
+    assert handed_over
+
+
+def _total(lines: list[str], name: str) -> float:
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+async def test_a_decode_worker_killed_amid_an_output_costs_no_token(tmp_path: Path) -> None:
+    """Drafted, and behind a prompt that was handed over."""
+    tiny.write("glm-5.2", tmp_path / "glm")
+    expected = driver.generate(driver.load(tmp_path / "glm"), PROMPT[:300], 600)
+    token_ids: list[int] = []
+    with running("--model", str(tmp_path / "glm"), "--dtype", "float32", "--decode", "2") as cluster:
+        async with client_of(cluster) as client:
+            async for chunk in client.stream(PROMPT[:300], max_tokens=600, temperature=0):
+                assert "error" not in chunk, chunk
+                if len(token_ids) < 10 <= len(token_ids) + len(chunk["choices"][0]["token_ids"]):
+                    await kill_the_busy_worker(cluster)
+                token_ids += chunk["choices"][0]["token_ids"]
+    assert token_ids == expected

@@ -5,9 +5,11 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 
+from shared.engine.api import SamplingParams
 from shared.engine.models import tiny
 from tests.e2e.cluster import RunningCluster, running
 from tests.oracle import driver, tiny_models
@@ -17,11 +19,11 @@ NUM_TOKENS = 300
 DEADLINE_S = 150.0
 
 
-async def stream(cluster: RunningCluster, amid: Callable[[], None] | None = None) -> list[int]:
+async def stream(cluster: RunningCluster, amid: Callable[[], None] | None = None, **fields: Any) -> list[int]:
     """The tokens of the prompt; `amid` happens after the first ones."""
     tokens: list[int] = []
     body = {"model": cluster.model, "prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "stream": True}
-    body |= {"ignore_eos": True, "return_token_ids": True}
+    body |= {"ignore_eos": True, "return_token_ids": True} | fields
     async with (
         httpx.AsyncClient(base_url=cluster.url, timeout=DEADLINE_S) as http,
         http.stream("POST", "/v1/completions", json=body) as answer,
@@ -41,14 +43,27 @@ def flags_for(path: Path, *flags: str) -> list[str]:
     return [*fixed, "--worker-flags=--num-pages 64", *flags]
 
 
+def accepted(metrics_address: str) -> float:
+    """How many drafts of a worker were right."""
+    lines = httpx.get(f"http://{metrics_address}/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("forebay_drafts_accepted_total"))
+
+
 async def test_a_prompt_handed_over_in_a_cluster_of_ranks_gets_the_tokens_of_the_bare_model(tmp_path: Path) -> None:
+    """Greedy, and sampled from so few tokens that the drafting layer of a random model is right now and then."""
     tiny.write("glm-5.2", tmp_path / "glm")
+    few = dict.fromkeys((5, 6, 7), 100.0)
     with running(*flags_for(tmp_path / "glm")) as cluster:
         tokens = await stream(cluster)
+        drawn = await stream(cluster, temperature=0.9, seed=7, logit_bias=few)
         await cluster.until(lambda rows: rows["prefill-0"]["pages"]["cached"] >= len(PROMPT) // 16)
         rows = await cluster.status()
+        assert accepted(rows["decode-0"]["metrics_address"]) > 0
     assert [len(rows[name]["rank_pids"]) for name in ("decode-0", "prefill-0")] == [1, 1]
-    assert tokens == driver.generate(driver.load(tmp_path / "glm"), PROMPT, NUM_TOKENS)
+    executor = driver.load(tmp_path / "glm")
+    assert tokens == driver.generate(executor, PROMPT, NUM_TOKENS)
+    sampling = SamplingParams(temperature=0.9, seed=7, logit_bias=tuple(few.items()))
+    assert drawn == driver.generate(executor, PROMPT, NUM_TOKENS, sampling=sampling)
 
 
 async def test_a_rank_killed_amid_an_output_costs_no_token(tmp_path: Path) -> None:

@@ -10,14 +10,25 @@ from shared.engine.sim import SimExecutor, SimModel
 from shared.engine.speculation.speculator import Speculation
 from shared.page_hash import tenant_key
 from tests.law.worker import Worker
+from tests.unit.behind import Behind
 
 MakeExecutor = Callable[[int], Executor]
 NUM_TOKENS = 24
+BEHIND = "behind"
 
 
 def sim(num_pages: int) -> Executor:
     model = SimModel(vocab_size=211, eos_token_ids=(), draft_acceptance=0.7)
     return SimExecutor(model, num_pages, sleep=lambda seconds: None)
+
+
+def behind(executor: Executor) -> Executor:
+    """The same, with steps launched one behind the other, and tokens chosen as on a GPU."""
+    from shared.engine.executor import TorchExecutor
+
+    if not isinstance(executor, TorchExecutor):
+        return Behind(executor)
+    return TorchExecutor(executor.model, executor.spec, executor.memory, behind=True)
 
 
 def tiny_model(variant: str, path: Path) -> MakeExecutor:
@@ -50,6 +61,7 @@ class Law:
     make_executor: MakeExecutor
     sampling: SamplingParams
     speculation: Speculation | None = field(default=None, kw_only=True)
+    in_order: MakeExecutor | None = field(default=None, kw_only=True)
 
     def worker(self, num_pages: int = 64, max_step_tokens: int = 512) -> Worker:
         return Worker(self.make_executor(num_pages), max_step_tokens, self.speculation)
@@ -61,8 +73,8 @@ class Law:
         return EngineRequest(name, tuple(prompt), self.sampling, tuple(output or ()), tenant_key("law"))
 
     def tokens(self, prompt: list[int]) -> list[int]:
-        """The output of a prompt that has an engine to itself and is computed whole, without drafts."""
-        return Worker(self.make_executor(64)).run(self.request(prompt))
+        """The output of a prompt that has an engine to itself and is computed whole, without drafts, step by step."""
+        return Worker((self.in_order or self.make_executor)(64)).run(self.request(prompt))
 
 
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -72,6 +84,8 @@ SAMPLED = replace(
 PENALIZED = replace(SAMPLED, top_k=50, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1)
 CASES = [(model, sampling) for model in ("sim", "llama", "qwen3", "glm") for sampling in (GREEDY, SAMPLED)]
 CASES += [("glm fp8", GREEDY)]
+CASES += [(f"{model} {BEHIND}", sampling) for model in ("sim", "llama") for sampling in (GREEDY, SAMPLED)]
+CASES += [(f"glm {BEHIND}", SAMPLED)]
 
 
 @pytest.fixture(
@@ -79,4 +93,8 @@ CASES += [("glm fp8", GREEDY)]
 )
 def law(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Law:
     model, sampling = request.param
-    return Law(sim if model == "sim" else tiny_model(model, tmp_path_factory.mktemp("law")), sampling)
+    name, _, how = model.partition(" ")
+    if how != BEHIND:
+        return Law(sim if name == "sim" else tiny_model(model, tmp_path_factory.mktemp("law")), sampling)
+    in_order = sim if name == "sim" else tiny_model(name, tmp_path_factory.mktemp("law"))
+    return Law(lambda num_pages: behind(in_order(num_pages)), sampling, in_order=in_order)

@@ -13,6 +13,7 @@ from shared.engine.parallel import distributed
 from shared.engine.parallel.executor import ParallelExecutor
 from shared.engine.parallel.group import Group
 from shared.engine.parallel.partition import ExpertSplit, Shard
+from shared.engine.speculation.speculator import Speculation
 from shared.engine.transfer.layout_plan import Reader, Span, plan
 from tests.law.worker import Worker
 
@@ -37,7 +38,7 @@ class Thread:
 
     def _run(self) -> None:
         while (batch := self._batches.get()) is not None:
-            self._executor.forward(batch)
+            self._executor.launch(batch).chosen()
 
 
 class Ranks:
@@ -69,6 +70,7 @@ class Ranks:
                 num_pages=num_pages,
                 shard=Shard(rank, self.num_ranks, split),
                 group=self.groups[rank],
+                mtp=True,
             )
         )
         followers = [Thread(executor) for executor in executors[1:]]
@@ -92,8 +94,8 @@ class RankedExecutor(ParallelExecutor):
 class RankedWorker(Worker):
     """Reads pages as its ranks' transports would."""
 
-    def __init__(self, executor: RankedExecutor) -> None:
-        super().__init__(executor)
+    def __init__(self, executor: RankedExecutor, speculation: Speculation | None = None) -> None:
+        super().__init__(executor, speculation=speculation)
         self.executors: Sequence[TorchExecutor] = executor.executors
 
     def read(self, peer: Worker, remote: Sequence[int], local: Sequence[int]) -> None:
@@ -108,9 +110,9 @@ class RankedWorker(Worker):
 class AloneWorker(RankedWorker):
     """The same with one rank."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, speculation: Speculation | None = None) -> None:
         assert isinstance(executor, TorchExecutor)
-        Worker.__init__(self, executor)
+        Worker.__init__(self, executor, speculation=speculation)
         self.executors = [executor]
 
 

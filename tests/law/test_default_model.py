@@ -9,7 +9,7 @@ from shared.engine.speculation.ngram import NgramProposer
 from shared.engine.speculation.speculator import Speculation
 from shared.models.store import default_cache
 from tests.law import test_same_tokens as laws
-from tests.law.conftest import GREEDY, SAMPLED, Law, MakeExecutor
+from tests.law.conftest import GREEDY, SAMPLED, Law, MakeExecutor, behind
 
 MODEL_DIR = default_cache() / "models" / "SmolLM2-135M-Instruct"
 
@@ -45,6 +45,13 @@ def test_drafted_from_the_text_so_far(sampling: SamplingParams, make_executor: M
     prompt, worker = law.prompt(10) * 4, law.worker()
     assert worker.run(law.request(prompt)) == law.tokens(prompt)
     assert sum(worker.engine.draft_counts().verified) > 0
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_launched_behind_the_step_before(sampling: SamplingParams, make_executor: MakeExecutor) -> None:
+    law = Law(lambda num_pages: behind(make_executor(num_pages)), sampling, in_order=make_executor)
+    laws.test_batched_with_others_that_come_and_go(law)
+    laws.test_preempted(law)
 
 
 def test_sampled_in_chunks_of_an_odd_size(make_executor: MakeExecutor) -> None:

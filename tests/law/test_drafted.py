@@ -7,7 +7,7 @@ import pytest
 
 from shared.engine.speculation.speculator import Speculation
 from tests.law import test_same_tokens as laws
-from tests.law.conftest import GREEDY, NUM_TOKENS, SAMPLED, Law, sim, tiny_model
+from tests.law.conftest import BEHIND, GREEDY, NUM_TOKENS, SAMPLED, Law, behind, sim, tiny_model
 
 NUM_DRAFTS = 4
 
@@ -31,7 +31,8 @@ CASES = [
     for model, drafts in (("sim", BY_A_PROPHET), ("sim", BY_ITSELF), ("llama", BY_A_PROPHET))
     for sampling in (GREEDY, SAMPLED)
 ]
-CASES.append(("glm-mtp", BY_ITSELF, SAMPLED))
+CASES += [("glm-mtp", BY_ITSELF, sampling) for sampling in (GREEDY, SAMPLED)]
+CASES += [(f"sim {BEHIND}", drafts, SAMPLED) for drafts in (BY_A_PROPHET, BY_ITSELF)]
 # A random layer is never right about a random model, unless few tokens are left to choose from.
 FEW_TOKENS = tuple((token_id, 200.0) for token_id in (5, 6, 7))
 
@@ -53,7 +54,10 @@ def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model, drafts, sampling = request.param
     if model == "glm-mtp":
         sampling = replace(sampling, logit_bias=FEW_TOKENS)
-    law = RememberingLaw(sim if model == "sim" else tiny_model(model, tmp_path_factory.mktemp("law")), sampling)
+    name, _, how = model.partition(" ")
+    in_order = sim if name == "sim" else tiny_model(name, tmp_path_factory.mktemp("law"))
+    make_executor = in_order if how != BEHIND else lambda num_pages: behind(in_order(num_pages))
+    law = RememberingLaw(make_executor, sampling, in_order=in_order)
     make_proposer = (lambda: Prophet(law)) if drafts == BY_A_PROPHET else None
     return replace(law, speculation=Speculation(NUM_DRAFTS, adaptive=False, make_proposer=make_proposer))
 

@@ -1,7 +1,7 @@
 """The law across ranks: one model on one, two or four ranks says the same."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +9,12 @@ import pytest
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.parallel.executor import ParallelExecutor
 from shared.engine.parallel.partition import ExpertSplit
+from shared.engine.speculation.speculator import Speculation
 from shared.errors import WorkerLost
 from tests.law import test_same_tokens as laws
-from tests.law.conftest import GREEDY, SAMPLED, Law, MakeExecutor, tiny_model
+from tests.law.conftest import GREEDY, NUM_TOKENS, SAMPLED, Law, MakeExecutor, tiny_model
 from tests.law.ranks import AloneWorker, RankedWorker, Ranks
+from tests.law.test_drafted import FEW_TOKENS, NUM_DRAFTS
 from tests.law.worker import Worker
 
 # Four ranks have each of Llama's two KV heads twice, and one of Qwen3's four each.
@@ -44,6 +46,11 @@ class Model:
     def law(self, ranks: Ranks, sampling: SamplingParams, split: ExpertSplit = "experts") -> RankedLaw:
         return RankedLaw(lambda pages: ranks.load(self.path, pages, split), sampling, self.alone, self.known)
 
+    def drafted(self, ranks: Ranks, sampling: SamplingParams, split: ExpertSplit = "experts") -> RankedLaw:
+        """With drafts of the model's own layer, some of them right."""
+        law = self.law(ranks, replace(sampling, logit_bias=FEW_TOKENS), split)
+        return replace(law, speculation=Speculation(NUM_DRAFTS, adaptive=False))
+
 
 class Deaf:
     """A follower that takes batches and does nothing."""
@@ -56,6 +63,12 @@ class Deaf:
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp("ranks")
     return Model(path, tiny_model(request.param, path))
+
+
+@pytest.fixture(scope="module")
+def drafting_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("drafting")
+    return Model(path, tiny_model("glm-mtp", path))
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two ranks", "four ranks"])
@@ -86,6 +99,48 @@ def test_prefilled_by_another_number_of_ranks(split_side: str, model: Model, ran
     prompt = law.prompt(49)
     first, pages = decode.pull(law.request(prompt), prefill)
     assert first + decode.run(law.request(prompt, output=first), pages) == law.tokens(prompt)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("split", ["experts", "matrices"])
+def test_drafted_by_the_layer_that_all_ranks_share(
+    split: ExpertSplit, sampling: SamplingParams, drafting_model: Model, ranks: Ranks
+) -> None:
+    law = drafting_model.drafted(ranks, sampling, split)
+    prompt, worker = law.prompt(40), law.worker()
+    assert worker.run(law.request(prompt)) == law.tokens(prompt)
+    counts = worker.engine.draft_counts()
+    assert 0 < sum(counts.accepted) < sum(counts.verified)
+    assert worker.engine.load().num_steps < NUM_TOKENS
+
+
+def test_drafted_and_chunked(drafting_model: Model, ranks: Ranks) -> None:
+    laws.test_chunked_at_odd_sizes(7, drafting_model.drafted(ranks, GREEDY))
+
+
+def test_drafted_preempted_and_batched(drafting_model: Model, ranks: Ranks) -> None:
+    laws.test_preempted(drafting_model.drafted(ranks, SAMPLED))
+
+
+@pytest.mark.parametrize("split_side", ["prefill", "decode"])
+def test_drafted_behind_a_prompt_of_another_number_of_ranks(
+    split_side: str, drafting_model: Model, ranks: Ranks
+) -> None:
+    """What is handed over has the drafting layer's state, and the drafts that one rank would have proposed."""
+    law = drafting_model.drafted(ranks, SAMPLED)
+    several = RankedWorker(ranks.load(drafting_model.path, 64), law.speculation)
+    one, other = AloneWorker(law.alone(64), law.speculation), AloneWorker(law.alone(64), law.speculation)
+    prefill, decode = (several, one) if split_side == "prefill" else (one, several)
+    prompt = law.prompt(49)
+    first, pages = decode.pull(law.request(prompt), prefill)
+    other.run(replace(law.request(prompt), prefill_only=True))
+    drafts = prefill.drafts["r"]
+    assert drafts == other.drafts["r"]
+    assert len(drafts) == NUM_DRAFTS
+    decode.submit(replace(law.request(prompt, output=first), draft_token_ids=drafts), pages)
+    decode.finish()
+    assert first + decode.outputs["r"] == law.tokens(prompt)
+    assert sum(decode.engine.draft_counts().accepted) > 0
 
 
 def test_a_rank_that_is_late_ends_the_engine_with_a_fault(model: Model) -> None:

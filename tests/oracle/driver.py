@@ -28,7 +28,14 @@ def load(
 class Run:
     """One sequence: its tokens so far, how many are computed, and its pages (taken from a shared counter)."""
 
-    def __init__(self, prompt: Sequence[int], pages: Iterator[int], chunk: int = 10_000) -> None:
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        pages: Iterator[int],
+        chunk: int = 10_000,
+        sampling: SamplingParams | None = None,
+    ) -> None:
+        self.sampling = sampling or SamplingParams()
         self.tokens = list(prompt)
         self.num_prompt = len(prompt)
         self.num_computed = 0
@@ -48,7 +55,7 @@ class Run:
         part = self.tokens[self.num_computed : end]
         last = end == len(self.tokens)
         pages, history = list(self._page_ids), list(self.tokens)
-        return BatchItem("run", part, self.num_computed, pages, last, SamplingParams(), self.num_prompt, history)
+        return BatchItem("run", part, self.num_computed, pages, last, self.sampling, self.num_prompt, history)
 
 
 def step(executor: TorchExecutor, runs: Sequence[Run]) -> None:
@@ -60,9 +67,16 @@ def step(executor: TorchExecutor, runs: Sequence[Run]) -> None:
             run.tokens.append(chosen.tokens[0].token_id)
 
 
-def generate(executor: TorchExecutor, prompt: Sequence[int], num_tokens: int, chunk: int = 10_000) -> list[int]:
-    """Greedy tokens of one sequence alone, its prompt in chunks of `chunk`, its pages in falling order."""
-    run = Run(prompt, iter(range(executor.spec.num_pages - 1, -1, -1)), chunk)
+def generate(
+    executor: TorchExecutor,
+    prompt: Sequence[int],
+    num_tokens: int,
+    chunk: int = 10_000,
+    sampling: SamplingParams | None = None,
+) -> list[int]:
+    """Tokens of one sequence alone, greedy if not told otherwise, its prompt in chunks of `chunk`, its pages in falling
+    order."""
+    run = Run(prompt, iter(range(executor.spec.num_pages - 1, -1, -1)), chunk, sampling)
     while len(run.output) < num_tokens:
         step(executor, [run])
     return run.output

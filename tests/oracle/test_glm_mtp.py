@@ -75,7 +75,8 @@ def test_drafts_do_not_depend_on_the_chunks_of_the_prompt(oracle: tuple[Path, An
     again = load(oracle[0])
     for start, end in ((0, 7), (7, 30)):
         item = prompt_item(GOLDEN_PROMPT)
-        part = replace(item, token_ids=item.token_ids[start:end], start=start, sample=False, num_wanted=0)
+        part = replace(item, token_ids=GOLDEN_PROMPT[start:end], start=start, sample=False, num_wanted=0)
+        part = replace(part, following=GOLDEN_PROMPT[end])
         assert again.forward([part]) == [None]
     assert step(again, prompt_item(GOLDEN_PROMPT, 30)).drafts == whole
 

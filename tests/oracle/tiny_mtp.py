@@ -90,14 +90,8 @@ def drafts(model: Any, mtp: Mtp, tokens: list[int], count: int, *, share: bool) 
 def _run(model: Any, mtp: Mtp, u: torch.Tensor, topk: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The layer over all positions; a selection of fewer positions is kept, its last row for all that follow."""
     positions = torch.arange(u.shape[1])[None]
-    mask = create_causal_mask(
-        config=mtp.config,
-        inputs_embeds=u,
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=positions,
-        allow_is_causal_skip=False,
-    )
+    # By place: transformers 5.24 renamed the fourth, the cache.
+    mask = create_causal_mask(mtp.config, u, None, None, positions, allow_is_causal_skip=False)
     if topk is not None:
         num_more = u.shape[1] - topk.shape[1]
         topk = torch.cat((topk, topk[:, -1:].expand(-1, num_more, *topk.shape[2:])), dim=1)

@@ -96,6 +96,9 @@ async def test_pages_whose_lease_ended_before_they_were_read_are_never_used(
     await decode.idle()
 
 
+Tamper = Callable[[prefill_pb2.PrefillResponse], prefill_pb2.PrefillResponse | None]
+
+
 def without_a_state_class(response: prefill_pb2.PrefillResponse) -> prefill_pb2.PrefillResponse:
     del response.pages_ready.manifest.state_classes[:]
     return response
@@ -167,13 +170,11 @@ def without_pages(response: prefill_pb2.PrefillResponse) -> None:
         without_pages,
     ],
 )
+@pytest.mark.parametrize("with_token", [False, True])
 async def test_an_incomplete_or_impossible_handoff_is_refused(
-    world: Fleet,
-    prefill: Running,
-    decode: Running,
-    tamper: Callable[[prefill_pb2.PrefillResponse], prefill_pb2.PrefillResponse | None],
+    world: Fleet, prefill: Running, decode: Running, tamper: Tamper, with_token: bool
 ) -> None:
-    prefill.prefill.tamper = lambda response: tamper(response) if response.HasField("pages_ready") else response
+    prefill.prefill.tamper = in_last_pages(tamper) if with_token else in_pages_ready(tamper)
     asked = request(prompt(40), decode, prefill)
     assert (await generate(world, asked)).tokens == await world.expected(asked)
     # 11 steps would follow a handoff of 40 tokens. Computing them here, in steps of at most 32, takes one more.
@@ -181,6 +182,24 @@ async def test_an_incomplete_or_impossible_handoff_is_refused(
     await decode.idle()
     prefill.clock.ahead_s += LEASE_TTL_MS / 1000
     await prefill.idle()
+
+
+def in_pages_ready(tamper: Tamper) -> Tamper:
+    return lambda response: tamper(response) if response.HasField("pages_ready") else response
+
+
+def in_last_pages(tamper: Tamper) -> Tamper:
+    """Do it to the pages that come with the first token."""
+
+    def tamper_with(response: prefill_pb2.PrefillResponse) -> prefill_pb2.PrefillResponse:
+        if response.HasField("finished"):
+            told = tamper(prefill_pb2.PrefillResponse(pages_ready=response.finished.last_pages))
+            response.finished.ClearField("last_pages")
+            if told is not None:
+                response.finished.last_pages.CopyFrom(told.pages_ready)
+        return response
+
+    return tamper_with
 
 
 async def test_a_handoff_that_ends_without_a_token_is_refused(world: Fleet, prefill: Running, decode: Running) -> None:

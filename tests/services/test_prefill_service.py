@@ -37,30 +37,45 @@ async def answers(
         return [response async for response in responses]
 
 
+def announced(responses: list[prefill_pb2.PrefillResponse]) -> list[prefill_pb2.PagesReady]:
+    """All pages, those that came with the first token included."""
+    *before, last = responses
+    with_token = [last.finished.last_pages] if last.finished.HasField("last_pages") else []
+    return [*(each.pages_ready for each in before), *with_token]
+
+
 async def test_pages_are_announced_in_order_once_and_the_last_with_its_part(world: Fleet, prefill: Running) -> None:
-    *ready, last = await answers(world, prefill, asked(prefill, 101))
-    manifests = [each.pages_ready.manifest for each in ready]
+    responses = await answers(world, prefill, asked(prefill, 101))
+    manifests = [ready.manifest for ready in announced(responses)]
     assert len(manifests) > 1
     first = 0
     for manifest in manifests:
         assert manifest.first_page == first
         first += len(manifest.page_ids)
-    assert first == last.finished.num_pages == 26
+    assert first == responses[-1].finished.num_pages == 26
     assert sum(manifest.num_tokens for manifest in manifests) == 101
     assert len({page for manifest in manifests for page in manifest.page_ids}) == 26
-    assert len({each.pages_ready.lease.lease_id for each in ready}) == 1
+    assert len({ready.lease.lease_id for ready in announced(responses)}) == 1
+
+
+async def test_the_last_pages_come_with_the_first_token(world: Fleet, prefill: Running) -> None:
+    [only] = await answers(world, prefill, asked(prefill, 20))
+    assert only.finished.tokens.token_ids
+    assert only.finished.last_pages.manifest.num_tokens == 20
 
 
 async def test_pages_that_the_reader_holds_are_not_announced(world: Fleet, prefill: Running) -> None:
-    *ready, last = await answers(world, prefill, asked(prefill, 101, num_held=4))
-    assert ready[0].pages_ready.manifest.first_page == 4
-    assert last.finished.num_pages == sum(len(each.pages_ready.manifest.page_ids) for each in ready) == 22
+    responses = await answers(world, prefill, asked(prefill, 101, num_held=4))
+    ready = announced(responses)
+    assert ready[0].manifest.first_page == 4
+    assert responses[-1].finished.num_pages == sum(len(each.manifest.page_ids) for each in ready) == 22
 
 
 async def test_a_cached_prompt_is_announced_as_well(world: Fleet, prefill: Running) -> None:
     await answers(world, prefill, asked(prefill, 101))
-    *ready, last = await answers(world, prefill, asked(prefill, 101))
-    assert sum(len(each.pages_ready.manifest.page_ids) for each in ready) == last.finished.num_pages == 26
+    responses = await answers(world, prefill, asked(prefill, 101))
+    num_pages = sum(len(each.manifest.page_ids) for each in announced(responses))
+    assert num_pages == responses[-1].finished.num_pages == 26
 
 
 async def test_announced_pages_stay_leased_after_the_stream_until_the_lease_ends(

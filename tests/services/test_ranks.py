@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -64,12 +64,21 @@ def test_a_model_that_so_many_ranks_cannot_share_is_refused(tmp_path: Path) -> N
     assert "8 attention heads cannot be shared out evenly to 3 ranks" in done.stderr
 
 
-@pytest.mark.parametrize(("write", "prefill", "decode"), [(llama, 1, 2), (glm, 2, 1)], ids=["llama", "glm"])
+@pytest.mark.parametrize(
+    ("write", "prefill", "decode", "flags"),
+    [(llama, 1, 2, ()), (llama, 1, 2, ("--checksums",)), (glm, 2, 1, ("--checksums",))],
+    ids=["llama", "llama-checksums", "glm-checksums"],
+)
 async def test_pages_go_back_and_forth_between_workers_of_one_and_of_two_ranks_and_a_lost_rank_ends_its_worker(
-    write: Callable[[Path], None], prefill: int, decode: int, tmp_path: Path, valkey: ValkeyProcess
+    write: Callable[[Path], None],
+    prefill: int,
+    decode: int,
+    flags: Sequence[str],
+    tmp_path: Path,
+    valkey: ValkeyProcess,
 ) -> None:
     write(tmp_path)
-    async with pair(tmp_path, valkey, prefill, decode) as workers:
+    async with pair(tmp_path, valkey, prefill, decode, *flags) as workers:
         ranks = {name: workers.found[name].rank_pids for name in ("prefill", "decode")}
         assert {name: len(pids) + 1 for name, pids in ranks.items()} == {"prefill": prefill, "decode": decode}
         message = workers.request(90, 24)
@@ -82,6 +91,8 @@ async def test_pages_go_back_and_forth_between_workers_of_one_and_of_two_ranks_a
             assert workers.measure("decode", measure) == 0
         # There and back: what the decode worker computed behind the first prompt, the prefill worker pulled.
         assert all(workers.measure(name, "forebay_transfer_bytes_total") > 0 for name in ranks)
+        right = 'forebay_checked_pages_total{outcome="right"}'
+        assert all((workers.measure(name, right) > 0) is bool(flags) for name in ranks)
         (lost,) = (*ranks["prefill"], *ranks["decode"])
         os.kill(lost, signal.SIGKILL)
         worker = workers.processes["prefill" if ranks["prefill"] else "decode"]

@@ -28,8 +28,7 @@ from shared.engine.kv.store import KvStore
 from shared.engine.loop import EngineLoop
 from shared.engine.sim import SimExecutor, SimModel
 from shared.engine.speculation.speculator import Speculation
-from shared.engine.transfer.api import Peer
-from shared.engine.transfer.local import LocalTransport
+from shared.engine.transfer.local import LocalPeer, LocalTransport
 from shared.engine.transfer.pools import Member, Pools, own_pool
 from shared.telemetry import Telemetry
 from shared.worker.admission import Admission
@@ -123,10 +122,9 @@ class Wire(LocalTransport):
 
     arrived: Callable[[Sequence[int]], None] = staticmethod(lambda page_ids: None)
 
-    async def read(self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float) -> int:
-        num_bytes = await super().read(peer, remote, local, timeout_s)
+    async def _copy(self, peer: LocalPeer, remote: Sequence[int], local: Sequence[int]) -> None:
+        await super()._copy(peer, remote, local)
         self.arrived(local)
-        return num_bytes
 
 
 @dataclass

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shared.engine.api import BatchItem, Chosen, EngineRequest, Event, SamplingParams, TokensSampled
+from shared.engine.api import BatchItem, Chosen, EngineRequest, Event, Executor, SamplingParams, TokensSampled
 from shared.engine.engine import Engine
-from shared.engine.kv.store import KvStore, PageTable
+from shared.engine.kv.store import PageTable
 from shared.engine.sim import SimExecutor, SimModel
 from shared.engine.speculation.speculator import Speculation
+from tests.unit.behind import Behind, WatchedStore
 
 MODEL = SimModel(vocab_size=500, max_model_len=200, eos_token_ids=(2,))
 
@@ -35,12 +36,16 @@ class Rig:
         max_num_sequences: int = 8,
         model: SimModel = MODEL,
         speculation: Speculation | None = None,
+        *,
+        behind: bool = False,
     ) -> None:
         self.now = 0.0
         self.executor = Spy(model, num_pages)
-        self.kv = KvStore(num_pages, 16, 10_000, clock=lambda: self.now)
+        self.behind = Behind(self.executor)
+        executor: Executor = self.behind if behind else self.executor
+        self.kv = WatchedStore(executor, num_pages, 16, clock=lambda: self.now)
         self.engine = Engine(
-            self.executor,
+            executor,
             self.kv,
             max_step_tokens=max_step_tokens,
             max_num_sequences=max_num_sequences,

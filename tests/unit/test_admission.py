@@ -174,6 +174,14 @@ async def test_withdrawing_gives_both_halves_back(world: World) -> None:
     assert await world.reserve("b", P1_D1) == Placed(0)
 
 
+async def test_a_promise_that_nobody_takes_up_lapses(world: World) -> None:
+    await world.report("d1")
+    await world.reserve("of a gateway that died")
+    assert isinstance(await world.reserve("b"), Parked)
+    await world.redis.zadd(keys.promises("d1", 1), {"of a gateway that died": 1})  # its time (unix ms) is over
+    assert await world.reserve("b") == Placed(0)
+
+
 # Order ----------------------------------------------------------------------------------------------------------------
 
 

@@ -6,16 +6,23 @@ import pytest
 
 from tests.chaos.answers import COMPLETE, GATEWAY_LOST, LEFT, Answer, Output
 from tests.chaos.faults import KILL, STOP, Done
+from tests.chaos.phases import phases
 from tests.chaos.report import Report
 from tests.chaos.requests import Ask
+from tests.chaos.sayings import Placed, Sayings, Served, Suspected, TookOver, WentOn
 from tests.chaos.stalls import percentile, stalls
-from tests.chaos.watch import Placed, Suspected
 
 ASK = Ask("r", {"prompt": [1, 2, 3], "stream": True}, deadline_s=30.0)
 TWIN = Output([5, 6, 7], " 5 6 7", 0, "length")
 KILLED = Done(KILL, "decode-0", at=10.0, until=10.0)
 STOPPED = Done(STOP, "decode-0", at=10.0, until=13.0)
-PLACED = [Placed("r", 0, "decode-0", 9.0), Placed("r", 0, "decode-1", 10.1)]
+# How it goes on: noticed after 20 ms, routed after 100, there for 250 ms until its first token.
+SAID = Sayings(
+    placed=[Placed("r", 0, "decode-0", 9.0), Placed("r", 0, "decode-1", 10.1)],
+    suspected=[Suspected("r", 0, "decode-0", "WORKER_LOST", 10.02)],
+    took_over=[TookOver("r", 0, "decode-1", 10.37, pages_s=0.05, first_s=0.25, num_tokens=10, num_cached=4)],
+    went_on=[WentOn("r", 0, "decode-1", 10.38)],
+)
 
 
 def answer(output: Output, end: str = COMPLETE, ended: float = 20.0) -> Answer:
@@ -23,7 +30,8 @@ def answer(output: Output, end: str = COMPLETE, ended: float = 20.0) -> Answer:
 
 
 def report(*answers: Answer, **fields: object) -> Report:
-    empty: dict[str, object] = dict.fromkeys(("faults", "stalls", "suspected", "wrong", "defects", "bystanders"), ())
+    empty: dict[str, object] = dict.fromkeys(("faults", "stalls", "wrong", "defects", "bystanders"), ())
+    empty["said"] = Sayings()
     return Report(**{"answers": answers, "num_bytes": 0, "num_leaked_pages": 0, **empty, **fields})  # type: ignore[arg-type]
 
 
@@ -65,8 +73,9 @@ def test_a_connection_may_break_only_with_a_killed_gateway() -> None:
 
 def test_a_stall_is_the_gap_around_the_failover() -> None:
     output = replace(TWIN, arrivals=[9.5, 9.99, 10.4, 12.0])
-    (stall,) = stalls([answer(output)], [KILLED], PLACED, prefill_s_per_token=0.01)
+    (stall,) = stalls([answer(output)], [KILLED], SAID, prefill_s_per_token=0.01)
     assert (round(stall.gap_s, 3), round(stall.beyond_s, 3), stall.alone) == (0.41, 0.35, True)
+    assert stall.elsewhere
     found = report(answer(output), stalls=[stall])
     assert found.violations({KILL: 0.34}) != []
     assert found.violations({KILL: 0.36}) == []
@@ -75,27 +84,83 @@ def test_a_stall_is_the_gap_around_the_failover() -> None:
 def test_a_stall_counts_as_double_when_something_else_was_hit_meanwhile() -> None:
     output = replace(TWIN, arrivals=[9.5, 9.99, 10.4])
     faults = [KILLED, Done(STOP, "router-0", 9.8, 12.0)]
-    assert [stall.alone for stall in stalls([answer(output)], faults, PLACED, 0.0)] == [False]
+    assert [stall.alone for stall in stalls([answer(output)], faults, SAID, 0.0)] == [False]
 
 
 def test_a_stopped_worker_stalls_its_streams_whether_or_not_they_move() -> None:
     waited = replace(TWIN, arrivals=[9.5, 9.99, 13.05])
-    (stall,) = stalls([answer(waited)], [STOPPED], PLACED[:1], 0.0)
+    (stall,) = stalls([answer(waited)], [STOPPED], Sayings(SAID.placed[:1]), 0.0)
     assert round(stall.gap_s, 2) == 3.06
     moved = replace(TWIN, arrivals=[9.5, 9.99, 11.5, 11.6])
-    late = [PLACED[0], Placed("r", 0, "decode-1", 11.4)]
+    late = Sayings([SAID.placed[0], Placed("r", 0, "decode-1", 11.4)])
     assert [round(s.gap_s, 2) for s in stalls([answer(moved)], [STOPPED], late, 0.0)] == [1.51]
 
 
 @pytest.mark.parametrize("arrivals", [[10.2, 10.4], [9.5, 9.6]])
 def test_streams_that_had_not_begun_or_had_all_they_needed_did_not_stall(arrivals: list[float]) -> None:
-    placed = PLACED if arrivals[0] > 10 else PLACED[:1]
-    assert list(stalls([answer(replace(TWIN, arrivals=arrivals))], [KILLED], placed, 0.0)) == []
+    said = Sayings(SAID.placed if arrivals[0] > 10 else SAID.placed[:1])
+    assert list(stalls([answer(replace(TWIN, arrivals=arrivals))], [KILLED], said, 0.0)) == []
+
+
+def test_a_stream_that_never_went_on_stalled_to_its_end() -> None:
+    output = replace(TWIN, arrivals=[9.5, 9.99], finish_reason=None)
+    (stall,) = stalls([answer(output, "refused: deadline", 15.0)], [KILLED], Sayings(SAID.placed[:1]), 0.0)
+    assert round(stall.gap_s, 2) == 5.01
+
+
+def test_what_nobody_says_was_computed_is_not_taken_off() -> None:
+    output = replace(TWIN, arrivals=[9.5, 9.99, 10.4])
+    (stall,) = stalls([answer(output)], [KILLED], Sayings(SAID.placed), prefill_s_per_token=0.01)
+    assert stall.beyond_s == stall.gap_s
+
+
+@pytest.mark.parametrize(
+    ("fault", "served", "elsewhere"),
+    [
+        (Done(KILL, "decode-1", 5.0, 5.0), [], False),
+        (Done(KILL, "decode-1", 5.0, 5.0), [Served("decode-1", 10.2)], False),
+        (Done(KILL, "decode-1", 5.0, 5.0), [Served("decode-1", 8.0)], True),
+        (Done(STOP, "decode-1", 5.0, 9.98), [], True),
+        (Done(STOP, "decode-1", 5.0, 10.2), [], False),
+    ],
+)
+def test_a_stall_for_which_no_other_decode_worker_was_there_is_counted_apart(
+    fault: Done, served: list[Served], elsewhere: bool
+) -> None:
+    output = replace(TWIN, arrivals=[9.5, 9.99, 10.4])
+    (stall,) = list(stalls([answer(output)], [fault, KILLED], replace(SAID, served=served), 0.0))
+    assert stall.elsewhere is elsewhere
+    found = report(answer(output), stalls=[stall])
+    assert [s for alone in (True, False) for s in found.stalls_after(KILL, alone=alone)] == [stall] * elsewhere
+
+
+def test_the_phases_of_a_stall_add_up_to_it() -> None:
+    output = replace(TWIN, arrivals=[9.5, 9.99, 10.4])
+    (stall,) = stalls([answer(output)], [KILLED], SAID, 0.0)
+    parts = phases(stall, SAID)
+    assert parts is not None
+    rounded = {name: round(seconds * 1000) for name, seconds in parts.items()}
+    assert list(rounded.values()) == [10, 20, 80, 20, 50, 200, 10, 20]
+    assert sum(rounded.values()) == round(stall.gap_s * 1000)
+    assert phases(stall, replace(SAID, took_over=[])) is None
+    assert "compute" in report(answer(output), stalls=[stall], said=SAID).phases()
+
+
+def test_a_worker_that_goes_on_taking_requests_after_it_was_told_to_end_is_told() -> None:
+    ended = Done("end", "decode-1", at=9.0, until=9.0)
+    taken = report(answer(TWIN), faults=[ended], said=SAID)
+    assert ["1.10 s after it was told to end" in problem for problem in taken.violations({})] == [True]
+    refused = replace(SAID, suspected=[Suspected("r", 0, "decode-1", "DRAINING", 10.11)])
+    assert report(answer(TWIN), faults=[ended], said=refused).violations({}) == []
+    assert (
+        report(answer(TWIN), faults=[ended], said=replace(SAID, served=[Served("decode-1", 9.5)])).violations({}) == []
+    )
+    assert report(answer(TWIN, LEFT), faults=[ended], said=SAID).violations({}) == []
 
 
 def test_a_worker_given_up_without_a_fault_is_told() -> None:
     blamed = [Suspected("r", 0, name, "WORKER_LOST", 10.2) for name in ("decode-0", "decode-1")]
-    found = report(faults=[KILLED], suspected=blamed).failovers_without_a_fault()
+    found = report(faults=[KILLED], said=Sayings(suspected=blamed)).failovers_without_a_fault()
     assert [suspected.decode for suspected in found] == ["decode-1"]
 
 

@@ -10,6 +10,7 @@ from shared.engine.api import (
     Chosen,
     EngineRequest,
     Event,
+    Failed,
     PagesComputed,
     SamplingParams,
     TokensSampled,
@@ -293,3 +294,19 @@ async def test_stopping_ends_streams_and_waiters_with_a_fault() -> None:
     for task in (stream, waiter):
         with pytest.raises(Draining, match="stopped"):
             await task
+
+
+async def test_what_the_engine_says_while_the_caller_is_busy_comes_at_once(rig: Rig) -> None:
+    async with aclosing(rig.loop.bursts(request(max_tokens=200))) as stream, asyncio.timeout(PATIENCE_S):
+        bursts = [await anext(stream)]
+        await rig.until(lambda: not rig.engine.has_work())
+        bursts += [burst async for burst in stream]
+    assert sum(len(burst) for burst in bursts) == 200
+    assert len(bursts) <= 3  # the last step's events may come apart
+
+
+async def test_a_burst_ends_with_the_fault_of_its_sequence(rig: Rig) -> None:
+    rig.executor.error = ValueError("no")
+    async with aclosing(rig.loop.bursts(request())) as bursts:
+        [events] = [events async for events in bursts]
+    assert isinstance(events[-1], Failed)

@@ -54,6 +54,16 @@ def test_every_rank_gets_every_byte_of_its_page(num_ours: int, num_theirs: int) 
         assert read(own, plan(own, theirs, Reader(rank, num_ours, salt=3)), theirs) == page(own)
 
 
+@pytest.mark.parametrize("costs", [SLICED, STAGED])
+def test_pages_with_checksums_are_staged_whatever_that_costs(costs: Costs) -> None:
+    for take in plan(layouts(2)[0], layouts(1), Reader(0, 2, must_stage=True), costs):
+        assert take.slices is not None
+        assert take.slices.staged
+    with pytest.raises(Incompatible, match="on a device"):
+        plan(layouts(2)[0], layouts(1), Reader(0, 2, can_stage=False, must_stage=True), costs)
+    assert plan(layouts(2)[0], layouts(2), Reader(0, 2, can_stage=False, must_stage=True), costs) == (Take(0),)
+
+
 def test_equal_numbers_of_ranks_read_whole_pages_one_to_one() -> None:
     for ranks in (layouts(2), [LATENTS] * 4):
         for rank, own in enumerate(ranks):

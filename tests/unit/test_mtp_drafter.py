@@ -64,6 +64,13 @@ def test_the_layer_follows_one_token_ahead_and_then_goes_on_alone() -> None:
     assert layer.states == [[0, 1, 2]]
 
 
+def test_a_part_that_is_not_the_last_is_followed_by_the_token_behind_it() -> None:
+    layer, part = Layer(), item(sample=False, num_wanted=0, following=10, history=())
+    states = torch.zeros(3, 1)
+    assert MtpDrafter(layer, SAMPLER, LAYOUT)([part], [None], states, torch.empty(0)) == [None]
+    assert layer.shown == [([8, 9, 10], [0, 1, 2])]
+
+
 def test_the_layer_does_not_follow_drafts_that_were_wrong() -> None:
     layer = Layer()
     verified = item(token_ids=[9, 20, 21, 22], start=2, num_drafts=3)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from redis.asyncio import Redis
 
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from services.router.__main__ import SERVICE
@@ -18,6 +19,7 @@ from services.router.mirror import Mirror
 from services.router.mirror_feed import MirrorFeed
 from services.router.servicer import RouterServicer
 from shared import rpc
+from shared.blackboard import keys
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Room
 from shared.errors import (
@@ -53,7 +55,7 @@ class Router:
         limits: Limits = Limits(),  # noqa: B008 - frozen
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.board = Blackboard(url)
+        self.url, self.board = url, Blackboard(url)
         self.telemetry = Telemetry("router", "r1")
         self.fleet = Fleet(self.board, WEIGHTS, heartbeat_ms=heartbeat_ms, ttl_ms=ttl_ms, clock=clock)
         self.server = rpc.Server(self.telemetry, [SERVICE])
@@ -108,6 +110,17 @@ class Router:
     async def route(self, **changes: Any) -> router_pb2.RouteResponse:
         answer: router_pb2.RouteResponse = await rpc.call(self.stub.Route, request(**changes), 10)
         return answer
+
+    async def num_promised(self, name: str) -> int:
+        """Requests that a worker is promised to have."""
+        async with Redis.from_url(self.url) as redis:
+            return int(await redis.hget(keys.room(name, 1), "promised_sequences") or 0)
+
+    async def until_queued(self, number: int) -> None:
+        """Wait until so many requests are in the queue."""
+        async with asyncio.timeout(10):
+            while await self.board.admission.num_queued(["m"]) != [number]:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.01)
 
     async def explain(self, **changes: Any) -> router_pb2.ExplainResponse:
         asked = router_pb2.ExplainRequest(request=request(**changes))
@@ -238,6 +251,40 @@ async def test_while_all_prefill_workers_are_full_a_decode_worker_with_room_pref
     )
     placement = (await router.route()).placement
     assert (placement.decode.worker_id, placement.HasField("prefill")) == ("d1", False)
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["its client leaves", "its deadline passes"])
+async def test_a_request_that_ends_while_it_waits_leaves_the_queue_at_once(router: Router, leaves: bool) -> None:
+    await router.fleet_of("d1")
+    full = Room(sequences=1)
+    await router.board.admission.report("m", "d1", 1, limits=full, used=full, arrived=[], ttl_ms=TTL_MS)
+    waiting = asyncio.create_task(rpc.call(router.stub.Route, request(), 60 if leaves else 1))
+    await router.until_queued(1)
+    if leaves:
+        waiting.cancel()
+    await asyncio.wait([waiting])
+    assert waiting.cancelled() or isinstance(waiting.exception(), DeadlineExceeded)
+    await router.until_queued(0)
+
+
+async def test_what_was_reserved_for_a_request_that_will_not_come_is_free_at_once(router: Router) -> None:
+    await router.fleet_of("p1", "d1")
+    placement = (await router.route()).placement
+    assert [await router.num_promised(name) for name in ("p1", "d1")] == [1, 1]
+    asked = router_pb2.WithdrawRequest(request_id="r", model="m", placement=placement)
+    for _ in range(2):  # asked again it finds nothing, and harms nothing
+        await rpc.call(router.stub.Withdraw, asked, 10)
+        assert [await router.num_promised(name) for name in ("p1", "d1")] == [0, 0]
+
+
+async def test_a_request_that_its_worker_refused_has_room_at_the_next_one_alone(router: Router) -> None:
+    await router.fleet_of("p1", "d1", "d2")
+    first = (await router.route()).placement
+    refused = first.decode.worker_id
+    second = (await router.route(withdrawn=first, excluded_worker_ids=[refused])).placement
+    assert {refused, second.decode.worker_id} == {"d1", "d2"}
+    assert [await router.num_promised(name) for name in (refused, second.decode.worker_id)] == [0, 1]
+    assert await router.num_promised("p1") == int(second.HasField("prefill"))
 
 
 async def test_two_routers_agree(router: Router, valkey_url: str) -> None:

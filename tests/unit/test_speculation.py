@@ -70,8 +70,10 @@ def test_what_the_model_says_counts_up_to_the_first_wrong_draft(tokens: list[int
     assert asked == [6, 7, 8, 9][:num_chosen]
 
 
-def test_behind_a_draft_the_history_has_it() -> None:
-    assert list(up_to(ITEM, 2).history) == [0, 0, 0, 0, 0, 3, 10, 11]
+def test_behind_a_draft_the_history_has_it_where_penalties_ask_for_it() -> None:
+    penalized = replace(ITEM, sampling=SamplingParams(presence_penalty=0.1))
+    assert list(up_to(penalized, 2).history) == [0, 0, 0, 0, 0, 3, 10, 11]
+    assert up_to(ITEM, 2).history is ITEM.history
     assert (up_to(ITEM, 2).token_ids, up_to(ITEM, 0).token_ids) == ([3, 10, 11], [3])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli.process import ProcessSpec, Supervised, rotate
+from shared import gentle_start
 
 DEADLINE_S = 20.0
 WAIT_FOR_EVER = "import time; print('up', flush=True); time.sleep(1000)"
@@ -160,3 +161,16 @@ def test_rotation_keeps_the_newest_logs_in_order(tmp_path: Path) -> None:
         "p.1.log": "3",
         "p.2.log": "2",
     }
+
+
+@pytest.mark.skipif(not gentle_start.AUTOGROUP.exists(), reason="this kernel gives sessions no shares")
+async def test_a_process_has_a_small_share_of_the_processor_until_it_serves(tmp_path: Path) -> None:
+    serve = "import asyncio, time; from shared import gentle_start; print(gentle_start.AUTOGROUP.read_text(), end='');"
+    serve += "asyncio.run(gentle_start.over()); print(gentle_start.AUTOGROUP.read_text(), flush=True); time.sleep(1000)"
+    spec = ProcessSpec("test", "test-0", (sys.executable, "-c", serve), starts_gently=True)
+    process, ours = Supervised(spec, tmp_path), gentle_start.AUTOGROUP.read_text()
+    await process.start()
+    await _until(lambda: len(process.last_lines()) == 3)
+    await process.stop(0)
+    assert [line.rpartition("nice ")[2] for line in process.last_lines()] == ["10", "0", ""]
+    assert gentle_start.AUTOGROUP.read_text() == ours

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x66orebay/v1/kv.proto\x12\nforebay.v1\">\n\tWorkerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\x8e\x01\n\nStateClass\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x12\n\nfirst_head\x18\x06 \x01(\r\x12\x11\n\tnum_heads\x18\x07 \x01(\r\"`\n\x08KvLayout\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_bytes\x18\x02 \x01(\x04\x12-\n\rstate_classes\x18\x03 \x03(\x0b\x32\x16.forebay.v1.StateClass\"\xcf\x01\n\tPoolShard\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x12\n\nagent_name\x18\x03 \x01(\t\x12\x16\n\x0e\x61gent_metadata\x18\x04 \x01(\x0c\x12\x14\n\x0c\x62\x61se_address\x18\x05 \x01(\x04\x12\x11\n\tnum_pages\x18\x06 \x01(\x04\x12\x13\n\x0bmemory_kind\x18\x07 \x01(\t\x12\x11\n\tdevice_id\x18\x08 \x01(\r\x12$\n\x06layout\x18\t \x01(\x0b\x32\x14.forebay.v1.KvLayout\";\n\x0e\x43onnectRequest\x12\x1a\n\x12\x63ompatibility_hash\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"c\n\x0f\x43onnectResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x1a\n\x12\x63ompatibility_hash\x18\x02 \x01(\t\x12%\n\x06shards\x18\x03 \x03(\x0b\x32\x15.forebay.v1.PoolShard\"8\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\"2\n\x0fStateClassBytes\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"\x90\x01\n\x08Manifest\x12\x12\n\nfirst_page\x18\x01 \x01(\r\x12\x10\n\x08page_ids\x18\x02 \x03(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x32\n\rstate_classes\x18\x04 \x03(\x0b\x32\x1b.forebay.v1.StateClassBytes\x12\x16\n\x0epage_checksums\x18\x05 \x03(\x06\"H\n\x0e\x41\x63quireRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bpage_hashes\x18\x03 \x01(\x0c\"[\n\x0f\x41\x63quireResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.forebay.v1.Lease\x12&\n\x08manifest\x18\x02 \x01(\x0b\x32\x14.forebay.v1.Manifest\"/\n\x0cRenewRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"1\n\rRenewResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.forebay.v1.Lease\"C\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08page_ids\x18\x03 \x03(\r\"<\n\x0fReleaseResponse\x12)\n\x06status\x18\x01 \x01(\x0e\x32\x19.forebay.v1.ReleaseStatus*c\n\rReleaseStatus\x12\x1e\n\x1aRELEASE_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14RELEASE_STATUS_VALID\x10\x01\x12\x18\n\x14RELEASE_STATUS_STALE\x10\x02\x32\x95\x02\n\tKvService\x12\x42\n\x07\x43onnect\x12\x1a.forebay.v1.ConnectRequest\x1a\x1b.forebay.v1.ConnectResponse\x12\x42\n\x07\x41\x63quire\x12\x1a.forebay.v1.AcquireRequest\x1a\x1b.forebay.v1.AcquireResponse\x12<\n\x05Renew\x12\x18.forebay.v1.RenewRequest\x1a\x19.forebay.v1.RenewResponse\x12\x42\n\x07Release\x12\x1a.forebay.v1.ReleaseRequest\x1a\x1b.forebay.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x66orebay/v1/kv.proto\x12\nforebay.v1\">\n\tWorkerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\x8e\x01\n\nStateClass\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x12\n\nfirst_head\x18\x06 \x01(\r\x12\x11\n\tnum_heads\x18\x07 \x01(\r\"`\n\x08KvLayout\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_bytes\x18\x02 \x01(\x04\x12-\n\rstate_classes\x18\x03 \x03(\x0b\x32\x16.forebay.v1.StateClass\"\xcf\x01\n\tPoolShard\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x12\n\nagent_name\x18\x03 \x01(\t\x12\x16\n\x0e\x61gent_metadata\x18\x04 \x01(\x0c\x12\x14\n\x0c\x62\x61se_address\x18\x05 \x01(\x04\x12\x11\n\tnum_pages\x18\x06 \x01(\x04\x12\x13\n\x0bmemory_kind\x18\x07 \x01(\t\x12\x11\n\tdevice_id\x18\x08 \x01(\r\x12$\n\x06layout\x18\t \x01(\x0b\x32\x14.forebay.v1.KvLayout\";\n\x0e\x43onnectRequest\x12\x1a\n\x12\x63ompatibility_hash\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"v\n\x0f\x43onnectResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x1a\n\x12\x63ompatibility_hash\x18\x02 \x01(\t\x12%\n\x06shards\x18\x03 \x03(\x0b\x32\x15.forebay.v1.PoolShard\x12\x11\n\tchecksums\x18\x04 \x01(\x08\"8\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\"2\n\x0fStateClassBytes\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"\x90\x01\n\x08Manifest\x12\x12\n\nfirst_page\x18\x01 \x01(\r\x12\x10\n\x08page_ids\x18\x02 \x03(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x32\n\rstate_classes\x18\x04 \x03(\x0b\x32\x1b.forebay.v1.StateClassBytes\x12\x16\n\x0epage_checksums\x18\x05 \x03(\x06\"H\n\x0e\x41\x63quireRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bpage_hashes\x18\x03 \x01(\x0c\"[\n\x0f\x41\x63quireResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.forebay.v1.Lease\x12&\n\x08manifest\x18\x02 \x01(\x0b\x32\x14.forebay.v1.Manifest\"/\n\x0cRenewRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"1\n\rRenewResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.forebay.v1.Lease\"C\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08page_ids\x18\x03 \x03(\r\"<\n\x0fReleaseResponse\x12)\n\x06status\x18\x01 \x01(\x0e\x32\x19.forebay.v1.ReleaseStatus*c\n\rReleaseStatus\x12\x1e\n\x1aRELEASE_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14RELEASE_STATUS_VALID\x10\x01\x12\x18\n\x14RELEASE_STATUS_STALE\x10\x02\x32\x95\x02\n\tKvService\x12\x42\n\x07\x43onnect\x12\x1a.forebay.v1.ConnectRequest\x1a\x1b.forebay.v1.ConnectResponse\x12\x42\n\x07\x41\x63quire\x12\x1a.forebay.v1.AcquireRequest\x1a\x1b.forebay.v1.AcquireResponse\x12<\n\x05Renew\x12\x18.forebay.v1.RenewRequest\x1a\x19.forebay.v1.RenewResponse\x12\x42\n\x07Release\x12\x1a.forebay.v1.ReleaseRequest\x1a\x1b.forebay.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forebay.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RELEASESTATUS']._serialized_start=1369
-  _globals['_RELEASESTATUS']._serialized_end=1468
+  _globals['_RELEASESTATUS']._serialized_start=1388
+  _globals['_RELEASESTATUS']._serialized_end=1487
   _globals['_WORKERREF']._serialized_start=35
   _globals['_WORKERREF']._serialized_end=97
   _globals['_STATECLASS']._serialized_start=100
@@ -44,25 +44,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONNECTREQUEST']._serialized_start=552
   _globals['_CONNECTREQUEST']._serialized_end=611
   _globals['_CONNECTRESPONSE']._serialized_start=613
-  _globals['_CONNECTRESPONSE']._serialized_end=712
-  _globals['_LEASE']._serialized_start=714
-  _globals['_LEASE']._serialized_end=770
-  _globals['_STATECLASSBYTES']._serialized_start=772
-  _globals['_STATECLASSBYTES']._serialized_end=822
-  _globals['_MANIFEST']._serialized_start=825
-  _globals['_MANIFEST']._serialized_end=969
-  _globals['_ACQUIREREQUEST']._serialized_start=971
-  _globals['_ACQUIREREQUEST']._serialized_end=1043
-  _globals['_ACQUIRERESPONSE']._serialized_start=1045
-  _globals['_ACQUIRERESPONSE']._serialized_end=1136
-  _globals['_RENEWREQUEST']._serialized_start=1138
-  _globals['_RENEWREQUEST']._serialized_end=1185
-  _globals['_RENEWRESPONSE']._serialized_start=1187
-  _globals['_RENEWRESPONSE']._serialized_end=1236
-  _globals['_RELEASEREQUEST']._serialized_start=1238
-  _globals['_RELEASEREQUEST']._serialized_end=1305
-  _globals['_RELEASERESPONSE']._serialized_start=1307
-  _globals['_RELEASERESPONSE']._serialized_end=1367
-  _globals['_KVSERVICE']._serialized_start=1471
-  _globals['_KVSERVICE']._serialized_end=1748
+  _globals['_CONNECTRESPONSE']._serialized_end=731
+  _globals['_LEASE']._serialized_start=733
+  _globals['_LEASE']._serialized_end=789
+  _globals['_STATECLASSBYTES']._serialized_start=791
+  _globals['_STATECLASSBYTES']._serialized_end=841
+  _globals['_MANIFEST']._serialized_start=844
+  _globals['_MANIFEST']._serialized_end=988
+  _globals['_ACQUIREREQUEST']._serialized_start=990
+  _globals['_ACQUIREREQUEST']._serialized_end=1062
+  _globals['_ACQUIRERESPONSE']._serialized_start=1064
+  _globals['_ACQUIRERESPONSE']._serialized_end=1155
+  _globals['_RENEWREQUEST']._serialized_start=1157
+  _globals['_RENEWREQUEST']._serialized_end=1204
+  _globals['_RENEWRESPONSE']._serialized_start=1206
+  _globals['_RENEWRESPONSE']._serialized_end=1255
+  _globals['_RELEASEREQUEST']._serialized_start=1257
+  _globals['_RELEASEREQUEST']._serialized_end=1324
+  _globals['_RELEASERESPONSE']._serialized_start=1326
+  _globals['_RELEASERESPONSE']._serialized_end=1386
+  _globals['_KVSERVICE']._serialized_start=1490
+  _globals['_KVSERVICE']._serialized_end=1767
 # @@protoc_insertion_point(module_scope)

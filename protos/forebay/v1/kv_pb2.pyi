@@ -227,10 +227,13 @@ class ConnectResponse(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     COMPATIBILITY_HASH_FIELD_NUMBER: builtins.int
     SHARDS_FIELD_NUMBER: builtins.int
+    CHECKSUMS_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """The worker's epoch."""
     compatibility_hash: builtins.str
     """The worker's compatibility hash."""
+    checksums: builtins.bool
+    """Whether manifests of this worker have checksums. A reader that takes slices of pages reads them whole then."""
     @property
     def shards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PoolShard]:
         """One entry per tensor-parallel rank, by rank."""
@@ -241,8 +244,9 @@ class ConnectResponse(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         compatibility_hash: builtins.str = ...,
         shards: collections.abc.Iterable[global___PoolShard] | None = ...,
+        checksums: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["compatibility_hash", b"compatibility_hash", "epoch", b"epoch", "shards", b"shards"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checksums", b"checksums", "compatibility_hash", b"compatibility_hash", "epoch", b"epoch", "shards", b"shards"]) -> None: ...
 
 global___ConnectResponse = ConnectResponse
 
@@ -321,7 +325,9 @@ class Manifest(google.protobuf.message.Message):
 
     @property
     def page_checksums(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """One checksum per page if the owner's operator turned them on, else none: XXH3 (64 bits) over all bytes of the page."""
+        """Of each page one checksum per rank of the owner, page after page, if the owner's operator turned them on, else none:
+        XXH3 (64 bits) over all bytes of the page in that rank's pool.
+        """
 
     def __init__(
         self,

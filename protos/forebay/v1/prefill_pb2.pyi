@@ -79,7 +79,7 @@ global___PrefillRequest = PrefillRequest
 
 @typing.final
 class PrefillResponse(google.protobuf.message.Message):
-    """A stream of PagesReady that ends with one PrefillFinished."""
+    """A stream of PagesReady, the last of which may be part of the one PrefillFinished that ends it."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -144,6 +144,7 @@ class PrefillFinished(google.protobuf.message.Message):
     NUM_PAGES_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
     STOP_TOKEN_ID_FIELD_NUMBER: builtins.int
+    LAST_PAGES_FIELD_NUMBER: builtins.int
     finish_reason: protos.forebay.v1.generation_pb2.FinishReason.ValueType
     """Set if that token ended the request; no pages are worth reading then."""
     num_pages: builtins.int
@@ -162,6 +163,10 @@ class PrefillFinished(google.protobuf.message.Message):
     def usage(self) -> protos.forebay.v1.generation_pb2.Usage:
         """Token counts, cached ones included."""
 
+    @property
+    def last_pages(self) -> global___PagesReady:
+        """Pages that became complete with the first token: read as if they had come in a message of their own before."""
+
     def __init__(
         self,
         *,
@@ -171,9 +176,10 @@ class PrefillFinished(google.protobuf.message.Message):
         num_pages: builtins.int = ...,
         usage: protos.forebay.v1.generation_pb2.Usage | None = ...,
         stop_token_id: builtins.int | None = ...,
+        last_pages: global___PagesReady | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "stop_token_id", b"stop_token_id", "tokens", b"tokens", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "draft_token_ids", b"draft_token_ids", "finish_reason", b"finish_reason", "num_pages", b"num_pages", "stop_token_id", b"stop_token_id", "tokens", b"tokens", "usage", b"usage"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "last_pages", b"last_pages", "stop_token_id", b"stop_token_id", "tokens", b"tokens", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "draft_token_ids", b"draft_token_ids", "finish_reason", b"finish_reason", "last_pages", b"last_pages", "num_pages", b"num_pages", "stop_token_id", b"stop_token_id", "tokens", b"tokens", "usage", b"usage"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_stop_token_id", b"_stop_token_id"]) -> typing.Literal["stop_token_id"] | None: ...
 
 global___PrefillFinished = PrefillFinished

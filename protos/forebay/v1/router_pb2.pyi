@@ -28,6 +28,7 @@ class RouteRequest(google.protobuf.message.Message):
     TENANT_FIELD_NUMBER: builtins.int
     EXCLUDED_WORKER_IDS_FIELD_NUMBER: builtins.int
     RESUMED_FIELD_NUMBER: builtins.int
+    WITHDRAWN_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Unique name of the request."""
     model: builtins.str
@@ -48,6 +49,10 @@ class RouteRequest(google.protobuf.message.Message):
     def excluded_worker_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Workers that already failed this request."""
 
+    @property
+    def withdrawn(self) -> protos.forebay.v1.decode_pb2.Placement:
+        """What an earlier answer reserved for it on workers that it did not come to: that is given back first."""
+
     def __init__(
         self,
         *,
@@ -60,8 +65,10 @@ class RouteRequest(google.protobuf.message.Message):
         tenant: builtins.str = ...,
         excluded_worker_ids: collections.abc.Iterable[builtins.str] | None = ...,
         resumed: builtins.bool = ...,
+        withdrawn: protos.forebay.v1.decode_pb2.Placement | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["excluded_worker_ids", b"excluded_worker_ids", "max_tokens", b"max_tokens", "model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "page_hashes", b"page_hashes", "priority", b"priority", "request_id", b"request_id", "resumed", b"resumed", "tenant", b"tenant"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["withdrawn", b"withdrawn"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["excluded_worker_ids", b"excluded_worker_ids", "max_tokens", b"max_tokens", "model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "page_hashes", b"page_hashes", "priority", b"priority", "request_id", b"request_id", "resumed", b"resumed", "tenant", b"tenant", "withdrawn", b"withdrawn"]) -> None: ...
 
 global___RouteRequest = RouteRequest
 
@@ -89,6 +96,47 @@ class RouteResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["num_cached_tokens", b"num_cached_tokens", "placement", b"placement"]) -> None: ...
 
 global___RouteResponse = RouteResponse
+
+@typing.final
+class WithdrawRequest(google.protobuf.message.Message):
+    """A request that will not come."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    PLACEMENT_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """As it was routed."""
+    model: builtins.str
+    """Model that it named."""
+    @property
+    def placement(self) -> protos.forebay.v1.decode_pb2.Placement:
+        """Where it was to go."""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        model: builtins.str = ...,
+        placement: protos.forebay.v1.decode_pb2.Placement | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["placement", b"placement"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "placement", b"placement", "request_id", b"request_id"]) -> None: ...
+
+global___WithdrawRequest = WithdrawRequest
+
+@typing.final
+class WithdrawResponse(google.protobuf.message.Message):
+    """What it reserved is free."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___WithdrawResponse = WithdrawResponse
 
 @typing.final
 class ExplainRequest(google.protobuf.message.Message):

@@ -45,6 +45,11 @@ class RouterServiceStub(object):
                 request_serializer=forebay_dot_v1_dot_router__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=forebay_dot_v1_dot_router__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.Withdraw = channel.unary_unary(
+                '/forebay.v1.RouterService/Withdraw',
+                request_serializer=forebay_dot_v1_dot_router__pb2.WithdrawRequest.SerializeToString,
+                response_deserializer=forebay_dot_v1_dot_router__pb2.WithdrawResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServiceServicer(object):
@@ -67,6 +72,14 @@ class RouterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Withdraw(self, request, context):
+        """Gives back at once what Route reserved for a request that will not come to the workers; else it would lapse a few
+        seconds later. May be asked of any router, and in vain.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +92,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=forebay_dot_v1_dot_router__pb2.ExplainRequest.FromString,
                     response_serializer=forebay_dot_v1_dot_router__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Withdraw': grpc.unary_unary_rpc_method_handler(
+                    servicer.Withdraw,
+                    request_deserializer=forebay_dot_v1_dot_router__pb2.WithdrawRequest.FromString,
+                    response_serializer=forebay_dot_v1_dot_router__pb2.WithdrawResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +154,33 @@ class RouterService(object):
             '/forebay.v1.RouterService/Explain',
             forebay_dot_v1_dot_router__pb2.ExplainRequest.SerializeToString,
             forebay_dot_v1_dot_router__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Withdraw(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.RouterService/Withdraw',
+            forebay_dot_v1_dot_router__pb2.WithdrawRequest.SerializeToString,
+            forebay_dot_v1_dot_router__pb2.WithdrawResponse.FromString,
             options,
             channel_credentials,
             insecure,

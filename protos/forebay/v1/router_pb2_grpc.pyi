@@ -36,6 +36,14 @@ class RouterServiceStub:
     ]
     """Says what Route would choose and why, and reserves nothing. Faults: as Route."""
 
+    Withdraw: grpc.UnaryUnaryMultiCallable[
+        protos.forebay.v1.router_pb2.WithdrawRequest,
+        protos.forebay.v1.router_pb2.WithdrawResponse,
+    ]
+    """Gives back at once what Route reserved for a request that will not come to the workers; else it would lapse a few
+    seconds later. May be asked of any router, and in vain.
+    """
+
 class RouterServiceAsyncStub:
     """Places requests on workers. It never sees text or token ids."""
 
@@ -53,6 +61,14 @@ class RouterServiceAsyncStub:
         protos.forebay.v1.router_pb2.ExplainResponse,
     ]
     """Says what Route would choose and why, and reserves nothing. Faults: as Route."""
+
+    Withdraw: grpc.aio.UnaryUnaryMultiCallable[
+        protos.forebay.v1.router_pb2.WithdrawRequest,
+        protos.forebay.v1.router_pb2.WithdrawResponse,
+    ]
+    """Gives back at once what Route reserved for a request that will not come to the workers; else it would lapse a few
+    seconds later. May be asked of any router, and in vain.
+    """
 
 class RouterServiceServicer(metaclass=abc.ABCMeta):
     """Places requests on workers. It never sees text or token ids."""
@@ -75,5 +91,15 @@ class RouterServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[protos.forebay.v1.router_pb2.ExplainResponse, collections.abc.Awaitable[protos.forebay.v1.router_pb2.ExplainResponse]]:
         """Says what Route would choose and why, and reserves nothing. Faults: as Route."""
+
+    @abc.abstractmethod
+    def Withdraw(
+        self,
+        request: protos.forebay.v1.router_pb2.WithdrawRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.forebay.v1.router_pb2.WithdrawResponse, collections.abc.Awaitable[protos.forebay.v1.router_pb2.WithdrawResponse]]:
+        """Gives back at once what Route reserved for a request that will not come to the workers; else it would lapse a few
+        seconds later. May be asked of any router, and in vain.
+        """
 
 def add_RouterServiceServicer_to_server(servicer: RouterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -25,12 +25,14 @@ class PagedAttention:
     """Planned once a step, run once a layer."""
 
     def __init__(self, shape: PagedShape, device: torch.device) -> None:
-        self._shape = shape
+        self._shape, self._device, self._planned = shape, device, torch.cuda.Event()
         workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
 
     def plan(self, batch: Batch) -> None:
-        """Prepare a step. `batch` is in host memory."""
+        """Prepare a step. `batch` is in host memory. Waits until what was planned last is on the device: FlashInfer
+        copies it from one and the same pinned buffer."""
+        self._planned.synchronize()
         shape, ids, starts = self._shape, batch.page_ids.tolist(), batch.page_starts.tolist()
         counts = [-(-length // shape.page_size) for length in batch.context_lens.tolist()]
         used = [page for start, count in zip(starts, counts, strict=False) for page in ids[start : start + count]]
@@ -47,6 +49,7 @@ class PagedAttention:
             q_data_type=shape.dtype,
             kv_data_type=shape.dtype,
         )
+        self._planned.record(torch.cuda.current_stream(self._device))
 
     def __call__(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """q [T, H, D] -> [T, H, D]. kv [pages, 2, Hkv, page_size, D], one layer's view of the pool."""

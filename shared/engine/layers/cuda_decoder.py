@@ -22,6 +22,7 @@ from shared.engine.kernels.w4a16 import PackedWeight, Weight
 from shared.engine.layers import rope
 from shared.engine.models.config import DenseConfig
 from shared.engine.models.weights import DenseWeights, LayerOf
+from shared.engine.pinned import put
 
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MAX_GRAPH_WIDTH = 8
@@ -35,11 +36,10 @@ Attend = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A captured step. Its inputs lie one behind the other in `inputs`, which `staging` mirrors in pinned memory: token
-    ids, positions and slots of T rows, S context lengths, S + 1 page starts, page ids."""
+    """A captured step. Its inputs lie one behind the other in `inputs`: token ids, positions and slots of T rows, S
+    context lengths, S + 1 page starts, page ids."""
 
     graph: torch.cuda.CUDAGraph
-    staging: torch.Tensor
     inputs: torch.Tensor
     counters: torch.Tensor  # of attention's splits; the graph has but its address
     logits: torch.Tensor
@@ -82,29 +82,32 @@ class CudaDecoder:
         shape = PagedShape(config.num_heads, config.num_kv_heads, config.head_dim, kv.shape[4], kv.dtype)
         self._paged = self._paged or PagedAttention(shape, self._device)
         self._paged.plan(batch)
-        rows = torch.stack((batch.token_ids, batch.positions, _slots(batch, kv.shape[4]))).to(self._device)
+        places = torch.stack((batch.positions, _slots(batch, kv.shape[4])))
+        token_ids, places = batch.token_ids.to(self._device), put(places, torch.int32, self._device)
+        rows = torch.cat((token_ids[None], places))
         x = self._hidden(rows, self._paged, kv)
-        return self._product(x[batch.sampled_rows.to(self._device)], self._head).float()
+        return self._product(x[put(batch.sampled_rows, torch.int32, self._device)], self._head).float()
 
     def _replay(self, batch: Batch, width: int, kv: torch.Tensor) -> torch.Tensor:
         size = GRAPH_SIZES[bisect_left(GRAPH_SIZES, batch.num_sequences)]
         if (size, width) not in self._graphs:
             self._graphs[size, width] = self._capture(size, width, kv)
         graph = self._graphs[size, width]
-        num_used = _stage(graph.staging, batch, size, width, kv.shape[4])
-        graph.inputs[:num_used].copy_(graph.staging[:num_used], non_blocking=True)
+        staging = _stage(batch, size, width, kv.shape[4])
+        graph.inputs[: len(staging)].copy_(staging, non_blocking=True)
+        if batch.token_ids.is_cuda:  # chosen by a step that the host has not heard of yet
+            graph.inputs[: batch.num_tokens].copy_(batch.token_ids)
         graph.graph.replay()
         if len(batch.sampled_rows) == batch.num_tokens:
             return graph.logits[: batch.num_tokens].float()
-        return graph.logits[batch.sampled_rows.to(self._device)].float()
+        return graph.logits[put(batch.sampled_rows, torch.int32, self._device)].float()
 
     def _capture(self, size: int, width: int, kv: torch.Tensor) -> Graph:
         """Record a step of `size` sequences of `width` tokens each."""
         num_rows = size * width
-        staging = torch.zeros(3 * num_rows + 2 * size + 1 + MAX_GRAPH_PAGES, dtype=torch.int32).pin_memory()
-        staging[2 * num_rows : 3 * num_rows] = NOBODY
-        staging[3 * num_rows : 3 * num_rows + size] = width
-        inputs = staging.to(self._device)
+        inputs = torch.zeros(3 * num_rows + 2 * size + 1 + MAX_GRAPH_PAGES, dtype=torch.int32, device=self._device)
+        inputs[2 * num_rows : 3 * num_rows] = NOBODY
+        inputs[3 * num_rows : 3 * num_rows + size] = width
         rows, table = inputs[: 3 * num_rows].view(3, num_rows), inputs[3 * num_rows :]
         lengths, starts, ids = table[:size], table[size : 2 * size + 1], table[2 * size + 1 :]
         num_done = triton_paged.counters(size, self._config.num_kv_heads, self._device)
@@ -125,7 +128,7 @@ class CudaDecoder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = logits()
-        return Graph(graph, staging, inputs, num_done, found)
+        return Graph(graph, inputs, num_done, found)
 
     def _hidden(self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor) -> torch.Tensor:
         """The last norm's output [T, hidden]. `rows` int32 [3, T]: token ids, positions and slots."""
@@ -192,26 +195,30 @@ def obstacle(config: DenseConfig, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _stage(staging: torch.Tensor, batch: Batch, size: int, width: int, page_size: int) -> int:
-    """Lay a step out as `Graph` says; return how many values that takes.
+def _stage(batch: Batch, size: int, width: int, page_size: int) -> torch.Tensor:
+    """A step laid out as `Graph` says, in pinned memory of its own: a step before may still wait to be copied. Left out
+    are token ids that are on the device.
 
     Sequences that fill the step up write nothing, and attend to some page without anybody reading what they find.
     In numpy, whose small operations take a fifth of torch's time.
     """
     num_rows, count, used = size * width, batch.num_sequences, batch.num_tokens
+    staging = torch.empty(3 * num_rows + 2 * size + 1 + len(batch.page_ids), dtype=torch.int32, pin_memory=True)
     values, positions, starts, ids = (
         tensor.numpy() for tensor in (staging, batch.positions, batch.page_starts, batch.page_ids)
     )
     rows = values[: 3 * num_rows].reshape(3, num_rows)
     rows[:2, used:], rows[2, used:] = 0, NOBODY
-    rows[0, :used], rows[1, :used] = batch.token_ids.numpy(), positions
+    if not batch.token_ids.is_cuda:
+        rows[0, :used] = batch.token_ids.numpy()
+    rows[1, :used] = positions
     pages = ids[starts[:-1].repeat(width) + positions // page_size]
     rows[2, :used] = pages * page_size + positions % page_size
     table = values[3 * num_rows :]
     table[:count], table[count:size] = batch.context_lens.numpy(), width
     table[size : size + count], table[size + count : 2 * size + 1] = starts[:-1], 0
-    table[2 * size + 1 : 2 * size + 1 + len(ids)] = ids
-    return 3 * num_rows + 2 * size + 1 + len(ids)
+    table[2 * size + 1 :] = ids
+    return staging
 
 
 def _slots(batch: Batch, page_size: int) -> torch.Tensor:

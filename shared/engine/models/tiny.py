@@ -56,7 +56,16 @@ GLM_52: Mapping[str, Any] = {
     "eos_token_id": [500, 507, 509],
     "pad_token_id": 500,
 }
-KINDS: Mapping[str, Mapping[str, Any]] = {"glm-5.2": GLM_52}
+# The same with rows of whole groups of 16, as real models have them: it can be quantized to NVFP4.
+GLM_52_EVEN: Mapping[str, Any] = {
+    **GLM_52,
+    "hidden_size": 112,
+    "intermediate_size": 208,
+    "moe_intermediate_size": 48,
+    "q_lora_rank": 80,
+    "kv_lora_rank": 48,
+}
+KINDS: Mapping[str, Mapping[str, Any]] = {"glm-5.2": GLM_52, "glm-5.2-even": GLM_52_EVEN}
 
 
 def write(kind: str, model_dir: Path, seed: int = 0) -> None:

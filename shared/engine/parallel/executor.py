@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from shared.engine.api import BatchItem, Chosen, Executor
-from shared.engine.sampling.logits import has_penalties
+from shared.engine.api import BatchItem, Computed, Executor
 from shared.errors import WorkerLost
 
 
@@ -23,26 +22,29 @@ class Follower(Protocol):
 class ParallelExecutor:
     """Satisfies `shared.engine.api.Executor` with that of the first rank and the followers of `own`'s group."""
 
+    runs_behind = False
+
     def __init__(self, own: Executor, followers: Sequence[Follower]) -> None:
         self.spec, self.memory = own.spec, own.memory
         self._own, self._followers = own, followers
 
     @property
     def proposes(self) -> bool:
-        """Whether `forward` has drafts where they are wanted."""
+        """Whether steps have drafts where they are wanted."""
         return self._own.proposes
 
-    def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
-        """Compute a step on all ranks. Whatever goes wrong, ranks may be out of step from then on: WorkerLost."""
-        lean = batch if self.proposes else [_lean(item) for item in batch]  # a drafting layer looks one token ahead
+    def launch(self, batch: Sequence[BatchItem]) -> Computed:
+        """Compute a step on all ranks, to its end. Whatever goes wrong, ranks may be out of step from then on:
+        WorkerLost."""
+        lean = [_lean(item) for item in batch]
         try:
             for follower in self._followers:
                 follower.follow(lean)
-            return self._own.forward(lean)
+            return Computed(self._own.launch(lean).chosen())
         except Exception as error:
             raise WorkerLost(f"a rank is gone or late: {type(error).__name__}: {error}") from error
 
 
 def _lean(item: BatchItem) -> BatchItem:
     """Without what only penalties need: a history may be a million tokens, sent to every rank in every step."""
-    return item if has_penalties(item.sampling) else replace(item, history=())
+    return item if item.sampling.has_penalties else replace(item, history=())

@@ -1,8 +1,7 @@
-"""From a row of logits to a distribution, and from that to a token.
+"""From a row of logits to a distribution.
 
-Everything here works on one row alone, in the order of token ids, so that a choice depends on nothing but the row, the
-parameters and the uniform number: not on the batch, and not on the neighbours in it. Of equally likely tokens the lower
-id counts as the more likely.
+Everything here works on one row alone, so that a choice depends on nothing but the row and the parameters: not on the
+batch, and not on the neighbours in it. Of equally likely tokens the lower id counts as the more likely.
 """
 
 import torch
@@ -52,15 +51,6 @@ def top_p(weight: torch.Tensor, p: float) -> torch.Tensor:
     kept = torch.zeros_like(weight)
     kept[nucleus] = weight[nucleus]
     return kept
-
-
-def pick(weight: torch.Tensor, uniform: float) -> int:
-    """The token at `uniform` in [0, 1) of the cumulative distribution over [V], in the order of token ids."""
-    cumulative = weight.cumsum(0, dtype=torch.float64)
-    total = float(cumulative[-1])
-    # Rounding may lift the product to the total itself, which no token exceeds.
-    target = torch.tensor(min(uniform * total, total * (1 - 2.0**-53)), dtype=torch.float64, device=weight.device)
-    return int(torch.searchsorted(cumulative, target, right=True))
 
 
 def most_likely(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:

@@ -10,11 +10,6 @@ import torch
 from shared.engine.api import SamplingParams
 
 
-def has_penalties(params: SamplingParams) -> bool:
-    """Whether `penalized` would change anything."""
-    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
-
-
 def penalized(row: torch.Tensor, params: SamplingParams, history: Sequence[int], output_start: int) -> torch.Tensor:
     """Make tokens of `history` less likely. Repetition counts prompt and output (Keskar et al. 2019, section 4.1),
     frequency and presence the output, `history[output_start:]`, alone (OpenAI's API reference)."""

@@ -7,8 +7,7 @@ from math import isfinite
 import torch
 
 from shared.engine.api import BatchItem, SampledToken, SamplingParams
-from shared.engine.sampling import distribution, logits
-from shared.engine.sampling.uniform import CHOICE, uniform
+from shared.engine.sampling import distribution, gumbel, logits
 from shared.engine.speculation.verify import verified
 
 # A smaller temperature is none: dividing by it would only overflow.
@@ -24,7 +23,7 @@ class Sampler:
 
     def __call__(self, rows: torch.Tensor, items: Sequence[BatchItem], /) -> list[tuple[SampledToken, ...]]:
         """What is chosen for each item: see `verify.verified`. `rows` are logits float32 [R, vocab_size or, padded,
-        more]: for each item one, and one for each of its drafts."""
+        more]: for each item one, and one for each of its drafts. What is padding is never chosen."""
         rows = rows[:, : self._vocab_size]
         plain = rows.argmax(dim=-1).tolist()  # of equals the first, which has the lowest id
         chosen, start = [], 0
@@ -34,7 +33,7 @@ class Sampler:
         return chosen
 
     def _pick(self, rows: torch.Tensor, plain: list[int], row: int, item: BatchItem) -> SampledToken:
-        return SampledToken(plain[row]) if self._is_plain(item) else self._choose(rows[row], item)
+        return SampledToken(plain[row]) if self._is_plain(item) else self._choose(rows[row], plain[row], item)
 
     def _is_plain(self, item: BatchItem) -> bool:
         """Whether the largest logit is the answer, and all of it."""
@@ -43,24 +42,24 @@ class Sampler:
             params.temperature < MIN_TEMPERATURE
             and params.num_logprobs is None
             and not params.logit_bias
-            and not logits.has_penalties(params)
+            and not params.has_penalties
             and not self._stops_forbidden(item)
         )
 
-    def _choose(self, row: torch.Tensor, item: BatchItem) -> SampledToken:
-        params, position = item.sampling, item.position
+    def _choose(self, row: torch.Tensor, largest: int, item: BatchItem) -> SampledToken:
+        params = item.sampling
         adjusted = self._adjust(row, item)
-        best = int(adjusted.argmax())
+        best = largest if adjusted is row else int(adjusted.argmax())
         if params.temperature < MIN_TEMPERATURE or not isfinite(adjusted[best]):
             token_id = best  # not finite: every token is forbidden, or the model computes nonsense; both still get one
         else:
-            weight = distribution.weights(adjusted, params)
-            token_id = distribution.pick(weight, uniform(params.seed, position, CHOICE))
+            weight = distribution.weights(adjusted, params).cpu().numpy()
+            token_id = gumbel.pick(weight, gumbel.start(params.seed, item.position))
         return _with_logprobs(token_id, row, params)
 
     def _adjust(self, row: torch.Tensor, item: BatchItem) -> torch.Tensor:
         params = item.sampling
-        if logits.has_penalties(params):
+        if params.has_penalties:
             row = logits.penalized(row, params, item.history, item.output_start)
         if params.logit_bias:
             row = logits.biased(row, params.logit_bias)

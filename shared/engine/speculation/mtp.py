@@ -14,7 +14,6 @@ from shared.engine.api import BatchItem, Chosen, SampledToken
 from shared.engine.batch import build
 from shared.engine.kv.layout import KvLayout
 from shared.engine.models.api import DraftLayer
-from shared.engine.sampling import logits
 from shared.engine.sampling.sampler import Sampler
 
 Tokens = tuple[SampledToken, ...] | None
@@ -62,7 +61,7 @@ class _Run:
         self._item = followed
         self._end = followed.start + len(followed.token_ids)
         # Copying a long history is for those who need it.
-        self._history = list(followed.history) if logits.has_penalties(followed.sampling) else []
+        self._history = list(followed.history) if followed.sampling.has_penalties else []
         self._history += [token.token_id for token in chosen] if self._history else []
 
     def num_left(self, page_size: int) -> int:
@@ -84,9 +83,10 @@ class _Run:
 
 def _follow(item: BatchItem, chosen: Tokens) -> BatchItem:
     """The layer's part of a step: the tokens behind those that were computed for good."""
-    num_rows = len(item.token_ids) if chosen is None else len(item.token_ids) - item.num_drafts + len(chosen) - 1
-    known = item.history[item.start + 1 : item.start + 1 + num_rows]
-    token_ids = [*known, *(token.token_id for token in chosen or ())]
+    if chosen is None and item.following is None:
+        raise ValueError(f"{item.request_id}: nothing was chosen, and no token follows")
+    known = item.token_ids[1 : len(item.token_ids) - item.num_drafts]
+    token_ids = [*known, *([item.following] if chosen is None else (token.token_id for token in chosen))]
     return replace(item, token_ids=token_ids, sample=chosen is not None and item.num_wanted > 0, num_drafts=0)
 
 

@@ -29,6 +29,8 @@ def up_to(item: BatchItem, num_drafts: int) -> BatchItem:
     """The item as if its first `num_drafts` drafts were chosen, and there were no others."""
     if not item.num_drafts:
         return item
-    history = (*item.history, *item.drafts[:num_drafts]) if num_drafts else item.history
+    # Copying a long history is for those who need it.
+    longer = num_drafts and item.sampling.has_penalties
+    history = (*item.history, *item.drafts[:num_drafts]) if longer else item.history
     kept = item.token_ids[: len(item.token_ids) - item.num_drafts + num_drafts]
     return replace(item, token_ids=kept, history=history, num_drafts=0)

@@ -64,8 +64,16 @@ class Transport(Protocol):
     def disconnect(self, peer: Peer) -> None:
         """Forget a peer; unknown peers are ignored. Its reads in flight fail."""
 
-    async def read(self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float) -> int:
+    async def checksums(self, page_ids: Sequence[int]) -> list[int]:
+        """Of our own pages, for whoever reads them."""
+
+    async def read(
+        self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float, checksums: Sequence[int] = ()
+    ) -> int:
         """Read the peer's pages `remote` into our pages `local`, in order; return bytes moved.
+
+        With `checksums`, one for each of the peer's pages, what arrived is compared: our pages, or of slices the whole
+        pages in the buffer that they are copied out of; only staged slices can be. Raises CorruptPages, Incompatible.
 
         When this returns or raises, cancellation included, no byte will be written to the local pages any more: that
         is what makes it safe to free them. Raises BadManifest for a page id outside either pool, TransferFailed if
@@ -86,6 +94,12 @@ def check_pool(pool: RemotePool, page_bytes: int, slices: Slices | None) -> None
             raise Incompatible(f"{span} does not lie in pages of {pool.page_bytes} and {page_bytes} bytes")
     if not 0 < pool.num_pages <= MAX_POOL_PAGES:
         raise Incompatible(f"{pool.agent_name} says that it has {pool.num_pages} pages")
+
+
+def check_verifiable(slices: Slices | None, checksums: Sequence[int]) -> None:
+    """Raise Incompatible if checksums of whole pages are of no use for what is read of them."""
+    if checksums and slices is not None and not slices.staged:
+        raise Incompatible("checksums are of whole pages, and only parts of them are read")
 
 
 def check_page_ids(pool: RemotePool, remote: Sequence[int], num_local: int, local: Sequence[int]) -> None:

@@ -55,12 +55,14 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """One rank of a reader. Readers of different `salt` begin at different ranks of a peer that has more ranks."""
+    """One rank of a reader. Readers of different `salt` begin at different ranks of a peer that has more ranks.
+    `must_stage`: pages are to be seen whole, because their checksums are."""
 
     rank: int = 0
     num_ranks: int = 1
     salt: int = 0
     can_stage: bool = True
+    must_stage: bool = False
 
     def among(self, candidates: Sequence[int]) -> int:
         """Which of several ranks that have the same to read from: equal numbers of ranks read one to one."""
@@ -135,4 +137,6 @@ def _choose(spans: tuple[Span, ...], page_bytes: int, reader: Reader, costs: Cos
     num_kib = sum(span.num_bytes for span in spans) / 1024
     sliced_us = len(spans) * costs.descriptor_us + num_kib * costs.move_us_per_kib
     staged_us = costs.descriptor_us + page_bytes / 1024 * costs.move_us_per_kib + num_kib * costs.copy_us_per_kib
-    return Slices(spans, staged=reader.can_stage and staged_us < sliced_us)
+    if reader.must_stage and not reader.can_stage:
+        raise Incompatible("pages with checksums are read by way of host memory, but ours are on a device")
+    return Slices(spans, staged=reader.can_stage and (reader.must_stage or staged_us < sliced_us))

@@ -9,8 +9,9 @@ import ctypes
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 
+from shared.engine.kv.checksum import page_checksums, verify
 from shared.engine.kv.memory import PoolMemory
-from shared.engine.transfer.api import Peer, RemotePool, check_page_ids, check_pool
+from shared.engine.transfer.api import Peer, RemotePool, check_page_ids, check_pool, check_verifiable
 from shared.engine.transfer.layout_plan import Slices, Span
 from shared.errors import DeadlineExceeded, TransferFailed
 
@@ -20,8 +21,13 @@ class LocalPeer:
     """A pool of this process."""
 
     pool: RemotePool
-    spans: tuple[Span, ...]
+    slices: Slices | None = None
     is_open: bool = True
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """What is read of a page."""
+        return self.slices.spans if self.slices else (Span(0, 0, self.pool.page_bytes),)
 
 
 class LocalTransport:
@@ -67,19 +73,30 @@ class LocalTransport:
         if not owner._has(pool):
             raise TransferFailed(f"{pool.agent_name} has registered no such memory")
         await _within(timeout_s, owner._answering.wait())
-        return LocalPeer(pool, slices.spans if slices else (Span(0, 0, pool.page_bytes),))
+        return LocalPeer(pool, slices)
 
     def disconnect(self, peer: Peer) -> None:
         """See `Transport.disconnect`."""
         if isinstance(peer, LocalPeer):
             peer.is_open = False
 
-    async def read(self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float) -> int:
-        """See `Transport.read`."""
+    async def checksums(self, page_ids: Sequence[int]) -> list[int]:
+        """See `Transport.checksums`."""
+        return await asyncio.to_thread(page_checksums, self._memory, page_ids)
+
+    async def read(
+        self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float, checksums: Sequence[int] = ()
+    ) -> int:
+        """See `Transport.read`. Nothing is staged here: slices are compared where they come from."""
         check_page_ids(peer.pool, remote, self._memory.num_pages, local)
         if not isinstance(peer, LocalPeer):
             raise TransferFailed("the peer belongs to another transport")
+        check_verifiable(peer.slices, checksums)
+        if peer.slices is not None:
+            await verify(self._owner(peer.pool)._memory, remote, checksums)
         await _within(timeout_s, self._copy(peer, remote, local))
+        if peer.slices is None:
+            await verify(self._memory, local, checksums)
         return len(remote) * sum(span.num_bytes for span in peer.spans)
 
     def close(self) -> None:

@@ -21,8 +21,9 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+from shared.engine.kv.checksum import page_checksums, verify
 from shared.engine.kv.memory import PoolMemory
-from shared.engine.transfer.api import Peer, RemotePool, check_page_ids, check_pool
+from shared.engine.transfer.api import Peer, RemotePool, check_page_ids, check_pool, check_verifiable
 from shared.engine.transfer.layout_plan import Slices
 from shared.engine.transfer.nixl_link import Link, Read, new_agent
 from shared.engine.transfer.nixl_thread import NixlThread
@@ -79,26 +80,37 @@ class NixlTransport:
         if isinstance(peer, Link):
             self._thread.call(lambda: self._thread.abandon(peer, TransferFailed("disconnected")))
 
-    async def read(self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float) -> int:
+    async def checksums(self, page_ids: Sequence[int]) -> list[int]:
+        """See `Transport.checksums`."""
+        return await asyncio.to_thread(page_checksums, self._memory, page_ids)
+
+    async def read(
+        self, peer: Peer, remote: Sequence[int], local: Sequence[int], timeout_s: float, checksums: Sequence[int] = ()
+    ) -> int:
         """See `Transport.read`."""
         check_page_ids(peer.pool, remote, self._memory.num_pages, local)
         if not isinstance(peer, Link):
             raise TransferFailed("the peer belongs to another transport")
+        check_verifiable(peer.slices, checksums)
         if remote and peer.num_staged:
-            await self._read_staged(peer, remote, local, timeout_s)
+            await self._read_staged(peer, remote, local, timeout_s, checksums)
         elif remote:
             await self._run(Read(peer, lambda: peer.request(remote, local), timeout_s))
+            await verify(self._memory, local, checksums)
         wanted = None if peer.slices is None or peer.num_staged else peer.slices.num_bytes
         return len(remote) * (wanted or peer.pool.page_bytes)
 
-    async def _read_staged(self, link: Link, remote: Sequence[int], local: Sequence[int], timeout_s: float) -> None:
-        """Whole pages into the link's buffer, as many as fit at a time, and from there into place."""
+    async def _read_staged(
+        self, link: Link, remote: Sequence[int], local: Sequence[int], timeout_s: float, checksums: Sequence[int]
+    ) -> None:
+        """Whole pages into the link's buffer, as many as fit at a time, and from there into place if they are right."""
         ends_at = time.monotonic() + timeout_s
         async with link.staging:
             for at in range(0, len(remote), link.num_staged):
                 theirs, ours = remote[at : at + link.num_staged], local[at : at + link.num_staged]
                 left_s = ends_at - time.monotonic()
                 await self._run(Read(link, partial(link.request, theirs, range(len(theirs))), left_s))
+                await verify(link.memory, range(len(theirs)), checksums[at : at + link.num_staged])
                 await _outcome(self._thread.call(partial(link.scatter, ours)))
 
     def close(self) -> None:

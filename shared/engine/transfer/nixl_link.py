@@ -45,6 +45,7 @@ class Link:
     """A peer's pool and the agent that reads it: open, then perhaps parked, then closed.
 
     Staged slices are read as whole pages into a buffer of `num_staged` pages, and `scatter` copies them into place.
+    `memory` is what it reads into: that buffer, or our pool.
     """
 
     def __init__(self, pool: RemotePool, memory: PoolMemory, agent_name: str, slices: Slices | None = None) -> None:
@@ -53,7 +54,7 @@ class Link:
         self.num_staged = max(1, STAGING_BYTES // pool.page_bytes) if slices and slices.staged else 0
         self.staging = asyncio.Lock()  # the buffer has one user at a time
         self._pool_memory = memory
-        self._memory = HostMemory(self.num_staged, pool.page_bytes) if self.num_staged else memory
+        self.memory = HostMemory(self.num_staged, pool.page_bytes) if self.num_staged else memory
         whole = (Span(0, 0, pool.page_bytes),)
         self._spans = slices.spans if slices and not slices.staged else whole
         self._agent_name = agent_name
@@ -63,12 +64,12 @@ class Link:
 
     def open(self) -> None:
         """Make the agent and prepare a descriptor for each span of each page of both pools. Raises TransferFailed."""
-        agent = self._agent = new_agent(self._agent_name, self._memory)
+        agent = self._agent = new_agent(self._agent_name, self.memory)
         agent.register_memory([_region(self._scratch)], self._scratch.kind)
         found = agent.add_remote_agent(self.pool.agent_metadata)
         if (found.decode() if isinstance(found, bytes) else found) != self.pool.agent_name:
             raise TransferFailed(f"the metadata of {self.pool.agent_name} are of another agent")
-        ours, theirs = self._memory, self.pool
+        ours, theirs = self.memory, self.pool
         starts = [span.local for span in self._spans], [span.remote for span in self._spans]
         sizes = [span.num_bytes for span in self._spans]
         local = _descriptors(ours.address, ours.num_pages, ours.page_bytes, ours.device_id, starts[0], sizes)
@@ -99,7 +100,7 @@ class Link:
 
     def scatter(self, local: Sequence[int]) -> None:
         """Copy the slices of the first pages of the buffer to our pages `local`."""
-        staged, pool, ids = _bytes(self._memory), _bytes(self._pool_memory), list(local)
+        staged, pool, ids = _bytes(self.memory), _bytes(self._pool_memory), list(local)
         for span in self.slices.spans if self.slices else ():
             there, here = span.remote + span.num_bytes, span.local + span.num_bytes
             pool[ids, span.local : here] = staged[: len(ids), span.remote : there]

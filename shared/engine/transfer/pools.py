@@ -10,7 +10,7 @@ from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.memory import PoolMemory
 from shared.engine.transfer.api import Peer, RemotePool, Transport
 from shared.engine.transfer.layout_plan import Reader, Take, plan
-from shared.errors import Incompatible
+from shared.errors import BadManifest, Incompatible
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +31,19 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Our rank `rank` reads from a peer's rank over this."""
+    """Our rank `rank` reads from the peer's rank `theirs` over this."""
 
     rank: int
+    theirs: int
     peer: Peer
 
 
 @dataclass(frozen=True, slots=True)
 class PeerPools:
-    """A connected worker. `whole` if its one rank's pages are taken as they are."""
+    """A connected worker of so many ranks."""
 
     links: tuple[Link, ...]
-    whole: bool
+    num_ranks: int
 
     @property
     def is_open(self) -> bool:
@@ -71,42 +72,60 @@ class Pools:
         for member in self._members:
             member.transport.serve(seconds)
 
-    async def connect(self, theirs: Sequence[RankPool], timeout_s: float) -> PeerPools:
-        """Connect each rank of ours to those of a peer that it has something to take from. As `Transport.connect`."""
+    async def connect(self, theirs: Sequence[RankPool], timeout_s: float, *, checksums: bool = False) -> PeerPools:
+        """Connect each rank of ours to those of a peer that it has something to take from, which may give checksums of
+        its pages. As `Transport.connect`."""
         if not theirs or len({pool.pool.num_pages for pool in theirs}) > 1:
             raise Incompatible("the peer's ranks have pools of different sizes, or there are none")
-        takes = [(rank, take) for rank in range(len(self._members)) for take in self._plan(rank, theirs)]
+        takes = [(rank, take) for rank in range(len(self._members)) for take in self._plan(rank, theirs, checksums)]
         links: list[Link] = []
         try:
             await _all([self._connect(rank, take, theirs, timeout_s, links) for rank, take in takes])
         except BaseException:
-            self.disconnect(PeerPools(tuple(links), whole=False))
+            self.disconnect(PeerPools(tuple(links), len(theirs)))
             raise
-        whole = len(self._members) == len(theirs) == 1 and takes[0][1].slices is None
-        return PeerPools(tuple(links), whole)
+        return PeerPools(tuple(links), len(theirs))
 
-    def _plan(self, rank: int, theirs: Sequence[RankPool]) -> tuple[Take, ...]:
+    def _plan(self, rank: int, theirs: Sequence[RankPool], checksums: bool) -> tuple[Take, ...]:
         own = self._members[rank].own
-        reader = Reader(rank, len(self._members), self._salt, can_stage=own.pool.memory_kind == "DRAM")
+        can_stage = own.pool.memory_kind == "DRAM"
+        reader = Reader(rank, len(self._members), self._salt, can_stage, must_stage=checksums)
         return plan(own.layout, [pool.layout for pool in theirs], reader)
 
     async def _connect(
         self, rank: int, take: Take, theirs: Sequence[RankPool], timeout_s: float, links: list[Link]
     ) -> None:
         transport = self._members[rank].transport
-        links.append(Link(rank, await transport.connect(theirs[take.rank].pool, timeout_s, take.slices)))
+        links.append(Link(rank, take.rank, await transport.connect(theirs[take.rank].pool, timeout_s, take.slices)))
 
     def disconnect(self, peer: PeerPools) -> None:
         """See `Transport.disconnect`."""
         for link in peer.links:
             self._members[link.rank].transport.disconnect(link.peer)
 
-    async def read(self, peer: PeerPools, remote: Sequence[int], local: Sequence[int], timeout_s: float) -> int:
-        """As `Transport.read`, in every rank; returns only when nothing is written in any of them any more."""
-        transports = [self._members[link.rank].transport for link in peer.links]
+    async def checksums(self, page_ids: Sequence[int]) -> list[int]:
+        """Of each page one for every rank, page after page."""
+        by_rank = await _all([member.transport.checksums(page_ids) for member in self._members])
+        return [checksum for page in zip(*by_rank, strict=True) for checksum in page]
+
+    async def read(
+        self,
+        peer: PeerPools,
+        remote: Sequence[int],
+        local: Sequence[int],
+        timeout_s: float,
+        checksums: Sequence[int] = (),
+    ) -> int:
+        """As `Transport.read`, in every rank; returns only when nothing is written in any of them any more. `checksums`
+        are as the peer's `Pools.checksums` made them: each of our ranks compares the pages of the ranks that it reads.
+        """
+        if len(checksums) not in (0, len(remote) * peer.num_ranks):
+            raise BadManifest(f"{len(checksums)} checksums for {len(remote)} pages of {peer.num_ranks} ranks")
         reads = [
-            transport.read(link.peer, remote, local, timeout_s)
-            for transport, link in zip(transports, peer.links, strict=True)
+            self._members[link.rank].transport.read(
+                link.peer, remote, local, timeout_s, checksums[link.theirs :: peer.num_ranks]
+            )
+            for link in peer.links
         ]
         return sum(await _all(reads))
 

@@ -1,6 +1,8 @@
-"""A model that reads and writes as GLM-5.2: its tags, its ids where they are known, and a template after its format.
+"""A model that reads and writes as GLM does: its tags, its ids where they are known, and templates after its format.
 
-The template was written from the description of the format; a checkpoint brings its own.
+The templates were written from the description of the format; a checkpoint brings its own. Of the vocabulary only
+the added tokens and one word have their true ids: what is tested are tags and the layout of prompts, not how text is
+cut into tokens.
 """
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -20,9 +22,18 @@ ADDED = [
 TAGS = ADDED[21:]
 HI = 13041
 
-TEMPLATE = """[gMASK]<sop>
+# What differs between releases, as variables in front of the rest.
+RELEASES = {
+    "5": {"effort": False, "whole_tools": True, "empty_thought": "never"},  # 4.7 too
+    "5.1": {"effort": False, "whole_tools": False, "empty_thought": "last"},
+    "5.2": {"effort": True, "whole_tools": False, "empty_thought": "always"},
+}
+
+BODY = """[gMASK]<sop>
 {%- set thinking = enable_thinking is not defined or enable_thinking -%}
-{%- if thinking %}<|system|>Reasoning Effort: {{ 'High' if reasoning_effort == 'high' else 'Max' }}{% endif -%}
+{%- if thinking and effort %}<|system|>Reasoning Effort: {{ 'High' if reasoning_effort == 'high' else 'Max' }}
+{%- endif -%}
+{%- set ns = namespace(last_user=-1, last_answer=-1, declared={}) -%}
 {%- if tools %}<|system|>
 # Tools
 
@@ -30,20 +41,30 @@ You may call one or more functions to assist with the user query.
 
 You are provided with function signatures within <tools></tools> XML tags:
 <tools>
-{% for tool in tools %}{{ tool.function | tojson }}
+{% for tool in tools if not tool.function.defer_loading -%}
+{%- if whole_tools %}{% set ns.declared = tool %}{% else %}{% set ns.declared = {} -%}
+{%- for key, value in tool.function.items() if key not in ('defer_loading', 'strict') -%}
+{%- set ns.declared = dict(ns.declared, **{key: value}) %}{% endfor %}{% endif -%}
+{{ ns.declared | tojson }}
 {% endfor %}</tools>
 
 For each function call, output the function name and arguments within the following XML format:
 <tool_call>{function-name}<arg_key>{arg-key-1}</arg_key><arg_value>{arg-value-1}</arg_value>\
 <arg_key>{arg-key-2}</arg_key><arg_value>{arg-value-2}</arg_value>...</tool_call>{% endif -%}
-{%- set ns = namespace(last_user=-1) -%}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last_user = loop.index0 %}{% endif %}{% endfor -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' %}{% set ns.last_user = loop.index0 %}{% endif -%}
+{%- if m.role == 'assistant' %}{% set ns.last_answer = loop.index0 %}{% endif -%}
+{%- endfor -%}
 {%- for m in messages -%}
 {%- if m.role == 'system' %}<|system|>{{ m.content }}
 {%- elif m.role == 'user' %}<|user|>{{ m.content }}
-{%- elif m.role == 'assistant' %}<|assistant|><think>
-{%- if m.reasoning_content and (loop.index0 > ns.last_user or clear_thinking is false) %}{{ m.reasoning_content }}
-{%- endif %}</think>{{ m.content.strip() }}
+{%- elif m.role == 'assistant' -%}
+{%- set thought = m.reasoning_content or (m.content.split('</think>')[0].split('<think>')[-1]
+                                          if '</think>' in m.content else '') -%}
+{%- set keep = thought and (loop.index0 > ns.last_user or clear_thinking is false) -%}
+{%- set opens = keep or empty_thought == 'always' or (empty_thought == 'last' and loop.index0 == ns.last_answer) -%}
+<|assistant|>{{ '<think>' if opens else '' }}{{ thought if keep else '' }}</think>
+{{- m.content.split('</think>')[-1].strip() }}
 {%- for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}
 {%- for key, value in call.function.arguments.items() %}<arg_key>{{ key }}</arg_key><arg_value>
 {{- value if value is string else value | tojson }}</arg_value>{% endfor %}</tool_call>{% endfor -%}
@@ -51,7 +72,17 @@ For each function call, output the function name and arguments within the follow
 <tool_response>{{ m.content }}</tool_response>
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt %}<|assistant|><think>{{ '' if thinking else '</think>' }}{% endif -%}"""
+{%- if add_generation_prompt %}<|assistant|>{{ '<think>' if thinking or empty_thought == 'always' else '' }}
+{{- '' if thinking else '</think>' }}{% endif -%}"""
+
+
+def template(release: str) -> str:
+    """The template of a release of RELEASES."""
+    chosen = "".join(f"{{%- set {name} = {value!r} -%}}" for name, value in RELEASES[release].items())
+    return chosen.replace("True", "true").replace("False", "false") + BODY
+
+
+TEMPLATE = template("5.2")
 
 
 def tokenizer() -> Tokenizer:

@@ -148,6 +148,51 @@ async def test_what_was_cached_is_what_the_first_worker_said(world: World) -> No
     assert {(usage.num_cached_local, usage.num_cached_remote) for usage in usages} == {(3, 0)}
 
 
+async def test_what_was_reserved_for_a_client_that_left_before_its_worker_answered_is_given_back(world: World) -> None:
+    async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        await asyncio.sleep(30)
+        yield finished()
+
+    world.decode.script = script
+    asked = asyncio.create_task(complete(world.core))
+    await asyncio.wait_for(world.decode.busy.wait(), 5)
+    asked.cancel()
+    await asyncio.wait([asked])
+    await world.dispatcher.settled()
+    (withdrawn,) = world.router.withdrawn
+    (routed,) = world.router.requests
+    assert (withdrawn.request_id, withdrawn.model) == (routed.request_id, routed.model)
+    assert withdrawn.placement.decode == world.router.workers[0]
+
+
+async def test_what_was_reserved_at_a_worker_that_refused_is_given_back_with_the_next_question(world: World) -> None:
+    await world.start_decode("decode-1")
+    world.decode.script = failing(Draining("not here"))  # type: ignore[assignment]
+    await complete(world.core)
+    await world.dispatcher.settled()
+    first, second = world.router.requests
+    assert not first.HasField("withdrawn")
+    assert second.withdrawn.decode == world.router.workers[0]
+    assert not world.router.withdrawn
+
+
+async def test_what_was_reserved_for_a_request_that_failed_is_given_back(world: World) -> None:
+    world.decode.script = failing(InvalidRequest("nonsense"))  # type: ignore[assignment]
+    with pytest.raises(InvalidRequest):
+        await complete(world.core)
+    await world.dispatcher.settled()
+    assert [each.placement.decode for each in world.router.withdrawn] == world.router.workers
+
+
+async def test_a_request_that_had_a_token_has_nothing_to_give_back(world: World) -> None:
+    await world.start_decode("decode-1")
+    world.decode.script = failing(WorkerLost("gone"), tokens(40))  # type: ignore[assignment]
+    await complete(world.core)
+    await world.dispatcher.settled()
+    assert not any(request.HasField("withdrawn") for request in world.router.requests)
+    assert not world.router.withdrawn
+
+
 async def test_the_router_is_told_of_the_pages_that_an_output_has_filled(world: World) -> None:
     prompt, output = [7] * 10, [9] * 30
 

@@ -1,4 +1,4 @@
-"""Prompts of GLM-5.2, down to its token ids."""
+"""Prompts of GLM-4.7, 5, 5.1 and 5.2, those of 5.2 down to their token ids."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,11 @@ HI = {"role": "user", "content": "Hi"}
 WEATHER = {"name": "weather", "description": "é", "parameters": {"type": "object"}}
 
 
-def prompt(*conversation: dict[str, Any], tools: list[Any] | None = None, **arguments: Any) -> str:
+def prompt(
+    *conversation: dict[str, Any], tools: list[Any] | None = None, release: str = "5.2", **arguments: Any
+) -> str:
     read = messages.read(Fields({"messages": list(conversation)}))
-    return ChatTemplate({"default": glm.TEMPLATE}, {}).render(read, tools, arguments)
+    return ChatTemplate({"default": glm.template(release)}, {}).render(read, tools, arguments)
 
 
 async def test_the_ids_of_a_prompt_without_thinking_are_those_of_glm_5_2(tmp_path: Path) -> None:
@@ -82,6 +84,58 @@ def test_the_reasoning_of_earlier_turns_is_dropped_unless_it_is_to_be_kept() -> 
     past = {"role": "assistant", "content": "Hello", "reasoning": "greet"}
     assert "<think></think>Hello" in prompt(HI, past, HI)
     assert "<think>greet</think>Hello" in prompt(HI, past, HI, clear_thinking=False)
+
+
+def test_reasoning_within_the_content_of_an_earlier_turn_is_told_apart() -> None:
+    past = {"role": "assistant", "content": "<think>greet</think>\n\nHello "}
+    assert prompt(HI, past, HI).count("<think></think>Hello<|user|>") == 1
+    assert "<think>greet</think>Hello<|user|>" in prompt(HI, past, HI, clear_thinking=False)
+
+
+def test_the_reasoning_of_this_turn_is_kept_between_its_tool_calls() -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    past = {"role": "assistant", "content": "", "reasoning_content": "first", "tool_calls": [call]}
+    answer = {"role": "tool", "tool_call_id": "a", "content": "1"}
+    text = prompt(HI, past, answer, past, answer)
+    assert text.count("<|assistant|><think>first</think><tool_call>f</tool_call><|observation|>") == 2
+    assert text.endswith("<tool_response>1</tool_response><|assistant|><think>")
+
+
+@pytest.mark.parametrize(
+    ("release", "thinking", "off", "older", "last"),
+    [
+        ("5", "<think>", "</think>", "</think>", "</think>"),
+        ("5.1", "<think>", "</think>", "</think>", "<think></think>"),
+        ("5.2", "<think>", "<think></think>", "<think></think>", "<think></think>"),
+    ],
+)
+def test_each_release_marks_the_absence_of_thoughts_in_its_way(
+    release: str, thinking: str, off: str, older: str, last: str
+) -> None:
+    past = {"role": "assistant", "content": "Hello"}
+    effort = "<|system|>Reasoning Effort: Max" if release == "5.2" else ""
+    assert prompt(HI, release=release) == f"[gMASK]<sop>{effort}<|user|>Hi<|assistant|>{thinking}"
+    text = prompt(HI, past, HI, past, HI, release=release, enable_thinking=False)
+    turns = f"<|user|>Hi<|assistant|>{older}Hello<|user|>Hi<|assistant|>{last}Hello"
+    assert text == f"[gMASK]<sop>{turns}<|user|>Hi<|assistant|>{off}"
+    assert (opens_thought(prompt(HI, release=release)), opens_thought(text)) == (True, False)
+
+
+@pytest.mark.parametrize("release", glm.RELEASES)
+def test_reasoning_of_earlier_turns_is_dropped_by_every_release(release: str) -> None:
+    past = {"role": "assistant", "content": "Hello", "reasoning_content": "greet"}
+    assert "greet" not in prompt(HI, past, HI, release=release)
+    assert "<think>greet</think>Hello" in prompt(HI, past, HI, release=release, clear_thinking=False)
+    assert detect([glm.template(release)], AUTO) == Formats("think", "glm")
+
+
+def test_tools_are_declared_whole_until_5_and_without_their_wrapping_since() -> None:
+    tool = {"type": "function", "function": WEATHER | {"strict": True, "defer_loading": False}}
+    hidden = {"type": "function", "function": {"name": "hidden", "defer_loading": True}}
+    bare = '<tools>\n{"name": "weather", "description": "é", "parameters": {"type": "object"}}\n</tools>'
+    for release in ("5.1", "5.2"):
+        assert bare in prompt(HI, tools=[tool, hidden], release=release)
+    assert f"<tools>\n{json.dumps(tool, ensure_ascii=False)}\n</tools>" in prompt(HI, tools=[tool], release="5")
 
 
 def test_arguments_are_an_object_for_the_template_however_they_came() -> None:

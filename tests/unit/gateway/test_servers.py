@@ -182,6 +182,26 @@ async def test_grpc_completes_token_ids_and_returns_them(world: World, grpc: Grp
     assert last.finished.usage.num_prompt_tokens == 2
 
 
+async def test_grpc_tells_how_drafts_fared_by_position_over_all_outputs(world: World, grpc: Grpc) -> None:
+    fared = iter([([4, 3], [3, 1]), ([2, 2, 1], [2, 1, 1])])
+
+    async def script(_request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        yield tokens(50)
+        last = finished()
+        verified, accepted = next(fared)
+        usage = last.finished.usage
+        usage.num_drafts_by_position.extend(verified)
+        usage.num_accepted_by_position.extend(accepted)
+        usage.num_draft_tokens, usage.num_accepted_tokens = sum(verified), sum(accepted)
+        yield last
+
+    world.decode.script = script
+    *_, last = await grpc.complete(model=MODEL, n=2)
+    usage = last.finished.usage
+    assert (list(usage.num_drafts_by_position), list(usage.num_accepted_by_position)) == ([6, 5, 1], [5, 2, 1])
+    assert (usage.num_draft_tokens, usage.num_accepted_tokens) == (12, 8)
+
+
 async def test_grpc_faults_have_reasons(world: World, grpc: Grpc) -> None:
     with pytest.raises(ModelNotFound):
         await grpc.complete(model="other")

@@ -81,6 +81,7 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
     def __init__(self) -> None:
         self.workers: list[kv_pb2.WorkerRef] = []
         self.requests: list[router_pb2.RouteRequest] = []
+        self.withdrawn: list[router_pb2.WithdrawRequest] = []
         self.fault: Fault | None = None
         self.asked, self.answers = asyncio.Event(), asyncio.Event()
         self.answers.set()
@@ -95,6 +96,10 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
             if worker.worker_id not in request.excluded_worker_ids:
                 return router_pb2.RouteResponse(placement=decode_pb2.Placement(decode=worker))
         raise NoWorker("all decode workers are excluded")
+
+    async def Withdraw(self, request: router_pb2.WithdrawRequest, _context: Any) -> router_pb2.WithdrawResponse:
+        self.withdrawn.append(request)
+        return router_pb2.WithdrawResponse()
 
     async def Explain(self, _request: Any, _context: Any) -> router_pb2.ExplainResponse:
         raise NoWorker("not here")
@@ -124,7 +129,7 @@ class World:
         self.dispatcher = Dispatcher(self.directory, self.channels, meters, recovery_wait_ms=5_000)
         self.core = Core(self.directory, self.dispatcher, meters, max_choices=16)
         rest = Rest(self.core, self.telemetry, tenants=tenants or {}, timeout_ms=30_000, max_body_bytes=100_000)
-        self.app = rest.app()
+        self.app = rest
         transport = httpx.ASGITransport(self.app)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://gateway")
         self.steps: list[Response] = []

@@ -1,0 +1,32 @@
+"""To a device and back without waiting for it. Copies go by pinned memory, which torch's allocator of such memory does
+not give out again before they are done.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def put(values: Sequence[Any] | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers, or a tensor in host memory, on a device; a GPU gets them as they are now."""
+    host = torch.as_tensor(values, dtype=dtype)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+class Fetched:
+    """A tensor on its way from a device to host memory, behind everything that was launched before."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._host, self._done = values, None
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(values.device))
+
+    def wait(self) -> torch.Tensor:
+        """The tensor in host memory, once it and what was launched before it is computed."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host
