@@ -1,6 +1,6 @@
 """How long a GPU has nothing to do between two steps of decoding: in order, and with the next step launched ahead.
 
-    python -m bench.gaps [--shape llama-3.1-8b] [--steps 200]
+    python -m bench.gaps [--shape llama-3.1-8b] [--weights nvfp4] [--steps 200]
 
 A step's time on the GPU is measured by CUDA events around steps that are all queued before the first of them begins, so
 that none waits for the host. The rest of a step's time, as a whole engine takes it on the clock, is idle.
@@ -103,7 +103,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
     print(provenance.banner("bench.gaps"))
-    executor = shapes.executor(parse(shapes.SHAPES[args.shape]), torch.device("cuda", 0), 64 * 90, args.weights == "nvfp4")
+    config, packed = parse(shapes.SHAPES[args.shape]), args.weights == "nvfp4"
+    executor = shapes.executor(config, torch.device("cuda", 0), 64 * 90, packed)
     print(torch.cuda.get_device_name(0))
     print("| decode | ms on the GPU | ms in order (idle) | ms launched ahead (idle) |\n|---|---|---|---|")
     for size, context in CASES:
