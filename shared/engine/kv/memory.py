@@ -5,7 +5,6 @@ A peer's READ can arrive at any time, and deregistering does not stop it; so the
 
 import ctypes
 import mmap
-from contextlib import suppress
 from typing import Protocol
 
 
@@ -27,11 +26,7 @@ class PoolMemory(Protocol):
 
 
 class HostMemory:
-    """Pages in anonymous host memory, zeroed and committed lazily by the kernel.
-
-    Peers notice that a process was killed when the kernel closes its sockets, which it does behind its memory: private
-    memory in huge pages, where the kernel has them, is given back ten times faster than a shared mapping of small ones.
-    """
+    """Pages in anonymous host memory, zeroed and committed lazily by the kernel."""
 
     kind = "DRAM"
     device_id = 0
@@ -39,11 +34,7 @@ class HostMemory:
     def __init__(self, num_pages: int, page_bytes: int) -> None:
         self.num_pages = num_pages
         self.page_bytes = page_bytes
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self.buffer = mmap.mmap(-1, num_pages * page_bytes, flags=flags)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without them
-                self.buffer.madvise(mmap.MADV_HUGEPAGE)
+        self.buffer = mmap.mmap(-1, num_pages * page_bytes)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
 
     @property
