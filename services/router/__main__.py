@@ -2,9 +2,11 @@
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 import socket
+from functools import partial
 
 import uvloop
 
@@ -21,6 +23,8 @@ from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import Registration, Role
 from shared.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
 
 # Objects that are made, less those that are gone, between two searches for garbage: some hundred requests.
 GC_ALLOCATIONS = 10_000
@@ -56,7 +60,7 @@ async def serve(
     router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server.grpc)
     watching = [asyncio.create_task(work) for work in (fleet.run(), feed.run(), placements.run(), admission.run())]
     for task in watching:
-        task.add_done_callback(lambda _: ended.set())  # a defect there must not leave a router that sees nothing
+        task.add_done_callback(partial(_over, ended))
     port = await server.start(config.host, config.port, serving=False)
     if (epoch := await _epoch(config, name, board, feed, ended)) is not None:
         steady()
@@ -70,7 +74,16 @@ async def serve(
     await admission.settled()
     for task in watching:
         task.cancel()
-    await asyncio.wait(watching)
+    for found in await asyncio.gather(*watching, return_exceptions=True):
+        if isinstance(found, Exception):
+            raise found
+
+
+def _over(ended: asyncio.Event, task: asyncio.Task[None]) -> None:
+    """A defect in what watches must not leave a router that sees nothing: it ends, and says why."""
+    if not task.cancelled() and (error := task.exception()):
+        log.critical("this router ends: what watches the blackboard failed", exc_info=error)
+    ended.set()
 
 
 def steady() -> None:

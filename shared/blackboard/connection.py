@@ -40,13 +40,14 @@ def faults() -> Iterator[None]:
     """Turn every failure of Redis inside into BlackboardLost.
 
     A cancellation that comes meanwhile always gets through: redis-py can swallow one while it tears a lost connection
-    down, and a loop around it would then never end.
+    down, and a loop around it would then never end. A RuntimeError is how uvloop refuses to write to a connection that
+    the other side has closed a moment before; redis-py lets it through.
     """
     task = asyncio.current_task()
     earlier = task.cancelling() if task else 0
     try:
         yield
-    except (RedisError, OSError, TimeoutError) as error:
+    except (RedisError, OSError, TimeoutError, RuntimeError) as error:
         if task and task.cancelling() > earlier:
             raise asyncio.CancelledError from error
         raise BlackboardLost(f"Redis: {error or type(error).__name__}") from error

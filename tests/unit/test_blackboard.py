@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 import redis
+import uvloop
 
 from shared.blackboard import keys
 from shared.blackboard.board import Blackboard
@@ -301,6 +302,23 @@ async def test_a_server_that_accepts_and_never_answers_is_a_fault() -> None:
         with pytest.raises(BlackboardLost):
             await board.processes(Role.DECODE)
         await board.close()
+
+
+def test_what_uvloop_says_of_a_connection_that_was_closed_is_a_fault() -> None:
+    async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        await writer.wait_closed()
+
+    async def write() -> None:
+        async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            await reader.read()
+            writer.close()
+            await writer.wait_closed()
+            with pytest.raises(BlackboardLost, match="the handler is closed"), faults():
+                writer.writelines([b"PING"])
+
+    uvloop.run(write())
 
 
 async def test_a_cancellation_that_the_client_library_swallows_gets_through() -> None:
