@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 GENERATOR = "grpcio-tools==1.71.2"
 STUBS = ("mypy-protobuf==3.6.0", "protobuf==5.29.5", "types-protobuf==5.29.1.20250403")
+PLUGINS = {"mypy": "main", "mypy_grpc": "grpc"}
+"""And the functions of `mypy_protobuf.main` that run them."""
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "forebay" / "v1").glob("*.proto"))
 GENERATED = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
 
@@ -41,11 +43,13 @@ def main() -> int:
 def generate(target: Path) -> None:
     """Write the code of all of SOURCES below target, with imports that start at the repository's root."""
     toolbox = _toolbox()
-    environment = os.environ | {"PYTHONPATH": str(toolbox), "PATH": f"{toolbox / 'bin'}:{os.environ['PATH']}"}
+    environment = os.environ | {"PYTHONPATH": str(toolbox)}
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}", f"-I{toolbox / 'grpc_tools' / '_proto'}"]
     outputs = [f"--{kind}_out={target}" for kind in ("python", "grpc_python")]
-    outputs += [f"--{kind}_out=quiet:{target}" for kind in ("mypy", "mypy_grpc")]
-    subprocess.run([*command, *outputs, *SOURCES], check=True, env=environment)
+    outputs += [f"--{kind}_out=quiet:{target}" for kind in PLUGINS]
+    with tempfile.TemporaryDirectory() as folder:
+        plugins = [f"--plugin=protoc-gen-{kind}={_plugin(Path(folder), kind)}" for kind in PLUGINS]
+        subprocess.run([*command, *plugins, *outputs, *SOURCES], check=True, env=environment)
     for path in _generated(target):
         if path.stem.endswith("_pb2_grpc") and "Servicer_to_server" not in path.read_text():
             path.unlink()
@@ -54,6 +58,16 @@ def generate(target: Path) -> None:
         text = re.sub(r"^import forebay\.", "import protos.forebay.", text, flags=re.MULTILINE)
         text = re.sub(r"(?<![\w.\"'/])forebay\.v1\.(\w+_pb2)", r"protos.forebay.v1.\1", text)
         path.write_text(text)
+
+
+def _plugin(folder: Path, kind: str) -> Path:
+    """A program that runs a plugin with this interpreter. Those that pip puts into the toolbox name the interpreter of
+    whoever filled it, which may be gone."""
+    path = folder / kind
+    run = f"from mypy_protobuf.main import {PLUGINS[kind]} as run; run()"
+    path.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{run}'\n")
+    path.chmod(0o755)
+    return path
 
 
 def _generated(folder: Path) -> list[Path]:

@@ -69,7 +69,10 @@ class Costs:
         return _sum((*before, *self._decode_terms(second), *behind))
 
     def expected_ms(self, row: int) -> float:
-        """Until a worker has computed the prompt, by its rates as measured."""
+        """Until a worker has computed the prompt, by its rates as measured; 0 if it has measured none: how wrong a
+        guess was says nothing of rates that are known by then."""
+        if not self.table.facts.has_rate[row]:
+            return 0.0
         computing, ratio = self.computing, self.table.facts.prompt_ratio[row]
         return float((computing.queue[row] + computing.prefill[row]) / ratio + computing.pull[row])
 

@@ -48,9 +48,13 @@ class Facts:
         self.max_tokens = np.where(self.drains, -1.0, most)
         """The longest prompt that each takes now, and has pages for, its first token included."""
         measured = _column([load.prefill_ms_per_token for load in loads])
+        self.has_rate: Bools = measured > 0
+        """Who has measured what prompts take; of the others that is a guess."""
         self.prompt_ratio = _column([calibration(load) for load in loads])
-        self.prefill_ms = self._filled(measured, measured > 0, weights.default_prefill_ms_per_token) * self.prompt_ratio
-        pairs = self._filled(_column([load.prefill_ms_per_pair for load in loads]), measured > 0, 0.0)
+        self.prefill_ms = (
+            self._filled(measured, self.has_rate, weights.default_prefill_ms_per_token) * self.prompt_ratio
+        )
+        pairs = self._filled(_column([load.prefill_ms_per_pair for load in loads]), self.has_rate, 0.0)
         self.attention_ms = pairs * self.prompt_ratio
         steps = _column([load.decode_step_ms for load in loads])
         self.step_ms = self._filled(steps, steps > 0, weights.default_decode_step_ms)

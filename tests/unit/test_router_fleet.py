@@ -188,6 +188,11 @@ def test_a_worker_that_is_slower_than_its_rates_say_is_expected_to_be_so_within_
         world.now += 60
 
 
+def test_nobody_is_held_to_a_guess(world: World) -> None:
+    world.observe(registration("d1", load=Load()))
+    assert place(query(100), world.workers(), WEIGHTS).expected_ms == 0.0
+
+
 def test_a_slow_workers_queue_is_longer_too(world: World) -> None:
     world.observe(registration("d1", load=Load(num_queued_tokens=400, prefill_ms_per_token=0.5, prompt_ratio=1.5)))
     assert world.worker().queue_ms == pytest.approx(300)
