@@ -126,13 +126,17 @@ class Channels:
             self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         return self._channels[address]
 
+    def line(self, address: str) -> Line:
+        """The line to host:port."""
+        if address not in self._lines:
+            self._lines[address] = Line(self.to(address))
+        return self._lines[address]
+
     def stub(self, kind: Callable[[Any], Any], address: str) -> Any:
         """The stub, of this generated class, of the service at host:port, over the line to there. Making one for each
         call would cost 40 us."""
         if (kind, address) not in self._stubs:
-            if address not in self._lines:
-                self._lines[address] = Line(self.to(address))
-            self._stubs[kind, address] = kind(self._lines[address])
+            self._stubs[kind, address] = kind(self.line(address))
         return self._stubs[kind, address]
 
     async def forget(self, address: str) -> None:
@@ -194,7 +198,8 @@ class Server:
         self._lines = Lines()
         interceptor = _Interceptor(telemetry, self._lines)
         self.grpc = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
-        line_pb2_grpc.add_LineServiceServicer_to_server(self._lines, self.grpc)
+        servicer: Any = self._lines
+        line_pb2_grpc.add_LineServiceServicer_to_server(servicer, self.grpc)
         self._health = health.HealthServicer()
         self._service_names = ("", *service_names)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
@@ -240,7 +245,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):
                 sought = type(details)(method, tuple(metadata.items()))
                 return await self.intercept_service(continuation, sought) if method.startswith(OURS) else None
 
-            return handler._replace(stream_stream=partial(self._lines.serve, find))
+            return handler._replace(stream_stream=partial(self._lines.Open, find=find))
         begin = _Begin(self._telemetry, details.method, dict(details.invocation_metadata or ()))
         if handler.response_streaming:
             return handler._replace(unary_stream=_guard_stream(handler.unary_stream, begin))

@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from protos.forebay.v1 import line_pb2, line_pb2_grpc
+from protos.forebay.v1 import line_pb2
 from shared import status
 from shared.errors import Draining, Fault, Internal, InvalidRequest, Unsupported
 from shared.line.caller import WINDOW_BYTES
@@ -22,15 +22,19 @@ Find = Callable[[str, Mapping[str, str]], Awaitable[Any]]
 """The handler for a method and a call's metadata; None for one that nobody wrote."""
 
 
-class Lines(line_pb2_grpc.LineServiceServicer):
+async def _nobody(_method: str, _metadata: Mapping[str, str]) -> None:
+    """No handler."""
+
+
+class Lines:
     """The lines that other processes have open to this one."""
 
     def __init__(self) -> None:
         self._open: set[_Line] = set()
         self._is_closing = False
 
-    async def serve(self, find: Find, said: AsyncIterator[line_pb2.OpenRequest], context: Any) -> None:
-        """Answer the calls on one line until its caller, or this process, ends it."""
+    async def Open(self, said: AsyncIterator[line_pb2.OpenRequest], context: Any, find: Find = _nobody) -> None:
+        """Answer the calls on one line until its caller, or this process, ends it; see the protocol."""
         line = _Line(find, context)
         self._open.add(line)
         if self._is_closing:
@@ -72,15 +76,17 @@ class _Line:
 
     async def run(self, said: AsyncIterator[line_pb2.OpenRequest]) -> None:
         """Answer until either side ends the line, then cancel what still runs."""
-        writing = asyncio.create_task(self._replies.run(self._context.write))
-        ends = {asyncio.create_task(self._listen(said)), asyncio.create_task(self._closed.wait()), writing}
+        work = (self._listen(said), self._replies.run(self._context.write), self._closed.wait())
+        ends = [asyncio.create_task(each) for each in work]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             left = [*ends, *self.answering]
             for task in left:
                 task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+            for found in await asyncio.gather(*left, return_exceptions=True):
+                if isinstance(found, Exception):
+                    log.info("a line broke: %r", found)
 
     async def _listen(self, said: AsyncIterator[line_pb2.OpenRequest]) -> None:
         async for message in said:
