@@ -2,6 +2,7 @@
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from shared.errors import FAULTS, Cancelled, DeadlineExceeded, Fault, Internal, Overloaded, Unsupported, WorkerLost
@@ -28,7 +29,11 @@ def fault_of(error: grpc.aio.AioRpcError) -> Fault:
 
 def read(details: bytes) -> Fault | None:
     """The fault that a serialized status tells of; None if it has no ErrorInfo of ours."""
-    status, info = status_pb2.Status.FromString(details), error_details_pb2.ErrorInfo()
+    info = error_details_pb2.ErrorInfo()
+    try:
+        status = status_pb2.Status.FromString(details)
+    except DecodeError:
+        return None
     for detail in status.details:
         if detail.Unpack(info) and info.domain == DOMAIN:
             metadata = dict(info.metadata)

@@ -76,7 +76,7 @@ class _Line:
 
     async def run(self, said: AsyncIterator[line_pb2.OpenRequest]) -> None:
         """Answer until either side ends the line, then cancel what still runs."""
-        work = (self._listen(said), self._replies.run(self._context.write), self._closed.wait())
+        work = (self._listen(said), self._replies.run(self._context.write), self._until_closed())
         ends = [asyncio.create_task(each) for each in work]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -87,6 +87,11 @@ class _Line:
             for found in await asyncio.gather(*left, return_exceptions=True):
                 if isinstance(found, Exception):
                     log.info("a line broke: %r", found)
+
+    async def _until_closed(self) -> None:
+        """Closed, and what was said before is sent."""
+        await self._closed.wait()
+        await self._replies.written(self._replies.last)
 
     async def _listen(self, said: AsyncIterator[line_pb2.OpenRequest]) -> None:
         async for message in said:

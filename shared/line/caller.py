@@ -84,6 +84,13 @@ class Line:
         if self._open is not None:
             self._open.cancel()
             await asyncio.gather(self._open, return_exceptions=True)
+        self._end(Cancelled("the line was closed"))  # also if it was closed before it began
+
+    def _end(self, fault: Fault) -> None:
+        self._open = None
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.end(copy(fault))
 
     async def _talk(self, outbox: Outbox[line_pb2.OpenRequest]) -> None:
         """One line from its opening to its end, which is the end of all calls on it."""
@@ -101,10 +108,7 @@ class Line:
             fault = Cancelled("the line was closed")
             raise
         finally:
-            self._open = None
-            calls, self._calls = self._calls, {}
-            for call in calls.values():
-                call.end(copy(fault))
+            self._end(fault)
             writing.cancel()
             stream.cancel()
             await asyncio.gather(writing, return_exceptions=True)

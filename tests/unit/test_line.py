@@ -9,7 +9,7 @@ import pytest
 
 from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, kv_pb2, kv_pb2_grpc, line_pb2
 from shared import rpc
-from shared.errors import DeadlineExceeded, Draining, InvalidRequest, Unsupported, WorkerLost
+from shared.errors import Cancelled, DeadlineExceeded, Draining, InvalidRequest, Unsupported, WorkerLost
 from shared.line.caller import WINDOW_BYTES
 from shared.line.outbox import LONGEST_BYTES, MAX_BYTES, Outbox
 from shared.telemetry import Telemetry
@@ -188,6 +188,14 @@ async def test_a_caller_that_is_gone_ends_its_calls(world: World) -> None:
     await world.channels.close()
     await asyncio.wait_for(world.decode.end_of("left").wait(), PATIENCE_S)
     await responses.aclose()
+
+
+async def test_a_line_that_is_closed_before_it_began_ends_its_calls(world: World) -> None:
+    waiting = asyncio.create_task(world.renew(1))
+    await asyncio.sleep(0)
+    await world.channels.close()
+    with pytest.raises(Cancelled):
+        await asyncio.wait_for(waiting, PATIENCE_S)
 
 
 async def test_a_server_that_stops_lets_calls_end_and_takes_no_new_ones(world: World) -> None:
