@@ -60,7 +60,7 @@ class Line:
         if self._open is None:
             self._outbox = Outbox(line_pb2.OpenRequest)
             # Of no request: without its deadline, its id and its trace.
-            self._open = asyncio.get_running_loop().create_task(self._talk(self._outbox), context=Context())
+            self._open = asyncio.get_running_loop().create_task(self._run(self._outbox), context=Context())
         self._calls[call.number] = call
         said.number = call.number
         self._outbox.put(len(said.request)).calls.append(said)
@@ -92,16 +92,11 @@ class Line:
         for call in calls.values():
             call.end(copy(fault))
 
-    async def _talk(self, outbox: Outbox[line_pb2.OpenRequest]) -> None:
+    async def _run(self, outbox: Outbox[line_pb2.OpenRequest]) -> None:
         """One line from its opening to its end, which is the end of all calls on it."""
         fault: Fault = WorkerLost("the process at the other end closed the line")
-        stream = self._stub.Open()
-        writing = asyncio.create_task(outbox.run(stream.write))
         try:
-            while (said := await stream.read()) is not grpc.aio.EOF:
-                for reply in said.replies:
-                    if call := self._calls.get(reply.number):
-                        call.take(reply)
+            await self._talk(self._stub.Open(), outbox)
         except grpc.aio.AioRpcError as error:
             fault = status.fault_of(error)
         except asyncio.CancelledError:
@@ -109,6 +104,15 @@ class Line:
             raise
         finally:
             self._end(fault)
+
+    async def _talk(self, stream: Any, outbox: Outbox[line_pb2.OpenRequest]) -> None:
+        writing = asyncio.create_task(outbox.run(stream.write))
+        try:
+            while (said := await stream.read()) is not grpc.aio.EOF:
+                for reply in said.replies:
+                    if call := self._calls.get(reply.number):
+                        call.take(reply)
+        finally:
             writing.cancel()
             stream.cancel()
             await asyncio.gather(writing, return_exceptions=True)
