@@ -19,8 +19,8 @@
     ├── Unsupported             the model or this build cannot do it
     └── Internal                a defect of ours
 
-`protos/forebay/v1/errors.proto` lists the same reasons. Two boundaries map faults to the wire: `shared/rpc.py` to a
-gRPC status with ErrorInfo and back, `services/gateway/rest_errors.py` to OpenAI's error body.
+`protos/forebay/v1/errors.proto` lists the same reasons. Two boundaries map faults to the wire: `shared/status.py` to
+a gRPC status with ErrorInfo and back, `services/gateway/rest_errors.py` to OpenAI's error body.
 """
 
 from collections.abc import Mapping

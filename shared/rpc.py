@@ -1,36 +1,37 @@
-"""gRPC, in one place: servers, channels, deadlines, trace context, and faults on the wire.
+"""gRPC, in one place: servers, channels, deadlines and trace context.
 
-A handler raises a Fault; its caller, in another process, catches the same Fault. In between it is a gRPC status with a
-google.rpc.ErrorInfo (domain "forebay", reason, metadata). Deadlines do not travel by themselves in grpc.aio: the server
-side notes the deadline of the call it handles, and every call made meanwhile ends by then.
+A handler raises a Fault; its caller, in another process, catches the same Fault (`shared/status.py`). Deadlines do not
+travel by themselves in grpc.aio: the server side notes the deadline of the call it handles, and every call made
+meanwhile ends by then. The calls of one process to another share a line (`shared/line`); a client's have a stream each.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
-from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 from opentelemetry import propagate, trace
 
-from shared import telemetry
-from shared.errors import FAULTS, Cancelled, DeadlineExceeded, Fault, Internal, Overloaded, Unsupported, WorkerLost
+from protos.forebay.v1 import line_pb2, line_pb2_grpc
+from shared import status, telemetry
+from shared.errors import DeadlineExceeded, Fault, Internal
+from shared.line.callee import Lines
+from shared.line.caller import Line
 from shared.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
-DOMAIN = "forebay"
 REQUEST_ID_KEY = "x-request-id"
 MAX_MESSAGE_BYTES = 64 << 20
-DETAILS_KEY = "grpc-status-details-bin"
 # A peer that stops answering is noticed within 1.5 s, the first and the third together; both sides must agree that
 # pings are welcome. The keepalive timeout alone does nothing for a process that is stopped, whose kernel still
 # acknowledges what it receives: the ping timeout (a minute unless set) is what counts then. gRPC's own threads answer
@@ -60,7 +61,10 @@ SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),
 ]
 
-Request = TypeVar("Request")
+OURS = "/forebay."
+LINE = line_pb2.DESCRIPTOR.services_by_name["LineService"]
+OPEN = f"/{LINE.full_name}/Open"
+
 Response = TypeVar("Response")
 
 _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
@@ -109,11 +113,12 @@ def _timeout(limit: float | None) -> float | None:
 
 
 class Channels:
-    """One channel per address, kept until closed, with the stubs in use on it. A channel reconnects by itself."""
+    """One channel and one line per address, kept until closed, with the stubs in use. Both reconnect by themselves."""
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._stubs: dict[tuple[Callable[[grpc.aio.Channel], Any], str], Any] = {}
+        self._lines: dict[str, Line] = {}
+        self._stubs: dict[tuple[Callable[[Any], Any], str], Any] = {}
 
     def to(self, address: str) -> grpc.aio.Channel:
         """The channel to host:port."""
@@ -121,15 +126,24 @@ class Channels:
             self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         return self._channels[address]
 
-    def stub(self, kind: Callable[[grpc.aio.Channel], Any], address: str) -> Any:
-        """The stub, of this generated class, of the service at host:port. Making one for each call would cost 40 us."""
+    def line(self, address: str) -> Line:
+        """The line to host:port."""
+        if address not in self._lines:
+            self._lines[address] = Line(self.to(address))
+        return self._lines[address]
+
+    def stub(self, kind: Callable[[Any], Any], address: str) -> Any:
+        """The stub, of this generated class, of the service at host:port, over the line to there. Making one for each
+        call would cost 40 us."""
         if (kind, address) not in self._stubs:
-            self._stubs[kind, address] = kind(self.to(address))
+            self._stubs[kind, address] = kind(self.line(address))
         return self._stubs[kind, address]
 
     async def forget(self, address: str) -> None:
         """Close the channel to an address whose process is gone."""
         self._stubs = {key: stub for key, stub in self._stubs.items() if key[1] != address}
+        if line := self._lines.pop(address, None):
+            await line.close()
         if channel := self._channels.pop(address, None):
             await channel.close()
 
@@ -144,7 +158,7 @@ async def call(method: Callable[..., Awaitable[Response]], request: object, time
     try:
         return await method(request, timeout=_timeout(timeout_s), metadata=outgoing())
     except grpc.aio.AioRpcError as error:
-        raise fault_of(error) from None
+        raise status.fault_of(error) from None
 
 
 async def stream(
@@ -159,7 +173,7 @@ async def stream(
         async for response in running:
             yield response
     except grpc.aio.AioRpcError as error:
-        raise fault_of(error) from None
+        raise status.fault_of(error) from None
     finally:
         running.cancel()
 
@@ -174,49 +188,6 @@ def outgoing() -> tuple[tuple[str, str], ...]:
     return tuple(carrier.items())
 
 
-# Faults on the wire ---------------------------------------------------------------------------------------------------
-
-_BARE_STATUS: dict[grpc.StatusCode, type[Fault]] = {
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: Cancelled,
-    grpc.StatusCode.UNAVAILABLE: WorkerLost,
-    grpc.StatusCode.UNIMPLEMENTED: Unsupported,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
-}
-
-
-def fault_of(error: grpc.aio.AioRpcError) -> Fault:
-    """The fault that a failed call means: the callee's own if it sent one, else the one of the bare status."""
-    message = error.details() or error.code().name
-    for key, value in error.trailing_metadata() or ():
-        if key == DETAILS_KEY:
-            status, info = status_pb2.Status.FromString(value), error_details_pb2.ErrorInfo()
-            for detail in status.details:
-                if detail.Unpack(info) and info.domain == DOMAIN:
-                    metadata = dict(info.metadata)
-                    param = metadata.pop("param", None)
-                    return FAULTS.get(info.reason, Internal)(message, param=param, metadata=metadata)
-    return _BARE_STATUS.get(error.code(), Internal)(message)
-
-
-def _status_of(fault: Fault) -> bytes:
-    metadata = fault.metadata | ({"param": fault.param} if fault.param else {})
-    info = error_details_pb2.ErrorInfo(reason=fault.reason, domain=DOMAIN, metadata=metadata)
-    status = status_pb2.Status(code=code_pb2.Code.Value(fault.grpc_status), message=fault.message)
-    status.details.add().Pack(info)
-    if retry_after_ms := fault.metadata.get("retry_after_ms"):
-        retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(int(retry_after_ms))
-        status.details.add().Pack(retry)
-    return bytes(status.SerializeToString())
-
-
-async def _abort(context: Any, fault: Fault) -> NoReturn:
-    code = grpc.StatusCode[fault.grpc_status]
-    await context.abort(code, fault.message, trailing_metadata=((DETAILS_KEY, _status_of(fault)),))
-    raise AssertionError("abort returned")
-
-
 # Serving --------------------------------------------------------------------------------------------------------------
 
 
@@ -224,11 +195,16 @@ class Server:
     """A gRPC server with health, reflection, faults, deadlines and spans."""
 
     def __init__(self, telemetry: Telemetry, service_names: Sequence[str]) -> None:
-        self.grpc = grpc.aio.server(interceptors=[_Interceptor(telemetry)], options=SERVER_OPTIONS)
+        self._lines = Lines()
+        interceptor = _Interceptor(telemetry, self._lines)
+        self.grpc = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
+        servicer: Any = self._lines
+        line_pb2_grpc.add_LineServiceServicer_to_server(servicer, self.grpc)
         self._health = health.HealthServicer()
         self._service_names = ("", *service_names)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
-        names = (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        others = [descriptor.full_name for descriptor in (LINE, health_pb2.DESCRIPTOR.services_by_name["Health"])]
+        names = (*service_names, *others, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc)
 
     async def start(self, host: str, port: int, *, serving: bool = True) -> int:
@@ -250,19 +226,26 @@ class Server:
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, give the running ones `grace_s` seconds, then cancel them."""
         await self.set_serving(False)
-        await self.grpc.stop(grace_s)
+        await asyncio.gather(self._lines.stop(grace_s), self.grpc.stop(grace_s))
 
 
 class _Interceptor(grpc.aio.ServerInterceptor):
-    """Puts every handler of ours inside `_Call`."""
+    """Puts every handler of ours inside what `_Begin` sets up, whether its call came by itself or over a line."""
 
-    def __init__(self, telemetry: Telemetry) -> None:
-        self._telemetry = telemetry
+    def __init__(self, telemetry: Telemetry, lines: Lines) -> None:
+        self._telemetry, self._lines = telemetry, lines
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         handler = await continuation(details)
-        if handler is None or not details.method.startswith("/forebay."):
+        if handler is None or not details.method.startswith(OURS):
             return handler
+        if details.method == OPEN:
+
+            async def find(method: str, metadata: Mapping[str, str]) -> Any:
+                sought = type(details)(method, tuple(metadata.items()))
+                return await self.intercept_service(continuation, sought) if method.startswith(OURS) else None
+
+            return handler._replace(stream_stream=partial(self._lines.Open, find=find))
         begin = _Begin(self._telemetry, details.method, dict(details.invocation_metadata or ()))
         if handler.response_streaming:
             return handler._replace(unary_stream=_guard_stream(handler.unary_stream, begin))
@@ -326,4 +309,6 @@ async def _refuse(context: Any, error: Exception, span: trace.Span) -> NoReturn:
         fault = Internal("internal error; the log of the process has the details")
     span.set_status(trace.StatusCode.ERROR, fault.message)
     span.set_attribute("forebay.fault", fault.reason)
-    await _abort(context, fault)
+    code, details = grpc.StatusCode[fault.grpc_status], status.write(fault)
+    await context.abort(code, fault.message, trailing_metadata=((status.DETAILS_KEY, details),))
+    raise AssertionError("abort returned")

@@ -1,4 +1,4 @@
-"""Calls between processes: faults, deadlines, cancellation, health and reflection."""
+"""Calls between processes, each by itself and over a line: faults, deadlines, cancellation, health and reflection."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from opentelemetry import trace
 
 from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, kv_pb2_grpc
-from shared import rpc, telemetry
+from shared import rpc, status, telemetry
 from shared.errors import DeadlineExceeded, Fault, Internal, Overloaded, StaleEpoch, Unsupported, WorkerLost
 from shared.telemetry import Telemetry
 
@@ -69,7 +69,8 @@ class Decode(decode_pb2_grpc.DecodeServiceServicer):
 class World:
     """A server with both servicers and a client's channels."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, over_a_line: bool) -> None:
+        self._over_a_line = over_a_line
         self.kv, self.decode = Kv(), Decode()
         self.telemetry = Telemetry("test", "test-1")
         self.server = rpc.Server(self.telemetry, ["forebay.v1.KvService", "forebay.v1.DecodeService"])
@@ -82,17 +83,18 @@ class World:
     def channel(self) -> grpc.aio.Channel:
         return self.channels.to(self.address)
 
+    def stub(self, kind: Any) -> Any:
+        return self.channels.stub(kind, self.address) if self._over_a_line else kind(self.channel)
+
     async def acquire(self, name: str, timeout_s: float | None = None) -> kv_pb2.AcquireResponse:
-        stub: Any = kv_pb2_grpc.KvServiceStub(self.channel)
-        response: kv_pb2.AcquireResponse = await rpc.call(
-            stub.Acquire, kv_pb2.AcquireRequest(request_id=name), timeout_s
-        )
+        method = self.stub(kv_pb2_grpc.KvServiceStub).Acquire
+        response: kv_pb2.AcquireResponse = await rpc.call(method, kv_pb2.AcquireRequest(request_id=name), timeout_s)
         return response
 
 
-@pytest.fixture
-async def world() -> AsyncIterator[World]:
-    world = World()
+@pytest.fixture(params=[False, True], ids=["by itself", "over a line"])
+async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
+    world = World(over_a_line=request.param)
     world.address = f"127.0.0.1:{await world.server.start('127.0.0.1', 0)}"
     yield world
     await world.channels.close()
@@ -112,7 +114,7 @@ async def test_a_fault_that_says_when_to_come_back_has_retry_info(world: World) 
     stub: Any = kv_pb2_grpc.KvServiceStub(world.channel)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Acquire(kv_pb2.AcquireRequest(request_id="fault"))
-    details = dict(caught.value.trailing_metadata() or ())[rpc.DETAILS_KEY]
+    details = dict(caught.value.trailing_metadata() or ())[status.DETAILS_KEY]
     found = [detail for detail in status_pb2.Status.FromString(details).details if detail.Is(RETRY_INFO)]
     assert len(found) == 1
     retry = error_details_pb2.RetryInfo.FromString(found[0].value)
@@ -126,7 +128,7 @@ async def test_a_defect_tells_the_caller_nothing_of_itself(world: World) -> None
 
 
 async def test_a_fault_amid_a_stream_follows_what_was_sent_before(world: World) -> None:
-    stub: Any = decode_pb2_grpc.DecodeServiceStub(world.channel)
+    stub = world.stub(decode_pb2_grpc.DecodeServiceStub)
     responses = rpc.stream(stub.Generate, decode_pb2.GenerateRequest(request_id="fault"))
     assert await anext(responses) == decode_pb2.GenerateResponse()
     with pytest.raises(Overloaded):
@@ -134,7 +136,7 @@ async def test_a_fault_amid_a_stream_follows_what_was_sent_before(world: World) 
 
 
 async def test_leaving_a_stream_early_cancels_its_handler(world: World) -> None:
-    stub: Any = decode_pb2_grpc.DecodeServiceStub(world.channel)
+    stub = world.stub(decode_pb2_grpc.DecodeServiceStub)
     async with aclosing(rpc.stream(stub.Generate, decode_pb2.GenerateRequest())) as responses:
         async for _ in responses:
             break

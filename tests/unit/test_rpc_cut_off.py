@@ -73,10 +73,11 @@ async def network(servicer: Silent) -> AsyncIterator[tuple[Network, str]]:
         telemetry.close()
 
 
-async def test_both_ends_of_a_cut_network_notice() -> None:
-    servicer, channels = Silent(), rpc.Channels()
+@pytest.mark.parametrize("over_a_line", [False, True])
+async def test_both_ends_of_a_cut_network_notice(over_a_line: bool) -> None:
+    servicer, channels, kind = Silent(), rpc.Channels(), decode_pb2_grpc.DecodeServiceStub
     async with network(servicer) as (between, address):
-        stub: Any = decode_pb2_grpc.DecodeServiceStub(channels.to(address))
+        stub: Any = channels.stub(kind, address) if over_a_line else kind(channels.to(address))
         async with aclosing(rpc.stream(stub.Generate, decode_pb2.GenerateRequest())) as responses:
             await asyncio.wait_for(anext(responses), PATIENCE_S)
             between.whole.clear()
