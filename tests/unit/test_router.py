@@ -14,6 +14,7 @@ from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from services.router.__main__ import SERVICE
 from services.router.admission import Admission, Limits
 from services.router.candidate import Weights
+from services.router.doubts import Doubts
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
 from services.router.mirror_feed import MirrorFeed
@@ -64,15 +65,17 @@ class Router:
         self.feed = MirrorFeed(self.board.index, self.fleet, self.mirror)
         self.admission = Admission(self.board.admission, name, limits, self.telemetry.meter)
         self.placements = Placements(self.fleet, self.board.placements, name)
+        self.doubts = Doubts(self.fleet)
         self.servicer = RouterServicer(
-            self.fleet, self.mirror, self.placements, self.admission, WEIGHTS, self.telemetry, no_worker_wait_ms
+            *(self.fleet, self.mirror, self.placements, self.doubts, self.admission),
+            *(WEIGHTS, self.telemetry, no_worker_wait_ms),
         )
         router_pb2_grpc.add_RouterServiceServicer_to_server(self.servicer, self.server.grpc)
         self.channels = rpc.Channels()
 
     async def start(self) -> int:
         """The port."""
-        running = (self.fleet.run(), self.feed.run(), self.placements.run(), self.admission.run())
+        running = (each.run() for each in (self.fleet, self.feed, self.placements, self.doubts, self.admission))
         self.watching = [asyncio.create_task(each) for each in running]
         port = await self.server.start("127.0.0.1", 0)
         self.channel = self.channels.to(f"127.0.0.1:{port}")
