@@ -60,6 +60,10 @@ SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),
 ]
 
+# A channel without a call gives its connection up after a minute, and is forgotten if nobody has used it for so long.
+UNUSED_S = 300.0
+CONNECTED = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.CONNECTING)
+
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
@@ -109,34 +113,53 @@ def _timeout(limit: float | None) -> float | None:
 
 
 class Channels:
-    """One channel per address, kept until closed, with the stubs in use on it. A channel reconnects by itself."""
+    """One channel per address, with the stubs in use on it. A channel reconnects by itself, and is forgotten when it
+    has no connection and nobody has used it for long: a process that is started again has another address."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._used_at: dict[str, float] = {}
         self._stubs: dict[tuple[Callable[[grpc.aio.Channel], Any], str], Any] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._channels)
 
     def to(self, address: str) -> grpc.aio.Channel:
         """The channel to host:port."""
         if address not in self._channels:
+            self._forget_unused()
             self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._used_at[address] = self._clock()
         return self._channels[address]
 
     def stub(self, kind: Callable[[grpc.aio.Channel], Any], address: str) -> Any:
         """The stub, of this generated class, of the service at host:port. Making one for each call would cost 40 us."""
         if (kind, address) not in self._stubs:
             self._stubs[kind, address] = kind(self.to(address))
+        self._used_at[address] = self._clock()
         return self._stubs[kind, address]
 
-    async def forget(self, address: str) -> None:
-        """Close the channel to an address whose process is gone."""
+    def _forget_unused(self) -> None:
+        """Close what nobody has used for long and has no connection; one with a call at work on it has."""
+        long_ago = self._clock() - UNUSED_S
+        for address in [address for address, at in self._used_at.items() if at < long_ago]:
+            if self._channels[address].get_state() not in CONNECTED:
+                self._closing.add(task := asyncio.create_task(self._forget(address).close()))
+                task.add_done_callback(self._closing.discard)
+
+    def _forget(self, address: str) -> grpc.aio.Channel:
         self._stubs = {key: stub for key, stub in self._stubs.items() if key[1] != address}
-        if channel := self._channels.pop(address, None):
-            await channel.close()
+        del self._used_at[address]
+        return self._channels.pop(address)
 
     async def close(self) -> None:
         """Close all."""
         for address in list(self._channels):
-            await self.forget(address)
+            await self._forget(address).close()
+        if self._closing:
+            await asyncio.wait(self._closing)
 
 
 async def call(method: Callable[..., Awaitable[Response]], request: object, timeout_s: float | None = None) -> Response:
