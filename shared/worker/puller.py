@@ -24,8 +24,10 @@ CONNECT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 2.0
 # The life of a lease by default: what takes longer would hold a request up for a peer that is stuck.
 READ_TIMEOUT_S = 10.0
-# Connecting to a peer takes 40 ms alone and 100 to 200 ms where processors are short.
-CONNECT_MS = 100.0
+# Connecting to a peer takes 40 ms alone, and 100 to 450 ms where processors are short.
+CONNECT_MS = 250.0
+# What a token takes is not known before one was computed.
+GUESSED_MS_PER_TOKEN = 0.5
 # The reason why a prefix is computed and not pulled, where that is no fault.
 NOT_CONNECTED = "NOT_CONNECTED"
 
@@ -213,9 +215,9 @@ class Puller:
         return gained
 
     def _is_sooner_computed(self, num_tokens: int) -> bool:
-        """Whether tokens are computed in less time than connecting takes; no, if it is not known how fast that is."""
-        compute_ms = num_tokens * self._engine.load().prefill_ms_per_token
-        return 0 < compute_ms < self._connect_ms
+        """Whether tokens are computed in less time than connecting takes."""
+        ms_per_token = self._engine.load().prefill_ms_per_token or GUESSED_MS_PER_TOKEN
+        return num_tokens * ms_per_token < self._connect_ms
 
     async def _pull(
         self, ref: kv_pb2.WorkerRef, request_id: str, page_hashes: Sequence[bytes], table: PageTable
