@@ -123,8 +123,10 @@ class Channels:
         self._stubs: dict[tuple[Callable[[grpc.aio.Channel], Any], str], Any] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
-    def __len__(self) -> int:
-        return len(self._channels)
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Where there is a channel to."""
+        return list(self._channels)
 
     def to(self, address: str) -> grpc.aio.Channel:
         """The channel to host:port."""

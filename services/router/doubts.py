@@ -25,7 +25,7 @@ CHECK_MS = 1_000
 RETRY_S = 0.25
 # One that is registered for so long after a doubt is alive, though it cannot be reached from here.
 REGISTERED_S = 5.0
-# One that answered was doubted wrongly: what gateways say of it is not listened to for so long.
+# One that is trusted again was doubted wrongly: what gateways say of it is not listened to for so long.
 DEAF_S = 10.0
 
 
@@ -65,10 +65,10 @@ class Doubts:
                 await self._check(address, CHECK_MS)
             except Fault:
                 await asyncio.sleep(self._retry_s)
-                continue
+            else:
+                break
+        if self._fleet.trust(worker):
             now = self._clock()
             self._deaf_until = {other: until for other, until in self._deaf_until.items() if until > now}
             self._deaf_until[worker] = now + DEAF_S
-            break
-        if self._fleet.trust(worker):
             log.info("%s, epoch %d, is trusted again", *worker)
