@@ -10,7 +10,7 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from redis.asyncio import Redis
 
-from protos.forebay.v1 import router_pb2, router_pb2_grpc
+from protos.forebay.v1 import kv_pb2, router_pb2, router_pb2_grpc
 from services.router.__main__ import SERVICE
 from services.router.admission import Admission, Limits
 from services.router.candidate import Weights
@@ -182,6 +182,14 @@ async def test_a_draining_worker_gets_nothing_more(router: Router) -> None:
     await router.until(lambda _: any(member.registration.draining for member in router.fleet.members("m")))
     for number in range(10):
         assert (await router.route(page_hashes=bytes([number]) * 16)).placement.decode.worker_id == "d2"
+
+
+async def test_a_worker_that_one_gateway_lost_gets_nothing_more_from_anybody(router: Router) -> None:
+    await router.fleet_of("d1", "d2")
+    lost = [kv_pb2.WorkerRef(worker_id="d1", epoch=1)]
+    for number in range(10):
+        placed = await router.route(page_hashes=bytes([number]) * 16, lost=[] if number else lost)
+        assert placed.placement.decode.worker_id == "d2"
 
 
 async def test_the_view_is_kept_while_redis_is_away_and_rebuilt_when_it_is_back(valkey: ValkeyProcess) -> None:
