@@ -26,6 +26,7 @@ from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from services.router.__main__ import steady
 from services.router.admission import Admission, Limits
 from services.router.candidate import Weights
+from services.router.doubts import Doubts
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
 from services.router.placements import Placements
@@ -145,7 +146,7 @@ async def measure(num_workers: int, args: argparse.Namespace) -> None:
     def servicer(board: AdmissionBoard, max_queued: int = 1_024) -> RouterServicer:
         admission = Admission(board, "bench", Limits(max_queued), telemetry.meter)
         placements = Placements(fleet, PlacementBoard(NO_REDIS), "bench")
-        return RouterServicer(fleet, mirror, placements, admission, Weights(), telemetry)
+        return RouterServicer(fleet, mirror, placements, Doubts(fleet), admission, Weights(), telemetry)
 
     steady()
     with embedded_valkey() as url:

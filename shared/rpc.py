@@ -61,6 +61,10 @@ SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),
 ]
 
+# A channel without a call gives its connection up after a minute, and is forgotten if nobody has used it for so long.
+UNUSED_S = 300.0
+CONNECTED = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.CONNECTING)
+
 OURS = "/forebay."
 LINE = line_pb2.DESCRIPTOR.services_by_name["LineService"]
 OPEN = f"/{LINE.full_name}/Open"
@@ -113,17 +117,28 @@ def _timeout(limit: float | None) -> float | None:
 
 
 class Channels:
-    """One channel and one line per address, kept until closed, with the stubs in use. Both reconnect by themselves."""
+    """One channel and one line per address, with the stubs in use. Both reconnect by themselves, and are forgotten when
+    they have no connection and nobody has used them for long: a process that is started again has another address."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._lines: dict[str, Line] = {}
+        self._used_at: dict[str, float] = {}
         self._stubs: dict[tuple[Callable[[Any], Any], str], Any] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Where there is a channel to."""
+        return list(self._channels)
 
     def to(self, address: str) -> grpc.aio.Channel:
         """The channel to host:port."""
         if address not in self._channels:
+            self._forget_unused()
             self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._used_at[address] = self._clock()
         return self._channels[address]
 
     def line(self, address: str) -> Line:
@@ -137,20 +152,34 @@ class Channels:
         call would cost 40 us."""
         if (kind, address) not in self._stubs:
             self._stubs[kind, address] = kind(self.line(address))
+        self._used_at[address] = self._clock()
         return self._stubs[kind, address]
 
-    async def forget(self, address: str) -> None:
-        """Close the channel to an address whose process is gone."""
+    def _forget_unused(self) -> None:
+        """Close what nobody has used for long and has no connection; one with a call at work on it has."""
+        long_ago = self._clock() - UNUSED_S
+        for address in [address for address, at in self._used_at.items() if at < long_ago]:
+            if self._channels[address].get_state() not in CONNECTED:
+                self._closing.add(task := asyncio.create_task(_close(*self._forget(address))))
+                task.add_done_callback(self._closing.discard)
+
+    def _forget(self, address: str) -> tuple[Line | None, grpc.aio.Channel]:
         self._stubs = {key: stub for key, stub in self._stubs.items() if key[1] != address}
-        if line := self._lines.pop(address, None):
-            await line.close()
-        if channel := self._channels.pop(address, None):
-            await channel.close()
+        del self._used_at[address]
+        return self._lines.pop(address, None), self._channels.pop(address)
 
     async def close(self) -> None:
         """Close all."""
         for address in list(self._channels):
-            await self.forget(address)
+            await _close(*self._forget(address))
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+
+async def _close(line: Line | None, channel: grpc.aio.Channel) -> None:
+    if line is not None:
+        await line.close()
+    await channel.close()
 
 
 async def call(method: Callable[..., Awaitable[Response]], request: object, timeout_s: float | None = None) -> Response:

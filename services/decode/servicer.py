@@ -170,13 +170,14 @@ class Generation:
         async with aclosing(self._worker.loop.bursts(job, table)) as bursts:
             async for events in bursts:
                 sampled = [event for event in events if isinstance(event, TokensSampled)]
+                drafted = any(event.num_drafts for event in sampled)
                 for event in sampled:
                     if is_cached:
                         local = event.num_cached_tokens - self._usage.num_cached_transferred
                         self._usage.num_cached_local = max(0, local)
                     wire.count_drafts(self._usage, event.num_drafts, event.num_accepted)
                 if tokens := [token for event in sampled for token in event.tokens]:
-                    yield self._tokens(wire.token_chunk(tokens))
+                    yield self._tokens(wire.token_chunk(tokens), counts=drafted)
                 match events[-1]:
                     case TokensSampled(finish_reason=reason, stop_token_id=stop) if reason is not None:
                         yield self._finished(wire.finish_reason(reason), stop)
@@ -185,7 +186,8 @@ class Generation:
                         raise fault
         raise Internal("the engine ended a sequence without a reason")
 
-    def _tokens(self, chunk: generation_pb2.TokenChunk) -> decode_pb2.GenerateResponse:
+    def _tokens(self, chunk: generation_pb2.TokenChunk, *, counts: bool = False) -> decode_pb2.GenerateResponse:
+        """A message with tokens; with token counts in the first one, and where they say something new of drafts."""
         measures = self._worker.measures
         measures.output_tokens.add(len(chunk.token_ids))
         self._usage.num_output_tokens += len(chunk.token_ids)
@@ -198,6 +200,8 @@ class Generation:
                 measures.computed(self._request.placement.expected_ms, took_s * 1000)
             if self._request.output_token_ids:
                 self._log_resumed()
+            counts = True
+        if counts:
             chunk.usage.CopyFrom(self._usage)
         return decode_pb2.GenerateResponse(tokens=chunk)
 

@@ -17,6 +17,7 @@ from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, route
 from services.gateway.directory import Directory
 from services.gateway.meters import Meters
 from services.gateway.request import Choice
+from services.gateway.usage import add_drafts
 from shared import page_hash, rpc
 from shared.errors import (
     BlackboardLost,
@@ -166,6 +167,7 @@ class _Attempt:
         self._token_ids: list[int] = []
         self._page_size = choice.page_size
         self._cached: dict[str, int] | None = None
+        self._used_before, self._used_here = generation_pb2.Usage(), generation_pb2.Usage()
         self.finished = False
         self.unclaimed: decode_pb2.Placement | None = None
         """Where it was sent last, until a message came from there: something may be reserved for it yet."""
@@ -198,7 +200,13 @@ class _Attempt:
         self.finished = response.HasField("finished")
         said = response.finished if self.finished else response.tokens
         if said.HasField("usage"):
-            self._keep_cached(said.usage)
+            self._used_here.CopyFrom(said.usage)
+            self._add_up(said.usage)
+
+    def _add_up(self, usage: generation_pb2.Usage) -> None:
+        """Make what one worker counted what the request used: drafts of earlier workers count, too."""
+        self._keep_cached(usage)
+        add_drafts(usage, self._used_before)
 
     def _keep_cached(self, usage: generation_pb2.Usage) -> None:
         """What was cached is what the first worker that answered found: whoever goes on finds this request's own pages,
@@ -214,9 +222,12 @@ class _Attempt:
         failed = {"choice": self.route.request_id, "decode": worker, "fault": fault.reason}
         log.warning("worker %s failed: %s", worker, fault.message, extra=failed)
         self.fault = self._lost(worker, fault) if self._token_ids else fault
+        add_drafts(self._used_before, self._used_here)
+        self._used_here.Clear()
         self._num_failures += 1
         self.failed = self.failed or (fault.reason, time.monotonic())
         if self._num_failures == 1:
+            del self.route.lost[:]
             self._recover_by = time.monotonic() + self._recovery_wait_s
         self._passes = isinstance(fault, _PASSING_FAULTS)
         if self._num_failures >= MAX_ATTEMPTS and not self.may_recover:
@@ -230,6 +241,8 @@ class _Attempt:
         self.route.num_prompt_tokens = len(token_ids)
         # A worker that drains has the pages of the output, too.
         self.route.page_hashes = page_hash.join(page_hash.chain(self.request.hash_key, token_ids, self._page_size))
+        if isinstance(fault, WorkerLost):
+            self.route.lost.append(self.request.placement.decode)
         if not isinstance(fault, StaleEpoch):
             self.route.excluded_worker_ids.append(worker)
 
@@ -252,7 +265,7 @@ class _Attempt:
         usage = generation_pb2.Usage(
             num_prompt_tokens=len(self.request.prompt_token_ids), num_output_tokens=len(self._token_ids)
         )
-        self._keep_cached(usage)
+        self._add_up(usage)
         reason = generation_pb2.FINISH_REASON_LENGTH
         return decode_pb2.GenerateResponse(finished=decode_pb2.GenerateFinished(reason=reason, usage=usage))
 

@@ -1,7 +1,7 @@
 """The gRPC face: the same requests and answers as the REST face, in protobuf."""
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, MutableSequence, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, TypedDict
 
@@ -12,6 +12,7 @@ from protos.forebay.v1 import gateway_pb2, gateway_pb2_grpc, generation_pb2
 from services.gateway.core import Core
 from services.gateway.output import Delta
 from services.gateway.request import Caller, Job
+from services.gateway.usage import add_drafts
 from shared import rpc, telemetry
 
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
@@ -168,18 +169,9 @@ def _total(job: Job, last: Mapping[int, Delta]) -> generation_pb2.Usage:
     for index, delta in last.items():
         if delta.usage is None:
             continue
-        total.num_draft_tokens += delta.usage.num_draft_tokens
-        total.num_accepted_tokens += delta.usage.num_accepted_tokens
-        _add(total.num_drafts_by_position, delta.usage.num_drafts_by_position)
-        _add(total.num_accepted_by_position, delta.usage.num_accepted_by_position)
+        add_drafts(total, delta.usage)
         if index % job.options.n == 0:
             total.num_cached_local += delta.usage.num_cached_local
             total.num_cached_remote += delta.usage.num_cached_remote
             total.num_cached_transferred += delta.usage.num_cached_transferred
     return total
-
-
-def _add(total: MutableSequence[int], counts: Sequence[int]) -> None:
-    total.extend([0] * (len(counts) - len(total)))
-    for position, count in enumerate(counts):
-        total[position] += count

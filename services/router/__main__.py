@@ -13,6 +13,7 @@ import uvloop
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from services.router.admission import Admission
 from services.router.config import RouterConfig
+from services.router.doubts import Doubts
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
 from services.router.mirror_feed import MirrorFeed
@@ -55,10 +56,11 @@ async def serve(
     feed = MirrorFeed(board.index, fleet, mirror)
     server = rpc.Server(observed, [SERVICE])
     admission = Admission(board.admission, name, config.limits(), observed.meter)
-    placements = Placements(fleet, board.placements, name)
-    servicer = RouterServicer(fleet, mirror, placements, admission, weights, observed, config.no_worker_wait_ms)
+    placements, doubts = Placements(fleet, board.placements, name), Doubts(fleet)
+    servicer = RouterServicer(fleet, mirror, placements, doubts, admission, weights, observed, config.no_worker_wait_ms)
     router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server.grpc)
-    watching = [asyncio.create_task(work) for work in (fleet.run(), feed.run(), placements.run(), admission.run())]
+    works = (fleet.run(), feed.run(), placements.run(), doubts.run(), admission.run())
+    watching = [asyncio.create_task(work) for work in works]
     for task in watching:
         task.add_done_callback(partial(_over, ended))
     port = await server.start(config.host, config.port, serving=False)

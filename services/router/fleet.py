@@ -39,7 +39,7 @@ class Member:
     queue moves it further; so a burst does not herd before load reports arrive, and nothing has to be taken back.
 
     `num_unreported` sequences were placed and are in no report yet; of `num_arrived` more the time is not up, but a
-    report says that they came."""
+    report says that they came. Nothing is placed on one that is `doubted`."""
 
     registration: Registration
     card: ModelCard
@@ -48,6 +48,7 @@ class Member:
     num_unreported: int = 0
     num_arrived: int = 0
     last_placed: int = 0
+    doubted: bool = False
 
 
 class Roster:
@@ -67,7 +68,8 @@ class Roster:
 
     def changed(self, member: Member, num_decoding: int) -> None:
         """A member's clock and order have changed, and it has so many sequences more."""
-        row = self.row_of[member.registration.name, member.registration.epoch]
+        if (row := self.row_of.get((member.registration.name, member.registration.epoch))) is None:
+            return  # it is doubted
         self.busy_until[row], self.last_placed[row] = member.busy_until, member.last_placed
         self.num_decoding[row] += num_decoding
 
@@ -135,11 +137,14 @@ class Fleet:
             self.roster(model)  # here, lest the next request waits for it
         self._models |= {member.card.model for member in members.values()}
         if changed:
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self._announce()
+
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def changed(self, timeout_s: float) -> None:
-        """Wait until workers come, go or begin to drain, or for the time given."""
+        """Wait until workers come, go, begin to drain or are trusted again, or for the time given."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
@@ -173,13 +178,36 @@ class Fleet:
         """Name and epoch of every worker."""
         return list(self._incarnations)
 
+    def address(self, worker: Incarnation) -> str | None:
+        """host:port of a worker's gRPC server; None if it has gone."""
+        member = self._incarnations.get(worker)
+        return member.registration.address if member else None
+
+    def doubt(self, worker: Incarnation) -> bool:
+        """Place nothing on a worker until it is trusted again; False if it has gone or is doubted already."""
+        return self._believe(worker, doubted=True)
+
+    def trust(self, worker: Incarnation) -> bool:
+        """Place requests on a worker again; False if it has gone or was not doubted."""
+        return self._believe(worker, doubted=False)
+
+    def _believe(self, worker: Incarnation, *, doubted: bool) -> bool:
+        member = self._incarnations.get(worker)
+        if member is None or member.doubted is doubted:
+            return False
+        member.doubted = doubted
+        self._rosters.pop(member.card.model, None)
+        self._announce()
+        return True
+
     def knows(self, model: str) -> bool:
         """Whether any worker ever served this model; nobody can tell before the first worker came."""
         return model in self._models or not self._models
 
     def members(self, model: str) -> list[Member]:
-        """Workers of a model, by role and name."""
-        return [member for _, member in sorted(self._members.items()) if member.card.model == model]
+        """Workers of a model that may be asked, by role and name."""
+        members = (member for _, member in sorted(self._members.items()) if not member.doubted)
+        return [member for member in members if member.card.model == model]
 
     def roster(self, model: str) -> Roster:
         """Workers of a model, by role and name, with what they last reported."""

@@ -9,6 +9,7 @@ from protos.forebay.v1 import decode_pb2, kv_pb2, router_pb2, router_pb2_grpc
 from services.router import policy
 from services.router.admission import Admission
 from services.router.candidate import Candidate, Query, Weights, Worker
+from services.router.doubts import Doubts
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
 from services.router.placements import Placements
@@ -31,12 +32,13 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         fleet: Fleet,
         mirror: Mirror,
         placements: Placements,
+        doubts: Doubts,
         admission: Admission,
         weights: Weights,
         telemetry: Telemetry,
         no_worker_wait_ms: int = 0,
     ) -> None:
-        self._fleet, self._mirror, self._placements = fleet, mirror, placements
+        self._fleet, self._mirror, self._placements, self._doubts = fleet, mirror, placements, doubts
         self._admission, self._weights = admission, weights
         self._no_worker_wait_s = no_worker_wait_ms / 1000
         self._routes = telemetry.meter.create_counter("forebay_routes", description="Routes by outcome")
@@ -49,6 +51,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         outcome = "ok"
         try:
             query = parse(request)
+            self._doubts.hear(request.lost)
             if request.HasField("withdrawn"):
                 await self._admission.give_back(query.request_id, query.model, request.withdrawn)
             chosen = await self._admission.place(

@@ -53,7 +53,8 @@ class EngineRequest:
 
     `output_token_ids` were emitted before (by another worker): they are computed like the prompt, are not emitted
     again, and count for max_tokens, min_tokens and penalties. `draft_token_ids` may follow them; nobody has verified
-    that. With `prefill_only` the sequence ends after one more token.
+    that. With `prefill_only` the sequence ends after one more token. A `resumed` one goes on after a fault elsewhere:
+    its client waits amid an answer.
     """
 
     request_id: str
@@ -64,6 +65,7 @@ class EngineRequest:
     prefill_only: bool = False
     priority: int = 0
     draft_token_ids: tuple[int, ...] = ()
+    resumed: bool = False
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -30,8 +30,8 @@ from shared.errors import Internal, InvalidRequest
 
 log = logging.getLogger(__name__)
 
-# A request of the next higher priority counts as one that came so much earlier. Ranks are therefore fixed, and nobody,
-# however low, waits for ever.
+# A request of the next higher priority counts as one that came so much earlier; one that is resumed, too. Ranks are
+# therefore fixed, and nobody, however low, waits for ever.
 PRIORITY_S = 10.0
 MAX_PRIORITY = 100
 
@@ -74,7 +74,7 @@ class Engine:
         `pages.num_tokens` tokens are already computed. Raises InvalidRequest or ContextTooLong, and then leaves `pages`
         with the caller."""
         require_runnable(request, self.spec)
-        priority = max(-MAX_PRIORITY, min(request.priority, MAX_PRIORITY))
+        priority = max(-MAX_PRIORITY, min(request.priority, MAX_PRIORITY)) + request.resumed
         rank = (self._clock() - priority * PRIORITY_S, next(self._numbers))
         sequence = Sequence(request, self._limits, rank, PageTable())
         with self._lock:

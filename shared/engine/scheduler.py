@@ -44,6 +44,9 @@ class Scheduler:
     wait to be computed again, mostly from the cache. Prefill-only sequences never grow, and never lose pages while they
     run.
 
+    Prompts of resumed sequences, whose clients wait amid an answer, go before all others, also before those that have
+    begun, and their steps are not filled up with others, which would only make them longer.
+
     Nobody starves: ranks are fixed at arrival, the head of the queue is never overtaken by those who need pages, and of
     those who run, the first by rank always makes progress.
 
@@ -146,7 +149,17 @@ class Scheduler:
         return min(num_drafts, len(table.page_ids) * self._kv.page_size - sequence.length)
 
     def _prompts(self) -> Iterator[Sequence]:
-        yield from [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        """Prompts that may have a part in the step, in order; the resumed ones alone if there are any."""
+        begun = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        resumed = [sequence for sequence in begun if sequence.request.resumed]
+        yield from resumed
+        is_full = bool(resumed)
+        while self.waiting and self.waiting[0].request.resumed and (sequence := self._start_next()):
+            yield sequence
+            is_full = True
+        if is_full:
+            return
+        yield from begun
         while sequence := self._start_next():
             yield sequence
 

@@ -49,6 +49,7 @@ def engine_request(
         prefill_only=prefill_only,
         priority=message.priority,
         draft_token_ids=tuple(drafts),
+        resumed=bool(message.output_token_ids),
     )
 
 

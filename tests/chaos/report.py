@@ -108,6 +108,12 @@ class Report:
             "workers given up without a fault": len(self.failovers_without_a_fault()),
             "stall, decode worker killed, beyond recomputing": _spread(map(_seconds, self.stalls_after(KILL))),
             "the same with recomputing": _spread(stall.gap_s for stall in self.stalls_after(KILL)),
+            "the same beyond recomputing all streams of that worker": _spread(
+                stall.beyond_all_s for stall in self.stalls_after(KILL)
+            ),
+            "the pause behind the first chunk from the next worker": _spread(
+                stall.next_s for stall in self.stalls_after(KILL)
+            ),
             f"stall, decode worker stopped for {LONG_STOP_S:.0f} s or longer": _spread(
                 stall.gap_s for stall in self.stalls_after(STOP)
             ),
@@ -138,7 +144,9 @@ class Report:
         lines += ["", f"longest of {len(found)}, in ms:"]
         for stall, parts in sorted(found, key=lambda each: -each[0].beyond_s)[:num_worst]:
             each = ", ".join(f"{name} {seconds * 1000:.0f}" for name, seconds in parts.items())
-            lines.append(f"- {stall.beyond_s * 1000:.0f} of {stall.gap_s * 1000:.0f} ({stall.request}): {each}")
+            took = f"recomputing {stall.recompute_s * 1000:.0f}, of other streams {stall.others_s * 1000:.0f}"
+            whole = f"{stall.beyond_s * 1000:.0f} of {stall.gap_s * 1000:.0f}"
+            lines.append(f"- {whole} ({stall.request}-{stall.choice}; {took}): {each}")
         return "\n".join(lines)
 
     @property

@@ -11,12 +11,19 @@ from typing import IO, Any
 
 @dataclass(frozen=True)
 class Placed:
-    """A gateway's word that a choice of a request went to a worker, at a unix time."""
+    """A gateway's word that a choice of a request went to a worker, at a unix time, and who was to compute its prompt
+    if not that worker."""
 
     request: str
     choice: int
     decode: str
     at: float
+    prefill: str = ""
+
+    @property
+    def computing(self) -> str:
+        """Who was to compute the prompt."""
+        return self.prefill or self.decode
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,11 @@ class TookOver:
     num_tokens: int
     num_cached: int
 
+    @property
+    def num_computed(self) -> int:
+        """Tokens that were computed before the first one could be chosen."""
+        return self.num_tokens - self.num_cached
+
 
 @dataclass(frozen=True)
 class Served:
@@ -84,7 +96,7 @@ class Sayings:
         if "fault" in line:
             self.suspected.append(Suspected(request, int(choice), line["decode"], line["fault"], at))
         elif line["message"] == "placed":
-            self.placed.append(Placed(request, int(choice), line["decode"], at))
+            self.placed.append(Placed(request, int(choice), line["decode"], at, line["prefill"]))
         elif line["message"] == "goes on":
             self.went_on.append(WentOn(request, int(choice), line["decode"], at))
         elif line["message"] == "took over":

@@ -1,7 +1,7 @@
 """How long clients waited when the decode worker behind their stream was hit: from what they saw and processes said."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,6 +11,8 @@ from tests.chaos.sayings import Placed, Sayings, TookOver
 
 # What was hit this long before may still be on its way back.
 BEFORE_S = 1.0
+# Logs cut times off below a millisecond, and those of one step are written one after the other.
+LOG_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,10 @@ class Stall:
     """The longest gap between chunks that a fault can have caused, from when to when (unix times).
 
     `recompute_s` is the time that computing takes what the next worker had to compute of the sequence: nothing that it
-    found in a cache or fetched, and nothing of other sequences. `alone` says that nothing else was stopped or killed
-    while it lasted, `elsewhere` that another decode worker served all the while.
+    found in a cache or fetched, and nothing of other sequences. `others_s` is what other streams of the lost worker
+    took of whoever computed this one, before its turn was over. `next_s` is the pause behind the first chunk from
+    there. `alone` says that nothing else was stopped or killed while it lasted, `elsewhere` that another decode worker
+    served all the while.
     """
 
     fault: Done
@@ -30,6 +34,8 @@ class Stall:
     recompute_s: float
     alone: bool
     elsewhere: bool
+    others_s: float = 0.0
+    next_s: float = 0.0
 
     @property
     def gap_s(self) -> float:
@@ -38,6 +44,11 @@ class Stall:
     @property
     def beyond_s(self) -> float:
         return max(0.0, self.gap_s - self.recompute_s)
+
+    @property
+    def beyond_all_s(self) -> float:
+        """Beyond what had to be computed of all streams of the lost worker."""
+        return max(0.0, self.beyond_s - self.others_s)
 
 
 def stalls(
@@ -55,9 +66,14 @@ def stalls(
             for fault in hits:
                 if gap := _gap(fault, mine, output, answer.ended):
                     alone = not any(f is not fault and f.at < gap[1] and f.until > gap[0] - BEFORE_S for f in faults)
-                    num_tokens = _num_computed(answer.ask.name, index, gap, said.took_over)
+                    mine_s, others_s = (
+                        num_tokens * prefill_s_per_token
+                        for num_tokens in _num_computed((answer.ask.name, index), gap, placements, said.took_over)
+                    )
+                    next_s = next((at - gap[1] for at in output.arrivals if at > gap[1]), 0.0)
                     elsewhere = away.leaves_some(fault.name, *gap)
-                    yield Stall(fault, answer.ask.name, index, *gap, num_tokens * prefill_s_per_token, alone, elsewhere)
+                    where = (fault, answer.ask.name, index)
+                    yield Stall(*where, *gap, mine_s, alone, elsewhere, others_s, next_s)
 
 
 def _gap(fault: Done, placed: Sequence[Placed], output: Output, ended: float) -> tuple[float, float] | None:
@@ -76,10 +92,30 @@ def _gap(fault: Done, placed: Sequence[Placed], output: Output, ended: float) ->
     return max(gaps, key=lambda gap: gap[1] - gap[0], default=None)
 
 
-def _num_computed(request: str, choice: int, gap: tuple[float, float], took_over: Sequence[TookOver]) -> int:
-    """Tokens that whoever went on had to compute; 0 if it did not say."""
-    theirs = (t for t in took_over if (t.request, t.choice) == (request, choice) and gap[0] <= t.at <= gap[1])
-    return next((t.num_tokens - t.num_cached for t in theirs), 0)
+def _num_computed(
+    stream: tuple[str, int],
+    gap: tuple[float, float],
+    placements: Mapping[tuple[str, int], Sequence[Placed]],
+    took_over: Sequence[TookOver],
+) -> tuple[int, int]:
+    """Tokens that whoever went on had to compute, 0 if it did not say; and those of other streams that were resumed
+    where this one was computed, came before it had its first token, and had theirs no later."""
+    meanwhile = [took for took in took_over if gap[0] <= took.at <= gap[1]]
+    mine = next((took for took in meanwhile if (took.request, took.choice) == stream), None)
+    if mine is None:
+        return 0, 0
+    where, began = _computing(mine, placements), mine.at - mine.first_s
+    num_others = sum(
+        took.num_computed
+        for took in meanwhile
+        if took is not mine and began < took.at <= mine.at + LOG_S and _computing(took, placements) == where
+    )
+    return mine.num_computed, num_others
+
+
+def _computing(took: TookOver, placements: Mapping[tuple[str, int], Sequence[Placed]]) -> str:
+    before = [place for place in placements[took.request, took.choice] if place.at <= took.at + LOG_S]
+    return before[-1].computing if before else took.decode
 
 
 class _Away:

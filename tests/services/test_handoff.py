@@ -107,6 +107,20 @@ async def test_a_prefix_is_pulled_from_the_peer_that_has_it(world: Fleet) -> Non
         await running.idle()
 
 
+async def test_a_short_prefix_is_computed_rather_than_waiting_for_a_first_connection(world: Fleet) -> None:
+    expected = await alone(world, PROMPT)
+    q, d = await world.start("q"), await world.start("d", connect_ms=1e6)
+    await generate(world, request(PROMPT, q))
+    first = await generate(world, request(PROMPT[:60], d, None, q))
+    assert (first.usage.num_cached_transferred, first.usage.num_cached_local) == (0, 0)
+    await d.worker.puller.source(q.ref)  # begun meanwhile
+    second = await generate(world, request(PROMPT, d, None, q))
+    assert second.tokens == expected
+    assert second.usage.num_cached_transferred == 100 - 60
+    for running in (q, d):
+        await running.idle()
+
+
 async def test_a_continued_request_emits_only_what_is_new(world: Fleet) -> None:
     expected = await alone(world, PROMPT)
     p, d = await world.start("p"), await world.start("d")

@@ -210,8 +210,9 @@ class Fleet:
         model: SimModel = MODEL,
         checksums: bool = False,
         speculation: Speculation | None = None,
+        connect_ms: float = 0.0,
     ) -> Running:
-        """A worker called `name`."""
+        """A worker called `name`. It waits for connections to peers, unless told that they take long."""
         gate, clock = Gate(), Clock()
         # A clock that stands still: a step of which the computation alone took its time would not sleep, nor be held.
         executor = SimExecutor(model, num_pages, sleep=gate, clock=lambda: 0.0)
@@ -224,7 +225,7 @@ class Fleet:
         measures, channels = Measures(self.telemetry.meter, engine), rpc.Channels()
         pools = Pools([Member(transport, own_pool(transport, engine.memory, engine.spec.layout))])
         kv_servicer = TamperedKv(identity, engine, pools, checksums=checksums)
-        puller = Puller(channels, pools, engine, measures)
+        puller = Puller(channels, pools, engine, measures, connect_ms)
         worker = Worker(identity, Admission(), engine, loop, kv_servicer, puller, channels, measures)
         server = rpc.Server(self.telemetry, SERVICES)
         kv_pb2_grpc.add_KvServiceServicer_to_server(kv_servicer, server.grpc)

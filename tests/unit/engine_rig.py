@@ -72,7 +72,7 @@ class Rig:
 
 
 def request(name: str, num_tokens: int = 20, **fields: Any) -> EngineRequest:
-    names = ("output_token_ids", "draft_token_ids", "prefill_only", "priority")
+    names = ("output_token_ids", "draft_token_ids", "prefill_only", "priority", "resumed")
     own = {field: fields.pop(field) for field in names if field in fields}
     prompt = tuple(3 + (sum(map(ord, name)) + index) % 400 for index in range(num_tokens))
     return EngineRequest(name, prompt, SamplingParams(**{"max_tokens": 4, "ignore_eos": True} | fields), **own)

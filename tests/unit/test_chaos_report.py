@@ -134,6 +134,21 @@ def test_a_stall_for_which_no_other_decode_worker_was_there_is_counted_apart(
     assert [s for alone in (True, False) for s in found.stalls_after(KILL, alone=alone)] == [stall] * elsewhere
 
 
+def test_what_other_streams_of_the_lost_worker_took_is_told_apart_and_not_taken_off() -> None:
+    output = replace(TWIN, arrivals=[9.5, 9.99, 10.4, 10.47])
+    took = SAID.took_over[0]
+    others = [
+        (Placed("before", 0, "decode-1", 10.1), replace(took, request="before", at=10.3)),
+        (Placed("behind", 0, "decode-1", 10.1), replace(took, request="behind", at=10.39)),
+        (Placed("there", 0, "decode-1", 10.1, "prefill-0"), replace(took, request="there", at=10.3)),
+        (Placed("over", 0, "decode-1", 10.0), replace(took, request="over", at=10.11)),
+    ]
+    said = replace(SAID, placed=[*SAID.placed, *(o[0] for o in others)], took_over=[took, *(o[1] for o in others)])
+    (stall,) = stalls([answer(output)], [KILLED], said, prefill_s_per_token=0.01)
+    assert [round(s, 3) for s in (stall.gap_s, stall.beyond_s, stall.beyond_all_s)] == [0.41, 0.35, 0.29]
+    assert round(stall.next_s, 3) == 0.07
+
+
 def test_the_phases_of_a_stall_add_up_to_it() -> None:
     output = replace(TWIN, arrivals=[9.5, 9.99, 10.4])
     (stall,) = stalls([answer(output)], [KILLED], SAID, 0.0)

@@ -53,6 +53,27 @@ def test_a_higher_priority_goes_first() -> None:
     assert order_of_ends(rig.finish()) == ["running", "high", "usual", "low"]
 
 
+def test_a_resumed_prompt_goes_before_those_that_have_begun_and_its_step_is_not_filled_up(rig: Rig) -> None:
+    rig.submit("begun", 100)
+    rig.engine.step()
+    rig.submit("fresh", 30)
+    rig.submit("resumed", 20, resumed=True)
+    rig.submit("another", 5, resumed=True)
+    for _ in range(2):
+        rig.engine.step()
+    assert rig.batches[1:] == [
+        {"resumed": 20, "another": 5},
+        {"resumed": 1, "another": 1, "begun": 36, "fresh": 26},
+    ]
+
+
+def test_a_long_resumed_prompt_takes_whole_steps_and_others_follow(rig: Rig) -> None:
+    rig.submit("fresh", 30)
+    rig.submit("resumed", 100, resumed=True)
+    rig.finish()
+    assert rig.batches[:3] == [{"resumed": 64}, {"resumed": 36}, {"resumed": 1, "fresh": 30}]
+
+
 def test_a_low_priority_is_not_starved_by_those_that_come_much_later() -> None:
     rig = Rig(max_num_sequences=1)
     rig.submit("low", priority=-1)

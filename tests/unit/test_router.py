@@ -10,10 +10,11 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from redis.asyncio import Redis
 
-from protos.forebay.v1 import router_pb2, router_pb2_grpc
+from protos.forebay.v1 import kv_pb2, router_pb2, router_pb2_grpc
 from services.router.__main__ import SERVICE
 from services.router.admission import Admission, Limits
 from services.router.candidate import Weights
+from services.router.doubts import Doubts
 from services.router.fleet import Fleet
 from services.router.mirror import Mirror
 from services.router.mirror_feed import MirrorFeed
@@ -64,15 +65,17 @@ class Router:
         self.feed = MirrorFeed(self.board.index, self.fleet, self.mirror)
         self.admission = Admission(self.board.admission, name, limits, self.telemetry.meter)
         self.placements = Placements(self.fleet, self.board.placements, name)
+        self.doubts = Doubts(self.fleet)
         self.servicer = RouterServicer(
-            self.fleet, self.mirror, self.placements, self.admission, WEIGHTS, self.telemetry, no_worker_wait_ms
+            *(self.fleet, self.mirror, self.placements, self.doubts, self.admission),
+            *(WEIGHTS, self.telemetry, no_worker_wait_ms),
         )
         router_pb2_grpc.add_RouterServiceServicer_to_server(self.servicer, self.server.grpc)
         self.channels = rpc.Channels()
 
     async def start(self) -> int:
         """The port."""
-        running = (self.fleet.run(), self.feed.run(), self.placements.run(), self.admission.run())
+        running = (each.run() for each in (self.fleet, self.feed, self.placements, self.doubts, self.admission))
         self.watching = [asyncio.create_task(each) for each in running]
         port = await self.server.start("127.0.0.1", 0)
         self.channel = self.channels.to(f"127.0.0.1:{port}")
@@ -179,6 +182,14 @@ async def test_a_draining_worker_gets_nothing_more(router: Router) -> None:
     await router.until(lambda _: any(member.registration.draining for member in router.fleet.members("m")))
     for number in range(10):
         assert (await router.route(page_hashes=bytes([number]) * 16)).placement.decode.worker_id == "d2"
+
+
+async def test_a_worker_that_one_gateway_lost_gets_nothing_more_from_anybody(router: Router) -> None:
+    await router.fleet_of("d1", "d2")
+    lost = [kv_pb2.WorkerRef(worker_id="d1", epoch=1)]
+    for number in range(10):
+        placed = await router.route(page_hashes=bytes([number]) * 16, lost=[] if number else lost)
+        assert placed.placement.decode.worker_id == "d2"
 
 
 async def test_the_view_is_kept_while_redis_is_away_and_rebuilt_when_it_is_back(valkey: ValkeyProcess) -> None:

@@ -102,6 +102,22 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
     world.telemetry.close()
 
 
+async def test_channels_to_processes_that_are_gone_are_forgotten_and_those_in_use_are_not(world: World) -> None:
+    now = 0.0
+    channels = rpc.Channels(clock=lambda: now)
+    stub: Any = channels.stub(decode_pb2_grpc.DecodeServiceStub, world.address)
+    async with aclosing(rpc.stream(stub.Generate, decode_pb2.GenerateRequest(request_id="long"))) as responses:
+        await anext(responses)
+        channels.to("127.0.0.1:1")
+        now = rpc.UNUSED_S + 1
+        channels.to("127.0.0.1:2")
+        assert channels.addresses == [world.address, "127.0.0.1:2"]
+        assert channels.stub(decode_pb2_grpc.DecodeServiceStub, world.address) is stub
+        assert not world.decode.cancelled.is_set()
+    await channels.close()
+    assert not channels.addresses
+
+
 async def test_a_fault_arrives_as_the_fault_that_was_raised(world: World) -> None:
     with pytest.raises(Overloaded) as caught:
         await world.acquire("fault")

@@ -190,7 +190,9 @@ class TokenChunk(google.protobuf.message.Message):
 
     @property
     def usage(self) -> global___Usage:
-        """Token counts so far, with the first tokens of DecodeService.Generate: who ends a request early knows them too."""
+        """Token counts so far, with the first tokens of DecodeService.Generate and with those behind which drafts were verified:
+        who ends a request early, or goes on with it elsewhere, knows them too.
+        """
 
     def __init__(
         self,

@@ -23,31 +23,32 @@ _sym_db = _symbol_database.Default()
 
 
 from protos.forebay.v1 import decode_pb2 as forebay_dot_v1_dot_decode__pb2
+from protos.forebay.v1 import kv_pb2 as forebay_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66orebay/v1/router.proto\x12\nforebay.v1\x1a\x17\x66orebay/v1/decode.proto\"\xef\x01\n\x0cRouteRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0bpage_hashes\x18\x03 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x1b\n\x13\x65xcluded_worker_ids\x18\x08 \x03(\t\x12\x0f\n\x07resumed\x18\t \x01(\x08\x12(\n\twithdrawn\x18\n \x01(\x0b\x32\x15.forebay.v1.Placement\"T\n\rRouteResponse\x12(\n\tplacement\x18\x01 \x01(\x0b\x32\x15.forebay.v1.Placement\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\"^\n\x0fWithdrawRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12(\n\tplacement\x18\x03 \x01(\x0b\x32\x15.forebay.v1.Placement\"\x12\n\x10WithdrawResponse\";\n\x0e\x45xplainRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.forebay.v1.RouteRequest\")\n\x08\x43ostTerm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ost_ms\x18\x02 \x01(\x01\"\x99\x01\n\tCandidate\x12(\n\tplacement\x18\x01 \x01(\x0b\x32\x15.forebay.v1.Placement\x12#\n\x05terms\x18\x02 \x03(\x0b\x32\x14.forebay.v1.CostTerm\x12\x0f\n\x07\x63ost_ms\x18\x03 \x01(\x01\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x11\n\trejection\x18\x05 \x01(\t\"a\n\x0f\x45xplainResponse\x12)\n\ncandidates\x18\x01 \x03(\x0b\x32\x15.forebay.v1.Candidate\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x12\n\nnum_queued\x18\x03 \x01(\r2\xd8\x01\n\rRouterService\x12<\n\x05Route\x12\x18.forebay.v1.RouteRequest\x1a\x19.forebay.v1.RouteResponse\x12\x42\n\x07\x45xplain\x12\x1a.forebay.v1.ExplainRequest\x1a\x1b.forebay.v1.ExplainResponse\x12\x45\n\x08Withdraw\x12\x1b.forebay.v1.WithdrawRequest\x1a\x1c.forebay.v1.WithdrawResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66orebay/v1/router.proto\x12\nforebay.v1\x1a\x17\x66orebay/v1/decode.proto\x1a\x13\x66orebay/v1/kv.proto\"\x94\x02\n\x0cRouteRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0bpage_hashes\x18\x03 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x1b\n\x13\x65xcluded_worker_ids\x18\x08 \x03(\t\x12\x0f\n\x07resumed\x18\t \x01(\x08\x12(\n\twithdrawn\x18\n \x01(\x0b\x32\x15.forebay.v1.Placement\x12#\n\x04lost\x18\x0b \x03(\x0b\x32\x15.forebay.v1.WorkerRef\"T\n\rRouteResponse\x12(\n\tplacement\x18\x01 \x01(\x0b\x32\x15.forebay.v1.Placement\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\"^\n\x0fWithdrawRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12(\n\tplacement\x18\x03 \x01(\x0b\x32\x15.forebay.v1.Placement\"\x12\n\x10WithdrawResponse\";\n\x0e\x45xplainRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.forebay.v1.RouteRequest\")\n\x08\x43ostTerm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ost_ms\x18\x02 \x01(\x01\"\x99\x01\n\tCandidate\x12(\n\tplacement\x18\x01 \x01(\x0b\x32\x15.forebay.v1.Placement\x12#\n\x05terms\x18\x02 \x03(\x0b\x32\x14.forebay.v1.CostTerm\x12\x0f\n\x07\x63ost_ms\x18\x03 \x01(\x01\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x11\n\trejection\x18\x05 \x01(\t\"a\n\x0f\x45xplainResponse\x12)\n\ncandidates\x18\x01 \x03(\x0b\x32\x15.forebay.v1.Candidate\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x12\n\nnum_queued\x18\x03 \x01(\r2\xd8\x01\n\rRouterService\x12<\n\x05Route\x12\x18.forebay.v1.RouteRequest\x1a\x19.forebay.v1.RouteResponse\x12\x42\n\x07\x45xplain\x12\x1a.forebay.v1.ExplainRequest\x1a\x1b.forebay.v1.ExplainResponse\x12\x45\n\x08Withdraw\x12\x1b.forebay.v1.WithdrawRequest\x1a\x1c.forebay.v1.WithdrawResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forebay.v1.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROUTEREQUEST']._serialized_start=65
-  _globals['_ROUTEREQUEST']._serialized_end=304
-  _globals['_ROUTERESPONSE']._serialized_start=306
-  _globals['_ROUTERESPONSE']._serialized_end=390
-  _globals['_WITHDRAWREQUEST']._serialized_start=392
-  _globals['_WITHDRAWREQUEST']._serialized_end=486
-  _globals['_WITHDRAWRESPONSE']._serialized_start=488
-  _globals['_WITHDRAWRESPONSE']._serialized_end=506
-  _globals['_EXPLAINREQUEST']._serialized_start=508
-  _globals['_EXPLAINREQUEST']._serialized_end=567
-  _globals['_COSTTERM']._serialized_start=569
-  _globals['_COSTTERM']._serialized_end=610
-  _globals['_CANDIDATE']._serialized_start=613
-  _globals['_CANDIDATE']._serialized_end=766
-  _globals['_EXPLAINRESPONSE']._serialized_start=768
-  _globals['_EXPLAINRESPONSE']._serialized_end=865
-  _globals['_ROUTERSERVICE']._serialized_start=868
-  _globals['_ROUTERSERVICE']._serialized_end=1084
+  _globals['_ROUTEREQUEST']._serialized_start=86
+  _globals['_ROUTEREQUEST']._serialized_end=362
+  _globals['_ROUTERESPONSE']._serialized_start=364
+  _globals['_ROUTERESPONSE']._serialized_end=448
+  _globals['_WITHDRAWREQUEST']._serialized_start=450
+  _globals['_WITHDRAWREQUEST']._serialized_end=544
+  _globals['_WITHDRAWRESPONSE']._serialized_start=546
+  _globals['_WITHDRAWRESPONSE']._serialized_end=564
+  _globals['_EXPLAINREQUEST']._serialized_start=566
+  _globals['_EXPLAINREQUEST']._serialized_end=625
+  _globals['_COSTTERM']._serialized_start=627
+  _globals['_COSTTERM']._serialized_end=668
+  _globals['_CANDIDATE']._serialized_start=671
+  _globals['_CANDIDATE']._serialized_end=824
+  _globals['_EXPLAINRESPONSE']._serialized_start=826
+  _globals['_EXPLAINRESPONSE']._serialized_end=923
+  _globals['_ROUTERSERVICE']._serialized_start=926
+  _globals['_ROUTERSERVICE']._serialized_end=1142
 # @@protoc_insertion_point(module_scope)

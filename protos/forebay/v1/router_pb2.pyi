@@ -6,6 +6,7 @@ isort:skip_file
 import builtins
 import collections.abc
 import protos.forebay.v1.decode_pb2
+import protos.forebay.v1.kv_pb2
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
@@ -29,6 +30,7 @@ class RouteRequest(google.protobuf.message.Message):
     EXCLUDED_WORKER_IDS_FIELD_NUMBER: builtins.int
     RESUMED_FIELD_NUMBER: builtins.int
     WITHDRAWN_FIELD_NUMBER: builtins.int
+    LOST_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Unique name of the request."""
     model: builtins.str
@@ -53,6 +55,12 @@ class RouteRequest(google.protobuf.message.Message):
     def withdrawn(self) -> protos.forebay.v1.decode_pb2.Placement:
         """What an earlier answer reserved for it on workers that it did not come to: that is given back first."""
 
+    @property
+    def lost(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.forebay.v1.kv_pb2.WorkerRef]:
+        """Workers to which its connection broke or was refused since its last token. The router asks them itself, and places
+        nothing on them until they answer.
+        """
+
     def __init__(
         self,
         *,
@@ -66,9 +74,10 @@ class RouteRequest(google.protobuf.message.Message):
         excluded_worker_ids: collections.abc.Iterable[builtins.str] | None = ...,
         resumed: builtins.bool = ...,
         withdrawn: protos.forebay.v1.decode_pb2.Placement | None = ...,
+        lost: collections.abc.Iterable[protos.forebay.v1.kv_pb2.WorkerRef] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["withdrawn", b"withdrawn"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["excluded_worker_ids", b"excluded_worker_ids", "max_tokens", b"max_tokens", "model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "page_hashes", b"page_hashes", "priority", b"priority", "request_id", b"request_id", "resumed", b"resumed", "tenant", b"tenant", "withdrawn", b"withdrawn"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["excluded_worker_ids", b"excluded_worker_ids", "lost", b"lost", "max_tokens", b"max_tokens", "model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "page_hashes", b"page_hashes", "priority", b"priority", "request_id", b"request_id", "resumed", b"resumed", "tenant", b"tenant", "withdrawn", b"withdrawn"]) -> None: ...
 
 global___RouteRequest = RouteRequest
 

@@ -62,6 +62,15 @@ async def test_a_request_whose_client_has_output_goes_before_all_others(world: W
     assert [request.resumed for request in world.router.requests] == [False, True]
 
 
+async def test_a_router_is_told_of_workers_that_were_lost_and_of_no_others(world: World) -> None:
+    for name in ("decode-1", "decode-2"):
+        await world.start_decode(name)
+    world.decode.script = failing(WorkerLost("gone"), tokens(40))  # type: ignore[assignment]
+    world.decodes["decode-1"].script = failing(Draining("soon gone"), tokens(41))  # type: ignore[assignment]
+    await complete(world.core)
+    assert [[ref.worker_id for ref in request.lost] for request in world.router.requests] == [[], ["decode-0"], []]
+
+
 async def test_a_worker_that_is_gone_is_replaced(world: World) -> None:
     await world.start_decode("decode-1")
     await world.stop("decode-0")

@@ -13,7 +13,7 @@ from google.protobuf import struct_pb2
 from protos.forebay.v1 import decode_pb2, gateway_pb2, gateway_pb2_grpc, generation_pb2
 from services.gateway.process import listen, model_paths
 from shared import rpc
-from shared.errors import InvalidRequest, ModelNotFound, Unsupported
+from shared.errors import InvalidRequest, ModelNotFound, Unsupported, WorkerLost
 from tests.unit.gateway.world import MODEL, Response, World, finished, served, tokens
 
 
@@ -200,6 +200,31 @@ async def test_grpc_tells_how_drafts_fared_by_position_over_all_outputs(world: W
     usage = last.finished.usage
     assert (list(usage.num_drafts_by_position), list(usage.num_accepted_by_position)) == ([6, 5, 1], [5, 2, 1])
     assert (usage.num_draft_tokens, usage.num_accepted_tokens) == (12, 8)
+
+
+async def test_grpc_counts_the_drafts_of_every_worker_that_a_request_was_on(world: World, grpc: Grpc) -> None:
+    def used(response: Response, verified: list[int]) -> Response:
+        usage = response.finished.usage if response.HasField("finished") else response.tokens.usage
+        usage.num_drafts_by_position.extend(verified)
+        usage.num_draft_tokens = usage.num_accepted_tokens = sum(verified)
+        return response
+
+    async def lost(_request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        yield used(tokens(50), [1, 1])
+        yield tokens(51)
+        yield used(tokens(52), [2, 1])
+        raise WorkerLost("gone")
+
+    async def other(_request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        yield used(tokens(53), [1])
+        yield used(finished(), [4, 4, 4])
+
+    await world.start_decode("decode-1")
+    world.decode.script, world.decodes["decode-1"].script = lost, other
+    *_, last = await grpc.complete(model=MODEL, n=1)
+    usage = last.finished.usage
+    assert list(usage.num_drafts_by_position) == [6, 5, 4]
+    assert (usage.num_draft_tokens, usage.num_accepted_tokens) == (15, 15)
 
 
 async def test_grpc_faults_have_reasons(world: World, grpc: Grpc) -> None:
