@@ -8,7 +8,7 @@ what Python, gRPC and two shared cores add is not.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from itertools import count
 from typing import cast
@@ -78,8 +78,8 @@ class VirtualCluster:
     async def running(self) -> AsyncIterator[None]:
         """Workers step and report, and the router looks, while inside."""
         self._look()
-        for worker in self._workers:
-            self._mirror.take((worker, EPOCH), 0, IndexPart(complete=True, number=0, cursor=0, hashes=b""))
+        for name in self._workers:
+            self._mirror.take((name, EPOCH), 0, IndexPart(complete=True, number=0, cursor=0, hashes=b""))
         works = [self._observe(), self._watch()]
         for number, worker in enumerate(self._workers.values()):
             works += [worker.run(), self._report(worker, number / len(self._workers)), self._write_index(worker)]
@@ -113,16 +113,17 @@ class VirtualCluster:
             await asyncio.sleep(self._config.heartbeat_ms / 1000)
 
     async def _write_index(self, worker: VirtualWorker) -> None:
-        for number in count(1):
-            while not (changes := worker.kv.drain_events()):
-                await asyncio.sleep(self._config.index_interval_ms / 1000)
-            await asyncio.sleep(INDEX_S)
-            stored, removed = (
-                page_hash.join([change.page_hash for change in changes if change.stored is wanted])
-                for wanted in (True, False)
-            )
-            self._mirror.apply([IndexEvent(worker.name, EPOCH, number, stored, removed)])
-            self._mirror.tidy()
+        numbers = count(1)
+        while True:
+            await asyncio.sleep(self._config.index_interval_ms / 1000)
+            if changes := worker.kv.drain_events():
+                await asyncio.sleep(INDEX_S)
+                stored, removed = (
+                    page_hash.join([change.page_hash for change in changes if change.stored is wanted])
+                    for wanted in (True, False)
+                )
+                self._mirror.apply([IndexEvent(worker.name, EPOCH, next(numbers), stored, removed)])
+                self._mirror.tidy()
 
     async def _watch(self) -> None:
         while True:
@@ -204,7 +205,7 @@ class VirtualCluster:
         answer.num_reported = len(tokens)
         return Reply(answer, tuple(tokens))
 
-    async def _generate(self, job: Job, chosen: Candidate, answer: Answer):  # type: ignore[no-untyped-def]
+    async def _generate(self, job: Job, chosen: Candidate, answer: Answer) -> AsyncGenerator[int, None]:
         decode, prefill = (self._workers[name] if name else None for name in chosen.names)
         source = self._workers[chosen.source.name] if chosen.source else None
         assert decode is not None
@@ -212,23 +213,21 @@ class VirtualCluster:
         started = now_s()
         with decode.stay(job, 0 if prefill else len(job.tokens), job.num_output) as stay:
             table = await decode.reserve(job, stay)
-            num_cached_here = table.num_tokens
             request = job.engine_request()
             if prefill:
                 first, answer.num_cached = await self._prefill(job, prefill, source, chosen.expected_ms)
                 yield first
-                last = min(len(job.tokens) - num_cached_here, self._config.max_step_tokens)
                 await asyncio.sleep(PEER_S)
-                await decode.read(last)
+                await decode.read(min(len(job.tokens) - table.num_tokens, self._config.max_step_tokens))
                 table.num_tokens = len(job.tokens)
                 request = job.engine_request(first)
             elif source:
                 await decode.pull(source, job, table)
             async with aclosing(decode.generate(request, table)) as generated:
-                is_first = not prefill
+                awaits_first = not prefill
                 async for token, sequence in generated:
-                    if is_first:
-                        is_first = False
+                    if awaits_first:
+                        awaits_first = False
                         stay.computed()
                         decode.rates.computed(chosen.expected_ms, (now_s() - started) * 1000)
                         answer.num_cached = sequence.num_cached_tokens

@@ -42,5 +42,3 @@ def run(work: Coroutine[Any, Any, Result]) -> Result:
 def now_s() -> float:
     """The running loop's time."""
     return asyncio.get_running_loop().time()
-
-

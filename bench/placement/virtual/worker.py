@@ -6,7 +6,8 @@ and ends within one call, and a call takes no virtual time.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Sequence as Series
+from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Sequence as Series
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -28,7 +29,7 @@ from shared.worker.measures import MAX_RATIO, PROMPT_MEMORY_MS
 MODEL, EPOCH = "sim", 1
 STEPS_QUEUED = 16
 # Calls between two workers on one host, and what NIXL reads there.
-PEER_S, READ_BYTES_PER_S = 0.006, 1e9
+PEER_S, READ_BYTES_PER_S = 0.005, 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +176,7 @@ class VirtualWorker:
         await asyncio.sleep(num_bytes / READ_BYTES_PER_S)
         self.rates.byte.add(num_bytes / READ_BYTES_PER_S * 1000, num_bytes)
 
-    async def generate(
-        self, request: EngineRequest, table: PageTable
-    ) -> AsyncGenerator[tuple[int, Sequence], None]:
+    async def generate(self, request: EngineRequest, table: PageTable) -> AsyncGenerator[tuple[int, Sequence], None]:
         """Tokens of a sequence as they are chosen. Pages of a prefill-only one are held until this is left."""
         sequence = Sequence(request, self._limits, (now_s(), next(self._numbers)), table.move())
         stream = self._streams[sequence] = asyncio.Queue()
