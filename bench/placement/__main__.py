@@ -20,7 +20,7 @@ from bench import provenance
 from bench.placement import comparisons, harness, path, streams
 from bench.placement.virtual import cluster
 
-VIRTUAL = ("agents", "trace", "splits")
+VIRTUAL = ("agents", "trace", "splits", "routers")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--duration-s", type=float, default=60.0, help="time in which conversations begin")
     made.add_argument("--requests", type=int, default=1000, help="of path, at each number of streams")
     made.add_argument("--concurrency", nargs="+", type=int, default=[16, 64, 256], help="streams of path")
-    made.add_argument("--virtual", action="store_true", help="no processes: the first three in virtual time")
+    made.add_argument("--virtual", action="store_true", help="no processes: the first four in virtual time")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, default=Path("build/placement"), help="folder for plots")
     return made

@@ -84,6 +84,13 @@ def test_a_seed_gives_the_same_run_again() -> None:
     assert len(first.sent) > 20
 
 
+def test_routers_that_share_requests_tell_each_other_and_find_nearly_as_much() -> None:
+    one, four = (run(replace(FOUR, num_routers=number), agents(SMALL)) for number in (1, 4))
+    rates = [figures(each, FOUR.total_pages).hit_rate for each in (one, four)]
+    assert one != four
+    assert rates[1] > 0.9 * rates[0]
+
+
 def test_requests_without_room_wait_their_turn() -> None:
     crowd = singles(40.0, 1.0, 128, 8, seed=1)
     found = figures(run(ALONE, crowd), ALONE.total_pages)

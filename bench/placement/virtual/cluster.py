@@ -1,4 +1,4 @@
-"""A cluster in virtual time: the router's own fleet, mirror, expectations and policy, and workers that step.
+"""A cluster in virtual time: the routers' own fleet, mirror, expectations and policy, and workers that step.
 
 Told again in a few lines is what lies between: the gateway and its calls are a constant, reports and changes of the
 prefix index come as late as they do in reality, room is promised by what workers have at the moment, and the queue is
@@ -11,33 +11,26 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from itertools import count
-from typing import cast
 
 from bench.placement.client import Reply
 from bench.placement.harness import Fleet as Shape
 from bench.placement.harness import Run, Sample, hold_all
 from bench.placement.virtual.loop import now_s
 from bench.placement.virtual.loop import run as run_virtually
-from bench.placement.virtual.worker import EPOCH, MODEL, PEER_S, Job, VirtualWorker
+from bench.placement.virtual.router import Channel, VirtualRouter
+from bench.placement.virtual.worker import MODEL, PEER_S, Job, VirtualWorker
 from bench.placement.workloads import Conversation
 from bench.serve.client import Answer
 from services.router import policy
 from services.router.candidate import Candidate, Query
 from services.router.config import RouterConfig
-from services.router.fleet import Fleet
-from services.router.mirror import Mirror
 from services.router.offer import offer
-from services.router.placements import Placements
 from shared import page_hash
 from shared.blackboard.admission import Need
-from shared.blackboard.board import Blackboard
-from shared.blackboard.index import IndexEvent, IndexPart
-from shared.blackboard.placements import PlacementBoard
 from shared.blackboard.records import Role, Room
 from shared.engine.kv.store import PageTable
 from shared.worker.config import WorkerConfig
 
-NO_BOARD, NO_PLACEMENTS = cast("Blackboard", None), cast("PlacementBoard", None)
 # From a client to a worker, and back; until a change of a worker's index is in the mirror, once it was written.
 TO_WORKER_S, BACK_S, INDEX_S = 0.008, 0.002, 0.03
 SAMPLE_S = 0.5
@@ -56,14 +49,11 @@ async def _run(shape: Shape, conversations: Sequence[Conversation]) -> Run:
 
 
 class VirtualCluster:
-    """One router, and workers."""
+    """Routers and workers."""
 
     def __init__(self, shape: Shape) -> None:
-        self._router = RouterConfig.load(shape.router_flags.split())
-        self._weights, self._mirror = self._router.weights(), Mirror(1_000_000)
-        heartbeat_ms, ttl_ms = self._router.heartbeat_ms, self._router.registration_ttl_ms
-        self._fleet = Fleet(NO_BOARD, self._weights, heartbeat_ms=heartbeat_ms, ttl_ms=ttl_ms, clock=now_s)
-        self._placements = Placements(self._fleet, NO_PLACEMENTS, "virtual", now_s)
+        config, channel = RouterConfig.load(shape.router_flags.split()), Channel()
+        self._routers = [VirtualRouter(config, f"router-{number}", channel) for number in range(shape.num_routers)]
         self._config = WorkerConfig.load(["--num-pages", str(shape.num_pages), *shape.worker_flags.split()])
         names = [(Role.PREFILL, f"prefill-{number}") for number in range(shape.num_prefill)]
         names += [(Role.DECODE, f"decode-{number}") for number in range(shape.num_decode)]
@@ -77,10 +67,10 @@ class VirtualCluster:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Workers step and report, and the router looks, while inside."""
-        self._look()
-        for name in self._workers:
-            self._mirror.take((name, EPOCH), 0, IndexPart(complete=True, number=0, cursor=0, hashes=b""))
-        works = [self._observe(), self._watch()]
+        works = [self._watch()]
+        for number, router in enumerate(self._routers, 1):
+            router.begin(self._reports.values())
+            works.append(router.run(self._reports, number / len(self._routers)))
         for number, worker in enumerate(self._workers.values()):
             works += [worker.run(), self._report(worker, number / len(self._workers)), self._write_index(worker)]
             worker.admission.on_freed = self._wake
@@ -95,16 +85,7 @@ class VirtualCluster:
             if isinstance(failed, Exception):
                 raise failed
 
-    # What the router sees ---------------------------------------------------------------------------------------------
-
-    def _look(self) -> None:
-        self._fleet.observe(self._reports.values())
-        self._mirror.track(self._fleet.incarnations())
-
-    async def _observe(self) -> None:
-        while True:
-            await asyncio.sleep(self._router.heartbeat_ms / 1000)
-            self._look()
+    # What routers see -------------------------------------------------------------------------------------------------
 
     async def _report(self, worker: VirtualWorker, phase: float) -> None:
         await asyncio.sleep(phase * self._config.heartbeat_ms / 1000)
@@ -122,8 +103,9 @@ class VirtualCluster:
                     page_hash.join([change.page_hash for change in changes if change.stored is wanted])
                     for wanted in (True, False)
                 )
-                self._mirror.apply([IndexEvent(worker.name, EPOCH, next(numbers), stored, removed)])
-                self._mirror.tidy()
+                number = next(numbers)
+                for router in self._routers:
+                    router.apply(worker.name, number, stored, removed)
 
     async def _watch(self) -> None:
         while True:
@@ -134,7 +116,8 @@ class VirtualCluster:
     # Placing ----------------------------------------------------------------------------------------------------------
 
     async def _place(self, job: Job) -> Candidate:
-        """The first placement with room, when it is the request's turn."""
+        """The first placement with room, when it is the request's turn. Requests go to routers in turns."""
+        router = self._routers[int(job.request_id) % len(self._routers)]
         page_hashes = page_hash.join(page_hash.chain(job.hash_key, job.tokens, self._config.page_size))
         query = Query(
             job.request_id, MODEL, len(job.tokens), page_hashes[: page_hash.HASH_BYTES], max_tokens=job.num_output
@@ -143,13 +126,10 @@ class VirtualCluster:
         while True:
             turn.clear()
             if not self._parked or (parked and self._parked[0] is turn):
-                roster = self._fleet.roster(MODEL)
-                stored = self._mirror.runs(page_hashes, roster.incarnations)
-                expected = self._placements.expected(roster, page_hashes, stored)
-                ranked = policy.rank(query, self._fleet.table(roster, stored, expected), self._weights)
+                ranked = router.rank(query, page_hashes)
                 if (place := self._promise(job, query, ranked)) is not None:
                     chosen = ranked[place]
-                    self._placements.record(page_hashes, chosen)
+                    router.record(page_hashes, chosen)
                     if parked:
                         self._parked.popleft()
                     self._wake()
