@@ -25,7 +25,7 @@ class Weights:
     min_sequence_share: float = 0.02
     min_stalled: float = 1.0
     load_weight: float = 1.0
-    stall_weight: float = 0.5
+    stall_weight: float = 0.2
     eviction_weight: float = 0.1
     tie_ms: float = 1.0
 

@@ -47,7 +47,7 @@ class RouterConfig(ServiceConfig):
     )
     load_weight: float = Field(1.0, ge=0, description="Weight of the sequences that share a decode worker's steps.")
     stall_weight: float = Field(
-        0.5, ge=0, description="Weight of the time for which a local prefill stalls running decodes."
+        0.2, ge=0, description="Weight of the time for which a local prefill stalls running decodes."
     )
     eviction_weight: float = Field(
         0.1, ge=0, description="Weight of the time to recompute the pages that must be evicted."

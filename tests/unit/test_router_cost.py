@@ -120,7 +120,7 @@ def test_a_prompt_is_prefilled_where_it_decodes_once_prefill_workers_are_slow_or
 
 
 def test_running_decodes_are_worth_waiting_for_a_prefill_worker() -> None:
-    busy = worker("p1", queue_ms=900)
+    busy = worker("p1", queue_ms=300)
     assert place(query(), [busy, worker("d1")], WEIGHTS).names == ("d1", "")
     assert place(query(), [busy, worker("d1", decoding=5)], WEIGHTS).names == ("d1", "p1")
 

@@ -44,7 +44,7 @@ def test_a_short_prompt_is_prefilled_on_its_decode_worker() -> None:
 
 def test_a_prompt_that_takes_no_longer_than_a_handoff_stays_where_nobody_is_held_up_by_it() -> None:
     assert where([worker("p1"), worker("d1")], query(17)) == ("d1", "")
-    assert where([worker("p1"), worker("d1")], query(50)) == ("d1", "p1")
+    assert where([worker("p1"), worker("d1")], query(100)) == ("d1", "p1")
 
 
 def test_only_the_uncached_part_counts_as_long() -> None:
@@ -52,7 +52,7 @@ def test_only_the_uncached_part_counts_as_long() -> None:
 
 
 def test_the_threshold_is_configurable() -> None:
-    fleet = [worker("p1"), worker("d1", decoding=5)]
+    fleet = [worker("p1"), worker("d1", decoding=20)]
     assert where(fleet, query(10), local_prefill_max_tokens=0) == ("d1", "p1")
     assert where(fleet, query(5_000), local_prefill_max_tokens=8_000) == ("d1", "")
 
@@ -146,7 +146,7 @@ def test_decodes_go_where_fewer_sequences_run() -> None:
 
 
 def test_a_local_prefill_avoids_the_decodes_it_would_stall() -> None:
-    busy, idle = worker("d1", decoding=4), worker("d2", decoding=0, queue_ms=60)
+    busy, idle = worker("d1", decoding=4), worker("d2", decoding=0, queue_ms=30)
     assert where([busy, idle], query(100)) == ("d2", "")
     assert where([busy, idle], query(100), load_weight=0.0) == ("d2", "")
     assert where([busy, idle], query(100), stall_weight=0.0, load_weight=0.0) == ("d1", "")
