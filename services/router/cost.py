@@ -129,7 +129,7 @@ def _bar(query: Query, table: Table, uncached: Floats, local: Floats, remote: Fl
         remote[:, ~fit.take(facts.decodes)] = np.inf
     if facts.match is not None:
         remote[~facts.match] = np.inf
-    if uncached.min() <= weights.local_prefill_max_tokens:
+    if uncached.min(initial=np.inf) <= weights.local_prefill_max_tokens:
         remote[:, uncached.take(facts.decodes) <= weights.local_prefill_max_tokens] = np.inf
     if weights.remote_prefill_min_tokens:
         long = uncached.take(facts.decodes) >= weights.remote_prefill_min_tokens
