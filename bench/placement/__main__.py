@@ -8,6 +8,8 @@
     python -m bench.placement path                  CPU and added time of gateway and router
 
 The first four use the sim engine on four workers, 60 s or so each time; prompts, answers and times come from --seed.
+With --virtual they take two seconds and give the same numbers each time: policy, scheduler and pages are the real ones,
+what processes and calls between them take is a constant (bench/placement/virtual).
 The oracle's hit rate is that of one cache as large as all workers' together, which knows the future.
 """
 
@@ -15,7 +17,10 @@ import argparse
 from pathlib import Path
 
 from bench import provenance
-from bench.placement import comparisons, path, streams
+from bench.placement import comparisons, harness, path, streams
+from bench.placement.virtual import cluster
+
+VIRTUAL = ("agents", "trace", "splits", "routers")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--duration-s", type=float, default=60.0, help="time in which conversations begin")
     made.add_argument("--requests", type=int, default=1000, help="of path, at each number of streams")
     made.add_argument("--concurrency", nargs="+", type=int, default=[16, 64, 256], help="streams of path")
+    made.add_argument("--virtual", action="store_true", help="no processes: the first four in virtual time")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, default=Path("build/placement"), help="folder for plots")
     return made
@@ -40,24 +46,31 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     made = parser()
     options = made.parse_args()
+    if options.virtual and options.what not in VIRTUAL:
+        made.error(f"in virtual time there are only {', '.join(VIRTUAL)}")
     print(provenance.banner("bench.placement"), flush=True)
+    hold = cluster.run if options.virtual else harness.run
     duration_s, seed, out = options.duration_s, options.seed, options.out
     match options.what:
         case "agents":
             load = comparisons.on_agents(options.rate, duration_s, seed)
-            comparisons.compare("agents", comparisons.with_policies(options.policies, comparisons.AGENTS), load, out)
+            comparisons.compare(
+                hold, "agents", comparisons.with_policies(options.policies, comparisons.AGENTS), load, out
+            )
         case "trace":
             if options.trace is None:
                 made.error("trace needs --trace FILE")
             load = comparisons.on_trace(options.trace, options.divide, options.speed, duration_s)
-            comparisons.compare("trace", comparisons.with_policies(options.policies, comparisons.TRACE), load, out)
+            comparisons.compare(
+                hold, "trace", comparisons.with_policies(options.policies, comparisons.TRACE), load, out
+            )
         case "routers":
             load = comparisons.on_agents(options.rate, duration_s, seed)
-            comparisons.compare("routers", comparisons.with_routers(options.routers), load, out)
+            comparisons.compare(hold, "routers", comparisons.with_routers(options.routers), load, out)
         case "splits":
             shapes = comparisons.shapes(duration_s, seed)
             for name, load in [(name, shapes[name]) for name in options.shapes]:
-                comparisons.compare(name, comparisons.with_splits(), load, out)
+                comparisons.compare(hold, name, comparisons.with_splits(), load, out)
         case "streams":
             streams.measure(streams.Load(duration_s=duration_s, seed=seed))
         case _:

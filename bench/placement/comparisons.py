@@ -1,14 +1,16 @@
 """Which fleets hold which conversations."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bench.placement import harness, report, trace
+from bench.placement import report, trace
 from bench.placement.figures import Figures, figures
-from bench.placement.harness import Fleet
+from bench.placement.harness import Fleet, Run
 from bench.placement.workloads import Agents, Conversation, agents, singles
 
+Hold = Callable[[Fleet, Sequence[Conversation]], Run]
+"""Holds conversations with a fleet: of processes, or in virtual time."""
 POLICIES = ("cost", "prefix", "least-loaded", "round-robin", "random")
 SHAPES = ("long prompts", "long answers", "agents in turns")
 NUM_WORKERS = 4
@@ -36,12 +38,14 @@ TRACE = fleet(num_pages=5_120, prefill_ms=0.6, decode_ms=10, sequence_ms=0.5)
 SPLIT = fleet(num_pages=4_096, prefill_ms=0.6, decode_ms=20, sequence_ms=0.1)
 
 
-def compare(title: str, fleets: Iterable[tuple[str, Fleet]], conversations: Sequence[Conversation], out: Path) -> None:
+def compare(
+    hold: Hold, title: str, fleets: Iterable[tuple[str, Fleet]], conversations: Sequence[Conversation], out: Path
+) -> None:
     """Run each fleet, print what it did as soon as it is known, and plot them all."""
     rows: dict[str, Figures] = {}
     print(f"\n## {title}: {len(conversations)} conversations", flush=True)
     for name, fleet in fleets:
-        rows[name] = figures(harness.run(fleet, conversations), fleet.total_pages)
+        rows[name] = figures(hold(fleet, conversations), fleet.total_pages)
         print(report.table({name: rows[name]}).splitlines()[2], flush=True)
     print(report.table(rows), flush=True)
     report.plot(rows, title, out / f"{title.replace(' ', '-').replace(',', '')}.png")

@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from bench.placement.client import Client
+from bench.placement.client import Client, Reply
 from bench.placement.workloads import Conversation
 from bench.serve.client import Answer
 from cli.background import cluster
@@ -14,6 +14,8 @@ from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Role
 from shared.errors import BlackboardLost
 
+Ask = Callable[[Sequence[int], int, str], Awaitable[Reply]]
+"""Has a prompt answered with so many tokens, for a tenant."""
 SAMPLE_S = 0.5
 
 
@@ -77,25 +79,35 @@ def run(fleet: Fleet, conversations: Sequence[Conversation]) -> Run:
 
 
 async def _hold_all(url: str, model: str, redis_url: str, conversations: Sequence[Conversation]) -> Run:
-    client, sent, samples = Client(url, model), list[Sent](), list[Sample]()
+    client, samples = Client(url, model), list[Sample]()
     await client.ask([1, 2, 3], 2)  # what is done once, at the first request
     watching = asyncio.create_task(_watch(redis_url, samples))
-    start = time.perf_counter()
-    await asyncio.gather(*(_hold(client, conversation, start, sent) for conversation in conversations))
+    sent = await hold_all(client.ask, conversations, time.perf_counter)
     watching.cancel()
     with suppress(asyncio.CancelledError):
         await watching
-    return Run(tuple(sorted(sent, key=lambda one: one.answer.sent_s)), tuple(samples))
+    return Run(tuple(sent), tuple(samples))
 
 
-async def _hold(client: Client, conversation: Conversation, start: float, sent: list[Sent]) -> None:
+async def hold_all(ask: Ask, conversations: Sequence[Conversation], clock: Callable[[], float]) -> list[Sent]:
+    """Every conversation from its start on; what was sent, in this order."""
+    start, sent = clock(), list[Sent]()
+
+    async def begin(conversation: Conversation) -> None:
+        await asyncio.sleep(start + conversation.starts_s - clock())
+        await _hold(ask, conversation, sent)
+
+    await asyncio.gather(*map(begin, conversations))
+    return sorted(sent, key=lambda one: one.answer.sent_s)
+
+
+async def _hold(ask: Ask, conversation: Conversation, sent: list[Sent]) -> None:
     """One conversation to its end, or to its first fault."""
-    await asyncio.sleep(start + conversation.starts_s - time.perf_counter())
     said: tuple[int, ...] = ()
     for turn in conversation.turns:
         await asyncio.sleep(turn.pause_s)
         said += turn.token_ids
-        reply = await client.ask(said, turn.output_tokens, conversation.tenant)
+        reply = await ask(said, turn.output_tokens, conversation.tenant)
         sent.append(Sent(conversation.tenant, said, reply.token_ids, reply.answer))
         if reply.answer.fault:
             return

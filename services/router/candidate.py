@@ -12,12 +12,12 @@ class Weights:
     """What the policy is told by configuration; each field is described in `services/router/config.py`."""
 
     policy: str = "cost"
-    local_prefill_max_tokens: int = 128
+    local_prefill_max_tokens: int = 16
     remote_prefill_min_tokens: int = 0
-    min_pull_tokens: int = 256
+    min_pull_tokens: int = 32
     chunk_tokens: int = 512
     transfer_gb_per_s: float = 1.0
-    handoff_ms: float = 3.0
+    handoff_ms: float = 5.0
     missing_page_ms: float = 20.0
     default_prefill_ms_per_token: float = 0.5
     default_decode_step_ms: float = 20.0
@@ -25,7 +25,7 @@ class Weights:
     min_sequence_share: float = 0.02
     min_stalled: float = 1.0
     load_weight: float = 1.0
-    stall_weight: float = 1.0
+    stall_weight: float = 0.2
     eviction_weight: float = 0.1
     tie_ms: float = 1.0
 

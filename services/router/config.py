@@ -20,7 +20,7 @@ class RouterConfig(ServiceConfig):
         description="How workers are chosen: by cost; the others are there to compare with.",
     )
     local_prefill_max_tokens: int = Field(
-        128, ge=0, description="A prompt with at most this many uncached tokens is prefilled on its decode worker."
+        16, ge=0, description="A prompt with at most this many uncached tokens is prefilled on its decode worker."
     )
     remote_prefill_min_tokens: int = Field(
         0,
@@ -28,11 +28,11 @@ class RouterConfig(ServiceConfig):
         description="A prompt with at least this many is not, where there is a prefill worker; 0: by cost alone.",
     )
     min_pull_tokens: int = Field(
-        256, ge=1, description="A prefix is pulled from a peer only if it is longer than ours by this many tokens."
+        32, ge=1, description="A prefix is pulled from a peer only if it is longer than ours by this many tokens."
     )
     chunk_tokens: int = Field(512, ge=1, description="Tokens of a prefill chunk, whose transfer no computation hides.")
     transfer_gb_per_s: float = Field(1.0, gt=0, description="Assumed until a worker has measured it.")
-    handoff_ms: float = Field(3.0, ge=0, description="Fixed cost of a handoff or a pull.")
+    handoff_ms: float = Field(5.0, ge=0, description="Fixed cost of a handoff or a pull.")
     missing_page_ms: float = Field(20.0, ge=0, description="Cost of each page that must be waited for.")
     default_prefill_ms_per_token: float = Field(0.5, gt=0, description="Assumed until a worker has measured it.")
     default_decode_step_ms: float = Field(20.0, gt=0, description="Assumed until a worker has measured it.")
@@ -47,7 +47,7 @@ class RouterConfig(ServiceConfig):
     )
     load_weight: float = Field(1.0, ge=0, description="Weight of the sequences that share a decode worker's steps.")
     stall_weight: float = Field(
-        1.0, ge=0, description="Weight of the time for which a local prefill stalls running decodes."
+        0.2, ge=0, description="Weight of the time for which a local prefill stalls running decodes."
     )
     eviction_weight: float = Field(
         0.1, ge=0, description="Weight of the time to recompute the pages that must be evicted."

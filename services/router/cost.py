@@ -98,8 +98,10 @@ def costs(query: Query, table: Table, weights: Weights) -> Costs:
         output = np.minimum(output, query.max_tokens)
     decode = output * facts.token_ms
     load = output * facts.sequence_ms * (weights.load_weight * running)
-    prompt_kv = _pressure(table, cached, num_tokens, weights)
-    kv = _pressure(table, cached, num_tokens + output, weights)
+    prompt_kv = kv = facts.zeros
+    if num_tokens + facts.most_output > facts.room_tokens:
+        prompt_kv = _pressure(table, cached, num_tokens, weights)
+        kv = _pressure(table, cached, num_tokens + output, weights)
     stall = np.maximum(running, weights.min_stalled) * (weights.stall_weight * computing.prefill)
     compute = computing.queue + computing.prefill + computing.pull
     generate = decode + load + kv + table.stale_ms
@@ -119,19 +121,19 @@ def _totals(alone: Floats, before: Floats, behind: Floats, transfer: Floats, fac
 
 def _bar(query: Query, table: Table, uncached: Floats, local: Floats, remote: Floats, weights: Weights) -> None:
     """Make placements that may not be infinitely dear."""
-    facts, fit = table.facts, table.fit(query)
-    if np.count_nonzero(fit) < len(fit):
+    facts = table.facts
+    if query.excluded or query.num_prompt_tokens > facts.least_max_tokens:
+        fit = table.fit(query)
         local[~fit.take(facts.decodes)] = np.inf
         remote[~fit.take(facts.prefills)] = np.inf
         remote[:, ~fit.take(facts.decodes)] = np.inf
     if facts.match is not None:
         remote[~facts.match] = np.inf
-    uncached = uncached.take(facts.decodes)
-    short = uncached <= weights.local_prefill_max_tokens
-    if np.count_nonzero(short):
-        remote[:, short] = np.inf
+    if uncached.min(initial=np.inf) <= weights.local_prefill_max_tokens:
+        remote[:, uncached.take(facts.decodes) <= weights.local_prefill_max_tokens] = np.inf
     if weights.remote_prefill_min_tokens:
-        local[(uncached >= weights.remote_prefill_min_tokens) & np.isfinite(remote).any(axis=0)] = np.inf
+        long = uncached.take(facts.decodes) >= weights.remote_prefill_min_tokens
+        local[long & np.isfinite(remote).any(axis=0)] = np.inf
 
 
 def _computing(query: Query, table: Table, cached: Floats, weights: Weights) -> Computing:
@@ -141,7 +143,7 @@ def _computing(query: Query, table: Table, cached: Floats, weights: Weights) -> 
     """
     facts, num_tokens = table.facts, float(query.num_prompt_tokens)
     alone = prefill_ms(facts, cached, num_tokens)
-    sources, longest = _longest(query, table)
+    sources, longest = _longest(query, table, cached)
     gain = longest - cached
     pulls = gain >= weights.min_pull_tokens
     if not np.count_nonzero(pulls):
@@ -162,18 +164,25 @@ def _computing(query: Query, table: Table, cached: Floats, weights: Weights) -> 
 
 def prefill_ms(facts: Facts, start: Floats, end: float) -> Floats:
     """Time to compute tokens start … end: each costs its own time, and a little for every token before it."""
-    taken: Floats = (end - start) * (facts.prefill_ms + facts.attention_ms * ((end + start) * 0.5))
+    taken: Floats = (end - start) * facts.prefill_ms
+    if facts.knows_attention:
+        taken += (end - start) * facts.attention_ms * ((end + start) * 0.5)
     return taken
 
 
-def _longest(query: Query, table: Table) -> tuple[Ints, Floats]:
-    """For each worker the peer that has most of the prompt, and how much: also one that is full or draining, but none
-    that failed the request, unless by draining."""
-    facts, stored = table.facts, table.num_stored_tokens(query)
+def _longest(query: Query, table: Table, cached: Floats) -> tuple[Ints, Floats]:
+    """For each worker the peer that has most of the prompt, and how much, or one of both for all: also one that is full
+    or draining, but none that failed the request, unless by draining."""
+    facts = table.facts
+    stored = cached if table.num_stored_pages is table.num_cached_pages else table.num_stored_tokens(query)
     if query.excluded:
+        stored = stored.copy()
         stored[[row for row in facts.rows_of(query.excluded) if not facts.drains[row]]] = -1
-    best = np.array([rows[stored.take(rows).argmax()] for rows in facts.rows_of_group], np.int64)
-    sources = best.take(facts.group)
+    if facts.num_groups == 1:
+        best: Ints = stored.argmax(axis=0, keepdims=True)
+        return best, stored.take(best)
+    bests = np.array([rows[stored.take(rows).argmax()] for rows in facts.rows_of_group], np.int64)
+    sources = bests.take(facts.group)
     return sources, stored.take(sources)
 
 

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 
-import numpy as np
-
 from services.router.candidate import Query
 from services.router.policy import Ranked
 from shared.blackboard.admission import ASSUMED_OUTPUT_TOKENS, Need, Pair
@@ -12,9 +10,10 @@ from shared.blackboard.admission import ASSUMED_OUTPUT_TOKENS, Need, Pair
 def offer(query: Query, ranked: Ranked, count: int) -> tuple[list[Need], list[Pair]]:
     """The first `count` placements in order, and what they take of the workers that they name."""
     facts = ranked.scored.table.facts
-    prefill, decode = np.divmod(ranked.numbers(count), len(facts.decodes))
-    decodes = facts.decodes.take(decode).tolist()
-    prefills, nobody = facts.prefill_of.take(prefill).tolist(), len(facts.workers)
+    decode_rows, prefill_rows, nobody = facts.decodes.tolist(), facts.prefill_of.tolist(), len(facts.workers)
+    numbers = [divmod(number, len(decode_rows)) for number in ranked.numbers(count).tolist()]
+    decodes = [decode_rows[decode] for _, decode in numbers]
+    prefills = [prefill_rows[prefill] for prefill, _ in numbers]
     rows = [row for row in dict.fromkeys((*decodes, *prefills)) if row != nobody]
     place_of: dict[int, int | None] = {nobody: None}
     place_of |= {row: place for place, row in enumerate(rows)}

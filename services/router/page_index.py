@@ -14,6 +14,7 @@ within the segment, half of them in the new one. So the table grows by one segme
 anew, and never exists twice. Address space is reserved for all it may ever hold; memory is used as rows are written.
 """
 
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -32,10 +33,13 @@ MIN_LOAD = 0.4
 # Hashes are random, so segments split at much the same time. A directory with more entries a segment than this is
 # given hashes that are none; it takes no more of those.
 MAX_DIRECTORY = 64
-# A search for the ends of prefixes looks at this many pages first, and then at all between two that differ.
+# The ends of prefixes are bisected for, a page at a time. If they are so many that this takes more probes, a search
+# looks at some pages at once, and then at all between two that differ.
+MAX_BISECTIONS = 64
 FIRST_PROBES = 48
 
-_BUCKET_BITS, _BUCKET_MASK = np.uint64(9), np.uint64(SEGMENT_BUCKETS - 1)
+SECOND_SHIFT = 9  # bits of the low word that place the first bucket; those behind it place the second
+_BUCKET_BITS, _BUCKET_MASK = np.uint64(SECOND_SHIFT), np.uint64(SEGMENT_BUCKETS - 1)
 _ONE = np.uint64(1)
 
 
@@ -65,6 +69,8 @@ class PageIndex:
         self._lows: Words = np.zeros((num_rows // BUCKET_ROWS, BUCKET_ROWS), np.uint64)
         self._highs: Words = np.zeros(num_rows, np.uint64)
         self._masks: Words = np.zeros((num_rows, num_words), np.uint64)
+        self._lows_view, self._highs_view = self._lows.reshape(-1).data, self._highs.data
+        self._look_anew()
 
     @property
     def num_bytes(self) -> int:
@@ -82,6 +88,12 @@ class PageIndex:
         num_rows = self.num_segments * SEGMENT_ROWS
         masks[:num_rows, : self.num_words] = self._masks[:num_rows]
         self._masks, self.num_words = masks, num_words
+        self._look_anew()
+
+    def _look_anew(self) -> None:
+        """Views of what was replaced, for those who take single numbers out of it."""
+        self._masks_view, self._directory_view = self._masks.reshape(-1).data, self._directory.data
+        self._shift_bits = int(self._shift)
 
     # Changes ----------------------------------------------------------------------------------------------------------
 
@@ -147,6 +159,7 @@ class PageIndex:
             return False
         if len(self._directory) == 1 << depth:
             self._directory, self._shift = np.repeat(self._directory, 2), self._shift - _ONE
+            self._look_anew()
         self._depths[segment] = depth + 1
         self._depths.append(depth + 1)
         entries = np.flatnonzero(self._directory == segment)
@@ -172,12 +185,72 @@ class PageIndex:
         """How many leading pages each slot has: [SLOTS_PER_WORD * num_words].
 
         Hashes are chained and caches drop a prefix after what continues it, so a slot that has a page has all before
-        it: pages are probed here and there first, and one by one only where some slot's run ends. A slot that lacks a
-        page in the midst counts as having it if no probe hits it.
+        it: only where some slot's run ends need pages be probed. A slot that lacks a page in the midst counts as having
+        it if no probe hits it.
         """
-        num_pages = len(keys)
-        if not num_pages:
+        if not len(keys):
             return np.zeros(self.num_words * SLOTS_PER_WORD, np.int64)
+        ends = self._few_ends(keys)
+        return self._many_runs(keys) if ends is None else self._lengths_of(ends)
+
+    def _few_ends(self, keys: Keys) -> list[tuple[int, int]] | None:
+        """After how many pages runs end, and of which slots (bits); None if they are many.
+
+        Plain integers, for most prefixes end in a few places: some 20 probes of 2 us, where one call of numpy on cold
+        arrays takes several.
+        """
+        words, last = keys.reshape(-1).data, len(keys) - 1
+        have = self._mask_of(words[0], words[1])
+        kept = have & self._mask_of(words[2 * last], words[2 * last + 1]) if have else 0
+        ends, spans, num_left = [(len(keys), kept)], [(0, have, last, kept)], MAX_BISECTIONS
+        while spans:
+            near, have, far, kept = spans.pop()
+            if have == kept:
+                continue
+            if far - near == 1:
+                ends.append((far, have & ~kept))
+                continue
+            if not num_left:
+                return None
+            num_left -= 1
+            middle = (near + far) // 2
+            between = have & self._mask_of(words[2 * middle], words[2 * middle + 1])
+            spans.append((near, have, middle, between))
+            spans.append((middle, between, far, kept & between))
+        return ends
+
+    def _mask_of(self, low: int, high: int) -> int:
+        """The slots that have one page, as `masks`, in one number."""
+        first, wanted = self._directory_view[high >> self._shift_bits] * SEGMENT_BUCKETS, low or 1
+        second = (low + (low >> SECOND_SHIFT | 1)) % SEGMENT_BUCKETS
+        for bucket in (first + low % SEGMENT_BUCKETS, first + second):
+            row = bucket * BUCKET_ROWS
+            held = self._lows_view[row : row + BUCKET_ROWS].tolist()
+            if wanted not in held:
+                continue
+            row += held.index(wanted)
+            if self._highs_view[row] != high:  # half of its hash is another page's
+                return int.from_bytes(self.masks(np.array([[low, high]], np.uint64)).tobytes(), sys.byteorder)
+            if self.num_words == 1:
+                return int(self._masks_view[row])
+            first_word = row * self.num_words
+            parts = self._masks_view[first_word : first_word + self.num_words].tolist()
+            return sum(part << SLOTS_PER_WORD * place for place, part in enumerate(parts))
+        return 0
+
+    def _lengths_of(self, ends: list[tuple[int, int]]) -> Ints:
+        """Runs [SLOTS_PER_WORD * num_words]. A slot of two ends lacks a page in the midst: the first one counts."""
+        lengths = [0] * (self.num_words * SLOTS_PER_WORD)
+        for length, slots in sorted(ends, reverse=True):
+            left = slots
+            while left:
+                bit = left & -left
+                lengths[bit.bit_length() - 1] = length
+                left ^= bit
+        return np.array(lengths, np.int64)
+
+    def _many_runs(self, keys: Keys) -> Ints:
+        num_pages = len(keys)
         step = -(-num_pages // FIRST_PROBES)
         places = np.arange(0, num_pages + step - 1, step)
         places[-1] = num_pages - 1

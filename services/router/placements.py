@@ -24,6 +24,8 @@ RETRY_S = 0.5
 LISTEN_S = 10.0
 # So many wait to be told at most; those beyond are not told.
 MAX_UNTOLD = 1_000
+Untold = tuple[Incarnation, Incarnation, float, list[bytes]]
+"""What a `Placement` says: made one when others are told, behind the answer to the request."""
 
 
 class Placements:
@@ -34,7 +36,7 @@ class Placements:
     ) -> None:
         self._fleet, self._board, self._router, self._clock = fleet, board, router, clock
         self._predictions = Predictions()
-        self._untold: list[Placement] = []
+        self._untold: list[Untold] = []
         self._any_untold = asyncio.Event()
 
     def expected(self, roster: Roster, page_hashes: bytes, num_stored_pages: Ints) -> Ints:
@@ -45,30 +47,25 @@ class Placements:
         """Remember a placement of ours."""
         if chosen.computing is None or chosen.decode is None:
             return
-        marked = marks(page_hashes)
-        placed = Placement.model_construct(
-            computing=_incarnation(chosen.computing),
-            decode=_incarnation(chosen.decode),
-            prefill_ms=dict(chosen.terms)["prefill"],
-            marks=b"".join(marked).hex(),
-        )
-        self._note(placed, marked)
+        computing, decode = _incarnation(chosen.computing), _incarnation(chosen.decode)
+        prefill_ms, marked = dict(chosen.terms)["prefill"], marks(page_hashes)
+        self._note(computing, decode, prefill_ms, marked)
         if len(self._untold) < MAX_UNTOLD:
-            self._untold.append(placed)
+            self._untold.append((computing, decode, prefill_ms, marked))
             self._any_untold.set()
 
     def hear(self, placed: Placement) -> None:
         """Remember a placement of another router."""
-        self._note(placed, split(bytes.fromhex(placed.marks)))
+        self._note(placed.computing, placed.decode, placed.prefill_ms, split(bytes.fromhex(placed.marks)))
 
-    def _note(self, placed: Placement, marked: list[bytes]) -> None:
+    def _note(self, computing: Incarnation, decode: Incarnation, prefill_ms: float, marked: list[bytes]) -> None:
         now = self._clock()
-        computed_at = self._fleet.note(placed.computing, placed.decode, placed.prefill_ms)
+        computed_at = self._fleet.note(computing, decode, prefill_ms)
         # Who computes does so in order, and will have the pages when the next prompt's turn comes; who only decodes
         # does not wait for them.
-        self._predictions.add(marked, placed.computing, now, computed_at, now)
-        if placed.decode != placed.computing:
-            self._predictions.add(marked, placed.decode, computed_at, computed_at, now)
+        self._predictions.add(marked, computing, now, computed_at, now)
+        if decode != computing:
+            self._predictions.add(marked, decode, computed_at, computed_at, now)
 
     # Between routers --------------------------------------------------------------------------------------------------
 
@@ -82,10 +79,10 @@ class Placements:
         while True:
             await self._any_untold.wait()
             await asyncio.sleep(GATHER_S)
-            placed, self._untold = self._untold, []
+            untold, self._untold = self._untold, []
             self._any_untold.clear()
             try:
-                await self._board.announce(self._router, placed)
+                await self._board.announce(self._router, [_as_told(*placed) for placed in untold])
             except BlackboardLost:
                 await asyncio.sleep(RETRY_S)
 
@@ -105,3 +102,9 @@ class Placements:
 
 def _incarnation(worker: Worker) -> Incarnation:
     return worker.registration.name, worker.registration.epoch
+
+
+def _as_told(computing: Incarnation, decode: Incarnation, prefill_ms: float, marked: list[bytes]) -> Placement:
+    return Placement.model_construct(
+        computing=computing, decode=decode, prefill_ms=prefill_ms, marks=b"".join(marked).hex()
+    )

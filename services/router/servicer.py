@@ -130,11 +130,10 @@ def parse(request: router_pb2.RouteRequest) -> Query:
         raise InvalidRequest("model is empty", param="model")
     if not request.num_prompt_tokens:
         raise InvalidRequest("num_prompt_tokens is 0", param="num_prompt_tokens")
-    num_hashes, broken = divmod(len(request.page_hashes), HASH_BYTES)
+    page_hashes = request.page_hashes  # a copy, each time
+    num_hashes, broken = divmod(len(page_hashes), HASH_BYTES)
     if broken:
-        raise InvalidRequest(
-            f"{len(request.page_hashes)} bytes are not whole page hashes of {HASH_BYTES}", param="page_hashes"
-        )
+        raise InvalidRequest(f"{len(page_hashes)} bytes are not whole page hashes of {HASH_BYTES}", param="page_hashes")
     if num_hashes > request.num_prompt_tokens:
         raise InvalidRequest(
             f"{num_hashes} page hashes for {request.num_prompt_tokens} prompt tokens", param="page_hashes"
@@ -143,7 +142,7 @@ def parse(request: router_pb2.RouteRequest) -> Query:
         request.request_id,
         request.model,
         request.num_prompt_tokens,
-        affinity=request.page_hashes[:HASH_BYTES] or request.request_id.encode(),
+        affinity=page_hashes[:HASH_BYTES] or request.request_id.encode(),
         excluded=frozenset(request.excluded_worker_ids),
         max_tokens=request.max_tokens,
     )

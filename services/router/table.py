@@ -47,6 +47,9 @@ class Facts:
         most = np.minimum(_column([card.max_model_len for card in cards]), pool_pages * self.page_size) - 1
         self.max_tokens = np.where(self.drains, -1.0, most)
         """The longest prompt that each takes now, and has pages for, its first token included."""
+        self.least_max_tokens = self.max_tokens.min(initial=np.inf)
+        self.room_tokens = float(((self.free_pages - 2) * self.page_size).min(initial=np.inf))
+        """Of so many, everybody has free pages for prompt and output: two may be partly filled."""
         measured = _column([load.prefill_ms_per_token for load in loads])
         self.has_rate: Bools = measured > 0
         """Who has measured what prompts take; of the others that is a guess."""
@@ -56,6 +59,7 @@ class Facts:
         )
         pairs = self._filled(_column([load.prefill_ms_per_pair for load in loads]), self.has_rate, 0.0)
         self.attention_ms = pairs * self.prompt_ratio
+        self.knows_attention = bool(self.attention_ms.any())
         steps = _column([load.decode_step_ms for load in loads])
         self.step_ms = self._filled(steps, steps > 0, weights.default_decode_step_ms)
         self.sequence_ms = np.maximum(
@@ -66,6 +70,7 @@ class Facts:
         rates = _column([load.transfer_bytes_per_ms or default for load in loads])
         self.read_ms = _column([card.kv_bytes_per_token for card in cards]) / rates
         self.output_tokens = _column([load.output_tokens or weights.output_tokens for load in loads])
+        self.most_output = float(self.output_tokens.max(initial=0.0))
         self.zeros, self.nobody = np.zeros(len(workers)), np.full(len(workers), NOBODY)
         for constant in (self.zeros, self.nobody):
             constant.flags.writeable = False

@@ -106,6 +106,7 @@ class Scheduler:
         one in flight nothing is planned if somebody would have to give pages for it, or has drafts: they can be
         verified once it is known what they are to follow."""
         num_freed, self._short = self._kv.num_freed(), False
+        self._start_computed()
         generating = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
         decoding = [sequence for sequence in generating if not sequence.awaits_its_last] if ahead else generating
         if ahead and not self._can_go_on(decoding):
@@ -163,6 +164,15 @@ class Scheduler:
         while sequence := self._start_next():
             yield sequence
 
+    def _start_computed(self) -> None:
+        """Those whose prompt is computed, by another worker that is, generate from now on: their clients have the first
+        token, and behind the prompts that run here they would wait for all of these. They take neither pages nor
+        places from who waits longer."""
+        if len(self.running) + len(self.waiting) <= self._max_num_sequences:
+            for sequence in [each for each in self.waiting if each.num_uncomputed == 1]:
+                if not sequence.num_pages_missing:
+                    self._start(sequence)
+
     def _start_next(self) -> Sequence | None:
         """Start the first sequence that can. Past one that lacks pages only those go that have all of theirs already:
         they take nothing from it, and give theirs back the sooner."""
@@ -170,14 +180,17 @@ class Scheduler:
             return None
         for sequence in self.waiting:
             if not sequence.num_pages_missing or (not self._short and self._acquire(sequence)):
-                self.waiting.remove(sequence)
-                insort(self.running, sequence, key=RANK)
-                if not sequence.started:
-                    self._kv.adopt(sequence.table, sequence.reusable_hashes)
-                sequence.start()
+                self._start(sequence)
                 return sequence
             self._short = True
         return None
+
+    def _start(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=RANK)
+        if not sequence.started:
+            self._kv.adopt(sequence.table, sequence.reusable_hashes)
+        sequence.start()
 
     def _grow(self, sequence: Sequence) -> bool:
         """Get a running sequence its next page, if it is at the end of its last one."""

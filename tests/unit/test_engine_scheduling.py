@@ -168,6 +168,35 @@ def test_one_that_has_all_its_pages_need_not_wait_for_one_that_lacks_some(rig: R
     assert others is not None
 
 
+def handed_over(rig: Rig, name: str) -> None:
+    """A sequence all but the last token of which was computed elsewhere."""
+    pages = rig.kv.reserve(chain(b"", request("known", 33).prompt_token_ids, 16)[:2], 3)
+    assert pages is not None
+    assert pages.num_tokens == 32
+    rig.engine.submit(replace(request("known", 33), request_id=name), pages)
+
+
+def test_who_was_computed_elsewhere_generates_beside_a_prompt_that_runs_here(rig: Rig) -> None:
+    rig.submit("known", 33)
+    rig.finish()
+    rig.submit("long", 150)
+    rig.engine.step()
+    handed_over(rig, "newcomer")
+    rig.engine.step()
+    assert rig.batches[-1] == {"newcomer": 1, "long": 63}
+
+
+def test_who_was_computed_elsewhere_takes_no_place_from_one_that_waits_longer() -> None:
+    rig = Rig(max_num_sequences=2)
+    rig.submit("known", 33)
+    rig.finish()
+    rig.submit("long", 100)
+    rig.submit("early", 20)
+    rig.engine.step()
+    handed_over(rig, "late")
+    assert order_of_ends(rig.finish()) == ["long", "early", "late"]
+
+
 def test_a_sequence_without_room_sleeps_until_pages_are_freed(rig: Rig) -> None:
     others = rig.kv.reserve([], 31)
     assert others is not None

@@ -84,6 +84,37 @@ def test_runs_are_counted_to_the_page() -> None:
         assert runs(index, pages) == lengths
 
 
+@pytest.mark.parametrize("num_slots", [2, 150])
+@pytest.mark.parametrize("num_words", [1, 3])
+def test_runs_of_few_and_of_many_are_counted_to_the_page(num_slots: int, num_words: int) -> None:
+    """Few ends are bisected for; so many as 150 slots have are found another way."""
+    chance, pages = random.Random(num_slots), hashes(1_000)
+    index = PageIndex(2_000, num_words)
+    slots = chance.sample(range(64 * num_words), min(num_slots, 64 * num_words))
+    expected = [0] * (64 * num_words)
+    for slot in slots:
+        expected[slot] = chance.choice([1, 999, 1_000, *(chance.randrange(1, 1_000) for _ in range(20))])
+        add(index, pages[: expected[slot]], slot)
+    assert runs(index, pages) == expected
+
+
+def test_runs_are_right_where_pages_share_half_of_their_hash_and_where_it_is_zero() -> None:
+    pages = [bytes(8) + bytes([number]) * 8 for number in range(6)]
+    index = PageIndex(100)
+    add(index, pages[:5], slot=1)
+    assert runs(index, pages) == [0, 5] + [0] * 62
+
+
+def test_runs_are_right_after_the_table_grew_and_was_widened() -> None:
+    pages = hashes(20_000)
+    index = PageIndex(20_000)
+    add(index, pages, slot=3)
+    index.widen(2)
+    add(index, pages[:700], slot=100)
+    found = runs(index, pages[:900])
+    assert (found[3], found[100], sum(found)) == (900, 700, 1_600)
+
+
 def test_a_run_ends_where_a_page_between_two_probes_is_missing_next_to_an_end() -> None:
     pages, index = hashes(100), PageIndex(10_000)
     add(index, pages[:50], slot=0)

@@ -120,7 +120,7 @@ def test_a_prompt_is_prefilled_where_it_decodes_once_prefill_workers_are_slow_or
 
 
 def test_running_decodes_are_worth_waiting_for_a_prefill_worker() -> None:
-    busy = worker("p1", queue_ms=1_500)
+    busy = worker("p1", queue_ms=300)
     assert place(query(), [busy, worker("d1")], WEIGHTS).names == ("d1", "")
     assert place(query(), [busy, worker("d1", decoding=5)], WEIGHTS).names == ("d1", "p1")
 
@@ -137,8 +137,9 @@ def test_a_transfer_is_hidden_by_computing_unless_it_takes_longer() -> None:
         fleet = [worker("p1"), worker("d1", load=Load(transfer_bytes_per_ms=bytes_per_ms))]
         return dict(place(query(), fleet, Weights(min_stalled=100.0)).terms)["transfer"]
 
-    assert transfer_ms(1e6) == pytest.approx(3 + 0.512)
-    assert transfer_ms(1e3) == pytest.approx(3 + 1_000 - 488 * 0.5)
+    fixed = WEIGHTS.handoff_ms
+    assert transfer_ms(1e6) == pytest.approx(fixed + 0.512)
+    assert transfer_ms(1e3) == pytest.approx(fixed + 1_000 - 488 * 0.5)
 
 
 def test_tokens_deep_in_a_prompt_take_longer() -> None:

@@ -1,7 +1,7 @@
 """The router's view of workers between two reports, with a clock that the test moves."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -158,7 +158,8 @@ def test_a_conversations_next_turn_goes_where_its_prefix_is_though_it_was_placed
     record(world.fleet, first)
     assert first.decode is not None
     world.now += 0.06
-    second = policy.place(query(110), world.table({first.decode.name: 6}), WEIGHTS)
+    alone = replace(WEIGHTS, min_pull_tokens=1_000)
+    second = policy.place(query(110), world.table({first.decode.name: 6}), alone)
     assert second.names == first.names
 
 

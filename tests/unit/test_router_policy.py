@@ -37,9 +37,14 @@ def test_a_long_prompt_is_prefilled_on_a_prefill_worker() -> None:
 
 
 def test_a_short_prompt_is_prefilled_on_its_decode_worker() -> None:
-    limit = WEIGHTS.local_prefill_max_tokens
-    assert where([worker("p1"), worker("d1")], query(limit)) == ("d1", "")
-    assert where([worker("p1"), worker("d1")], query(limit + 1)) == ("d1", "p1")
+    limit, busy = WEIGHTS.local_prefill_max_tokens, worker("d1", decoding=5)
+    assert where([worker("p1"), busy], query(limit)) == ("d1", "")
+    assert where([worker("p1"), busy], query(limit + 1)) == ("d1", "p1")
+
+
+def test_a_prompt_that_takes_no_longer_than_a_handoff_stays_where_nobody_is_held_up_by_it() -> None:
+    assert where([worker("p1"), worker("d1")], query(17)) == ("d1", "")
+    assert where([worker("p1"), worker("d1")], query(100)) == ("d1", "p1")
 
 
 def test_only_the_uncached_part_counts_as_long() -> None:
@@ -47,7 +52,7 @@ def test_only_the_uncached_part_counts_as_long() -> None:
 
 
 def test_the_threshold_is_configurable() -> None:
-    fleet = [worker("p1"), worker("d1")]
+    fleet = [worker("p1"), worker("d1", decoding=20)]
     assert where(fleet, query(10), local_prefill_max_tokens=0) == ("d1", "p1")
     assert where(fleet, query(5_000), local_prefill_max_tokens=8_000) == ("d1", "")
 
@@ -141,7 +146,7 @@ def test_decodes_go_where_fewer_sequences_run() -> None:
 
 
 def test_a_local_prefill_avoids_the_decodes_it_would_stall() -> None:
-    busy, idle = worker("d1", decoding=4), worker("d2", decoding=0, queue_ms=60)
+    busy, idle = worker("d1", decoding=4), worker("d2", decoding=0, queue_ms=30)
     assert where([busy, idle], query(100)) == ("d2", "")
     assert where([busy, idle], query(100), load_weight=0.0) == ("d2", "")
     assert where([busy, idle], query(100), stall_weight=0.0, load_weight=0.0) == ("d1", "")
@@ -207,7 +212,7 @@ def test_the_second_choice_for_the_prompt_is_the_next_cheapest_that_can_exchange
 
 def test_without_another_prefill_worker_there_is_no_second_choice() -> None:
     assert place(query(), [worker("p1"), worker("d1")], WEIGHTS).second_prefill is None
-    assert place(query(50), [worker("p1"), worker("p2"), worker("d1")], WEIGHTS).second_prefill is None
+    assert place(query(10), [worker("p1"), worker("p2"), worker("d1")], WEIGHTS).second_prefill is None
 
 
 # Pulling a prefix from a peer -----------------------------------------------------------------------------------------
@@ -220,6 +225,12 @@ def pulled_from(workers: list[Worker], **weights: Any) -> str:
 
 def test_a_long_prefix_that_only_the_decode_worker_has_is_pulled_by_the_prefill_worker() -> None:
     assert pulled_from([worker("p1"), worker("d1", cached=30)]) == "d1"
+
+
+def test_a_short_prefix_is_pulled_if_that_is_faster_than_computing_it() -> None:
+    slow, fast = (Load(prefill_ms_per_token=ms, decode_step_ms=20.0) for ms in (0.5, 0.05))
+    for load, source in ((slow, "d1"), (fast, "")):
+        assert pulled_from([worker("d1", cached=3, queue_ms=9_000, load=load), worker("d2", load=load)]) == source
 
 
 def test_a_prefix_is_pulled_from_a_worker_that_is_too_busy_to_compute() -> None:
@@ -239,7 +250,7 @@ def test_a_pulled_prefix_counts_as_cached() -> None:
 @pytest.mark.parametrize(
     ("source", "weights"),
     [
-        (worker("d1", cached=15), {}),
+        (worker("d1", cached=1), {}),
         (worker("d1", cached=30), {"transfer_gb_per_s": 0.001}),
         (worker("d9", cached=50, model=card(compatibility_hash="other")), {}),
     ],
@@ -307,7 +318,7 @@ def test_every_worker_is_explained_and_the_rejected_come_last(fleet: list[Worker
 
 
 def test_rejections_have_reasons() -> None:
-    fleet = [worker("p1"), worker("d1", cached=60), worker("d2"), worker("d3", draining=True)]
+    fleet = [worker("p1"), worker("d1", cached=62), worker("d2"), worker("d3", draining=True)]
     found = explain(query(), fleet, WEIGHTS)
     reasons = {candidate.names: candidate.rejection for candidate in found if candidate.rejection}
     assert reasons[("d3", "")] == "draining"
