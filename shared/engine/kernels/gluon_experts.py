@@ -87,7 +87,7 @@ def _plain_sums(source, weight, row, K: gl.constexpr, UNITS: gl.constexpr, layou
     place = weight + row[:, None][:, :, None] * K + unit[:, :, None] * 8 + each
     sums = gl.zeros([row.shape[0], UNITS], gl.float32, gl.SliceLayout(2, layout))
     ahead = gl.load(place)
-    begin_in_turn(PDL)
+    begin_in_turn(weight, PDL)
     for start in gl.static_range(0, K // 8, UNITS):
         w = ahead.to(gl.float32)
         if start + UNITS < K // 8:
@@ -123,7 +123,7 @@ def _gate_up(
         r = gl.arange(0, 2 * BLOCK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
         source = x + (choice // TOP_K) * K + gl.arange(0, UNITS, gl.SliceLayout(1, of_x))[:, None] * EACH
         source += gl.arange(0, EACH, gl.SliceLayout(0, of_x))[None, :]
-        begin_in_turn(PDL)
+        begin_in_turn(x, PDL)
         expert = gl.load(chosen + choice).to(gl.int64)
         row = expert * 2 * INNER + gl.program_id(1) * BLOCK + r // 2 + (r % 2) * INNER
         if PACKED:
@@ -172,7 +172,7 @@ def _down(
     expert = gl.load(chosen + token * TOP_K + c, cache_modifier=".cg").to(gl.int64)
     row = expert[:, None] * N + rows[None, :]
     ahead = gl.load(weight + row[:, :, None][:, :, :, None] * ROW + within)
-    begin(PDL)
+    begin(shared, PDL)
     own = gl.load(shared + token * SHARED + k).to(gl.float32)
     result = gl.convert_layout(gl.sum(shared_row.to(gl.float32) * own[None, :], 1), gl.SliceLayout(0, of_rows))
     for first in gl.static_range(0, TOP_K, AT_ONCE):
