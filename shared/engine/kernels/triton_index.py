@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from shared.engine.kernels.early import wait
 from shared.engine.kernels.gluon_state import Rows
+from shared.engine.kernels.triton_early import wait
 from shared.engine.kernels.triton_latent import Selected
 
 KEYS = 64  # of a product

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from shared.engine.kernels.early import wait
 from shared.engine.kernels.gluon_state import Rows
+from shared.engine.kernels.triton_early import wait
 
 ABSORB_ROWS = 16
 INDEX_ROLES = 4  # programs that share out the index queries of a row

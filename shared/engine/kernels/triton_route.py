@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from shared.engine.kernels.early import wait
+from shared.engine.kernels.triton_early import wait
 
 
 @triton.jit

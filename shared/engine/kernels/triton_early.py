@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def wait(at):  # type: ignore[no-untyped-def]
+def wait(at):
     """Until the kernel in front has ended; `at` points to any global memory."""
     tl.inline_asm_elementwise(
         "griddepcontrol.wait; ld.acquire.gpu.global.u32 $0, [$1];",
