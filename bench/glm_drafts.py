@@ -87,4 +87,4 @@ def _on_gpu(call: Callable[[], object]) -> float:
     call()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+    return float(begin.elapsed_time(end))

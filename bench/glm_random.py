@@ -105,8 +105,13 @@ class RandomLayers:
         return Layer(self._gain(hidden), self._gain(hidden), self._attention(full=True), mlp)
 
     def joining(self) -> MtpWeights:
-        gains = [self._gain(self.config.hidden_size) for _ in range(3)]
-        return MtpWeights(*gains[:2], self._matrix(self.config.hidden_size, 2 * self.config.hidden_size), gains[2])
+        hidden = self.config.hidden_size
+        return MtpWeights(
+            embedding_norm=self._gain(hidden),
+            state_norm=self._gain(hidden),
+            join=self._matrix(hidden, 2 * hidden),
+            output_norm=self._gain(hidden),
+        )
 
     def _attention(self, *, full: bool) -> Attention:
         c = self.config

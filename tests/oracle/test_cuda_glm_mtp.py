@@ -103,7 +103,11 @@ def part(tokens: Sequence[int], start: int, sampling: SamplingParams, num_drafts
     return BatchItem("r", own, start, range(16), True, sampling, 60, tokens[: len(tokens) - num_drafts], num_drafts, 3)
 
 
-WAYS = [SamplingParams(**way) for way in ({}, {"temperature": 0.8}, {"temperature": 0.8, "presence_penalty": 0.5})]
+WAYS = (
+    SamplingParams(),
+    SamplingParams(temperature=0.8),
+    SamplingParams(temperature=0.8, presence_penalty=0.5),
+)
 
 
 @pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "drawn", "penalties"])

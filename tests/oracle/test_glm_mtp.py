@@ -100,11 +100,11 @@ def test_drafts_that_are_awaited_are_the_same(sampling: SamplingParams, oracle: 
     """As on a GPU, where the next draft is launched before the host hears of the last one."""
     at_once, other = load(oracle[0]), load(oracle[0])
     behind = TorchExecutor(other.model, other.spec, other.memory, behind=True)
+    prompts = (GOLDEN_PROMPT, NUM_DRAFTS), (GOLDEN_PROMPT[:20], 2)
     items = [
-        replace(prompt_item(GOLDEN_PROMPT), sampling=sampling),
-        replace(prompt_item(GOLDEN_PROMPT[:20]), num_wanted=2),
+        replace(prompt_item(prompt), sampling=sampling, page_ids=range(5 * n, 5 * n + 5), num_wanted=wanted)
+        for n, (prompt, wanted) in enumerate(prompts)
     ]
-    items = [replace(item, page_ids=range(5 * n, 5 * n + 5)) for n, item in enumerate(items)]
     expected, found = at_once.forward(items), behind.forward(items)
     assert found == expected
     assert [len(each.drafts) for each in found if each is not None] == [NUM_DRAFTS, 2]
