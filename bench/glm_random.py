@@ -1,7 +1,7 @@
 """A rank of GLM-5.2 at its full size, with random weights made on the device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,8 @@ from shared.engine.layers.cuda_glm import CudaGlm, Ends
 from shared.engine.layers.cuda_glm_layer import Attention, Layer, Mixture
 from shared.engine.models import glm_layout
 from shared.engine.models.glm_config import GlmConfig
-from shared.engine.models.glm_weights import MlpWeights
+from shared.engine.models.glm_mtp_cuda import GlmMtpOnCuda
+from shared.engine.models.glm_weights import MlpWeights, MtpWeights
 from shared.engine.parallel.partition import Shard, of_glm
 
 FIELDS = {
@@ -22,6 +23,7 @@ FIELDS = {
     "intermediate_size": 12_288,
     "num_hidden_layers": 78,
     "num_nextn_predict_layers": 1,
+    "index_share_for_mtp_iteration": True,
     "num_attention_heads": 64,
     "q_lora_rank": 2048,
     "kv_lora_rank": 512,
@@ -46,7 +48,7 @@ FIELDS = {
 }
 PAGE_SIZE = 64
 NAMES = glm_layout.LATENTS, glm_layout.INDEX_KEYS
-KV_TOKENS = 140_000
+KV_TOKENS = 135_000
 
 
 class Counted:
@@ -92,6 +94,23 @@ class RandomLayers:
             self._gain(hidden),
             self._attention(full=self.config.full_layers[index]),
             self._mixture() if moe else self._mlp(self.config.intermediate_size),
+        )
+
+    def drafting_layer(self) -> Layer:
+        """As NVIDIA's checkpoint has it: its experts, too, are in bfloat16."""
+        c, hidden, inner = self.config, self.config.hidden_size, self._inner
+        gate_up = self._matrix(c.num_experts * 2 * inner, hidden).unflatten(0, (c.num_experts, -1))
+        down = self._matrix(c.num_experts * hidden, inner).unflatten(0, (c.num_experts, -1))
+        mlp = replace(self._mixture(), experts=Experts(gate_up, down))
+        return Layer(self._gain(hidden), self._gain(hidden), self._attention(full=True), mlp)
+
+    def joining(self) -> MtpWeights:
+        hidden = self.config.hidden_size
+        return MtpWeights(
+            embedding_norm=self._gain(hidden),
+            state_norm=self._gain(hidden),
+            join=self._matrix(hidden, 2 * hidden),
+            output_norm=self._gain(hidden),
         )
 
     def _attention(self, *, full: bool) -> Attention:
@@ -146,6 +165,8 @@ class Rank:
 
     decoder: CudaGlm
     layers: Sequence[Layer]
+    drafting_layer: Layer
+    drafts: GlmMtpOnCuda
     memory: DeviceMemory
     layout: KvLayout
     group: Counted
@@ -155,8 +176,11 @@ def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool) 
     """Make one."""
     weights, group = RandomLayers(config, num_ranks, device), Counted(num_ranks)
     layers = [weights.layer(index) for index in range(config.num_layers)]
-    layout = glm_layout.layout(config, "bfloat16", PAGE_SIZE)
+    drafting_layer, joining = weights.drafting_layer(), weights.joining()
+    layout = glm_layout.layout(config, "bfloat16", PAGE_SIZE, mtp=True)
     memory = DeviceMemory(KV_TOKENS // PAGE_SIZE, layout.page_bytes, device)
     for part in memory.bytes.view(torch.bfloat16).split(256):
         part.normal_(generator=torch.Generator(device).manual_seed(1))
-    return Rank(CudaGlm(weights.config, weights.ends(), layers, group, pdl=pdl), layers, memory, layout, group)
+    decoder = CudaGlm(weights.config, weights.ends(), layers, group, pdl=pdl)
+    drafts = GlmMtpOnCuda(decoder, drafting_layer, joining)
+    return Rank(decoder, layers, drafting_layer, drafts, memory, layout, group)

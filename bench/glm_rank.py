@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from bench import provenance
+from bench import glm_drafts, provenance
 from bench.bandwidth import read_bandwidth
 from bench.glm_random import FIELDS, KV_TOKENS, NAMES, PAGE_SIZE, Rank, rank
 from shared.engine.api import BatchItem, SamplingParams
@@ -151,16 +151,22 @@ def measure(made: Rank, config: GlmConfig, rate: float, steps: Sequence[Step]) -
     return medians
 
 
-def project(medians: dict[Step, float], num_layers: int) -> None:
-    """Tokens a second of one user on all ranks: steps at 8k, two all-reduces a layer, accepted lengths; no drafting."""
-    print("\n| tokens verified | ms a step, one rank | accepted | all-reduce us | tokens/s |\n|---|---|---|---|---|")
+def project(medians: dict[Step, float], drafts: dict[int, float], num_layers: int) -> None:
+    """Tokens a second of one user on all ranks: steps at 8k and the drafts for them, all-reduces of both, accepted
+    lengths."""
+    print(
+        "\n| tokens verified | ms a step, one rank | ms of drafts | accepted | all-reduce us | tokens/s |"
+        "\n|---|---|---|---|---|---|"
+    )
     for width, accepted in ((1, 1.0), *MEAN_ACCEPTED.items()):
         step = medians.get((1, width, 8192))
         if step is None:
             continue
+        drafting = drafts[width - 1] if width > 1 else 0.0
+        num_sums = 1 + 2 * num_layers + glm_drafts.ALL_REDUCES * (width - 1)
         for us in ALL_REDUCE_US:
-            total = step + 2 * num_layers * us / 1e3
-            print(f"| {width} | {step:.3f} | {accepted} | {us:.0f} | {accepted / total * 1e3:.0f} |")
+            total = step + drafting + num_sums * us / 1e3
+            print(f"| {width} | {step:.3f} | {drafting:.3f} | {accepted} | {us:.0f} | {accepted / total * 1e3:.0f} |")
 
 
 def profile(made: Rank, steps: Sequence[Step]) -> None:
@@ -216,7 +222,7 @@ def main() -> None:
         medians = measure(made, config, rate, BRIEF if args.brief else STEPS)
         sums, num_bytes = made.group.num_sums, made.group.num_bytes
         print(f"\ncollectives left out of the last of these: {sums} sums, {num_bytes / 1e6:.2f} MB; a join of logits")
-        project(medians, config.num_layers)
+        project(medians, glm_drafts.measure(made, config, rate), config.num_layers)
         if args.profile:
             profile(made, ((1, 1, 8192), (1, 4, 8192), (32, 1, 1024)))
 

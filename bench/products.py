@@ -89,30 +89,6 @@ def try_shape(library: ctypes.CDLL, kind: str, shape: str, num_tokens: int, rate
     print(row, flush=True)
 
 
-def try_mixture(products: CudaProducts, num_tokens: int, rate: float, device: torch.device) -> None:
-    """A layer of GLM-5.2 with its experts' matrices cut in eight: 8 of 256, hidden 6144, 256 columns inside."""
-    layers = []
-    for _ in range(2):
-        both = random_packed(256 * 512, 6144, device), random_packed(256 * 6144, 256, device)
-        layers.append((_stacked(both[0], 256, True), _stacked(both[1], 256, False)))
-    chosen = torch.stack([torch.randperm(256, device=device)[:8] for _ in range(num_tokens)]).int()
-    x = torch.randn(num_tokens, 6144, dtype=torch.bfloat16, device=device)
-    weights = torch.rand(num_tokens, 8, device=device)
-    works = [partial(products.experts, x, gate_up, down, chosen, weights) for gate_up, down in layers * 4]
-    taken = microseconds(works)
-    read = len(chosen.unique()) / 256 * sum(weight.num_bytes for weight in layers[0])
-    print(
-        f"mixture of {num_tokens} tokens: {taken:.1f} us, {read / rate * 1e6 / taken:.0%} of read bandwidth", flush=True
-    )
-
-
-def _stacked(weight: w4a16.PackedWeight, num: int, gated: bool) -> w4a16.PackedWeight:
-    """So many matrices out of one of random values."""
-    codes, scales = (part[0].unflatten(0, (num, -1)) for part in (weight.codes, weight.scales))
-    factors, rows = weight.factors.view(num, -1), weight.num_rows // num
-    return w4a16.PackedWeight(codes, scales, factors, rows, weight.num_columns, gated)
-
-
 def _given(plan: Plan, *_: object) -> Plan:
     return plan
 
@@ -136,8 +112,6 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name(0)}; reads at {rate / 1e12:.2f} TB/s; set up in {set_up_s:.1f} s\n")
     print("| weights | shape | M | of read bandwidth | us, best tiles of a warp/warps with rows/cluster | planned |")
     print("|---|---|---|---|---|---|")
-    for num_tokens in (1, 4, 8, 32, 256):
-        try_mixture(CudaProducts(library), num_tokens, rate, device)
     for num_tokens, kind, shape in itertools.product(args.tokens, args.weights, args.shapes):
         if time.monotonic() - started < args.seconds:
             try_shape(library, kind, shape, num_tokens, rate, device)

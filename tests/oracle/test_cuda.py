@@ -24,7 +24,6 @@ CACHE = default_cache() / "kernels"
 PAGE_SIZE, NUM_PAGES, VOCABULARY = 16, 64, 512
 PLAIN = SamplingParams()
 FREED_SIZES = (8, 16, 32, 64, 128)
-PARTS = ("codes", "scale", "scale_2")
 MATRICES = ("qkv", "output", "gate_up", "down")
 
 
@@ -263,19 +262,3 @@ def test_products_equal_those_of_torch(tokens: int, is_packed: bool) -> None:
     torch.testing.assert_close(products().dequantized(weight), dense)
     expected = x.float() @ dense.float().T
     torch.testing.assert_close(products().linear(x, weight).float(), expected, rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("tokens", [1, 4, 33, 200])
-def test_a_mixture_equals_its_twin(tokens: int) -> None:
-    def packed(rows: int, columns: int, gated: bool) -> w4a16.PackedWeight:
-        many = [nvfp4.quantize(torch.randn(rows, columns, device="cuda") * columns**-0.5) for _ in range(16)]
-        codes, scales, scale_2 = (torch.stack([getattr(t, part) for t in many]) for part in PARTS)
-        return w4a16.pack(codes, scales, scale_2[:, None], gated=gated)
-
-    gate_up, down = packed(512, 1024, True), packed(1024, 256, False)
-    chosen = torch.stack([torch.randperm(16, device="cuda")[:4] for _ in range(tokens)]).int()
-    chosen[chosen == 3] = -1
-    weights, x = torch.rand(tokens, 4, device="cuda"), torch.randn(tokens, 1024, dtype=torch.bfloat16, device="cuda")
-    found = products().experts(x, gate_up, down, chosen, weights)
-    expected = w4a16.TorchProducts().experts(x.float(), gate_up, down, chosen, weights)
-    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))

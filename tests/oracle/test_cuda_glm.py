@@ -26,16 +26,20 @@ def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda") * scale
 
 
-class Both:
-    """The same weights on the GPU and in plain torch, each with pages of its own."""
+class Models:
+    """The same weights on the GPU, and in plain torch on the CPU in float32 and in bfloat16, each with its pages."""
 
     def __init__(self, model_dir: Path) -> None:
-        gpu = Placement(torch.bfloat16, 1, device=torch.device("cuda", 0))
-        self.models: list[Model] = [glm.load(model_dir, gpu), glm.load(model_dir, Placement(torch.float32, 2))]
+        places = (
+            Placement(torch.bfloat16, 1, device=torch.device("cuda", 0)),
+            Placement(torch.float32, 2),
+            Placement(torch.bfloat16, 2),
+        )
+        self.models: list[Model] = [glm.load(model_dir, place) for place in places]
         self.layouts = [model.layout(PAGE_SIZE) for model in self.models]
         self.pools = [
-            torch.zeros(NUM_PAGES, self.layouts[0].page_bytes, dtype=torch.uint8, device="cuda"),
-            torch.zeros(NUM_PAGES, self.layouts[1].page_bytes, dtype=torch.uint8),
+            torch.zeros(NUM_PAGES, layout.page_bytes, dtype=torch.uint8, device=place.device)
+            for layout, place in zip(self.layouts, places, strict=True)
         ]
 
     @torch.inference_mode()
@@ -53,18 +57,26 @@ def item(first_page: int, start: int, num_tokens: int, sample: bool = True) -> B
     return BatchItem(str(first_page), tokens, start, pages, sample, PLAIN, start + num_tokens, num_drafts=drafts)
 
 
-# What the model is changed to, and the least cosine similarity of the rows at a quantile. In bfloat16 experts and
-# tokens are now and then chosen otherwise than in float32; where there is nothing to choose, every row must agree.
-VARIANTS = {
-    "nothing to choose": ({"index_topk": 4096, "n_routed_experts": 4}, 0.0, 0.99),
-    "experts": ({"index_topk": 4096}, 0.5, 0.995),
-    "experts and tokens": ({}, 0.5, 0.8),
+# What the model is changed to. In bfloat16 experts and tokens are now and then chosen otherwise than in float32.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "nothing to choose": {"index_topk": 4096, "n_routed_experts": 4},
+    "experts": {"index_topk": 4096},
+    "experts and tokens": {},
 }
 
 
-def agreement(ours: torch.Tensor, twin: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity row by row."""
-    return F.cosine_similarity(ours, twin[:, : ours.shape[1]], dim=1)
+def distance(ours: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """One less the cosine similarity, row by row."""
+    return 1 - F.cosine_similarity(ours[:, : exact.shape[1]], exact, dim=1)
+
+
+def require_as_near(variant: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Distances on the GPU are like those on the CPU in bfloat16. Where a choice is close, rounding makes it, and a row
+    is far off; that is as often so here as there, in the main. Where there is nothing to choose, no row is."""
+    every = variant == "nothing to choose"
+    for quantile in (1.0,) if every else (0.0, 0.25, 0.5):
+        own, most = float(ours.quantile(quantile)), float(theirs.quantile(quantile))
+        assert own < 2 * most + (1e-4 if every else 1e-3), (quantile, own, most)
 
 
 STEPS = (
@@ -76,23 +88,26 @@ STEPS = (
     [item(0, 153, 3), item(16, 132, 3)],  # verification
     [item(0, 156, 4), item(16, 135, 4), item(32, 11, 4)],  # of more rows than the small kernels take
     [item(0, 160, 1)],
+    *([item(0, 161 + 4 * n, 4), item(16, 139 + 4 * n, 4), item(32, 15 + 4 * n, 4)] for n in range(6)),
 )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_steps_of_every_kind_agree_with_the_cpu(variant: str, tmp_path: Path) -> None:
-    changes, quantile, least = VARIANTS[variant]
-    random_glm.write(tmp_path, **changes)
-    both = Both(tmp_path)
-    found = torch.cat([agreement(*both.logits(step)) for step in STEPS])
-    assert float(found.quantile(quantile)) > least, found
+def test_steps_of_every_kind_are_as_near_to_float32_as_bfloat16_is_on_the_cpu(variant: str, tmp_path: Path) -> None:
+    random_glm.write(tmp_path, **VARIANTS[variant])
+    models, ours, theirs = Models(tmp_path), list[torch.Tensor](), list[torch.Tensor]()
+    for step in STEPS:
+        found, exact, rounded = models.logits(step)
+        ours.append(distance(found, exact))
+        theirs.append(distance(rounded, exact))
+    require_as_near(variant, torch.cat(ours), torch.cat(theirs))
 
 
 def test_a_padded_graph_writes_no_page_but_those_of_its_sequences(tmp_path: Path) -> None:
     random_glm.write(tmp_path)
-    both = Both(tmp_path)
-    both.logits([item(48, 0, 1), item(64, 0, 1), item(80, 0, 1)])
-    assert both.pools[0].any(dim=1).nonzero().flatten().tolist() == [48, 64, 80]
+    models = Models(tmp_path)
+    models.logits([item(48, 0, 1), item(64, 0, 1), item(80, 0, 1)])
+    assert models.pools[0].any(dim=1).nonzero().flatten().tolist() == [48, 64, 80]
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4])

@@ -94,25 +94,3 @@ def test_a_stream_is_normed_before_its_first_product(library: ctypes.CDLL) -> No
 def test_dequantized_weights_are_those_that_were_packed(library: ctypes.CDLL, gated: bool) -> None:
     weight = packed(48, 208, 4, gated)
     assert torch.equal(CudaProducts(library).dequantized(weight), w4a16.unpack(weight, torch.bfloat16)[0])
-
-
-@pytest.mark.parametrize("tokens", [1, 3, 20])
-def test_a_mixture_equals_its_twin(library: ctypes.CDLL, tokens: int) -> None:
-    noise = torch.Generator().manual_seed(tokens)
-    gate_ups, downs = [packed(32, 144, e, True) for e in range(6)], [packed(48, 16, 9 + e) for e in range(6)]
-    gate_up, down = (
-        w4a16.PackedWeight(
-            torch.cat([w.codes for w in many]),
-            torch.cat([w.scales for w in many]),
-            torch.cat([w.factors for w in many]),
-            many[0].num_rows,
-            many[0].num_columns,
-            many[0].gated,
-        )
-        for many in (gate_ups, downs)
-    )
-    chosen = torch.stack([torch.randperm(6, generator=noise)[:3] for _ in range(tokens)]).int()
-    chosen[chosen == 4] = -1
-    weights, x = torch.rand(tokens, 3, generator=noise), activations(tokens, 144)
-    expected = w4a16.TorchProducts().experts(x.float(), gate_up, down, chosen, weights)
-    assert_close(CudaProducts(library).experts(x, gate_up, down, chosen, weights), expected)

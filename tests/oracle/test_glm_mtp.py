@@ -88,6 +88,28 @@ def test_drafts_end_where_the_pages_of_a_sequence_end(oracle: tuple[Path, Any, A
     assert step(executor, replace(item, num_wanted=2)).drafts == drafts[:2]
 
 
+WAYS = (
+    SamplingParams(),
+    SamplingParams(temperature=0.8, seed=3),
+    SamplingParams(temperature=0.8, seed=3, presence_penalty=0.5, repetition_penalty=1.2),
+)
+
+
+@pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "drawn", "penalties"])
+def test_drafts_that_are_awaited_are_the_same(sampling: SamplingParams, oracle: tuple[Path, Any, Any, bool]) -> None:
+    """As on a GPU, where the next draft is launched before the host hears of the last one."""
+    at_once, other = load(oracle[0]), load(oracle[0])
+    behind = TorchExecutor(other.model, other.spec, other.memory, behind=True)
+    prompts = (GOLDEN_PROMPT, NUM_DRAFTS), (GOLDEN_PROMPT[:20], 2)
+    items = [
+        replace(prompt_item(prompt), sampling=sampling, page_ids=range(5 * n, 5 * n + 5), num_wanted=wanted)
+        for n, (prompt, wanted) in enumerate(prompts)
+    ]
+    expected, found = at_once.forward(items), behind.forward(items)
+    assert found == expected
+    assert [len(each.drafts) for each in found if each is not None] == [NUM_DRAFTS, 2]
+
+
 def test_pages_hold_the_state_of_the_mtp_layer_and_suit_only_those_who_have_it(tmp_path: Path) -> None:
     tiny_mtp.write(tmp_path)
     spec, without = load(tmp_path).spec, load(tmp_path, mtp=False).spec

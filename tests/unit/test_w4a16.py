@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from shared.engine.kernels import w4a16
-from shared.engine.kernels.reference import silu_mul
 from shared.engine.quantization import nvfp4
 from shared.engine.quantization.nvfp4 import Nvfp4Tensor
 
@@ -45,27 +43,3 @@ def test_gated_rows_that_make_up_no_tiles_are_refused() -> None:
     tensor = quantized(24, 128, 4)
     with pytest.raises(ValueError, match="12 gated rows"):
         w4a16.pack(tensor.codes, tensor.scale, tensor.scale_2, gated=True)
-
-
-def test_a_mixture_is_the_weighted_sum_of_its_experts() -> None:
-    gates, downs = [quantized(64, 144, e) for e in range(4)], [quantized(80, 32, 9 + e) for e in range(4)]
-    gate_up, down = (
-        w4a16.pack(
-            torch.stack([t.codes for t in many]),
-            torch.stack([t.scale for t in many]),
-            torch.stack([t.scale_2 for t in many])[:, None],
-            gated=gated,
-        )
-        for many, gated in ((gates, True), (downs, False))
-    )
-    x = torch.randn(3, 144)
-    chosen = torch.tensor([[0, 2], [3, 2], [-1, 1]], dtype=torch.int32)
-    weights = torch.rand(3, 2)
-    found = w4a16.TorchProducts().experts(x, gate_up, down, chosen, weights)
-    for t in range(3):
-        expected = torch.zeros(80)
-        for e, factor in zip(chosen[t].tolist(), weights[t].tolist(), strict=True):
-            if e >= 0:
-                inner = silu_mul(F.linear(x[t], nvfp4.dequantize(gates[e], torch.float32)))
-                expected += factor * F.linear(inner, nvfp4.dequantize(downs[e], torch.float32))
-        torch.testing.assert_close(found[t], expected)

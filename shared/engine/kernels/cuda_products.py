@@ -14,7 +14,6 @@ Pointer, Int = ctypes.c_void_p, ctypes.c_int
 PLAIN, GATED, RESIDUAL = range(3)
 WARPS = 8
 MAX_TOKENS = 64
-ITEM, ITEM_TOKENS = 8, 64
 DENSE_STEP = 64  # columns
 MIDDLING, TALL = 5120, 16_384  # rows
 
@@ -23,14 +22,11 @@ class Product(ctypes.Structure):
     """As products.cuh has it."""
 
     _fields_ = (
-        *(
-            (name, Pointer)
-            for name in ("weights", "scales", "factors", "bias", "x", "squares_in", "next_norm", "items")
-        ),
-        *((name, Pointer) for name in ("out", "wide_out", "residual", "squares_out")),
+        *((name, Pointer) for name in ("weights", "scales", "factors", "bias", "x", "squares_in", "next_norm")),
+        *((name, Pointer) for name in ("out", "residual", "squares_out")),
         *((name, Int) for name in ("num_tokens", "num_rows", "num_columns")),
         *((name, Int) for name in ("num_squares_in", "num_squares_out")),
-        *((name, Int) for name in ("epilogue", "warps_rows", "cluster", "choices")),
+        *((name, Int) for name in ("epilogue", "warps_rows", "cluster")),
         ("eps", ctypes.c_float),
     )
 
@@ -131,45 +127,13 @@ class CudaProducts:
         self._call("forebay_dequantize", ctypes.byref(_weighed(weight, product)), _stream(out))
         return out
 
-    def experts(
-        self,
-        x: torch.Tensor,
-        gate_up: PackedWeight,
-        down: PackedWeight,
-        chosen: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """As Products. Pairs (token, expert) are sorted by expert on the device, so that the weights of each chosen
-        expert are read once for every 64 of its tokens."""
-        (num_tokens, choices), num_experts = chosen.shape, len(gate_up.codes)
-        num_pairs, eights = num_tokens * choices, _eights(num_tokens)
-        capacity = 8 * eights
-        num_items = min(num_pairs, num_experts + num_pairs // capacity)
-        items = chosen.new_empty(ITEM + num_items * (ITEM + ITEM_TOKENS))
-        rank, at = chosen.new_empty(num_pairs), _stream(x)
-        self._call("forebay_sort_pairs", _at(chosen), num_pairs, num_experts, capacity, _at(rank), _at(items), at)
-        inner = x.new_empty(num_pairs, gate_up.num_rows // 2)
-        self._run(gate_up, x, Product(out=_at(inner), items=_at(items), epilogue=GATED, choices=choices), num_items)
-        parts = x.new_empty((num_pairs, down.num_rows), dtype=torch.float32)
-        self._run(down, inner, Product(wide_out=_at(parts), items=_at(items), epilogue=PLAIN), num_items, capacity)
-        out = x.new_empty(num_tokens, down.num_rows)
-        sizes = num_experts, choices, num_tokens, down.num_rows
-        self._call("forebay_combine", _at(parts), _at(chosen), _at(weights), *sizes, _at(out), at)
-        return out
-
-    def _run(
-        self, weight: Weight, x: torch.Tensor, product: Product, num_items: int = 1, num_tokens: int | None = None
-    ) -> None:
+    def _run(self, weight: Weight, x: torch.Tensor, product: Product) -> None:
         packed, rows = isinstance(weight, PackedWeight), _rows(weight)
-        tokens = min(len(x), MAX_TOKENS) if num_tokens is None else num_tokens
-        plan = self._plan(packed, tokens, rows, x.shape[1])
-        if product.items:
-            plan = grouped(plan, x.shape[1])
+        plan = self._plan(packed, len(x), rows, x.shape[1])
         _weighed(weight, product)
-        product.x, product.num_tokens = _at(x), tokens
-        product.choices = product.choices or 1
+        product.x, product.num_tokens = _at(x), len(x)
         product.warps_rows, product.cluster = plan.warps_rows, plan.cluster
-        sizes = int(packed), plan.eights, plan.row_tiles, num_items
+        sizes = int(packed), plan.eights, plan.row_tiles
         self._call("forebay_product", ctypes.byref(product), *sizes, _stream(x))
 
     def _call(self, name: str, *arguments: object) -> None:
@@ -199,20 +163,11 @@ def planned(packed: bool, num_tokens: int, num_rows: int, num_columns: int) -> P
     return Plan(eights, row_tiles, warps_rows, 1)
 
 
-def grouped(plan: Plan, num_columns: int) -> Plan:
-    """The same for each expert: there are many, so none has its columns shared out between blocks."""
-    steps = -(-num_columns // CHUNK)
-    warps_columns = min(WARPS // 2 if plan.eights >= 4 else WARPS, 1 << (steps.bit_length() - 1))
-    return Plan(plan.eights, plan.row_tiles, WARPS // warps_columns, 1)
-
-
 def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes."""
     library = ctypes.CDLL(str(path))
-    library.forebay_product.argtypes = (ctypes.POINTER(Product), Int, Int, Int, Int, Pointer)
+    library.forebay_product.argtypes = (ctypes.POINTER(Product), Int, Int, Int, Pointer)
     library.forebay_dequantize.argtypes = (ctypes.POINTER(Product), Pointer)
-    library.forebay_sort_pairs.argtypes = (Pointer, Int, Int, Int, Pointer, Pointer, Pointer)
-    library.forebay_combine.argtypes = (Pointer, Pointer, Pointer, Int, Int, Int, Int, Pointer, Pointer)
     library.forebay_begin.argtypes = (Pointer, Pointer, Int, Int, Pointer, Pointer, Pointer)
     library.forebay_error.argtypes, library.forebay_error.restype = (Int,), ctypes.c_char_p
     return library

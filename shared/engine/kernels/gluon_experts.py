@@ -87,7 +87,7 @@ def _plain_sums(source, weight, row, K: gl.constexpr, UNITS: gl.constexpr, layou
     place = weight + row[:, None][:, :, None] * K + unit[:, :, None] * 8 + each
     sums = gl.zeros([row.shape[0], UNITS], gl.float32, gl.SliceLayout(2, layout))
     ahead = gl.load(place)
-    begin_in_turn(PDL)
+    begin_in_turn(weight, PDL)
     for start in gl.static_range(0, K // 8, UNITS):
         w = ahead.to(gl.float32)
         if start + UNITS < K // 8:
@@ -95,6 +95,25 @@ def _plain_sums(source, weight, row, K: gl.constexpr, UNITS: gl.constexpr, layou
         value = gl.load(source + start * 8).to(gl.float32)
         sums += gl.sum(w * gl.expand_dims(value, 0), 2)
     return sums
+
+
+@gluon.jit
+def _fetch(weight, first, K: gl.constexpr, SKIP: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr):
+    """Ask for ROWS rows of K values from `first` on, but for the SKIP first of each, to be brought into the L2 cache;
+    nobody waits for it."""
+    THREADS_OF_ROW: gl.constexpr = WARPS * 32 // ROWS
+    EACH: gl.constexpr = (K - SKIP) // THREADS_OF_ROW
+    thread = gl.arange(0, WARPS * 32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    row = (first + thread // THREADS_OF_ROW).to(gl.int64)
+    address = (weight + row * K + SKIP + (thread % THREADS_OF_ROW) * EACH).to(gl.int64)
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [address, thread * 0 + EACH * 2],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -110,7 +129,7 @@ def _gated(sums, factor, BLOCK: gl.constexpr, layout: gl.constexpr):
 def _gate_up(
     x, chosen, weight, scale, factors, shared_weight, out, shared_out, num_choices,
     K: gl.constexpr, INNER: gl.constexpr, SHARED: gl.constexpr, TOP_K: gl.constexpr, BLOCK: gl.constexpr,
-    UNITS: gl.constexpr, PACKED: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
+    UNITS: gl.constexpr, PACKED: gl.constexpr, FETCH: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     EACH: gl.constexpr = 16 if PACKED else 8
     layout: gl.constexpr = gl.BlockedLayout([1, 1, EACH], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
@@ -123,7 +142,7 @@ def _gate_up(
         r = gl.arange(0, 2 * BLOCK, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
         source = x + (choice // TOP_K) * K + gl.arange(0, UNITS, gl.SliceLayout(1, of_x))[:, None] * EACH
         source += gl.arange(0, EACH, gl.SliceLayout(0, of_x))[None, :]
-        begin_in_turn(PDL)
+        begin_in_turn(x, PDL)
         expert = gl.load(chosen + choice).to(gl.int64)
         row = expert * 2 * INNER + gl.program_id(1) * BLOCK + r // 2 + (r % 2) * INNER
         if PACKED:
@@ -138,6 +157,9 @@ def _gate_up(
         own = x + (choice - num_choices) * K + gl.arange(0, UNITS, gl.SliceLayout(1, of_plain))[:, None] * 8
         own += gl.arange(0, 8, gl.SliceLayout(0, of_plain))[None, :]
         own_row = gl.program_id(1) * BLOCK + r2 // 2 + (r2 % 2) * SHARED
+        if FETCH:  # beyond what is loaded at once: the routed experts must wait for the choice, this needs not
+            _fetch(shared_weight, gl.program_id(1) * BLOCK, K, UNITS * 8, BLOCK, WARPS)
+            _fetch(shared_weight, SHARED + gl.program_id(1) * BLOCK, K, UNITS * 8, BLOCK, WARPS)
         own_sums = _plain_sums(own, shared_weight, own_row, K, UNITS, plain, PDL)
         gl.store(shared_out + (choice - num_choices) * SHARED + at, _gated(own_sums, 1.0, BLOCK, flat))
 
@@ -172,7 +194,7 @@ def _down(
     expert = gl.load(chosen + token * TOP_K + c, cache_modifier=".cg").to(gl.int64)
     row = expert[:, None] * N + rows[None, :]
     ahead = gl.load(weight + row[:, :, None][:, :, :, None] * ROW + within)
-    begin(PDL)
+    begin(shared, PDL)
     own = gl.load(shared + token * SHARED + k).to(gl.float32)
     result = gl.convert_layout(gl.sum(shared_row.to(gl.float32) * own[None, :], 1), gl.SliceLayout(0, of_rows))
     for first in gl.static_range(0, TOP_K, AT_ONCE):
@@ -235,10 +257,11 @@ def gate_up(
     own = torch.empty(num_rows, shared_inner, dtype=torch.bfloat16, device=x.device)
     num_units = hidden // (2 * UNIT_BYTES if packed else UNIT_BYTES // 2)
     warps = min(warps, max(1, (num_units & -num_units) // 32))
+    fetches = num_rows == 1 and hidden > 32 * warps * (UNIT_BYTES // 2)  # of more rows it takes from what they read
     _gate_up[(num_rows * top_k + num_rows, max(experts.inner, shared_inner) // block)](
         x, chosen, experts.gate_up, _or(experts.gate_up_scale, x), _or(experts.factors, x), shared.gate_up,
         out, own, num_rows * top_k,
-        hidden, experts.inner, shared_inner, top_k, block, 32 * warps, packed, pdl, warps,
+        hidden, experts.inner, shared_inner, top_k, block, 32 * warps, packed, fetches, pdl, warps,
         num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out, own

@@ -44,8 +44,16 @@ class Tiling:
 
 
 @gluon.jit
-def _wait():
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+def _wait(at):
+    """As `triton_early.wait`."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; ld.acquire.gpu.global.u32 $0, [$1];",
+        "=r,l,~{memory}",
+        [at.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -56,19 +64,19 @@ def _release():
 
 
 @gluon.jit
-def begin(pdl: gl.constexpr):
-    """Let the next kernel start, and wait for the memory of the one before."""
+def begin(at, pdl: gl.constexpr):
+    """Let the next kernel start, and wait for the memory of the one before; `at` points to any global memory."""
     if pdl:
         _release()
-        _wait()
+        _wait(at)
 
 
 @gluon.jit
-def begin_in_turn(pdl: gl.constexpr):
+def begin_in_turn(at, pdl: gl.constexpr):
     """As `begin`, the other way round: what the next kernel finds before it waits itself is whatever was written by all
     kernels but this one."""
     if pdl:
-        _wait()
+        _wait(at)
         _release()
 
 
@@ -121,7 +129,7 @@ def product(
     )
 
     ahead = gl.load(place, inside, 0.0)
-    begin(PDL)
+    begin(x, PDL)
     sums = gl.zeros([ROWS, BLOCK, VECTORS], gl.float32, gl.SliceLayout(3, layout))
     squares = gl.zeros([ROWS, VECTORS], gl.float32, gl.SliceLayout(2, of_x))
     for start in gl.static_range(0, K, STEP):

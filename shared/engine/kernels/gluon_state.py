@@ -147,7 +147,7 @@ def _product_and_append(
             Q_LORA, ROWS, BLOCK, STEP, 1, True, False, False, PDL, WARPS,
         )  # fmt: skip
     else:
-        begin(PDL)
+        begin(low, PDL)
         _append(
             low, cos, sin, slots, latent_gain, key_gain, key_bias, latents, keys, gl.program_id(0) - num_tiles,
             low_stride, latent_page, key_page, eps, key_eps, Q_LORA, LATENT, HALF, INDEX_DIM, PAGE_SIZE, WARPS,

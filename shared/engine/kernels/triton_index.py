@@ -8,9 +8,10 @@ layer of a step writes a selection, which stays as it is. The twin is `sparse_re
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from shared.engine.kernels.gluon_state import Rows
+from shared.engine.kernels.triton_early import wait
 from shared.engine.kernels.triton_latent import Selected
 
 KEYS = 64  # of a product
@@ -26,7 +27,7 @@ def _scores(
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
+        wait(q)
     row = tl.program_id(0).to(tl.int64)
     visible = tl.load(positions + row) + 1
     if visible > TOP_K:
@@ -85,7 +86,7 @@ def _select(
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
+        wait(positions)
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     visible = tl.load(positions + row) + 1
     table = page_ids + tl.load(starts + row)
@@ -117,7 +118,7 @@ def _merge(
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
+        wait(positions)
     row = tl.program_id(0).to(tl.int64)
     visible = tl.load(positions + row) + 1
     if visible > TILE:

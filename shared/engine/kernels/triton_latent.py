@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from shared.engine.kernels.triton_early import wait
 from shared.engine.kernels.triton_queries import ABSORB_ROWS, Queries
 
 HEADS = 16  # of a product at least
@@ -46,7 +47,7 @@ def _attend_once(
     older than the kernel in front: latents are read while that still runs."""
     if PDL and not EARLY:
         gdc_launch_dependents()
-        gdc_wait()
+        wait(q_latent)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     used, at, turned = head < NUM_HEADS, tl.arange(0, LATENT), tl.arange(0, ROPE)
@@ -59,7 +60,7 @@ def _attend_once(
     key_rope = tl.load(token[:, None] + LATENT + turned[None], inside[:, None], 0.0, cache_modifier=".cg")
     if PDL and EARLY:
         gdc_launch_dependents()
-        gdc_wait()
+        wait(q_latent)
     out = (row * NUM_HEADS + head) * SPLITS + split
     if split * TOKENS < count:
         queries = tl.load(q_latent + row * row_stride + head[:, None] * head_stride + at[None], used[:, None], 0.0)
@@ -85,7 +86,7 @@ def _attend(
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
+        wait(q_latent)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     used = head < NUM_HEADS
@@ -156,7 +157,7 @@ def _merge_and_raise(
     matrix = tl.load(up_value + (head * VALUE + v[:, None]) * LATENT + c[None])
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
+        wait(parts)
     mean = _merged(parts, maxima, sums, row * NUM_HEADS + head, SPLITS, LATENT, AT_ONCE)
     mean = mean.to(matrix.dtype).to(tl.float32)
     raised = tl.sum(matrix.to(tl.float32) * mean[None], 1)

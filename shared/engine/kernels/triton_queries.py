@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from shared.engine.kernels.gluon_state import Rows
+from shared.engine.kernels.triton_early import wait
 
 ABSORB_ROWS = 16
 INDEX_ROLES = 4  # programs that share out the index queries of a row
@@ -49,7 +50,7 @@ def _absorb(
     matrix = up_key + head * NOPE * LATENT + n[:, None] * LATENT + c[None]
     ahead = tl.load(matrix)
     if PDL:
-        gdc_wait()
+        wait(q)
         gdc_launch_dependents()
     total = tl.zeros([ROWS, TILE], tl.float32)
     for start in tl.static_range(0, NOPE, CHUNK):
@@ -90,7 +91,7 @@ def _prepare(
         _absorb(q, up_key, q_latent, q_stride, num_rows, place, LATENT, NOPE, HEAD, NUM_HEADS, ROWS, CHUNK, TILE, PDL)
     else:
         if PDL:
-            gdc_wait()
+            wait(q)
             gdc_launch_dependents()
         row, role = (program // NUM_ROLES).to(tl.int64), program % NUM_ROLES
         if role == 0:

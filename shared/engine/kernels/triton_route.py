@@ -3,7 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from shared.engine.kernels.triton_early import wait
 
 
 @triton.jit
@@ -15,7 +17,7 @@ def _route(
     own = tl.load(bias + at)
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
+        wait(logits)
     row = tl.program_id(0).to(tl.int64)
     choice = tl.sigmoid(tl.load(logits + row * stride + at)) + own
     bits = choice.to(tl.int32, bitcast=True)

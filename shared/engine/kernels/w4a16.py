@@ -17,8 +17,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from shared.engine.kernels import reference
-
 GROUP = 16  # columns that share a scale
 ROWS, COLUMNS, CHUNK = 16, 64, 128  # of a tile, and of two
 EXPONENT_BIAS = 10  # of a stored scale: 2^-9, the least of e4m3, has exponent 1, and 0 stands for zero
@@ -57,21 +55,6 @@ class Products(Protocol):
 
     def linear(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         """x [M, K] times W' [M, N], in the dtype of x. The rows of `weight` are in their old order."""
-
-    def experts(
-        self,
-        x: torch.Tensor,
-        gate_up: PackedWeight,
-        down: PackedWeight,
-        chosen: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """A mixture: sum over j of weights[t, j] * down_e(silu(gate_e x_t) * up_e x_t), with e = chosen[t, j].
-
-        x [T, K]; `gate_up` (gated) E of [2 I, K], `down` E of [H, I]; chosen int32 [T, k], below 0 for an expert that
-        is elsewhere, whose part is zero; weights float32 [T, k]. Result [T, H] in the dtype of x. Asks the device for
-        nothing, so that it can be captured.
-        """
 
 
 def pack(codes: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor, *, gated: bool = False) -> PackedWeight:
@@ -118,35 +101,12 @@ def unpack(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Te
     return (rows * weight.factors[..., None]).to(dtype)
 
 
-def select(weight: PackedWeight, experts: torch.Tensor) -> PackedWeight:
-    """Those of its matrices."""
-    parts = (weight.codes[experts], weight.scales[experts], weight.factors[experts])
-    return PackedWeight(*parts, weight.num_rows, weight.num_columns, weight.gated)
-
-
 class TorchProducts:
     """The twin, on any device."""
 
     def linear(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         """As Products."""
         return F.linear(x, unpack(weight, x.dtype)[0])
-
-    def experts(
-        self,
-        x: torch.Tensor,
-        gate_up: PackedWeight,
-        down: PackedWeight,
-        chosen: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """As Products; every choice has its matrices unpacked, so this is for tests."""
-        total = torch.zeros(len(x), down.num_rows, device=x.device)
-        for expert, factor in zip(chosen.T.long(), weights.T, strict=True):
-            here = expert.clamp(min=0)
-            inner = torch.bmm(unpack(select(gate_up, here), x.dtype), x[..., None])[..., 0]
-            part = torch.bmm(unpack(select(down, here), x.dtype), reference.silu_mul(inner)[..., None])[..., 0]
-            total += torch.where(expert >= 0, factor, 0)[:, None] * part.float()
-        return total.to(x.dtype)
 
 
 def columns_of(num_columns: int) -> int:

@@ -17,7 +17,7 @@ from shared.engine.kernels import triton_dense, triton_index
 from shared.engine.kernels.gluon_state import Rows
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout
-from shared.engine.layers import cuda_glm_layer, rope
+from shared.engine.layers import captured, cuda_glm_layer, rope
 from shared.engine.layers.cuda_glm_layer import Layer, State, Step
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.parallel.group import Group
@@ -48,7 +48,7 @@ class Graph:
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
     states: torch.Tensor
-    logits: torch.Tensor
+    logits: torch.Tensor  # float32
 
 
 class CudaGlm:
@@ -59,7 +59,7 @@ class CudaGlm:
     ) -> None:
         """`pdl` as in `cuda_glm_layer.Step`."""
         self.config, self.ends, self.group = config, ends, group
-        self.device, self._pdl = ends.norm.device, pdl
+        self.device, self.pdl = ends.norm.device, pdl
         self.frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta).to(self.device)
         self._layers = layers
         self._graphs: dict[tuple[int, int, int], Graph] = {}
@@ -75,25 +75,21 @@ class CudaGlm:
         states = views(pool, layout, self.config, names)
         if uniform and fits and width <= MAX_GRAPH_WIDTH:
             graph = self._replay(batch, width, states, layout.page_size)
-            return graph.logits[sampled].float(), graph.states[: batch.num_tokens].clone()
+            return graph.logits[sampled], graph.states[: batch.num_tokens].clone()
         found = self.launch(batch, states, layout.page_size)
-        return F.linear(found[sampled], self.ends.head).float(), found
+        return cuda_glm_layer.logits(found[sampled], self.ends.head, pdl=self.pdl), found
 
     def launch(self, batch: Batch, states: Sequence[State], page_size: int) -> torch.Tensor:
         """The last norm's output [T, hidden], kernel by kernel."""
-        places = torch.cat((_places(batch, page_size).flatten(), batch.page_ids))
-        inputs = torch.cat((batch.token_ids.to(self.device), put(places, torch.int32, self.device)))
+        inputs = on_device(batch, page_size, self.device)
         return self._hidden(inputs, batch.num_tokens, states, int(batch.context_lens.max()))
 
     def _replay(self, batch: Batch, width: int, states: Sequence[State], page_size: int) -> Graph:
-        key = size, width, room = _kind(batch.num_sequences, width, int(batch.context_lens.max()))
+        key = size, width, capacity = _kind(batch.num_sequences, width, int(batch.context_lens.max()))
         if key not in self._graphs:
-            self._graphs[key] = self._capture(size * width, room, states)
+            self._graphs[key] = self._capture(size * width, capacity, states)
         graph = self._graphs[key]
-        staging = _stage(batch, size * width, page_size)
-        graph.inputs[: len(staging)].copy_(staging, non_blocking=True)
-        if batch.token_ids.is_cuda:  # chosen by a step that the host has not heard of yet
-            graph.inputs[: batch.num_tokens].copy_(batch.token_ids)
+        stage(batch, size * width, page_size, graph.inputs)
         graph.graph.replay()
         return graph
 
@@ -103,31 +99,22 @@ class CudaGlm:
 
     def _capture(self, num_rows: int, room: int, states: Sequence[State]) -> Graph:
         """Record a step of so many rows, whose contexts are no longer than `room`."""
-        inputs = torch.zeros(4 * num_rows + MAX_GRAPH_PAGES, dtype=torch.int32, device=self.device)
-        inputs[2 * num_rows : 3 * num_rows] = NOBODY
+        inputs = nobodys(num_rows, self.device)
         num_pages, page_size = states[0].latents.shape[:2]
         capacity = min(room, num_pages * page_size)
 
         def compute() -> tuple[torch.Tensor, torch.Tensor]:
             found = self._hidden(inputs, num_rows, states, capacity)
-            return found, F.linear(found, self.ends.head)
+            return found, cuda_glm_layer.logits(found, self.ends.head, pdl=self.pdl)
 
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):  # compiles what is compiled at first use
-            compute()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found, logits = compute()
+        graph, (found, logits) = captured.record(compute, self.device)
         return Graph(graph, inputs, found, logits)
 
     def _hidden(self, inputs: torch.Tensor, num_rows: int, states: Sequence[State], capacity: int) -> torch.Tensor:
         """The last norm's output [T, hidden]."""
-        token_ids, positions, slots, starts = inputs[: 4 * num_rows].view(4, num_rows)
-        rows = Rows(positions, slots, starts, inputs[4 * num_rows :], *rope.table(self.frequencies, positions))
+        token_ids, rows = rows_of(inputs, num_rows, self.frequencies)
         selected = triton_index.empty(num_rows, self.config.index_topk, self.device)
-        step = Step(self.config, self.group, rows, selected, capacity, self._pdl)
+        step = Step(self.config, self.group, rows, selected, capacity, self.pdl)
         x, delta = embed(token_ids, self.ends, self.group), None
         for layer, state in zip(self._layers, states, strict=True):
             x, delta = cuda_glm_layer.forward(x, delta, layer, state, step)
@@ -157,15 +144,39 @@ def views(pool: torch.Tensor, layout: KvLayout, config: GlmConfig, names: tuple[
 
 def _kind(num_sequences: int, width: int, context: int) -> tuple[int, int, int]:
     """Sequences, tokens of each and room for a context of the graph that computes such a step."""
-    room = LEAST_ROOM
-    while room < context:
-        room *= MORE_ROOM
-    return GRAPH_SIZES[bisect_left(GRAPH_SIZES, num_sequences)], width, room
+    return GRAPH_SIZES[bisect_left(GRAPH_SIZES, num_sequences)], width, room(context)
 
 
-def _stage(batch: Batch, num_rows: int, page_size: int) -> torch.Tensor:
-    """A step laid out as `Graph` says, in pinned memory of its own: a step before may still wait to be copied. Left out
-    are token ids that are on the device.
+def room(context: int) -> int:
+    """That of the graphs which fit such a context."""
+    found = LEAST_ROOM
+    while found < context:
+        found *= MORE_ROOM
+    return found
+
+
+def rows_of(inputs: torch.Tensor, num_rows: int, frequencies: torch.Tensor) -> tuple[torch.Tensor, Rows]:
+    """Token ids int32 [T], and the rest, of inputs laid out as `Graph` says."""
+    token_ids, positions, slots, starts = inputs[: 4 * num_rows].view(4, num_rows)
+    return token_ids, Rows(positions, slots, starts, inputs[4 * num_rows :], *rope.table(frequencies, positions))
+
+
+def on_device(batch: Batch, page_size: int, device: torch.device) -> torch.Tensor:
+    """A step laid out as `Graph` says, on the device."""
+    places = torch.cat((_places(batch, page_size).flatten(), batch.page_ids))
+    return torch.cat((batch.token_ids.to(device), put(places, torch.int32, device)))
+
+
+def nobodys(num_rows: int, device: torch.device) -> torch.Tensor:
+    """Inputs of a graph, laid out as `Graph` says, whose rows belong to nobody."""
+    inputs = torch.zeros(4 * num_rows + MAX_GRAPH_PAGES, dtype=torch.int32, device=device)
+    inputs[2 * num_rows : 3 * num_rows] = NOBODY
+    return inputs
+
+
+def stage(batch: Batch, num_rows: int, page_size: int, inputs: torch.Tensor) -> None:
+    """Copy a step of at most `num_rows` rows to where a graph finds it, by pinned memory of its own: a step before may
+    still wait to be copied.
 
     Rows that fill the step up write nothing, and attend to some token without anybody reading what they find.
     """
@@ -177,7 +188,9 @@ def _stage(batch: Batch, num_rows: int, page_size: int) -> torch.Tensor:
         rows[0, : batch.num_tokens] = batch.token_ids
     rows[1:, : batch.num_tokens] = _places(batch, page_size)
     staging[4 * num_rows :] = batch.page_ids
-    return staging
+    inputs[: len(staging)].copy_(staging, non_blocking=True)
+    if batch.token_ids.is_cuda:  # chosen by a step that the host has not heard of yet
+        inputs[: batch.num_tokens].copy_(batch.token_ids)
 
 
 def _places(batch: Batch, page_size: int) -> torch.Tensor:

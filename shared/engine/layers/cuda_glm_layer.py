@@ -5,7 +5,7 @@ and weights_proj; `query` is q_b and the indexer's wq_b. The residual is added w
 layer takes and leaves (x, delta), x + delta being its input and output. The twin is `glm_layer.GlmLayer`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -114,6 +114,12 @@ def attention(weights: AttentionWeights) -> Attention:
     )
 
 
+def sharing(own: Attention, config: GlmConfig) -> Attention:
+    """The same without what selects, for steps that keep a selection."""
+    num_low, num_query = config.q_lora_rank + config.latent_dim, config.num_heads * config.qk_head_dim
+    return replace(own, down=own.down[:num_low], query=own.query[:num_query], key_norm=None)
+
+
 def mixture(weights: MoeWeights | PackedMoeWeights) -> Mixture:
     """With experts packed if they are stored in NVFP4."""
     stored, shared = weights.experts, SharedExpert(weights.shared.gate_up, weights.shared.down)
@@ -141,6 +147,20 @@ def _many(x: torch.Tensor, weight: torch.Tensor, norm: Norm) -> tuple[torch.Tens
     normed = triton_dense.add_rms_norm(total, norm.delta, norm.gain, norm.eps)
     product: torch.Tensor = torch.mm(normed, weight.T, out_dtype=torch.float32)  # a router's logits must not be rounded
     return product, total, normed
+
+
+def logits(x: torch.Tensor, head: torch.Tensor, *, pdl: bool) -> torch.Tensor:
+    """x [T, hidden] times head' [V, hidden], float32."""
+    if 0 < len(x) <= MAX_ROWS:
+        return gluon_rows.linear(x, head, pdl=pdl)
+    return F.linear(x, head).float()
+
+
+def behind_norm(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, step: Step) -> torch.Tensor:
+    """x [T, K] behind its norm, times weight' [N, K], bfloat16."""
+    if len(x) <= MAX_ROWS:
+        return gluon_rows.linear(x, weight, Norm(gain, step.config.rms_norm_eps), weight.dtype, pdl=step.pdl)
+    return F.linear(triton_dense.add_rms_norm(x, None, gain, step.config.rms_norm_eps), weight)
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, *, pdl: bool) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """GLM-5, 5.1 and 5.2 on a GPU."""
 
-import logging
-
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -14,16 +12,12 @@ from shared.engine.layers.cuda_glm_layer import Layer
 from shared.engine.models.api import DraftLayer, Placement
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_layout import INDEX_KEYS, LATENTS, layout
+from shared.engine.models.glm_mtp_cuda import GlmMtpOnCuda
 from shared.engine.models.glm_weights import GlmWeights, MlpWeights
-
-log = logging.getLogger(__name__)
 
 
 class GlmOnCuda:
-    """Satisfies `models.api.Model`, as `glm.Glm` does on the CPU; `config` is that of the whole model.
-
-    Its MTP layer is not computed here yet: drafts come from the text so far.
-    """
+    """Satisfies `models.api.Model`, as `glm.Glm` does on the CPU; `config` is that of the whole model."""
 
     num_torch_threads = 1
 
@@ -36,11 +30,11 @@ class GlmOnCuda:
         self._decoder = CudaGlm(weights.config, read_ends(weights, config.vocab_size, placement), read, placement.group)
         self.draft_layer: DraftLayer | None = None
         if weights.has_mtp:
-            log.warning("the model's own layer for drafts is not computed on a GPU yet")
+            self.draft_layer = GlmMtpOnCuda(self._decoder, read_layer(weights, config.num_layers), weights.mtp())
 
     def layout(self, page_size: int) -> KvLayout:
         """A page: latents of every layer, index keys of the full ones."""
-        return layout(self._config, "bfloat16", page_size)
+        return layout(self._config, "bfloat16", page_size, mtp=self.draft_layer is not None)
 
     def rank_layout(self, page_size: int) -> KvLayout:
         """The same: heads share latents, so every rank needs them all."""

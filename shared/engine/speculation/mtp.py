@@ -10,18 +10,27 @@ from dataclasses import replace
 
 import torch
 
-from shared.engine.api import BatchItem, Chosen, SampledToken
+from shared.engine.api import BatchItem, Chosen, SampledToken, awaited
 from shared.engine.batch import build
 from shared.engine.kv.layout import KvLayout
 from shared.engine.models.api import DraftLayer
+from shared.engine.pinned import put
+from shared.engine.sampling.batched import BatchedSampler, Choice
 from shared.engine.sampling.sampler import Sampler
 
 Tokens = tuple[SampledToken, ...] | None
+# Which of their drafts was chosen for which sequences, on its way to the host.
+Late = tuple[int, Sequence["_Run"], Choice]
+AWAITED = -1
 
 
 class MtpDrafter:
     """For one executor. Drafts are chosen as the model chooses, with the random number of their position: where both
-    are of one mind the draft is right, at any temperature."""
+    are of one mind the draft is right, at any temperature.
+
+    Where tokens are chosen on a device, the next draft is launched before the host hears of the last one; not where
+    penalties depend on it.
+    """
 
     def __init__(self, layer: DraftLayer, choose: Sampler, layout: KvLayout) -> None:
         self.layer, self._choose, self._layout = layer, choose, layout
@@ -34,23 +43,41 @@ class MtpDrafter:
         `states` [T, hidden] are the model's, a row for each token of the step, drafts included.
         """
         followed = [_follow(item, chosen) for item, chosen in zip(items, tokens, strict=True)]
-        batch = build(followed, self._layout.page_size)
-        step = self.layer.extend(batch, states[_kept(items, followed)], pool, self._layout)
+        batch, kept = build(followed, self._layout.page_size), _kept(items, followed)
+        if len(kept) < len(states):
+            states = states[put(kept, torch.int64, states.device)]
+        step = self.layer.extend(batch, states, pool, self._layout)
         runs = {s: _Run(item, tokens[s] or ()) for s, item in enumerate(followed) if item.sample}
-        asking = list(runs)
+        asking, late = list(runs), list[Late]()
         while asking:
-            chosen = self._choose(step.logits, [runs[s].view() for s in asking])
-            for s, (token,) in zip(asking, chosen, strict=True):
-                runs[s].drafts.append(token.token_id)
+            drafted = self._draft(step.logits, [runs[s] for s in asking], late)
             going_on = [place for place, s in enumerate(asking) if runs[s].num_left(self._layout.page_size)]
             asking = [asking[place] for place in going_on]
             if asking:
-                batch = build([runs[s].item() for s in asking], self._layout.page_size)
+                following = [runs[s].item(place) for s, place in zip(asking, going_on, strict=True)]
+                batch = build(following, self._layout.page_size).resolved(drafted)
                 step = self.layer.advance(batch, step, going_on, pool, self._layout)
+        for number, drafting, choice in late:
+            for run, (token,) in zip(drafting, choice.collect(), strict=True):
+                run.drafts[number] = token.token_id
         return [
             None if chosen is None else Chosen(chosen, tuple(runs[s].drafts) if s in runs else ())
             for s, chosen in enumerate(tokens)
         ]
+
+    def _draft(self, logits: torch.Tensor, runs: Sequence["_Run"], late: list["Late"]) -> torch.Tensor:
+        """Choose a draft for each, int64 [runs]; if the host does not hear of them yet, `late` says so."""
+        views = [run.view() for run in runs]
+        if isinstance(self._choose, BatchedSampler) and not any(view.sampling.has_penalties for view in views):
+            choice = self._choose.launch(logits, views)
+            late.append((len(runs[0].drafts), runs, choice))
+            tokens, known = choice.tokens, [AWAITED] * len(runs)
+        else:
+            known = [token.token_id for (token,) in self._choose(logits, views)]
+            tokens = torch.tensor(known)
+        for run, token_id in zip(runs, known, strict=True):
+            run.drafts.append(token_id)
+        return tokens
 
 
 class _Run:
@@ -76,9 +103,9 @@ class _Run:
         history = self._history + self.drafts if self._history else ()
         return replace(self._item, token_ids=(0,), start=position - 1, sampling=sampling, history=history)
 
-    def item(self) -> BatchItem:
-        """The layer's next token: the last draft, one position on."""
-        return replace(self._item, token_ids=self.drafts[-1:], start=self._end + len(self.drafts) - 1)
+    def item(self, place: int) -> BatchItem:
+        """The layer's next token, one position on: the last draft, which stands at `place` of those chosen with it."""
+        return replace(self._item, token_ids=(awaited(place),), start=self._end + len(self.drafts) - 1)
 
 
 def _follow(item: BatchItem, chosen: Tokens) -> BatchItem:

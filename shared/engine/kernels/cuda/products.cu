@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(THREADS) dequantize(Product p) {
     const int tile = static_cast<int>(unit / chunks), step = static_cast<int>(unit % chunks);
     if (tile >= (p.num_rows + ROWS - 1) / ROWS) return;
     Packed stage;
-    stage.load(Packed::Source(p, 0, lane), tile, step);
+    stage.load(Packed::Source(p, lane), tile, step);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         uint32_t a[2][2][4];
@@ -38,57 +38,6 @@ __global__ void __launch_bounds__(THREADS) dequantize(Product p) {
             to[0] = make_uint4(out[0], out[1], out[2], out[3]), to[1] = make_uint4(out[4], out[5], out[6], out[7]);
         }
     }
-}
-
-// Lay the pairs (token, expert) of a mixture out by expert, at most `capacity` in an item. One block. `rank` [pairs]
-// is scratch. items[0] is their number.
-__global__ void __launch_bounds__(1024) sort_pairs(const int* chosen, int num_pairs, int num_experts, int capacity, int* rank, int* items) {
-    __shared__ int counts[1024], ends[1024];
-    const int me = threadIdx.x;
-    let_dependents_start();
-    wait_for_inputs(chosen);
-    counts[me] = 0;
-    __syncthreads();
-    for (int pair = me; pair < num_pairs; pair += blockDim.x) {
-        const int expert = chosen[pair];
-        if (expert >= 0 && expert < num_experts) rank[pair] = atomicAdd(&counts[expert], 1);
-    }
-    __syncthreads();
-    const int own = (counts[me] + capacity - 1) / capacity;
-    ends[me] = own;
-    __syncthreads();
-    for (int reach = 1; reach < 1024; reach *= 2) {
-        const int before = me >= reach ? ends[me - reach] : 0;
-        __syncthreads();
-        ends[me] += before;
-        __syncthreads();
-    }
-    for (int i = 0; i < own; i++) {
-        int* item = items + ITEM + (ends[me] - own + i) * (ITEM + ITEM_TOKENS);
-        item[0] = me, item[1] = min(capacity, counts[me] - i * capacity);
-    }
-    if (me == 1023) items[0] = ends[1023];
-    for (int pair = me; pair < num_pairs; pair += blockDim.x) {
-        const int expert = chosen[pair];
-        if (expert < 0 || expert >= num_experts) continue;
-        const int first = ends[expert] - (counts[expert] + capacity - 1) / capacity, place = rank[pair];
-        items[ITEM + (first + place / capacity) * (ITEM + ITEM_TOKENS) + ITEM + place % capacity] = pair;
-    }
-}
-
-// out[t] = sum over j of weights[t][j] parts[t * choices + j], in the order of j. parts float [T * choices, H].
-__global__ void __launch_bounds__(THREADS) combine(const float* parts, const int* chosen, const float* weights, int num_experts,
-                                                  int choices, int size, __nv_bfloat16* out) {
-    let_dependents_start();
-    wait_for_inputs(parts);
-    const int column = blockIdx.x * THREADS + threadIdx.x, token = blockIdx.y;
-    if (column >= size) return;
-    float total = 0;
-    for (int j = 0; j < choices; j++) {
-        const int pair = token * choices + j, expert = chosen[pair];
-        if (expert >= 0 && expert < num_experts) total += weights[pair] * parts[static_cast<int64_t>(pair) * size + column];
-    }
-    out[static_cast<int64_t>(token) * size + column] = __float2bfloat16(total);
 }
 
 // A residual stream as a first product takes it: times the norm's weight, and its sum of squares. A block a token.
@@ -131,34 +80,33 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
 }
 
 template <class Weights, int MT, int R, int DEPTH, int AHEAD, int BLOCKS>
-cudaError_t run(const Product& p, int num_items, cudaStream_t stream) {
+cudaError_t run(const Product& p, cudaStream_t stream) {
     const int rows = p.warps_rows * R * ROWS, num_groups = (p.num_rows + rows - 1) / rows;
     int device = 0, processors = 0;
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
     if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
-    // As many blocks as run at once, or four times that where each has another expert; each goes on with further rows.
-    const int wanted = num_items > 1 ? 4 * processors * BLOCKS / num_items : processors * BLOCKS / p.cluster;
-    const int bands = std::max(1, std::min(num_groups, wanted));
+    // As many blocks as run at once; each goes on with further rows.
+    const int bands = std::max(1, std::min(num_groups, processors * BLOCKS / p.cluster));
     const size_t shared = 2 * sizeof(float) * (WARPS / p.warps_rows) * MT * 8 * (rows + 4);
     auto* kernel = product<Weights, MT, R, DEPTH, AHEAD, BLOCKS>;
     if (shared > 40 << 10) {
         const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
         if (error != cudaSuccess) return error;
     }
-    return launch(kernel, dim3(bands * p.cluster, num_items), THREADS, shared, p.cluster, stream, p);
+    return launch(kernel, dim3(bands * p.cluster), THREADS, shared, p.cluster, stream, p);
 }
 
 template <class Weights>
-cudaError_t run(const Product& p, int eights, int row_tiles, int num_items, cudaStream_t stream) {
+cudaError_t run(const Product& p, int eights, int row_tiles, cudaStream_t stream) {
     constexpr bool PACKED = Weights::TILES == 2;
     switch (eights * 10 + row_tiles) {
-        case 11: return run<Weights, 1, 1, PACKED ? 7 : 4, PACKED ? 4 : 2, 2>(p, num_items, stream);
-        case 12: return run<Weights, 1, 2, PACKED ? 4 : 3, PACKED ? 4 : 2, 2>(p, num_items, stream);
-        case 21: return run<Weights, 2, 1, 4, 2, 2>(p, num_items, stream);
-        case 22: return run<Weights, 2, 2, PACKED ? 3 : 2, 2, 2>(p, num_items, stream);
-        case 41: return run<Weights, 4, 1, PACKED ? 4 : 3, 1, 2>(p, num_items, stream);
-        case 42: return run<Weights, 4, 2, 2, 1, 2>(p, num_items, stream);
-        case 82: return run<Weights, 8, 2, 3, 1, 1>(p, num_items, stream);
+        case 11: return run<Weights, 1, 1, PACKED ? 7 : 4, PACKED ? 4 : 2, 2>(p, stream);
+        case 12: return run<Weights, 1, 2, PACKED ? 4 : 3, PACKED ? 4 : 2, 2>(p, stream);
+        case 21: return run<Weights, 2, 1, 4, 2, 2>(p, stream);
+        case 22: return run<Weights, 2, 2, PACKED ? 3 : 2, 2, 2>(p, stream);
+        case 41: return run<Weights, 4, 1, PACKED ? 4 : 3, 1, 2>(p, stream);
+        case 42: return run<Weights, 4, 2, 2, 1, 2>(p, stream);
+        case 82: return run<Weights, 8, 2, 3, 1, 1>(p, stream);
         default: return cudaErrorInvalidValue;
     }
 }
@@ -170,27 +118,16 @@ using forebay::Product;
 extern "C" {
 
 // Each returns a cudaError_t.
-int forebay_product(const Product* p, int packed, int eights, int row_tiles, int num_items, void* stream) {
+int forebay_product(const Product* p, int packed, int eights, int row_tiles, void* stream) {
     auto* s = static_cast<cudaStream_t>(stream);
-    return packed ? forebay::run<forebay::Packed>(*p, eights, row_tiles, num_items, s)
-                  : forebay::run<forebay::Dense>(*p, eights, row_tiles, num_items, s);
+    return packed ? forebay::run<forebay::Packed>(*p, eights, row_tiles, s)
+                  : forebay::run<forebay::Dense>(*p, eights, row_tiles, s);
 }
 
 int forebay_dequantize(const Product* p, void* stream) {
     const int64_t tiles = (p->num_rows + 15) / 16, chunks = (p->num_columns + 127) / 128;
     const dim3 grid(static_cast<unsigned>((tiles * chunks + forebay::WARPS - 1) / forebay::WARPS));
     return forebay::launch(forebay::dequantize, grid, forebay::THREADS, 0, 1, static_cast<cudaStream_t>(stream), *p);
-}
-
-int forebay_sort_pairs(const int* chosen, int num_pairs, int num_experts, int capacity, int* rank, int* items, void* stream) {
-    return forebay::launch(forebay::sort_pairs, dim3(1), 1024, 0, 1, static_cast<cudaStream_t>(stream), chosen, num_pairs,
-                           num_experts, capacity, rank, items);
-}
-
-int forebay_combine(const float* parts, const int* chosen, const float* weights, int num_experts, int choices, int num_tokens,
-                    int size, __nv_bfloat16* out, void* stream) {
-    return forebay::launch(forebay::combine, dim3((size + forebay::THREADS - 1) / forebay::THREADS, num_tokens), forebay::THREADS, 0,
-                           1, static_cast<cudaStream_t>(stream), parts, chosen, weights, num_experts, choices, size, out);
 }
 
 int forebay_begin(const __nv_bfloat16* x, const __nv_bfloat16* norm, int num_tokens, int size, __nv_bfloat16* out, float* squares,

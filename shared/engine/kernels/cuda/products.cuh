@@ -16,7 +16,7 @@
 namespace forebay {
 
 constexpr int WARPS = 8, THREADS = WARPS * 32, ROWS = 16;
-constexpr int ITEM = 8, ITEM_TOKENS = 64;  // of an item's int32: expert and count first, then the pairs
+constexpr int MAX_TOKENS = 64;
 
 enum Epilogue { PLAIN = 0, GATED = 1, RESIDUAL = 2 };
 
@@ -29,13 +29,11 @@ struct Product {
     const __nv_bfloat16* x;   // [tokens, K]
     const float* squares_in;  // [tokens, num_squares_in], or none
     const __nv_bfloat16* next_norm;  // [N]
-    const int* items;         // the pairs of each expert; none: one matrix, all tokens
     __nv_bfloat16* out;       // [tokens, N]; gated: [tokens, N / 2]
-    float* wide_out;          // instead of `out`
     __nv_bfloat16* residual;  // [tokens, N], added to and written
     float* squares_out;       // [tokens, num_squares_out]
     int num_tokens, num_rows, num_columns, num_squares_in, num_squares_out;
-    int epilogue, warps_rows, cluster, choices;  // a pair's token is pair / choices
+    int epilogue, warps_rows, cluster;
     float eps;
 };
 
@@ -50,7 +48,7 @@ struct Dense {
         int64_t second;  // row g + 8, from row g
         int per_step, per_tile;
 
-        __device__ Source(const Product& p, int, int lane) {
+        __device__ Source(const Product& p, int lane) {
             const int g = lane / 4, q = lane % 4, row = p.num_columns / 8;  // in uint4
             const bool gated = p.epilogue == GATED;
             first = static_cast<const uint4*>(p.weights) + static_cast<int64_t>(g) * row + q;
@@ -84,10 +82,9 @@ struct Packed {
         const uint32_t* scales;
         int per_tile;  // in steps
 
-        __device__ Source(const Product& p, int expert, int lane) {
+        __device__ Source(const Product& p, int lane) {
             per_tile = (p.num_columns + COLUMNS - 1) / COLUMNS;
-            const int64_t start = static_cast<int64_t>(expert) * ((p.num_rows + ROWS - 1) / ROWS) * per_tile;
-            codes = static_cast<const uint4*>(p.weights) + start * 64 + lane, scales = p.scales + start * 32 + lane;
+            codes = static_cast<const uint4*>(p.weights) + lane, scales = p.scales + lane;
         }
     };
     __device__ __forceinline__ void load(const Source& from, int tile, int step) {
@@ -115,18 +112,10 @@ struct Packed {
 
 __device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
-// Whose tokens a block works for.
-struct Part {
-    int expert, count;
-    const int* pairs;
-
-    __device__ int row_of(int n) const { return pairs == nullptr ? n : pairs[n]; }
-};
-
 // What divides the tokens of an input that went through a norm.
-__device__ inline void find_scales(const Product& p, int count, float* scales) {
+__device__ inline void find_scales(const Product& p, float* scales) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int n = warp; n < count; n += WARPS) {
+    for (int n = warp; n < p.num_tokens; n += WARPS) {
         float total = 0;
         if (p.squares_in != nullptr)
             for (int i = lane; i < p.num_squares_in; i += 32) total += p.squares_in[n * p.num_squares_in + i];
@@ -138,14 +127,14 @@ __device__ inline void find_scales(const Product& p, int count, float* scales) {
 // Add up the parts of all warps and of all blocks of the cluster; scale and write them. `parts` [warps of a row][TOKENS][rows],
 // `group` names the rows. Warps take turns with the tokens.
 template <int TOKENS>
-__device__ void finish(const Product& p, const Part& part, int group, float* parts, const float* scales, int block_rows,
+__device__ void finish(const Product& p, int group, float* parts, const float* scales, int block_rows,
                        int warps_columns, float factor) {
     const int warp = (threadIdx.x / 32 + group) % WARPS, lane = threadIdx.x % 32, stride = block_rows + 4;
     const int ranks = p.cluster, rank = ranks > 1 ? Cluster::rank() : 0, share = block_rows / ranks, half = p.num_rows / 2;
     const bool gate = p.epilogue == GATED;
-    for (int n = warp; n < part.count; n += WARPS) {
+    for (int n = warp; n < p.num_tokens; n += WARPS) {
         const float scale = scales[n] * factor;
-        const int64_t out_row = static_cast<int64_t>(part.row_of(n)) * (gate ? half : p.num_rows);
+        const int64_t out_row = static_cast<int64_t>(n) * (gate ? half : p.num_rows);
         float squares = 0;
         for (int i = lane; i < (gate ? share / 2 : share); i += 32) {
             // Row within the block: a gated tile has eight of gate's rows and then up's.
@@ -162,7 +151,7 @@ __device__ void finish(const Product& p, const Part& part, int group, float* par
                 }
                 const int true_row = row + side * half;
                 value[side] *= scale;
-                if (p.factors != nullptr) value[side] *= p.factors[static_cast<int64_t>(part.expert) * p.num_rows + true_row];
+                if (p.factors != nullptr) value[side] *= p.factors[true_row];
                 if (p.bias != nullptr) value[side] += __bfloat162float(p.bias[true_row]);
             }
             const int64_t to = out_row + row;
@@ -174,8 +163,6 @@ __device__ void finish(const Product& p, const Part& part, int group, float* par
                 p.residual[to] = sum;
                 p.out[to] = __float2bfloat16(wide * __bfloat162float(p.next_norm[row]));
                 squares += wide * wide;
-            } else if (p.wide_out != nullptr) {
-                p.wide_out[to] = value[0];
             } else {
                 p.out[to] = __float2bfloat16(value[0]);
             }
@@ -192,7 +179,7 @@ __device__ void finish(const Product& p, const Part& part, int group, float* par
 template <class Weights, int MT, int R, int DEPTH, int AHEAD, int BLOCKS>
 __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant__ Product p) {
     constexpr int PIECES = 2 * Weights::TILES;
-    __shared__ float scales[ITEM_TOKENS];
+    __shared__ float scales[MAX_TOKENS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const int warps_columns = WARPS / p.warps_rows, along = warp % warps_columns, across = warp / warps_columns;
     const int block_rows = p.warps_rows * R * ROWS, row_stride = block_rows + 4, tiles = (p.num_rows + ROWS - 1) / ROWS;
@@ -201,16 +188,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
     const int all_steps = (p.num_columns + Weights::COLUMNS - 1) / Weights::COLUMNS;
     const int num_steps = all_steps > begin ? (all_steps - begin + stride - 1) / stride : 0;
     float* parts = dynamic_shared();
-    Part part{0, p.num_tokens, nullptr};
     let_dependents_start();
-    if (p.items != nullptr) {
-        wait_for_inputs(p.items);
-        const int* item = p.items + ITEM + blockIdx.y * (ITEM + ITEM_TOKENS);
-        if (blockIdx.y >= p.items[0]) return;
-        part = Part{item[0], item[1], item + ITEM};
-    }
     Weights stage[DEPTH][R];
-    const typename Weights::Source source(p, part.expert, lane);
+    const typename Weights::Source source(p, lane);
     int group = blockIdx.x / p.cluster;
     const auto load = [&](Weights (&into)[R], int of_group, int step) {
         const int tile = (of_group * p.warps_rows + across) * R;
@@ -221,14 +201,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
 #pragma unroll
     for (int d = 0; d < DEPTH; d++)
         if (d < num_steps) load(stage[d], group, d);
-    if (p.items == nullptr) wait_for_inputs(p.x);
-    find_scales(p, part.count, scales);
+    wait_for_inputs(p.x);
+    find_scales(p, scales);
 
     const __nv_bfloat16* tokens[MT];
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         const int n = m * 8 + g;
-        tokens[m] = n < part.count ? p.x + static_cast<int64_t>(part.row_of(n) / p.choices) * p.num_columns : nullptr;
+        tokens[m] = n < p.num_tokens ? p.x + static_cast<int64_t>(n) * p.num_columns : nullptr;
     }
     uint4 ahead[AHEAD][MT];
     const auto fetch = [&](uint4 (&into)[MT], int step, int piece) {
@@ -276,11 +256,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int n = m * 8 + q * 2 + i % 2, row = r * ROWS + g + i / 2 * 8;
-                    if (n < part.count) mine[n * row_stride + row] = sums[r][m][i];
+                    if (n < p.num_tokens) mine[n * row_stride + row] = sums[r][m][i];
                 }
         if (p.cluster > 1) Cluster::sync();
         else __syncthreads();
-        finish<MT * 8>(p, part, group, parts, scales, block_rows, warps_columns, Weights::FACTOR);
+        finish<MT * 8>(p, group, parts, scales, block_rows, warps_columns, Weights::FACTOR);
         // The next parts go beside these, and the ones after them here again: whoever is that far has passed the barrier
         // between, and so has everybody who reads from here.
         const int size = warps_columns * MT * 8 * row_stride;
