@@ -35,6 +35,10 @@ def using(library: ctypes.CDLL, row_tiles: int, warps_rows: int, cluster: int) -
     return CudaProducts(library, plan)
 
 
+def streaming(library: ctypes.CDLL, row_tiles: int, warps: int) -> CudaProducts:
+    return CudaProducts(library, lambda *_: Plan(1, row_tiles, streamed=warps))
+
+
 def packed(rows: int, columns: int, seed: int, gated: bool = False) -> w4a16.PackedWeight:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * columns**-0.5
     tensor = nvfp4.quantize(weight * torch.logspace(-3, 0, rows)[:, None])
@@ -53,6 +57,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found.float(), expected.float(), rtol=0.01, atol=0.004 * float(expected.abs().max()))
 
 
+STREAMED = [(8, 1), (8, 2), (8, 3), (16, 1), (16, 2)]
 CUTS = [(1, 1, 1, 1), (5, 1, 4, 2), (12, 2, 2, 1), (30, 1, 8, 1), (30, 2, 4, 4), (64, 2, 2, 1)]
 
 
@@ -64,6 +69,17 @@ def test_products_equal_those_of_torch(
     products = using(library, row_tiles, warps_rows, cluster)
     weight = packed(80, 336, 1) if kind == "packed" else activations(80, 320)
     x, bias = activations(tokens, 336 if kind == "packed" else 320), activations(1, 80)[0]
+    assert_close(products.linear(x, weight, bias), F.linear(x.float(), dense(weight), bias.float()))
+
+
+@pytest.mark.parametrize(("warps", "row_tiles"), STREAMED)
+@pytest.mark.parametrize("tokens", [1, 7, 12])
+@pytest.mark.parametrize("columns", [336, 1280])
+def test_streamed_products_equal_those_of_torch(
+    library: ctypes.CDLL, warps: int, row_tiles: int, tokens: int, columns: int
+) -> None:
+    products, weight = streaming(library, row_tiles, warps), packed(112, columns, 1)
+    x, bias = activations(tokens, columns), activations(1, 112)[0]
     assert_close(products.linear(x, weight, bias), F.linear(x.float(), dense(weight), bias.float()))
 
 

@@ -38,12 +38,14 @@ class Product(ctypes.Structure):
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How a product is cut up: eights of tokens and tiles of rows for a warp; warps of a block that have rows of their
-    own, the others sharing out columns; blocks that share out columns."""
+    own, the others sharing out columns; blocks that share out columns. Where `streamed` (packed weights, at most 16
+    tokens), a block has so many warps, which all share out columns."""
 
     eights: int
     row_tiles: int
-    warps_rows: int
-    cluster: int
+    warps_rows: int = 1
+    cluster: int = 1
+    streamed: int = 0
 
     def num_blocks(self, num_rows: int) -> int:
         """Of one matrix."""
@@ -169,6 +171,9 @@ class CudaProducts:
         product.x, product.num_tokens = _at(x), tokens
         product.choices = product.choices or 1
         product.warps_rows, product.cluster = plan.warps_rows, plan.cluster
+        if plan.streamed:
+            self._call("forebay_streamed", ctypes.byref(product), plan.row_tiles, plan.streamed, _stream(x))
+            return
         sizes = int(packed), plan.eights, plan.row_tiles, num_items
         self._call("forebay_product", ctypes.byref(product), *sizes, _stream(x))
 
@@ -210,6 +215,7 @@ def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes."""
     library = ctypes.CDLL(str(path))
     library.forebay_product.argtypes = (ctypes.POINTER(Product), Int, Int, Int, Int, Pointer)
+    library.forebay_streamed.argtypes = (ctypes.POINTER(Product), Int, Int, Pointer)
     library.forebay_dequantize.argtypes = (ctypes.POINTER(Product), Pointer)
     library.forebay_sort_pairs.argtypes = (Pointer, Int, Int, Int, Pointer, Pointer, Pointer)
     library.forebay_combine.argtypes = (Pointer, Pointer, Pointer, Int, Int, Int, Int, Pointer, Pointer)

@@ -14,6 +14,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -37,6 +38,7 @@ inline __nv_bfloat16 __float2bfloat16(float v) {
 }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16(a), __float2bfloat16(b)}; }
 inline float __expf(float v) { return expf(v); }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int by) { return high << by | low >> (32 - by); }
 inline float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 using std::min;
 
@@ -47,7 +49,7 @@ struct Warp {
 struct Block {
     std::barrier<> meet;
     std::vector<Warp> warps;
-    std::vector<float> memory;
+    std::vector<float> memory;  // as all vectors of this size, at a multiple of 16 bytes
     Block(int threads, size_t bytes) : meet(threads), warps(threads / 32), memory(bytes / 4 + 1, NAN) {}
 };
 struct Blocks {
@@ -136,6 +138,9 @@ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint3
 }
 inline uint4 stream(const uint4* at) { return *at; }
 inline uint32_t stream(const uint32_t* at) { return *at; }
+template <class T> void copy_async(T* to, const T* from) { *to = *from; }
+inline void commit_copies() {}
+template <int> void wait_for_copies() {}
 inline uint32_t times(uint32_t a, uint32_t b) {
     const __nv_bfloat162 both = __floats2bfloat162_rn(__uint_as_float(a << 16) * __uint_as_float(b << 16),
                                                       __uint_as_float(a & 0xFFFF0000u) * __uint_as_float(b & 0xFFFF0000u));

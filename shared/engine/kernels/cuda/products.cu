@@ -1,5 +1,6 @@
 // The C side of `kernels.cuda_products`: launches, and what goes around products of packed weights.
 #include "products.cuh"
+#include "streamed.cuh"
 
 #include <algorithm>
 
@@ -163,6 +164,34 @@ cudaError_t run(const Product& p, int eights, int row_tiles, int num_items, cuda
     }
 }
 
+constexpr int HALF_SHARED = 112 << 10;  // two blocks on a multiprocessor have so much each, on GPUs that have so much
+
+template <int MT, int R, int W, int DEPTH>
+cudaError_t run_streamed(const Product& p, cudaStream_t stream) {
+    int device = 0, processors = 0;
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+    const int rows = R * ROWS, num_groups = (p.num_rows + rows - 1) / rows;
+    const bool staged = Places(true, p.num_tokens, p.num_columns, W, DEPTH, R).end <= HALF_SHARED;
+    const Places places(staged, p.num_tokens, p.num_columns, W, DEPTH, R);
+    auto* kernel = staged ? streamed<MT, R, W, DEPTH, true> : streamed<MT, R, W, DEPTH, false>;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, places.end);
+    if (error != cudaSuccess) return error;
+    return launch(kernel, dim3(std::min(num_groups, processors)), W * 32, places.end, 1, stream, p);
+}
+
+template <int MT>
+cudaError_t run_streamed(const Product& p, int row_tiles, int warps, cudaStream_t stream) {
+    switch (warps * 10 + row_tiles) {
+        case 81: return run_streamed<MT, 1, 8, 8>(p, stream);
+        case 82: return run_streamed<MT, 2, 8, 4>(p, stream);
+        case 83: return run_streamed<MT, 3, 8, 3>(p, stream);
+        case 161: return run_streamed<MT, 1, 16, 4>(p, stream);
+        case 162: return run_streamed<MT, 2, 16, 2>(p, stream);
+        default: return cudaErrorInvalidValue;
+    }
+}
+
 }  // namespace forebay
 
 using forebay::Product;
@@ -174,6 +203,12 @@ int forebay_product(const Product* p, int packed, int eights, int row_tiles, int
     auto* s = static_cast<cudaStream_t>(stream);
     return packed ? forebay::run<forebay::Packed>(*p, eights, row_tiles, num_items, s)
                   : forebay::run<forebay::Dense>(*p, eights, row_tiles, num_items, s);
+}
+
+// Packed, one matrix, at most 16 tokens.
+int forebay_streamed(const Product* p, int row_tiles, int warps, void* stream) {
+    auto* s = static_cast<cudaStream_t>(stream);
+    return p->num_tokens <= 8 ? forebay::run_streamed<1>(*p, row_tiles, warps, s) : forebay::run_streamed<2>(*p, row_tiles, warps, s);
 }
 
 int forebay_dequantize(const Product* p, void* stream) {

@@ -103,11 +103,11 @@ struct Packed {
         const uint32_t high = ((stored >> 8) & 255) * 0x00100010u + 0x75807580u;
 #pragma unroll
         for (int s = 0; s < 2; s++) {
-            const uint32_t w = words[s];
+            const uint32_t w = words[s], rotated = __funnelshift_l(w, w, 6);
             a[s][0] = times(w & 0x81C081C0u, low);
-            a[s][1] = times((w << 3) & 0x81C081C0u, high);
-            a[s][2] = times((w << 6) & 0x81C081C0u, low);
-            a[s][3] = times(((w << 1) & 0x80008000u) | ((w >> 4) & 0x00C000C0u) | ((w >> 5) & 0x01000100u), high);
+            a[s][1] = times((w * 8) & 0x81C081C0u, high);
+            a[s][2] = times(rotated & 0x81C081C0u, low);
+            a[s][3] = times(((rotated & 0x001B001Bu) * 0x1084u) & 0x81C081C0u, high);  // bits 3, 1, 0, 4 to 15, 8, 7, 6
         }
     }
     __device__ static int column(int step, int tile, int piece, int q) { return step * COLUMNS + tile * 64 + q * 16 + piece * 8; }
@@ -124,9 +124,9 @@ struct Part {
 };
 
 // What divides the tokens of an input that went through a norm.
-__device__ inline void find_scales(const Product& p, int count, float* scales) {
+__device__ __forceinline__ void find_scales(const Product& p, int count, float* scales, int warps) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int n = warp; n < count; n += WARPS) {
+    for (int n = warp; n < count; n += warps) {
         float total = 0;
         if (p.squares_in != nullptr)
             for (int i = lane; i < p.num_squares_in; i += 32) total += p.squares_in[n * p.num_squares_in + i];
@@ -135,15 +135,14 @@ __device__ inline void find_scales(const Product& p, int count, float* scales) {
     }
 }
 
-// Add up the parts of all warps and of all blocks of the cluster; scale and write them. `parts` [warps of a row][TOKENS][rows],
-// `group` names the rows. Warps take turns with the tokens.
-template <int TOKENS>
-__device__ void finish(const Product& p, const Part& part, int group, float* parts, const float* scales, int block_rows,
-                       int warps_columns, float factor) {
-    const int warp = (threadIdx.x / 32 + group) % WARPS, lane = threadIdx.x % 32, stride = block_rows + 4;
+// Add up the parts of all warps and of all blocks of the cluster; scale and write them. `parts` [warps of a row][tokens][rows],
+// `group` names the rows. A block's `warps` take turns with the tokens.
+__device__ __forceinline__ void finish(const Product& p, const Part& part, int group, float* parts, const float* scales,
+                                       int block_rows, int warps_columns, int tokens, int warps, float factor) {
+    const int warp = (threadIdx.x / 32 + group) % warps, lane = threadIdx.x % 32, stride = block_rows + 4;
     const int ranks = p.cluster, rank = ranks > 1 ? Cluster::rank() : 0, share = block_rows / ranks, half = p.num_rows / 2;
     const bool gate = p.epilogue == GATED;
-    for (int n = warp; n < part.count; n += WARPS) {
+    for (int n = warp; n < part.count; n += warps) {
         const float scale = scales[n] * factor;
         const int64_t out_row = static_cast<int64_t>(part.row_of(n)) * (gate ? half : p.num_rows);
         float squares = 0;
@@ -158,7 +157,8 @@ __device__ void finish(const Product& p, const Part& part, int group, float* par
                 if (side && !gate) break;
                 for (int r = 0; r < ranks; r++) {
                     const float* theirs = (ranks > 1 ? Cluster::of(parts, r) : parts) + n * stride + local + side * 8;
-                    for (int w = 0; w < warps_columns; w++) value[side] += theirs[w * TOKENS * stride];
+#pragma unroll 8
+                    for (int w = 0; w < warps_columns; w++) value[side] += theirs[w * tokens * stride];
                 }
                 const int true_row = row + side * half;
                 value[side] *= scale;
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
     for (int d = 0; d < DEPTH; d++)
         if (d < num_steps) load(stage[d], group, d);
     if (p.items == nullptr) wait_for_inputs(p.x);
-    find_scales(p, part.count, scales);
+    find_scales(p, part.count, scales, WARPS);
 
     const __nv_bfloat16* tokens[MT];
 #pragma unroll
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
                 }
         if (p.cluster > 1) Cluster::sync();
         else __syncthreads();
-        finish<MT * 8>(p, part, group, parts, scales, block_rows, warps_columns, Weights::FACTOR);
+        finish(p, part, group, parts, scales, block_rows, warps_columns, MT * 8, WARPS, Weights::FACTOR);
         // The next parts go beside these, and the ones after them here again: whoever is that far has passed the barrier
         // between, and so has everybody who reads from here.
         const int size = warps_columns * MT * 8 * row_stride;
