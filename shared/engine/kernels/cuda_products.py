@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from shared.engine.kernels.w4a16 import CHUNK, ROWS, PackedWeight, Weight
 
 Pointer, Int = ctypes.c_void_p, ctypes.c_int
-PLAIN, GATED, RESIDUAL = range(3)
+PLAIN, GATED, RESIDUAL, SPLIT = range(4)
 WARPS = 8
 MAX_TOKENS = 64
 ITEM, ITEM_TOKENS = 8, 64
 DENSE_STEP = 64  # columns
+STAGED_TILES, STAGED_ROWS = (2, 4), 128  # tiles of rows of a warp and warps with rows of their own; a block's rows
+MAX_STAGED_BLOCKS, MAX_STAGED_ROWS = 264, 1 << 20
 MIDDLING, TALL = 5120, 16_384  # rows
 
 
@@ -38,14 +40,16 @@ class Product(ctypes.Structure):
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How a product is cut up: eights of tokens and tiles of rows for a warp; warps of a block that have rows of their
-    own, the others sharing out columns; blocks that share out columns. Where `streamed` (packed weights, at most 16
-    tokens), a block has so many warps, which all share out columns."""
+    own, the others sharing out columns; blocks that share out columns. Packed weights may be `streamed`, for 8 tokens
+    at most, by blocks of so many warps, which all share out columns; or `staged`, by at most so many blocks of
+    STAGED_TILES."""
 
     eights: int
     row_tiles: int
     warps_rows: int = 1
     cluster: int = 1
     streamed: int = 0
+    staged: int = 0
 
     def num_blocks(self, num_rows: int) -> int:
         """Of one matrix."""
@@ -76,6 +80,7 @@ class CudaProducts:
 
     def __init__(self, library: ctypes.CDLL, plan: Callable[[bool, int, int, int], Plan] | None = None) -> None:
         self._library, self._plan = library, plan or planned
+        self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [M, K] times W' [M, N], plus `bias`."""
@@ -83,13 +88,13 @@ class CudaProducts:
         if len(x) > MAX_TOKENS:
             return F.linear(x, self.dequantized(weight), bias)
         out = x.new_empty(len(x), rows)
-        self._run(weight, x, Product(bias=_at(bias), out=_at(out), epilogue=PLAIN))
+        self._run(weight, x, Product(bias=_at(bias), out=_at(out), epilogue=_plain(weight)))
         return out
 
     def normed_linear(self, normed: Normed, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """As `linear`, of what a norm gives."""
         out = normed.x.new_empty(len(normed.x), _rows(weight))
-        self._run(weight, normed.x, _normed(normed, Product(bias=_at(bias), out=_at(out), epilogue=PLAIN)))
+        self._run(weight, normed.x, _normed(normed, Product(bias=_at(bias), out=_at(out), epilogue=_plain(weight))))
         return out
 
     def gated(self, normed: Normed, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -174,8 +179,23 @@ class CudaProducts:
         if plan.streamed:
             self._call("forebay_streamed", ctypes.byref(product), plan.row_tiles, plan.streamed, _stream(x))
             return
+        if plan.staged:
+            units = plan.num_blocks(rows) * -(-x.shape[1] // CHUNK)
+            partials, arrivals = self._sums(x.device)
+            places = _at(partials), _at(arrivals)
+            self._call("forebay_staged", ctypes.byref(product), min(units, plan.staged), *places, _stream(x))
+            return
         sizes = int(packed), plan.eights, plan.row_tiles, num_items
         self._call("forebay_product", ctypes.byref(product), *sizes, _stream(x))
+
+    def _sums(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where blocks that share rows leave their sums, and how many of them have: zeros between products, which
+        follow each other on one stream. Made once: graphs have but the addresses."""
+        if self._shared is None:
+            size = MAX_STAGED_BLOCKS * 2 * MAX_TOKENS * STAGED_ROWS
+            arrivals = torch.zeros(MAX_STAGED_ROWS // STAGED_ROWS, dtype=torch.int32, device=device)
+            self._shared = torch.empty(size, device=device), arrivals
+        return self._shared
 
     def _call(self, name: str, *arguments: object) -> None:
         error = getattr(self._library, name)(*arguments)
@@ -216,6 +236,7 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.forebay_product.argtypes = (ctypes.POINTER(Product), Int, Int, Int, Int, Pointer)
     library.forebay_streamed.argtypes = (ctypes.POINTER(Product), Int, Int, Pointer)
+    library.forebay_staged.argtypes = (ctypes.POINTER(Product), Int, Pointer, Pointer, Pointer)
     library.forebay_dequantize.argtypes = (ctypes.POINTER(Product), Pointer)
     library.forebay_sort_pairs.argtypes = (Pointer, Int, Int, Int, Pointer, Pointer, Pointer)
     library.forebay_combine.argtypes = (Pointer, Pointer, Pointer, Int, Int, Int, Int, Pointer, Pointer)
@@ -230,6 +251,11 @@ def _eights(num_tokens: int) -> int:
 
 def _rows(weight: Weight) -> int:
     return weight.num_rows if isinstance(weight, PackedWeight) else weight.shape[0]
+
+
+def _plain(weight: Weight) -> int:
+    """The epilogue that gives rows in their old order."""
+    return SPLIT if isinstance(weight, PackedWeight) and weight.gated else PLAIN
 
 
 def _normed(normed: Normed, product: Product) -> Product:

@@ -73,13 +73,15 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
     warp.meet.arrive_and_wait();
     return theirs;
 }
+inline void __threadfence() {}
+inline float __ldcg(const float* at) { return *at; }
 template <class T> T atomicAdd(T* at, T value) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }
 
 // The host's side --------------------------------------------------------------------------------------------------------
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 using cudaStream_t = void*;
 enum { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout, cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
 struct cudaLaunchAttribute {
     int id;
     struct { int programmaticStreamSerializationAllowed; dim3 clusterDim; } val;

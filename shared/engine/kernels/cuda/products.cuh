@@ -18,7 +18,8 @@ namespace forebay {
 constexpr int WARPS = 8, THREADS = WARPS * 32, ROWS = 16;
 constexpr int ITEM = 8, ITEM_TOKENS = 64;  // of an item's int32: expert and count first, then the pairs
 
-enum Epilogue { PLAIN = 0, GATED = 1, RESIDUAL = 2 };
+// SPLIT: as PLAIN, of packed weights whose tiles have eight rows of gate and eight of up.
+enum Epilogue { PLAIN = 0, GATED = 1, RESIDUAL = 2, SPLIT = 3 };
 
 // One product. All strides count elements.
 struct Product {
@@ -136,25 +137,25 @@ __device__ __forceinline__ void find_scales(const Product& p, int count, float* 
 }
 
 // Add up the parts of all warps and of all blocks of the cluster; scale and write them. `parts` [warps of a row][tokens][rows],
-// `group` names the rows. A block's `warps` take turns with the tokens.
+// `group` names the rows. A block's `warps` take turns with the tokens from `first` to `last`.
 __device__ __forceinline__ void finish(const Product& p, const Part& part, int group, float* parts, const float* scales,
-                                       int block_rows, int warps_columns, int tokens, int warps, float factor) {
-    const int warp = (threadIdx.x / 32 + group) % warps, lane = threadIdx.x % 32, stride = block_rows + 4;
+                                       int block_rows, int warps_columns, int tokens, int warps, float factor, int first, int last) {
+    const int turn = (threadIdx.x / 32 + group) % warps, lane = threadIdx.x % 32, stride = block_rows + 4;
     const int ranks = p.cluster, rank = ranks > 1 ? Cluster::rank() : 0, share = block_rows / ranks, half = p.num_rows / 2;
-    const bool gate = p.epilogue == GATED;
-    for (int n = warp; n < part.count; n += warps) {
+    const bool gate = p.epilogue == GATED, paired = gate || p.epilogue == SPLIT;
+    for (int n = first + turn; n < last; n += warps) {
         const float scale = scales[n] * factor;
         const int64_t out_row = static_cast<int64_t>(part.row_of(n)) * (gate ? half : p.num_rows);
         float squares = 0;
-        for (int i = lane; i < (gate ? share / 2 : share); i += 32) {
-            // Row within the block: a gated tile has eight of gate's rows and then up's.
-            const int local = rank * share + (gate ? i / 8 * ROWS + i % 8 : i);
-            const int row = gate ? group * block_rows / 2 + local / ROWS * 8 + local % 8 : group * block_rows + local;
-            if (row >= (gate ? half : p.num_rows)) continue;
+        for (int i = lane; i < (paired ? share / 2 : share); i += 32) {
+            // Row within the block: a paired tile has eight of gate's rows and then up's.
+            const int local = rank * share + (paired ? i / 8 * ROWS + i % 8 : i);
+            const int row = paired ? group * block_rows / 2 + local / ROWS * 8 + local % 8 : group * block_rows + local;
+            if (row >= (paired ? half : p.num_rows)) continue;
             float value[2] = {0, 0};
 #pragma unroll
             for (int side = 0; side < 2; side++) {
-                if (side && !gate) break;
+                if (side && !paired) break;
                 for (int r = 0; r < ranks; r++) {
                     const float* theirs = (ranks > 1 ? Cluster::of(parts, r) : parts) + n * stride + local + side * 8;
 #pragma unroll 8
@@ -168,6 +169,8 @@ __device__ __forceinline__ void finish(const Product& p, const Part& part, int g
             const int64_t to = out_row + row;
             if (gate) {
                 p.out[to] = __float2bfloat16(gated(value[0], value[1]));
+            } else if (p.epilogue == SPLIT) {
+                p.out[to] = __float2bfloat16(value[0]), p.out[to + half] = __float2bfloat16(value[1]);
             } else if (p.epilogue == RESIDUAL) {
                 const __nv_bfloat16 sum = __float2bfloat16(__bfloat162float(p.residual[to]) + value[0]);
                 const float wide = __bfloat162float(sum);
@@ -280,7 +283,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
                 }
         if (p.cluster > 1) Cluster::sync();
         else __syncthreads();
-        finish(p, part, group, parts, scales, block_rows, warps_columns, MT * 8, WARPS, Weights::FACTOR);
+        finish(p, part, group, parts, scales, block_rows, warps_columns, MT * 8, WARPS, Weights::FACTOR, 0, part.count);
         // The next parts go beside these, and the ones after them here again: whoever is that far has passed the barrier
         // between, and so has everybody who reads from here.
         const int size = warps_columns * MT * 8 * row_stride;

@@ -1,4 +1,4 @@
-// Products of one to sixteen tokens with packed weights. All warps of a block share out the columns of R tiles of rows.
+// Products of one to eight tokens with packed weights. All warps of a block share out the columns of R tiles of rows.
 //
 // Weights pass through shared memory, where each lane reads only what it copied itself: no barrier between warps but at
 // the end of rows, few registers, and so two blocks for each multiprocessor. The second is the next kernel's: it has
@@ -22,10 +22,10 @@ struct Places {
     }
 };
 
-template <int MT, int R, int W, int DEPTH, bool STAGED>
+template <int R, int W, int DEPTH, bool STAGED>
 __global__ void __launch_bounds__(W * 32, 2) streamed(const __grid_constant__ Product p) {
     constexpr int AHEAD = 2, PIECES = 4;
-    __shared__ float scales[MT * 8];
+    __shared__ float scales[8];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const int tiles = (p.num_rows + ROWS - 1) / ROWS, num_groups = (tiles + R - 1) / R;
     const int all_steps = (p.num_columns + Packed::COLUMNS - 1) / Packed::COLUMNS;
@@ -67,21 +67,15 @@ __global__ void __launch_bounds__(W * 32, 2) streamed(const __grid_constant__ Pr
     }
     __syncthreads();
 
-    const __nv_bfloat16* tokens[MT];  // of columns that are nobody's, whose sums are not looked at, any token
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-        const int n = min(m * 8 + g, p.num_tokens - 1);
-        tokens[m] = STAGED ? reinterpret_cast<const __nv_bfloat16*>(memory + n * places.x_row)
-                           : p.x + static_cast<int64_t>(n) * p.num_columns;
-        tokens[m] += warp * Packed::COLUMNS + q * 16;
-    }
-    uint4 ahead[AHEAD][MT];
-    const auto fetch = [&](uint4 (&into)[MT], int step, int piece) {
+    const int own = min(g, p.num_tokens - 1);  // sums of tokens that there are not are not looked at
+    const auto* token = STAGED ? reinterpret_cast<const __nv_bfloat16*>(memory + own * places.x_row)
+                               : p.x + static_cast<int64_t>(own) * p.num_columns;
+    token += warp * Packed::COLUMNS + q * 16;
+    uint4 ahead[AHEAD];
+    const auto fetch = [&](uint4& into, int step, int piece) {
         const int column = step * (W * Packed::COLUMNS) + piece / 2 * 64 + piece % 2 * 8;
         const bool inside = STAGED || warp * Packed::COLUMNS + q * 16 + column < p.num_columns;
-#pragma unroll
-        for (int m = 0; m < MT; m++)
-            into[m] = inside ? *reinterpret_cast<const uint4*>(tokens[m] + column) : make_uint4(0, 0, 0, 0);
+        into = inside ? *reinterpret_cast<const uint4*>(token + column) : make_uint4(0, 0, 0, 0);
     };
     if (num_steps > 0) {
 #pragma unroll
@@ -89,7 +83,7 @@ __global__ void __launch_bounds__(W * 32, 2) streamed(const __grid_constant__ Pr
     }
     char* slot = ring;
     for (int group = blockIdx.x; group < num_groups; group += gridDim.x) {
-        float sums[R][MT][4] = {};
+        float sums[R][4] = {};
         for (int step = 0; step < num_steps; step++) {
             wait_for_copies<DEPTH - 1>();
             Packed stage[R];
@@ -107,11 +101,8 @@ __global__ void __launch_bounds__(W * 32, 2) streamed(const __grid_constant__ Pr
                 for (int r = 0; r < R; r++) {
                     uint32_t a[2][4];
                     stage[r].operands(piece / 2, piece % 2, a);
-#pragma unroll
-                    for (int m = 0; m < MT; m++) {
-                        const uint4 x = ahead[piece % AHEAD][m];
-                        multiply(sums[r][m], a[0], x.x, x.y), multiply(sums[r][m], a[1], x.z, x.w);
-                    }
+                    const uint4 x = ahead[piece % AHEAD];
+                    multiply(sums[r], a[0], x.x, x.y), multiply(sums[r], a[1], x.z, x.w);
                 }
                 const bool later = piece + AHEAD >= PIECES;
                 fetch(ahead[piece % AHEAD], later ? next_step : step, (piece + AHEAD) % PIECES);
@@ -124,14 +115,12 @@ __global__ void __launch_bounds__(W * 32, 2) streamed(const __grid_constant__ Pr
 #pragma unroll
         for (int r = 0; r < R; r++)
 #pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int n = m * 8 + q * 2 + i % 2, row = r * ROWS + g + i / 2 * 8;
-                    if (n < p.num_tokens) mine[n * STRIDE + row] = num_steps > 0 && group * R + r < tiles ? sums[r][m][i] : 0;
-                }
+            for (int i = 0; i < 4; i++) {
+                const int n = q * 2 + i % 2, row = r * ROWS + g + i / 2 * 8;
+                if (n < p.num_tokens) mine[n * STRIDE + row] = sums[r][i];
+            }
         __syncthreads();
-        finish(p, Part{0, p.num_tokens, nullptr}, group, parts, scales, R * ROWS, W, p.num_tokens, W, Packed::FACTOR);
+        finish(p, Part{0, p.num_tokens, nullptr}, group, parts, scales, R * ROWS, W, p.num_tokens, W, Packed::FACTOR, 0, p.num_tokens);
         const int size = W * p.num_tokens * STRIDE;  // the next parts go beside these: see `product`
         parts = reinterpret_cast<char*>(parts) == memory + places.parts ? parts + size : parts - size;
     }
