@@ -44,7 +44,7 @@ class InOrder:
 
 
 def gpu_ms(executor: TorchExecutor, size: int, context: int, params: SamplingParams) -> float:
-    """A step's time on the GPU."""
+    """A step's time on the GPU; not a number if the host was too slow to queue the steps before the first began."""
     room = -(-(context + 4 * NUM_QUEUED) // shapes.PAGE_SIZE)
     items = [
         replace(shapes.item(place, context, 1, room), sampling=params, history=[5] * context) for place in range(size)
@@ -52,8 +52,7 @@ def gpu_ms(executor: TorchExecutor, size: int, context: int, params: SamplingPar
     executor.forward(items)
     _queued(executor, items)  # memory for so many steps at once is had now, for which the host may wait
     busy_ms, in_time = _queued(executor, items)
-    assert in_time, "the host was too slow to queue the steps"
-    return busy_ms
+    return busy_ms if in_time else float("nan")
 
 
 def _queued(executor: TorchExecutor, items: Sequence[BatchItem]) -> tuple[float, bool]:

@@ -39,8 +39,6 @@ def _attend(
     first, last = split * each, tl.minimum((split + 1) * each, length)
     if first >= length:
         return
-    place = tl.arange(0, TOKENS)
-    page = tl.load(table + (first + place) // PAGE_SIZE, first + place < last, 0, cache_modifier=".cg")
     if PDL:
         gdc_wait()
     rows, at = tl.arange(0, ROWS), tl.arange(0, D)
@@ -53,13 +51,11 @@ def _attend(
     total = tl.zeros([ROWS], tl.float32)
     mean = tl.zeros([ROWS, D], tl.float32)
     for start in range(first, last, TOKENS):
-        position = start + place
+        position = start + tl.arange(0, TOKENS)
         inside = position < last
-        token = kv + page.to(tl.int64) * page_stride + head * head_stride + (position % PAGE_SIZE) * D
+        page = tl.load(table + position // PAGE_SIZE, inside, 0).to(tl.int64)
+        token = kv + page * page_stride + head * head_stride + (position % PAGE_SIZE) * D
         keys = tl.load(token[:, None] + at[None], inside[:, None], 0.0)
-        values = tl.load(token[:, None] + kind_stride + at[None], inside[:, None], 0.0)
-        following = position + TOKENS
-        page = tl.load(table + following // PAGE_SIZE, following < last, 0, cache_modifier=".cg")
         score = tl.dot(queries, tl.trans(keys)) * scale
         score = tl.where(inside[None] & (position[None] <= limit[:, None]), score, -float("inf"))
         higher = tl.maximum(best, tl.max(score, 1))
@@ -67,6 +63,7 @@ def _attend(
         kept = tl.exp2(best - safe)
         weight = tl.exp2(score - safe[:, None])
         total = total * kept + tl.sum(weight, 1)
+        values = tl.load(token[:, None] + kind_stride + at[None], inside[:, None], 0.0)
         mean = mean * kept[:, None] + tl.dot(weight.to(values.dtype), values)
         best = higher
     head_row = (query * num_heads + head) * GROUP + rows % GROUP

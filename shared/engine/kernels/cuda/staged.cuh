@@ -26,6 +26,16 @@ struct Share {
     __device__ int owner(int64_t unit) const { return static_cast<int>(((unit + 1) * blocks - 1) / units); }
 };
 
+// A unit's place, and where it lies in a ring.
+struct Cursor {
+    int block, step, slot;
+
+    __device__ void next(int steps, int depth) {
+        if (++step == steps) step = 0, block++;
+        slot = slot + 1 == depth ? 0 : slot + 1;
+    }
+};
+
 // partials [blocks, 2, tokens, 128]: of the rows that a block begins with, and of those it ends with.
 template <int MT, int DEPTH>
 __global__ void __launch_bounds__(THREADS, 2) staged(const __grid_constant__ Product p, float* partials, int* arrivals) {
@@ -44,20 +54,20 @@ __global__ void __launch_bounds__(THREADS, 2) staged(const __grid_constant__ Pro
     let_dependents_start();
 
     const auto* codes = static_cast<const uint4*>(p.weights) + side * 32 + lane;
-    const auto load_weights = [&](int unit) {
-        const int tile = unit / steps * (UNIT_ROWS / ROWS) + pair * TILES_EACH, step = unit % steps;
-        char* to = weights + (unit - begin) % DEPTH * WARP_STAGE;
+    const auto load_weights = [&](const Cursor& of) {
+        const int tile = of.block * (UNIT_ROWS / ROWS) + pair * TILES_EACH;
+        char* to = weights + of.slot * WARP_STAGE;
 #pragma unroll
         for (int r = 0; r < TILES_EACH; r++) {
-            const int64_t at = static_cast<int64_t>(tile + r) * steps + step;
+            const int64_t place = static_cast<int64_t>(tile + r) * steps + of.step;
             if (tile + r >= tiles) continue;
-            copy_async(reinterpret_cast<uint4*>(to + r * HALF_TILE) + lane, codes + at * 64);
-            copy_async(reinterpret_cast<uint32_t*>(to + r * HALF_TILE + 512) + lane, p.scales + at * 32 + lane);
+            copy_async(reinterpret_cast<uint4*>(to + r * HALF_TILE) + lane, codes + place * 64);
+            copy_async(reinterpret_cast<uint32_t*>(to + r * HALF_TILE + 512) + lane, p.scales + place * 32 + lane);
         }
     };
-    const auto load_activations = [&](int unit) {
-        const int first = unit % steps * Packed::COLUMNS;
-        char* to = activations + (unit - begin) % DEPTH * (MT * 8 * X_ROW);
+    const auto load_activations = [&](const Cursor& of) {
+        const int first = of.step * Packed::COLUMNS;
+        char* to = activations + of.slot * (MT * 8 * X_ROW);
         for (int i = threadIdx.x; i < count * 16; i += THREADS) {
             const int n = i / 16, column = first + i % 16 * 8;
             auto* place = reinterpret_cast<uint4*>(to + n * X_ROW) + i % 16;
@@ -67,23 +77,26 @@ __global__ void __launch_bounds__(THREADS, 2) staged(const __grid_constant__ Pro
                 *place = make_uint4(0, 0, 0, 0);
         }
     };
-    for (int d = 0; d < DEPTH - 1; d++)
-        if (begin + d < end) load_weights(begin + d);
+    Cursor at{begin / steps, begin % steps, 0}, coming = at;
+    for (int d = 0; d < DEPTH - 1; d++, coming.next(steps, DEPTH))
+        if (begin + d < end) load_weights(coming);
     wait_for_inputs(p.x);
-    for (int d = 0; d < DEPTH - 1; d++) {
-        if (begin + d < end) load_activations(begin + d);
+    coming = at;
+    for (int d = 0; d < DEPTH - 1; d++, coming.next(steps, DEPTH)) {
+        if (begin + d < end) load_activations(coming);
         commit_copies();
     }
     find_scales(p, count, scales, WARPS);
 
     float sums[TILES_EACH][MT][4] = {};
-    for (int unit = begin; unit < end; unit++) {
+    for (int unit = begin; unit < end; unit++, at.next(steps, DEPTH)) {
         wait_for_copies<DEPTH - 2>();
         __syncthreads();  // of everybody; and all are done with what the next copies overwrite
-        if (unit + DEPTH - 1 < end) load_weights(unit + DEPTH - 1), load_activations(unit + DEPTH - 1);
+        if (unit + DEPTH - 1 < end) load_weights(coming), load_activations(coming);
         commit_copies();
-        const char* slot = weights + (unit - begin) % DEPTH * WARP_STAGE;
-        const char* x = activations + (unit - begin) % DEPTH * (MT * 8 * X_ROW) + g * X_ROW + side * 128 + q * 32;
+        coming.next(steps, DEPTH);
+        const char* slot = weights + at.slot * WARP_STAGE;
+        const char* x = activations + at.slot * (MT * 8 * X_ROW) + g * X_ROW + side * 128 + q * 32;
         Packed stage[TILES_EACH];
 #pragma unroll
         for (int r = 0; r < TILES_EACH; r++) {
@@ -102,8 +115,8 @@ __global__ void __launch_bounds__(THREADS, 2) staged(const __grid_constant__ Pro
                 for (int r = 0; r < TILES_EACH; r++) multiply(sums[r][m], a[r][0], b.x, b.y), multiply(sums[r][m], a[r][1], b.z, b.w);
             }
         }
-        const int block = unit / steps;
-        if (unit + 1 < end && (unit + 1) % steps != 0) continue;
+        const int block = at.block;
+        if (unit + 1 < end && at.step + 1 < steps) continue;
         // The last unit of these rows that is this block's.
         const int64_t first_unit = static_cast<int64_t>(block) * steps;
         const int from = share.owner(first_unit), to = share.owner(first_unit + steps - 1);
@@ -155,10 +168,13 @@ __global__ void __launch_bounds__(THREADS, 2) staged(const __grid_constant__ Pro
         for (int first = 0; first < count; first += PASS * 8) {
             const int last = min(count, first + PASS * 8);
             __syncthreads();
-            for (int i = threadIdx.x; i < (last - first) * UNIT_ROWS; i += THREADS) {
-                float total = 0;
-                for (int whose = from; whose <= to; whose++) total += __ldcg(partial_of(whose) + first * UNIT_ROWS + i);
-                parts[i / UNIT_ROWS * PART_ROW + i % UNIT_ROWS] = total;
+            for (int whose = from; whose <= to; whose++) {
+                const float* theirs = partial_of(whose) + first * UNIT_ROWS;
+#pragma unroll 4
+                for (int i = threadIdx.x; i < (last - first) * UNIT_ROWS; i += THREADS) {
+                    float* sum = parts + i / UNIT_ROWS * PART_ROW + i % UNIT_ROWS;
+                    *sum = (whose == from ? 0 : *sum) + __ldcg(theirs + i);
+                }
             }
             __syncthreads();
             finish(p, part, block, parts - first * PART_ROW, scales, UNIT_ROWS, 1, 0, WARPS, Packed::FACTOR, first, last);
