@@ -27,7 +27,7 @@ WAYS = {
     "temperature 0.8, top_p 0.95": SamplingParams(temperature=0.8, top_p=0.95),
     "and a presence penalty": SamplingParams(temperature=0.8, top_p=0.95, presence_penalty=0.5),
 }
-NUM_QUEUED = 12
+NUM_QUEUED = 8  # a driver holds about a thousand launches, and a step with every sampling parameter is near a hundred
 HEAD_START_CYCLES = 1_500_000_000  # about 0.8 s
 
 

@@ -16,8 +16,6 @@ WARPS = 8
 MAX_TOKENS = 64
 ITEM, ITEM_TOKENS = 8, 64
 DENSE_STEP = 64  # columns
-STAGED_TILES, STAGED_ROWS = (2, 4), 128  # tiles of rows of a warp and warps with rows of their own; a block's rows
-MAX_STAGED_BLOCKS, MAX_STAGED_ROWS = 264, 1 << 20
 MIDDLING, TALL = 5120, 16_384  # rows
 
 
@@ -40,16 +38,12 @@ class Product(ctypes.Structure):
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How a product is cut up: eights of tokens and tiles of rows for a warp; warps of a block that have rows of their
-    own, the others sharing out columns; blocks that share out columns. Packed weights may be `streamed`, for 8 tokens
-    at most, by blocks of so many warps, which all share out columns; or `staged`, by at most so many blocks of
-    STAGED_TILES."""
+    own, the others sharing out columns; blocks that share out columns."""
 
     eights: int
     row_tiles: int
-    warps_rows: int = 1
-    cluster: int = 1
-    streamed: int = 0
-    staged: int = 0
+    warps_rows: int
+    cluster: int
 
     def num_blocks(self, num_rows: int) -> int:
         """Of one matrix."""
@@ -80,7 +74,6 @@ class CudaProducts:
 
     def __init__(self, library: ctypes.CDLL, plan: Callable[[bool, int, int, int], Plan] | None = None) -> None:
         self._library, self._plan = library, plan or planned
-        self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [M, K] times W' [M, N], plus `bias`."""
@@ -176,26 +169,8 @@ class CudaProducts:
         product.x, product.num_tokens = _at(x), tokens
         product.choices = product.choices or 1
         product.warps_rows, product.cluster = plan.warps_rows, plan.cluster
-        if plan.streamed:
-            self._call("forebay_streamed", ctypes.byref(product), plan.row_tiles, plan.streamed, _stream(x))
-            return
-        if plan.staged:
-            units = plan.num_blocks(rows) * -(-x.shape[1] // CHUNK)
-            partials, arrivals = self._sums(x.device)
-            places = _at(partials), _at(arrivals)
-            self._call("forebay_staged", ctypes.byref(product), min(units, plan.staged), *places, _stream(x))
-            return
         sizes = int(packed), plan.eights, plan.row_tiles, num_items
         self._call("forebay_product", ctypes.byref(product), *sizes, _stream(x))
-
-    def _sums(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where blocks that share rows leave their sums, and how many of them have: zeros between products, which
-        follow each other on one stream. Made once: graphs have but the addresses."""
-        if self._shared is None:
-            size = MAX_STAGED_BLOCKS * 2 * MAX_TOKENS * STAGED_ROWS
-            arrivals = torch.zeros(MAX_STAGED_ROWS // STAGED_ROWS, dtype=torch.int32, device=device)
-            self._shared = torch.empty(size, device=device), arrivals
-        return self._shared
 
     def _call(self, name: str, *arguments: object) -> None:
         error = getattr(self._library, name)(*arguments)
@@ -235,8 +210,6 @@ def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes."""
     library = ctypes.CDLL(str(path))
     library.forebay_product.argtypes = (ctypes.POINTER(Product), Int, Int, Int, Int, Pointer)
-    library.forebay_streamed.argtypes = (ctypes.POINTER(Product), Int, Int, Pointer)
-    library.forebay_staged.argtypes = (ctypes.POINTER(Product), Int, Pointer, Pointer, Pointer)
     library.forebay_dequantize.argtypes = (ctypes.POINTER(Product), Pointer)
     library.forebay_sort_pairs.argtypes = (Pointer, Int, Int, Int, Pointer, Pointer, Pointer)
     library.forebay_combine.argtypes = (Pointer, Pointer, Pointer, Int, Int, Int, Int, Pointer, Pointer)

@@ -14,7 +14,6 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -49,7 +48,7 @@ struct Warp {
 struct Block {
     std::barrier<> meet;
     std::vector<Warp> warps;
-    std::vector<float> memory;  // as all vectors of this size, at a multiple of 16 bytes
+    std::vector<float> memory;
     Block(int threads, size_t bytes) : meet(threads), warps(threads / 32), memory(bytes / 4 + 1, NAN) {}
 };
 struct Blocks {
@@ -73,15 +72,13 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
     warp.meet.arrive_and_wait();
     return theirs;
 }
-inline void __threadfence() {}
-inline float __ldcg(const float* at) { return *at; }
 template <class T> T atomicAdd(T* at, T value) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }
 
 // The host's side --------------------------------------------------------------------------------------------------------
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 using cudaStream_t = void*;
 enum { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout, cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
 struct cudaLaunchAttribute {
     int id;
     struct { int programmaticStreamSerializationAllowed; dim3 clusterDim; } val;
@@ -140,9 +137,6 @@ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint3
 }
 inline uint4 stream(const uint4* at) { return *at; }
 inline uint32_t stream(const uint32_t* at) { return *at; }
-template <class T> void copy_async(T* to, const T* from) { *to = *from; }
-inline void commit_copies() {}
-template <int> void wait_for_copies() {}
 inline uint32_t times(uint32_t a, uint32_t b) {
     const __nv_bfloat162 both = __floats2bfloat162_rn(__uint_as_float(a << 16) * __uint_as_float(b << 16),
                                                       __uint_as_float(a & 0xFFFF0000u) * __uint_as_float(b & 0xFFFF0000u));

@@ -27,20 +27,6 @@ __device__ __forceinline__ uint32_t stream(const uint32_t* at) {
     return v;
 }
 
-// From global to shared memory, without a register between, past L1; what a lane copied it may read once it waited.
-__device__ __forceinline__ void copy_async(uint4* to, const uint4* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
-                 :: "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copy_async(uint32_t* to, const uint32_t* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
-                 :: "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> __device__ __forceinline__ void wait_for_copies() {  // until so many of the last commits are under way
-    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
-}
-
 // Of two bf16 each, rounded.
 __device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
     uint32_t product;
@@ -77,7 +63,7 @@ struct Cluster {
 #endif
 
 __device__ __forceinline__ float* dynamic_shared() {
-    extern __shared__ __align__(16) float memory[];
+    extern __shared__ float memory[];
     return memory;
 }
 

@@ -1,7 +1,5 @@
 // The C side of `kernels.cuda_products`: launches, and what goes around products of packed weights.
 #include "products.cuh"
-#include "staged.cuh"
-#include "streamed.cuh"
 
 #include <algorithm>
 
@@ -165,44 +163,6 @@ cudaError_t run(const Product& p, int eights, int row_tiles, int num_items, cuda
     }
 }
 
-constexpr int HALF_SHARED = 112 << 10;  // two blocks on a multiprocessor have so much each, on GPUs that have so much
-
-template <int R, int W, int DEPTH>
-cudaError_t run_streamed(const Product& p, cudaStream_t stream) {
-    int device = 0, processors = 0;
-    if (const cudaError_t error = cudaGetDevice(&device)) return error;
-    if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
-    const int rows = R * ROWS, num_groups = (p.num_rows + rows - 1) / rows;
-    const bool staged = Places(true, p.num_tokens, p.num_columns, W, DEPTH, R).end <= HALF_SHARED;
-    const Places places(staged, p.num_tokens, p.num_columns, W, DEPTH, R);
-    auto* kernel = staged ? streamed<R, W, DEPTH, true> : streamed<R, W, DEPTH, false>;
-    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, places.end)) return error;
-    // Else the driver may give a multiprocessor memory for one block only, or reapportion it between kernels, and wait for that.
-    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100)) return error;
-    return launch(kernel, dim3(std::min(num_groups, processors)), W * 32, places.end, 1, stream, p);
-}
-
-inline cudaError_t run_streamed(const Product& p, int row_tiles, int warps, cudaStream_t stream) {
-    switch (warps * 10 + row_tiles) {
-        case 81: return run_streamed<1, 8, 8>(p, stream);
-        case 82: return run_streamed<2, 8, 4>(p, stream);
-        case 83: return run_streamed<3, 8, 3>(p, stream);
-        case 161: return run_streamed<1, 16, 4>(p, stream);
-        case 162: return run_streamed<2, 16, 2>(p, stream);
-        default: return cudaErrorInvalidValue;
-    }
-}
-
-template <int MT, int DEPTH>
-cudaError_t run_staged(const Product& p, int num_blocks, float* partials, int* arrivals, cudaStream_t stream) {
-    constexpr int BYTES = staged_bytes(MT, DEPTH);
-    static_assert(BYTES <= HALF_SHARED);
-    auto* kernel = staged<MT, DEPTH>;
-    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES)) return error;
-    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100)) return error;
-    return launch(kernel, dim3(num_blocks), THREADS, BYTES, 1, stream, p, partials, arrivals);
-}
-
 }  // namespace forebay
 
 using forebay::Product;
@@ -214,19 +174,6 @@ int forebay_product(const Product* p, int packed, int eights, int row_tiles, int
     auto* s = static_cast<cudaStream_t>(stream);
     return packed ? forebay::run<forebay::Packed>(*p, eights, row_tiles, num_items, s)
                   : forebay::run<forebay::Dense>(*p, eights, row_tiles, num_items, s);
-}
-
-// Packed, one matrix, at most 8 tokens.
-int forebay_streamed(const Product* p, int row_tiles, int warps, void* stream) {
-    return forebay::run_streamed(*p, row_tiles, warps, static_cast<cudaStream_t>(stream));
-}
-
-// Packed, one matrix, at most 64 tokens. `partials` and `arrivals` as of `staged`; the latter are 0 before and after it.
-int forebay_staged(const Product* p, int num_blocks, float* partials, int* arrivals, void* stream) {
-    auto* s = static_cast<cudaStream_t>(stream);
-    if (p->num_tokens <= 16) return forebay::run_staged<2, 5>(*p, num_blocks, partials, arrivals, s);
-    if (p->num_tokens <= 32) return forebay::run_staged<4, 4>(*p, num_blocks, partials, arrivals, s);
-    return forebay::run_staged<8, 3>(*p, num_blocks, partials, arrivals, s);
 }
 
 int forebay_dequantize(const Product* p, void* stream) {

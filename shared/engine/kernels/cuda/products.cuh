@@ -18,7 +18,7 @@ namespace forebay {
 constexpr int WARPS = 8, THREADS = WARPS * 32, ROWS = 16;
 constexpr int ITEM = 8, ITEM_TOKENS = 64;  // of an item's int32: expert and count first, then the pairs
 
-// SPLIT: as PLAIN, of packed weights whose tiles have eight rows of gate and eight of up.
+// SPLIT is PLAIN for packed weights whose tiles have eight rows of gate and eight of up.
 enum Epilogue { PLAIN = 0, GATED = 1, RESIDUAL = 2, SPLIT = 3 };
 
 // One product. All strides count elements.
@@ -104,6 +104,7 @@ struct Packed {
         const uint32_t high = ((stored >> 8) & 255) * 0x00100010u + 0x75807580u;
 #pragma unroll
         for (int s = 0; s < 2; s++) {
+            // Multiplications where they will do: logical operations and shifts run at half the rate.
             const uint32_t w = words[s], rotated = __funnelshift_l(w, w, 6);
             a[s][0] = times(w & 0x81C081C0u, low);
             a[s][1] = times((w * 8) & 0x81C081C0u, high);
@@ -125,9 +126,9 @@ struct Part {
 };
 
 // What divides the tokens of an input that went through a norm.
-__device__ __forceinline__ void find_scales(const Product& p, int count, float* scales, int warps) {
+__device__ inline void find_scales(const Product& p, int count, float* scales) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int n = warp; n < count; n += warps) {
+    for (int n = warp; n < count; n += WARPS) {
         float total = 0;
         if (p.squares_in != nullptr)
             for (int i = lane; i < p.num_squares_in; i += 32) total += p.squares_in[n * p.num_squares_in + i];
@@ -136,14 +137,15 @@ __device__ __forceinline__ void find_scales(const Product& p, int count, float* 
     }
 }
 
-// Add up the parts of all warps and of all blocks of the cluster; scale and write them. `parts` [warps of a row][tokens][rows],
-// `group` names the rows. A block's `warps` take turns with the tokens from `first` to `last`.
-__device__ __forceinline__ void finish(const Product& p, const Part& part, int group, float* parts, const float* scales,
-                                       int block_rows, int warps_columns, int tokens, int warps, float factor, int first, int last) {
-    const int turn = (threadIdx.x / 32 + group) % warps, lane = threadIdx.x % 32, stride = block_rows + 4;
+// Add up the parts of all warps and of all blocks of the cluster; scale and write them. `parts` [warps of a row][TOKENS][rows],
+// `group` names the rows. Warps take turns with the tokens.
+template <int TOKENS>
+__device__ void finish(const Product& p, const Part& part, int group, float* parts, const float* scales, int block_rows,
+                       int warps_columns, float factor) {
+    const int warp = (threadIdx.x / 32 + group) % WARPS, lane = threadIdx.x % 32, stride = block_rows + 4;
     const int ranks = p.cluster, rank = ranks > 1 ? Cluster::rank() : 0, share = block_rows / ranks, half = p.num_rows / 2;
     const bool gate = p.epilogue == GATED, paired = gate || p.epilogue == SPLIT;
-    for (int n = first + turn; n < last; n += warps) {
+    for (int n = warp; n < part.count; n += WARPS) {
         const float scale = scales[n] * factor;
         const int64_t out_row = static_cast<int64_t>(part.row_of(n)) * (gate ? half : p.num_rows);
         float squares = 0;
@@ -159,7 +161,7 @@ __device__ __forceinline__ void finish(const Product& p, const Part& part, int g
                 for (int r = 0; r < ranks; r++) {
                     const float* theirs = (ranks > 1 ? Cluster::of(parts, r) : parts) + n * stride + local + side * 8;
 #pragma unroll 8
-                    for (int w = 0; w < warps_columns; w++) value[side] += theirs[w * tokens * stride];
+                    for (int w = 0; w < warps_columns; w++) value[side] += theirs[w * TOKENS * stride];
                 }
                 const int true_row = row + side * half;
                 value[side] *= scale;
@@ -205,7 +207,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
     const int num_steps = all_steps > begin ? (all_steps - begin + stride - 1) / stride : 0;
     float* parts = dynamic_shared();
     Part part{0, p.num_tokens, nullptr};
-    let_dependents_start();
     if (p.items != nullptr) {
         wait_for_inputs(p.items);
         const int* item = p.items + ITEM + blockIdx.y * (ITEM + ITEM_TOKENS);
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
     for (int d = 0; d < DEPTH; d++)
         if (d < num_steps) load(stage[d], group, d);
     if (p.items == nullptr) wait_for_inputs(p.x);
-    find_scales(p, part.count, scales, WARPS);
+    find_scales(p, part.count, scales);
 
     const __nv_bfloat16* tokens[MT];
 #pragma unroll
@@ -249,6 +250,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
         for (int base = 0; base < num_steps; base += DEPTH) {
             const bool last = base + DEPTH >= num_steps;
             const int next_group = last ? group + num_bands : group, next_base = last ? 0 : base + DEPTH;
+            if (next_group >= num_groups) let_dependents_start();  // whose loads could have delayed these
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) {
                 const int step = base + d, next_step = step + 1 < num_steps ? step + 1 : 0;
@@ -283,7 +285,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
                 }
         if (p.cluster > 1) Cluster::sync();
         else __syncthreads();
-        finish(p, part, group, parts, scales, block_rows, warps_columns, MT * 8, WARPS, Weights::FACTOR, 0, part.count);
+        finish<MT * 8>(p, part, group, parts, scales, block_rows, warps_columns, Weights::FACTOR);
         // The next parts go beside these, and the ones after them here again: whoever is that far has passed the barrier
         // between, and so has everybody who reads from here.
         const int size = warps_columns * MT * 8 * row_stride;
