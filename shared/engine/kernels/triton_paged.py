@@ -3,8 +3,7 @@
 Each sequence's context is cut into splits that are attended to side by side ("Flash-Decoding", Dao et al. 2023); the
 last of them to end merges all by their log-sum-exp, in the order of splits. How many there are depends on the size of
 the batch alone, so that a captured graph fits every context; a split that a short context has no use for ends at once
-and is not waited for.
-The twin is `reference.paged_attention`.
+and is not waited for. The twin is `reference.paged_attention`.
 """
 
 import torch
@@ -38,7 +37,7 @@ def _attend(
     each = tl.cdiv(tl.cdiv(length, SPLITS), TOKENS) * TOKENS
     first, last = split * each, tl.minimum((split + 1) * each, length)
     if first >= length:
-        return
+        return  # the first split never does, so that this kernel ends after the one before
     if PDL:
         gdc_wait()
     rows, at = tl.arange(0, ROWS), tl.arange(0, D)

@@ -8,8 +8,9 @@ of scales.
 A word holds eight codes of four registers r (row g, row g + 8, then both again two columns on) of two bf16 each, and
 its bits stand where a mask and a shift or a multiplication make bf16 of them: magnitude bits at 8..6 and the sign at 15
 of each half are a bf16 that is 2^-126 times the code's value. Rotated left by six, the word has the third register's
-bits there, and those of the fourth, whose halves have changed places, where one product puts all of them. Scales are stored as five bits of exponent and three of mantissa without
-subnormal numbers, which a multiplication turns into bf16.
+bits there, and those of the fourth, whose halves have changed places, where one multiplication takes them all there.
+Scales are stored as five bits of exponent and three of mantissa without subnormal numbers, which a multiplication turns
+into bf16.
 """
 
 from dataclasses import dataclass
