@@ -81,13 +81,13 @@ class CudaProducts:
         if len(x) > MAX_TOKENS:
             return F.linear(x, self.dequantized(weight), bias)
         out = x.new_empty(len(x), rows)
-        self._run(weight, x, Product(bias=_at(bias), out=_at(out), epilogue=_plain(weight)))
+        self._run(weight, x, Product(bias=_at(bias), out=_at(out), epilogue=PLAIN))
         return out
 
     def normed_linear(self, normed: Normed, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """As `linear`, of what a norm gives."""
         out = normed.x.new_empty(len(normed.x), _rows(weight))
-        self._run(weight, normed.x, _normed(normed, Product(bias=_at(bias), out=_at(out), epilogue=_plain(weight))))
+        self._run(weight, normed.x, _normed(normed, Product(bias=_at(bias), out=_at(out), epilogue=PLAIN)))
         return out
 
     def gated(self, normed: Normed, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -166,6 +166,8 @@ class CudaProducts:
         if product.items:
             plan = grouped(plan, x.shape[1])
         _weighed(weight, product)
+        if isinstance(weight, PackedWeight) and weight.gated and product.epilogue == PLAIN:
+            product.epilogue = SPLIT  # rows come in their old order
         product.x, product.num_tokens = _at(x), tokens
         product.choices = product.choices or 1
         product.warps_rows, product.cluster = plan.warps_rows, plan.cluster
@@ -224,11 +226,6 @@ def _eights(num_tokens: int) -> int:
 
 def _rows(weight: Weight) -> int:
     return weight.num_rows if isinstance(weight, PackedWeight) else weight.shape[0]
-
-
-def _plain(weight: Weight) -> int:
-    """The epilogue that gives rows in their old order."""
-    return SPLIT if isinstance(weight, PackedWeight) and weight.gated else PLAIN
 
 
 def _normed(normed: Normed, product: Product) -> Product:
