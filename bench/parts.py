@@ -105,7 +105,7 @@ def milliseconds(work: Callable[[], object]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / REPLAYS)
     del kept
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def main() -> None:
