@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from bench import provenance
-from bench.shapes import library_for, random_packed, read_bandwidth
+from bench.bandwidth import read_bandwidth
+from bench.shapes import library_for, random_packed
 from shared.engine.kernels import cuda_products, w4a16
 from shared.engine.kernels.cuda_products import CudaProducts, Plan
 

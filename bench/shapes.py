@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bench import provenance
+from bench.bandwidth import read_bandwidth
 from shared.engine.api import BatchItem, EngineSpec, SamplingParams
 from shared.engine.executor import TorchExecutor
 from shared.engine.kernels import build, cuda_products, w4a16
@@ -136,17 +137,6 @@ def seconds(work: Callable[[], object], repeats: int) -> list[float]:
         work()
         times.append(time.perf_counter() - started)
     return times
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a plain sum over 4 GiB."""
-    data = torch.ones(1 << 30, dtype=torch.float32, device=device)
-
-    def work() -> None:
-        data.sum()
-        torch.cuda.synchronize()
-
-    return data.numel() * 4 / min(seconds(work, 10))
 
 
 def row(label: str, times: Sequence[float], num_tokens: int, note: str = "") -> None:

@@ -67,6 +67,14 @@ def test_products_equal_those_of_torch(
     assert_close(products.linear(x, weight, bias), F.linear(x.float(), dense(weight), bias.float()))
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_rows_of_a_gated_matrix_come_in_their_old_order(library: ctypes.CDLL, tokens: int) -> None:
+    weight, x = packed(96, 208, 6, gated=True), activations(tokens, 208)
+    expected = F.linear(x.float(), dense(weight))
+    for cluster in (1, 2):
+        assert_close(using(library, 2, 2, cluster).linear(x, weight), expected)
+
+
 @pytest.mark.parametrize("kind", ["packed", "bf16"])
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_a_norm_between_two_products_is_that_of_torch(library: ctypes.CDLL, kind: str, cluster: int) -> None:

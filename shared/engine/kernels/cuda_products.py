@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from shared.engine.kernels.w4a16 import CHUNK, ROWS, PackedWeight, Weight
 
 Pointer, Int = ctypes.c_void_p, ctypes.c_int
-PLAIN, GATED, RESIDUAL = range(3)
+PLAIN, GATED, RESIDUAL, SPLIT = range(4)
 WARPS = 8
 MAX_TOKENS = 64
 DENSE_STEP = 64  # columns
@@ -131,6 +131,8 @@ class CudaProducts:
         packed, rows = isinstance(weight, PackedWeight), _rows(weight)
         plan = self._plan(packed, len(x), rows, x.shape[1])
         _weighed(weight, product)
+        if isinstance(weight, PackedWeight) and weight.gated and product.epilogue == PLAIN:
+            product.epilogue = SPLIT  # rows come in their old order
         product.x, product.num_tokens = _at(x), len(x)
         product.warps_rows, product.cluster = plan.warps_rows, plan.cluster
         sizes = int(packed), plan.eights, plan.row_tiles

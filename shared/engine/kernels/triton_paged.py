@@ -2,8 +2,8 @@
 
 Each sequence's context is cut into splits that are attended to side by side ("Flash-Decoding", Dao et al. 2023); the
 last of them to end merges all by their log-sum-exp, in the order of splits. How many there are depends on the size of
-the batch alone, so that a captured graph fits every context; a split that a short context has no use for ends at once.
-The twin is `reference.paged_attention`.
+the batch alone, so that a captured graph fits every context; a split that a short context has no use for ends at once
+and is not waited for. The twin is `reference.paged_attention`.
 """
 
 import torch
@@ -16,6 +16,7 @@ from shared.engine.kernels.triton_dense import launch_options
 TOKENS = 64  # of a context at a time
 MIN_ROWS = 16  # of a matrix product
 MAX_SPLITS = 32
+MERGED_ROWS = 32  # rows times splits whose values a block has in registers at once
 BLOCKS_PER_GPU = 264  # two for each multiprocessor of an H100
 
 
@@ -23,17 +24,22 @@ BLOCKS_PER_GPU = 264  # two for each multiprocessor of an H100
 def _attend(
     q, kv, page_ids, page_starts, context_lens, out, parts, maxima, sums, num_done,
     page_stride, kind_stride, head_stride, scale,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, USED: tl.constexpr, D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, NUM: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_heads = tl.num_programs(1)
-    length = tl.load(context_lens + sequence)
+    # No kernel of a step writes these, so they are loaded before the one before has ended.
+    length = tl.load(context_lens + sequence, cache_modifier=".cg")
+    table = page_ids + tl.load(page_starts + sequence, cache_modifier=".cg")
     each = tl.cdiv(tl.cdiv(length, SPLITS), TOKENS) * TOKENS
     first, last = split * each, tl.minimum((split + 1) * each, length)
+    if first >= length:
+        return  # the first split never does, so that this kernel ends after the one before
+    if PDL:
+        gdc_wait()
     rows, at = tl.arange(0, ROWS), tl.arange(0, D)
     used = rows < WIDTH * GROUP
     query = sequence * WIDTH + rows // GROUP
@@ -43,7 +49,6 @@ def _attend(
     best = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mean = tl.zeros([ROWS, D], tl.float32)
-    table = page_ids + tl.load(page_starts + sequence)
     for start in range(first, last, TOKENS):
         position = start + tl.arange(0, TOKENS)
         inside = position < last
@@ -65,28 +70,49 @@ def _attend(
     if SPLITS == 1:
         tl.store(target, (mean / total[:, None]).to(out.dtype.element_ty), used[:, None])
     else:
-        place = head_row * SPLITS + split
-        tl.store(maxima + place, best, used)
-        tl.store(sums + place, total, used)
-        tl.store(parts + place[:, None] * D + at[None], mean, used[:, None])
+        own = head_row * SPLITS + split
+        tl.store(maxima + own, best, used)
+        tl.store(sums + own, total, used)
+        tl.store(parts + own[:, None] * D + at[None], mean, used[:, None])
         tl.debug_barrier()  # all of the block has written before it says so
         counter = num_done + sequence * num_heads + head
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+        num_used = tl.cdiv(length, each)
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_used - 1:
             tl.store(counter, 0)
-            best = tl.full([ROWS], -float("inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            mean = tl.zeros([ROWS, D], tl.float32)
-            for other in range(SPLITS):
-                place = head_row * SPLITS + other
-                theirs = tl.load(maxima + place, used, 0.0, cache_modifier=".cg")
-                higher = tl.maximum(best, theirs)
-                safe = tl.where(higher == -float("inf"), 0.0, higher)
-                kept, weight = tl.exp2(best - safe), tl.exp2(theirs - safe)
-                part = tl.load(parts + place[:, None] * D + at[None], used[:, None], 0.0, cache_modifier=".cg")
-                total = total * kept + weight * tl.load(sums + place, used, 0.0, cache_modifier=".cg")
-                mean = mean * kept[:, None] + weight[:, None] * part
-                best = higher
-            tl.store(target, (mean / total[:, None]).to(out.dtype.element_ty), used[:, None])
+            _merge(
+                out, parts, maxima, sums, sequence, head, num_heads, num_used,
+                GROUP, WIDTH, USED, D, SPLITS, NUM,
+            )  # fmt: skip
+
+
+@triton.jit
+def _merge(
+    out, parts, maxima, sums, sequence, head, num_heads, num_used,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, USED: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    NUM: tl.constexpr,
+):  # fmt: skip
+    """Values of NUM splits are loaded at once, so that they wait for memory together. USED is a power of two that holds
+    all rows."""
+    rows, at, splits = tl.arange(0, USED), tl.arange(0, D), tl.arange(0, SPLITS)
+    used = rows < WIDTH * GROUP
+    head_row = ((sequence * WIDTH + rows // GROUP) * num_heads + head) * GROUP + rows % GROUP
+    place = head_row[:, None] * SPLITS + splits[None]
+    there = used[:, None] & (splits < num_used)[None]
+    theirs = tl.load(maxima + place, there, -float("inf"), cache_modifier=".cg")
+    best = tl.max(theirs, 1)
+    safe = tl.where(best == -float("inf"), 0.0, best)
+    total = tl.sum(tl.exp2(theirs - safe[:, None]) * tl.load(sums + place, there, 0.0, cache_modifier=".cg"), 1)
+    mean = tl.zeros([USED, D], tl.float32)
+    some = tl.arange(0, NUM)
+    for begin in tl.static_range(0, SPLITS, NUM):
+        place = head_row[:, None] * SPLITS + begin + some[None]
+        there = used[:, None] & (begin + some < num_used)[None]
+        weight = tl.exp2(tl.load(maxima + place, there, -float("inf"), cache_modifier=".cg") - safe[:, None])
+        source = parts + place[:, :, None] * D + at[None, None]
+        part = tl.load(source, there[:, :, None], 0.0, cache_modifier=".cg")
+        mean += tl.sum(weight[:, :, None] * part, 1)
+    target = out + head_row[:, None] * D + at[None]
+    tl.store(target, (mean / total[:, None]).to(out.dtype.element_ty), used[:, None])
 
 
 def num_splits(num_sequences: int, num_kv_heads: int) -> int:
@@ -120,11 +146,13 @@ def attend(
     parts = q.new_empty((num_rows, num_heads, splits, head_dim), dtype=torch.float32)
     maxima, sums = (q.new_empty((num_rows, num_heads, splits), dtype=torch.float32) for _ in range(2))
     out = torch.empty_like(q)
+    used = triton.next_power_of_2(group * width)
     scale = head_dim**-0.5 * 1.4426950408889634  # to base 2
     pdl, options = launch_options(q.device)
     _attend[(num_sequences, num_kv, splits)](
         q, kv, page_ids, page_starts, context_lens, out, parts, maxima, sums, num_done, *kv.stride()[:3], scale,
-        group, width, max(MIN_ROWS, triton.next_power_of_2(group * width)), head_dim, page_size, splits, TOKENS, pdl,
+        group, width, max(MIN_ROWS, used), used, head_dim, page_size,
+        splits, max(1, min(splits, MERGED_ROWS // used)), TOKENS, pdl,
         num_warps=4, num_stages=3, **options,
     )  # fmt: skip
     return out

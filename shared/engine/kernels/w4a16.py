@@ -6,9 +6,11 @@ group of each, hence one scale of each. Its 32 codes are 16 bytes, loaded at onc
 of scales.
 
 A word holds eight codes of four registers r (row g, row g + 8, then both again two columns on) of two bf16 each, and
-its bits stand where few masks and shifts make bf16 of them: magnitude bits at 8..6 and the sign at 15 of each half are
-a bf16 that is 2^-126 times the code's value. Scales are stored as five bits of exponent and three of mantissa without
-subnormal numbers, which a multiplication turns into bf16.
+its bits stand where a mask and a shift or a multiplication make bf16 of them: magnitude bits at 8..6 and the sign at 15
+of each half are a bf16 that is 2^-126 times the code's value. Rotated left by six, the word has the third register's
+bits there, and those of the fourth, whose halves have changed places, where one multiplication takes them all there.
+Scales are stored as five bits of exponent and three of mantissa without subnormal numbers, which a multiplication turns
+into bf16.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ ROWS, COLUMNS, CHUNK = 16, 64, 128  # of a tile, and of two
 EXPONENT_BIAS = 10  # of a stored scale: 2^-9, the least of e4m3, has exponent 1, and 0 stands for zero
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # For each register the place within half a word of a code's bits, the lowest first; the last is its sign.
-BITS = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))
+BITS = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (14, 10, 11, 13))
+CROSSED = 3  # the register whose codes each stand in the other's half
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ def unpack(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Te
     num, tiles, chunks = weight.codes.shape[:3]
     halves = torch.stack((weight.codes & 0xFFFF, weight.codes >> 16), dim=-1)
     found = torch.stack([_nibbles(halves, bits) for bits in BITS], dim=-2)  # [..., lane, step, r, two]
+    found[..., CROSSED, :] = found[..., CROSSED, :].flip(-1)
     lanes = found.view(num, tiles, chunks, 2, 8, 4, 4, 2, 2, 2)  # g, q, step, pair, row of two, two
     nibbles = lanes.permute(0, 1, 8, 4, 2, 3, 5, 6, 7, 9).reshape(num, tiles, ROWS, chunks * CHUNK)
     scale = weight.scales.view(num, tiles, chunks, 8, 4, 2, 2).permute(0, 1, 6, 3, 2, 5, 4)
@@ -145,7 +149,8 @@ def _tables() -> list[list[int]]:
 
 def _words(nibbles: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     """[..., register, two] -> int32 [...]."""
-    halves = sum(tables[r][nibbles[..., r, :].int()] for r in range(len(BITS)))
+    ordered = (nibbles[..., r, :].flip(-1) if r == CROSSED else nibbles[..., r, :] for r in range(len(BITS)))
+    halves = sum(tables[r][own.int()] for r, own in enumerate(ordered))
     assert isinstance(halves, torch.Tensor)
     return halves[..., 0] | (halves[..., 1] << 16)
 

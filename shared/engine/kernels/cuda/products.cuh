@@ -18,7 +18,8 @@ namespace forebay {
 constexpr int WARPS = 8, THREADS = WARPS * 32, ROWS = 16;
 constexpr int MAX_TOKENS = 64;
 
-enum Epilogue { PLAIN = 0, GATED = 1, RESIDUAL = 2 };
+// SPLIT is PLAIN for packed weights whose tiles have eight rows of gate and eight of up.
+enum Epilogue { PLAIN = 0, GATED = 1, RESIDUAL = 2, SPLIT = 3 };
 
 // One product. All strides count elements.
 struct Product {
@@ -100,11 +101,12 @@ struct Packed {
         const uint32_t high = ((stored >> 8) & 255) * 0x00100010u + 0x75807580u;
 #pragma unroll
         for (int s = 0; s < 2; s++) {
-            const uint32_t w = words[s];
+            // Multiplications where they will do: logical operations and shifts run at half the rate.
+            const uint32_t w = words[s], rotated = __funnelshift_l(w, w, 6);
             a[s][0] = times(w & 0x81C081C0u, low);
-            a[s][1] = times((w << 3) & 0x81C081C0u, high);
-            a[s][2] = times((w << 6) & 0x81C081C0u, low);
-            a[s][3] = times(((w << 1) & 0x80008000u) | ((w >> 4) & 0x00C000C0u) | ((w >> 5) & 0x01000100u), high);
+            a[s][1] = times((w * 8) & 0x81C081C0u, high);
+            a[s][2] = times(rotated & 0x81C081C0u, low);
+            a[s][3] = times(((rotated & 0x001B001Bu) * 0x1084u) & 0x81C081C0u, high);  // bits 3, 1, 0, 4 to 15, 8, 7, 6
         }
     }
     __device__ static int column(int step, int tile, int piece, int q) { return step * COLUMNS + tile * 64 + q * 16 + piece * 8; }
@@ -131,22 +133,23 @@ __device__ void finish(const Product& p, int group, float* parts, const float* s
                        int warps_columns, float factor) {
     const int warp = (threadIdx.x / 32 + group) % WARPS, lane = threadIdx.x % 32, stride = block_rows + 4;
     const int ranks = p.cluster, rank = ranks > 1 ? Cluster::rank() : 0, share = block_rows / ranks, half = p.num_rows / 2;
-    const bool gate = p.epilogue == GATED;
+    const bool gate = p.epilogue == GATED, paired = gate || p.epilogue == SPLIT;
     for (int n = warp; n < p.num_tokens; n += WARPS) {
         const float scale = scales[n] * factor;
         const int64_t out_row = static_cast<int64_t>(n) * (gate ? half : p.num_rows);
         float squares = 0;
-        for (int i = lane; i < (gate ? share / 2 : share); i += 32) {
-            // Row within the block: a gated tile has eight of gate's rows and then up's.
-            const int local = rank * share + (gate ? i / 8 * ROWS + i % 8 : i);
-            const int row = gate ? group * block_rows / 2 + local / ROWS * 8 + local % 8 : group * block_rows + local;
-            if (row >= (gate ? half : p.num_rows)) continue;
+        for (int i = lane; i < (paired ? share / 2 : share); i += 32) {
+            // Row within the block: a paired tile has eight of gate's rows and then up's.
+            const int local = rank * share + (paired ? i / 8 * ROWS + i % 8 : i);
+            const int row = paired ? group * block_rows / 2 + local / ROWS * 8 + local % 8 : group * block_rows + local;
+            if (row >= (paired ? half : p.num_rows)) continue;
             float value[2] = {0, 0};
 #pragma unroll
             for (int side = 0; side < 2; side++) {
-                if (side && !gate) break;
+                if (side && !paired) break;
                 for (int r = 0; r < ranks; r++) {
                     const float* theirs = (ranks > 1 ? Cluster::of(parts, r) : parts) + n * stride + local + side * 8;
+#pragma unroll 8
                     for (int w = 0; w < warps_columns; w++) value[side] += theirs[w * TOKENS * stride];
                 }
                 const int true_row = row + side * half;
@@ -157,6 +160,8 @@ __device__ void finish(const Product& p, int group, float* parts, const float* s
             const int64_t to = out_row + row;
             if (gate) {
                 p.out[to] = __float2bfloat16(gated(value[0], value[1]));
+            } else if (p.epilogue == SPLIT) {
+                p.out[to] = __float2bfloat16(value[0]), p.out[to + half] = __float2bfloat16(value[1]);
             } else if (p.epilogue == RESIDUAL) {
                 const __nv_bfloat16 sum = __float2bfloat16(__bfloat162float(p.residual[to]) + value[0]);
                 const float wide = __bfloat162float(sum);
@@ -188,7 +193,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
     const int all_steps = (p.num_columns + Weights::COLUMNS - 1) / Weights::COLUMNS;
     const int num_steps = all_steps > begin ? (all_steps - begin + stride - 1) / stride : 0;
     float* parts = dynamic_shared();
-    let_dependents_start();
     Weights stage[DEPTH][R];
     const typename Weights::Source source(p, lane);
     int group = blockIdx.x / p.cluster;
@@ -226,6 +230,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
         for (int base = 0; base < num_steps; base += DEPTH) {
             const bool last = base + DEPTH >= num_steps;
             const int next_group = last ? group + num_bands : group, next_base = last ? 0 : base + DEPTH;
+            if (next_group >= num_groups) let_dependents_start();  // whose loads could have delayed these
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) {
                 const int step = base + d, next_step = step + 1 < num_steps ? step + 1 : 0;

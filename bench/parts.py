@@ -1,0 +1,131 @@
+"""What a decode step of a large dense model is made of on a GPU.
+
+    python -m bench.parts [--shape llama-3.1-8b] [--weights nvfp4] [--sequences 1 8] [--context 1024]
+
+Kernels of a step begin while those before them end, so what a part of it costs shows when it is left out. Each figure
+is the median of graphs of a step, replayed one behind the other, so without a host; tokens are not chosen. Products are
+those of `kernels.cuda_products`, for 64 sequences at most.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from bench import provenance, shapes
+from shared.engine.kernels import triton_dense, triton_paged, w4a16
+from shared.engine.kernels.cuda_products import CudaProducts, Residual
+from shared.engine.layers import rope
+from shared.engine.models.config import DenseConfig, parse
+from shared.engine.models.weights import LayerOf
+
+ALL = ("products", "attention", "rotating", "head")
+TABLE = {
+    "whole": ALL,
+    "without attention": ("products", "rotating", "head"),
+    "nor rotating": ("products", "head"),
+    "nor the head": ("products",),
+    "attention alone": ("attention",),
+    "none of them": (),
+}
+REPLAYS, REPEATS = 10, 5
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Weights, and KV of every layer [pages, layers, 2, Hkv, page_size, D]."""
+
+    config: DenseConfig
+    products: CudaProducts
+    embedding: torch.Tensor
+    head: w4a16.Weight
+    layers: list[LayerOf[w4a16.Weight]]
+    kv: torch.Tensor
+
+
+def made(config: DenseConfig, device: torch.device, packed: bool, num_pages: int) -> Model:
+    weights = shapes.RandomWeights(config, device, packed)
+    layers = [weights.packed_layer(index) for index in range(config.num_layers)]
+    shape = (num_pages, config.num_layers, 2, config.num_kv_heads, shapes.PAGE_SIZE, config.head_dim)
+    kv = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    products = CudaProducts(shapes.library_for(device))
+    return Model(config, products, weights.embedding(), weights.packed_head(), layers, kv)
+
+
+def step(model: Model, num_sequences: int, context: int, parts: tuple[str, ...]) -> Callable[[], object]:
+    """As `CudaDecoder` computes it; what is left out has its place taken by numbers made beforehand."""
+    config, products, device = model.config, model.products, model.kv.device
+    num_pages = -(-context // shapes.PAGE_SIZE)
+    ids = torch.arange(num_sequences * num_pages, dtype=torch.int32, device=device)
+    starts = (torch.arange(num_sequences + 1, device=device) * num_pages).int()
+    lengths = torch.full((num_sequences,), context, dtype=torch.int32, device=device)
+    positions, tokens = lengths - 1, torch.arange(num_sequences, dtype=torch.int32, device=device)
+    slots = starts[:-1] * shapes.PAGE_SIZE + positions
+    num_done = triton_paged.counters(num_sequences, config.num_kv_heads, device)
+    frequencies, eps, norms = rope.inverse_frequencies(config).to(device), config.rms_norm_eps, (None, None)
+    width, heads = config.num_heads * config.head_dim, config.num_heads + 2 * config.num_kv_heads
+    given = torch.randn(num_sequences, heads * config.head_dim, dtype=torch.bfloat16, device=device)
+    queries = given[:, :width].reshape(num_sequences, config.num_heads, config.head_dim).contiguous()
+
+    def run() -> object:
+        x, angles = F.embedding(tokens, model.embedding), rope.table(frequencies, positions)
+        normed = products.begun(x, model.layers[0].input_norm, eps)
+        for index, layer in enumerate(model.layers):
+            qkv, q, kv = given, queries, model.kv[:, index]
+            if "products" in parts:
+                qkv = products.normed_linear(normed, layer.qkv)
+            if "rotating" in parts:
+                q = triton_dense.rotate_and_append(qkv, angles, norms, eps, slots, kv)
+            attended = triton_paged.attend(q, kv, ids, starts, lengths, num_done) if "attention" in parts else q
+            if "products" in parts:
+                normed = products.added(attended.flatten(1), layer.output, Residual(x, layer.post_norm), eps)
+                inner = products.gated(normed, layer.gate_up)
+                normed = products.added(inner, layer.down, Residual(x, layer.input_norm), eps)
+        return products.normed_linear(normed, model.head) if "head" in parts else normed
+
+    return run
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Of one of several replays."""
+    work()  # compiles what is compiled at first use
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = work()
+    times = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(REPLAYS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / REPLAYS)
+    del kept
+    return float(statistics.median(times))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(shapes.SHAPES))
+    parser.add_argument("--weights", default="nvfp4", choices=["bf16", "nvfp4"])
+    parser.add_argument("--sequences", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--context", type=int, default=1024)
+    args = parser.parse_args()
+    print(provenance.banner("bench.parts"))
+    config, device = parse(shapes.SHAPES[args.shape]), torch.device("cuda", 0)
+    num_pages = max(args.sequences) * -(-args.context // shapes.PAGE_SIZE)
+    model = made(config, device, args.weights == "nvfp4", num_pages)
+    print(f"{torch.cuda.get_device_name(0)}, {args.weights}, context {args.context:,}; ms\n")
+    print(f"| sequences | {' | '.join(TABLE)} |\n|{'---|' * (1 + len(TABLE))}")
+    with torch.inference_mode():
+        for size in args.sequences:
+            times = [milliseconds(step(model, size, args.context, parts)) for parts in TABLE.values()]
+            print(f"| {size} | {' | '.join(f'{time_ms:.3f}' for time_ms in times)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
