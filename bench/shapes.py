@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -27,7 +28,8 @@ from shared.engine.models import dense_shapes
 from shared.engine.models import weights as dense
 from shared.engine.models.config import DenseConfig, parse
 from shared.engine.models.llama import Llama
-from shared.engine.parallel.partition import Shard
+from shared.engine.parallel.group import Alone, Group
+from shared.engine.parallel.partition import Shard, of_dense
 from shared.models.store import default_cache
 
 PAGE_SIZE = 16
@@ -51,10 +53,12 @@ PREFILLS = (1024, 4096, 8192)
 
 
 class RandomWeights(dense.DenseWeights):
-    """Weights of a shape that no checkpoint holds."""
+    """Weights of a shape that no checkpoint holds, or a rank's share of them."""
 
-    def __init__(self, config: DenseConfig, device: torch.device, packed: bool) -> None:
-        self.config, self._shapes, self._is_packed = config, dense_shapes.shapes(config), packed
+    def __init__(self, config: DenseConfig, device: torch.device, packed: bool, shard: Shard) -> None:
+        self.config, _ = of_dense(config, shard)
+        rows = len(shard.share(config.vocab_size))
+        self._shapes, self._is_packed = dense_shapes.shapes(replace(self.config, vocab_size=rows)), packed
         self._chance = torch.Generator(device).manual_seed(0)
 
     def embedding(self) -> torch.Tensor:
@@ -113,12 +117,17 @@ def library_for(device: torch.device) -> ctypes.CDLL:
     return cuda_products.load(build.cuda_library(default_cache() / "kernels", build.cuda_compiler(), capability))
 
 
-def executor(config: DenseConfig, device: torch.device, num_pages: int, packed: bool) -> TorchExecutor:
-    decoder = CudaDecoder(config, RandomWeights(config, device, packed), 1, CudaProducts(library_for(device)))
-    model = Llama(config, torch.bfloat16, decoder, Shard())
-    layout = model.layout(PAGE_SIZE)
-    spec = EngineSpec("bench", config.vocab_size, config.max_position, (), layout, num_pages, "")
-    return TorchExecutor(model, spec, DeviceMemory(num_pages, layout.page_bytes, device))
+def executor(
+    config: DenseConfig, device: torch.device, num_pages: int, packed: bool, group: Group | None = None
+) -> TorchExecutor:
+    """Of one rank of a group, or alone."""
+    group = group or Alone()
+    shard = Shard(group.rank, group.num_ranks)
+    weights = RandomWeights(config, device, packed, shard)
+    decoder = CudaDecoder(weights.config, weights, 1, CudaProducts(library_for(device)), group)
+    model = Llama(config, torch.bfloat16, decoder, shard)
+    spec = EngineSpec("bench", config.vocab_size, config.max_position, (), model.layout(PAGE_SIZE), num_pages, "")
+    return TorchExecutor(model, spec, DeviceMemory(num_pages, model.rank_layout(PAGE_SIZE).page_bytes, device))
 
 
 def item(sequence: int, start: int, num_tokens: int, room: int) -> BatchItem:

@@ -118,7 +118,7 @@ class CudaGlm:
             compute()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads move pages meanwhile
             found, logits = compute()
         return Graph(graph, inputs, found, logits)
 
