@@ -2,10 +2,10 @@
 
     python -m bench.ranks [--ranks 2] [--shape llama-3.1-8b] [--skip steps]
 
-A process a GPU. Sums are of bfloat16 [tokens, hidden], 64 of them in a CUDA graph, as in a decode step: NCCL's all-reduce;
-what a group does by NCCL (gathered, and added in the order of ranks); the same through the memory of the other GPU; and
-that with the residual and the next norm. Steps are whole steps of the executor, as in bench.shapes; how the first rank
-tells the others is not in them.
+A process a GPU. Sums are of bfloat16 [tokens, hidden], 64 of them in a CUDA graph, as in a decode step: NCCL's
+all-reduce; what a group does by NCCL (gathered, and added in the order of ranks); the same through the memory of the
+other GPU; and that with the residual and the next norm. Steps are whole steps of the executor, as in bench.shapes; how
+the first rank tells the others is not in them.
 """
 
 import argparse
@@ -13,15 +13,19 @@ import multiprocessing
 import os
 import statistics
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupNCCL, Store
+from torch.distributed import PrefixStore, ProcessGroupNCCL, Store  # type: ignore[attr-defined]
 
 from bench import provenance, shapes
+from shared.engine.executor import TorchExecutor
 from shared.engine.models.config import parse
 from shared.engine.parallel.distributed import DistributedGroup, host_store, join_store
-from shared.engine.parallel.group import Group
+from shared.engine.parallel.group import Group, added, ordered_sum
 
 HIDDEN, TOKENS = (4096, 6144), (1, 4, 8, 32, 64)
 STEPS = ((1, 1024), (8, 1024), (64, 1024), (1, 8192))
@@ -60,7 +64,7 @@ def _rank(rank: int, port: int, args: argparse.Namespace) -> None:
 def _measure(rank: int, port: int, args: argparse.Namespace) -> None:
     torch.cuda.set_device(rank)
     store = join_store(port, PATIENCE_S)
-    say: Callable[[str], None] = (lambda line: print(line, flush=True)) if rank == 0 else (lambda line: None)
+    say: Callable[[str], None] = partial(print, flush=True) if rank == 0 else (lambda _line: None)
     say(f"{args.ranks} x {torch.cuda.get_device_name(rank)}")
     if "sums" not in args.skip:
         _sums(rank, args.ranks, store, say)
@@ -70,8 +74,9 @@ def _measure(rank: int, port: int, args: argparse.Namespace) -> None:
 
 def _sums(rank: int, num_ranks: int, store: Store, say: Callable[[str], None]) -> None:
     """Print the time of each kind of sum, us."""
-    nccl = ProcessGroupNCCL(PrefixStore("bench", store), rank, num_ranks, ProcessGroupNCCL.Options())
+    nccl: Any = ProcessGroupNCCL(PrefixStore("bench", store), rank, num_ranks, ProcessGroupNCCL.Options())
     apart, together = (_group(rank, num_ranks, store, peers) for peers in (False, True))
+    _check(rank, num_ranks, together)
     say("\n| tokens x hidden | KiB | NCCL all-reduce, us | gathered by NCCL | peers' memory | with residual and norm |")
     say("|---|---|---|---|---|---|")
     for hidden in HIDDEN:
@@ -87,7 +92,26 @@ def _sums(rank: int, num_ranks: int, store: Store, say: Callable[[str], None]) -
             ]
             times = " | ".join(f"{_us(way):.1f}" for way in ways)
             say(f"| {num_tokens} x {hidden} | {part.nbytes / 1024:g} | {times} |")
-    say(f"through peers' memory: {together.by_peers}")
+
+
+def _check(rank: int, num_ranks: int, group: DistributedGroup) -> None:
+    """Sums through peers' memory are those of their twins. Raises AssertionError."""
+    for seed in range(20):
+        for num_tokens in TOKENS:
+            chance = torch.Generator().manual_seed(seed)
+            made = [
+                torch.randn(num_tokens, HIDDEN[0], generator=chance).to("cuda", torch.bfloat16)
+                for _ in range(num_ranks + 2)
+            ]
+            *parts, stream, gain = made
+            total, twin_stream = ordered_sum(parts), stream.clone()
+            assert torch.equal(group.sum(parts[rank]), total)
+            begun, squares = added(total, twin_stream, gain[0])
+            own_begun, own_squares = group.add(parts[rank], stream, gain[0])
+            assert torch.equal(own_begun, begun)
+            assert torch.equal(stream, twin_stream)
+            torch.testing.assert_close(own_squares.sum(1), squares.sum(1))
+    assert group.by_peers, "there is no way into the peers' memory"
 
 
 def _group(rank: int, num_ranks: int, store: Store, peers: bool) -> DistributedGroup:
@@ -103,7 +127,7 @@ def _us(work: Callable[[], object]) -> float:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(SUMS_A_GRAPH):
             work()
-    times = []
+    times = list[float]()
     for _ in range(TIMES):
         graph.replay()  # ranks meet here
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -117,30 +141,37 @@ def _us(work: Callable[[], object]) -> float:
 
 
 def _steps(rank: int, args: argparse.Namespace, store: Store, say: Callable[[str], None]) -> None:
-    """Print the time of decode steps: alone, on all ranks by NCCL, on all ranks through peers' memory."""
+    """Print the time of decode steps: alone, on all ranks by NCCL, on all ranks through peers' memory; and how many of
+    the tokens, each after one of its own, are those of one GPU."""
     groups: dict[str, Group | None] = {"1 GPU": None} if rank == 0 else {}
     for name, peers in (("by NCCL", False), ("peers' memory", True)):
-        of_steps = PrefixStore("steps", store)
-        groups[f"{args.ranks} GPUs, {name}"] = _group(rank, args.ranks, of_steps, peers)
+        groups[f"{args.ranks} GPUs, {name}"] = _group(rank, args.ranks, PrefixStore("steps", store), peers)
     config, device = parse(shapes.SHAPES[args.shape]), torch.device("cuda", rank)
     num_pages = max(size * (context // shapes.PAGE_SIZE + 1) for size, context in STEPS)
     say("\n| ms, median (spread) | " + " | ".join(f"batch {size}, context {at:,}" for size, at in STEPS) + " |")
     say("|---" * (len(STEPS) + 1) + "|")
+    twin: dict[tuple[int, int], list[int]] = {}
     for name, group in groups.items():
-        engine = shapes.executor(config, device, num_pages, False, group)
-        say(f"| {name} | " + " | ".join(_cell(_ms(engine.forward, size, at)) for size, at in STEPS) + " |")
+        engine, cells = shapes.executor(config, device, num_pages, False, group), []
+        for kind in STEPS:
+            tokens, times = _step(engine, *kind)
+            same = sum(map(int.__eq__, tokens, twin.setdefault(kind, tokens)))
+            cells.append(
+                f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f}), {same} of {len(tokens)}"
+            )
+        say(f"| {name} | {' | '.join(cells)} |")
         del engine
         torch.cuda.empty_cache()
 
 
-def _ms(forward: Callable[[list[shapes.BatchItem]], object], size: int, context: int) -> list[float]:
+def _step(engine: TorchExecutor, size: int, context: int) -> tuple[list[int], list[float]]:
+    """What is chosen for each sequence, and the times of a step, ms."""
     room = context // shapes.PAGE_SIZE + 1
-    items = [shapes.item(sequence, context - 1, 1, room) for sequence in range(size)]
-    return [1000 * time for time in shapes.seconds(lambda: forward(items), 50)]
-
-
-def _cell(times: Sequence[float]) -> str:
-    return f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
+    items = [
+        replace(shapes.item(sequence, context - 1, 1, room), token_ids=[3 + 7 * sequence]) for sequence in range(size)
+    ]
+    times = [1000 * time for time in shapes.seconds(lambda: engine.forward(items), 50)]
+    return [each.tokens[0].token_id for each in engine.forward(items) if each is not None], times
 
 
 if __name__ == "__main__":

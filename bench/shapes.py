@@ -13,7 +13,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -53,12 +52,11 @@ PREFILLS = (1024, 4096, 8192)
 
 
 class RandomWeights(dense.DenseWeights):
-    """Weights of a shape that no checkpoint holds, or a rank's share of them."""
+    """Weights of a shape that no checkpoint holds, or a rank's share of the same."""
 
     def __init__(self, config: DenseConfig, device: torch.device, packed: bool, shard: Shard) -> None:
-        self.config, _ = of_dense(config, shard)
-        rows = len(shard.share(config.vocab_size))
-        self._shapes, self._is_packed = dense_shapes.shapes(replace(self.config, vocab_size=rows)), packed
+        self.config, self._part_of = of_dense(config, shard)
+        self._shapes, self._is_packed = dense_shapes.shapes(config), packed
         self._chance = torch.Generator(device).manual_seed(0)
 
     def embedding(self) -> torch.Tensor:
@@ -94,15 +92,20 @@ class RandomWeights(dense.DenseWeights):
     def _matrix(self, *names: str, gated: bool = False) -> w4a16.Weight:
         if not self._is_packed:
             return torch.cat([self._random(name) for name in names])
-        rows, columns = sum(self._shapes[name][0] for name in names), self._shapes[names[0]][1]
-        return random_packed(rows, columns, self._chance.device, gated)
+        sizes = [list(self._shapes[name]) for name in names]
+        for size, part in zip(sizes, map(self._part_of, names), strict=True):
+            if part is not None:
+                size[part.dim] = part.length
+        return random_packed(sum(rows for rows, _ in sizes), sizes[0][1], self._chance.device, gated)
 
     def _random(self, name: str) -> torch.Tensor:
         shape, device = self._shapes[name], self._chance.device
         if len(shape) == 1:
             return torch.ones(shape, dtype=torch.bfloat16, device=device)
         values = torch.randn(shape, generator=self._chance, dtype=torch.bfloat16, device=device)
-        return values.mul_(float(shape[1]) ** -0.5)
+        part = self._part_of(name)
+        own = values if part is None else values.narrow(part.dim, part.start, part.length).clone()
+        return own.mul_(float(shape[1]) ** -0.5)
 
 
 def random_packed(rows: int, columns: int, device: torch.device, gated: bool = False) -> w4a16.PackedWeight:

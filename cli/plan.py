@@ -14,8 +14,8 @@ WORKERS = ("prefill", "decode")
 @dataclass(frozen=True)
 class ClusterOptions:
     """What `forebay up` was asked for. `model` is a path or the name of a model in the cache, `served_model_name` what
-    clients call it; `redis_url` empty means an embedded Valkey. Workers take the first `num_gpus` GPUs in turn, one for each
-    rank; 0 leaves it to them. Extra flags go to every process of a role."""
+    clients call it; `redis_url` empty means an embedded Valkey. Workers take the first `num_gpus` GPUs in turn, one for
+    each rank; 0 leaves it to them. Extra flags go to every process of a role."""
 
     model: str
     served_model_name: str = ""

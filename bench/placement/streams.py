@@ -1,8 +1,8 @@
 """A real model on two workers: what long prompts do to streams that run.
 
-On CPUs each worker has a core, on GPUs (`--gpus 2`) a GPU of its own. Three fleets hold the same load: two workers that
-do both; one for prefill and one for decode, always used so; the same two, used by cost. A worker of two ranks on both GPUs
-can be added.
+On CPUs each worker has a core, on GPUs (`--gpus 2`) a GPU of its own. Three fleets hold the same load: two workers
+that do both; one for prefill and one for decode, always used so; the same two, used by cost. A worker of two ranks on
+both GPUs can be added.
 """
 
 import asyncio
@@ -92,9 +92,8 @@ class Window:
 def measure(fleet: Fleet, loads: Sequence[Load], names: Sequence[str]) -> None:
     """Print a row for each fleet and load, as soon as it is known."""
     for name in names:
-        *counts, router_flags = FLEETS[name]
         started = time.perf_counter()
-        with cluster(*fleet.flags(*counts, router_flags)) as running:
+        with cluster(*fleet.flags(*FLEETS[name])) as running:
             print(f"\n{name}: up after {time.perf_counter() - started:.1f} s\n{HEAD}")
             print("|---" * HEAD.count(" | ") + "|---|", flush=True)
             if not fleet.gpus:

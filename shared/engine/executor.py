@@ -176,8 +176,8 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
 
 
 def _device(name: str, shard: Shard) -> torch.device:
-    """A rank's: the GPU that was named is the first one's, and becomes this thread's current one. Raises Unsupported for
-    a GPU that is not there."""
+    """A rank's: the GPU that was named is the first one's. A GPU becomes the current one of this thread. Raises
+    Unsupported for one that is not there."""
     found = torch.cuda.device_count()
     if name == "cpu" or (name == "auto" and found < shard.num_ranks):
         return CPU

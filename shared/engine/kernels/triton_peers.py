@@ -1,7 +1,7 @@
 """Sums over the ranks of one host in one kernel each, through the memory of the other GPUs (one-shot all-reduce).
 
-A part is cut into pieces, a program each. A program copies its piece to where the peers can read it, tells them so, waits
-until they have said the same, and adds all ranks' pieces in float32, in the order of ranks. The twins are
+A part is cut into pieces, a program each. A program copies its piece to where the peers can read it, tells them so,
+waits until they have said the same, and adds all ranks' pieces in float32, in the order of ranks. The twins are
 `group.ordered_sum` and `group.added`.
 
 What peers read is kept twice, in turns. A program writes over what it wrote two calls before; since then every peer has
@@ -70,8 +70,8 @@ def _exchange(
 
 
 class Exchange:
-    """The memory of all ranks, as one of them sees it. `buffers` and `flags` are int64 [ranks] on the device: where each
-    rank's pieces are, `buffer_bytes()` of them, and its int32 counts, `flag_bytes(ranks)` bytes that begin as zeros."""
+    """The memory of all ranks, as one of them sees it. `buffers` and `flags` are int64 [ranks] on the device: where
+    each rank's pieces are, `buffer_bytes()` of them, and its counts, `flag_bytes(ranks)` bytes that begin as zeros."""
 
     def __init__(self, buffers: torch.Tensor, flags: torch.Tensor, rank: int) -> None:
         self._buffers, self._flags, self._rank = buffers, flags, rank
@@ -124,4 +124,4 @@ def flag_bytes(num_ranks: int) -> int:
 
 def _pieces(part: torch.Tensor) -> int:
     """Of a row."""
-    return triton.cdiv(part.shape[-1] * part.element_size(), PIECE_BYTES)
+    return -(-part.shape[-1] * part.element_size() // PIECE_BYTES)

@@ -5,8 +5,8 @@ drafts) is replayed as a graph, padded to the next size; other steps, prefill ab
 Of few tokens a layer is six kernels, each of which begins while the one before it ends: norms, gates and residuals are
 parts of the products (`kernels.cuda_products`). Matrices in NVFP4 stay packed; many tokens have them dequantized.
 
-Of several ranks each has its share of heads, MLP and vocabulary. What ends a block is summed over them by a kernel of its
-own then, which takes the residual and the next norm over from the product.
+Of several ranks each has its share of heads, MLP and vocabulary. What ends a block is summed over them by a kernel of
+its own then, which takes the residual and the next norm over from the product.
 """
 
 from bisect import bisect_left

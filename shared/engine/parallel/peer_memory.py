@@ -3,7 +3,7 @@
 import ctypes
 
 import torch
-from torch.distributed import Store
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from shared.errors import Unsupported
 
@@ -64,7 +64,7 @@ class _Runtime:
         return address.value or 0, bytes(handle)
 
     def open(self, handle: bytes, device: int, owner: int) -> int:
-        """Where another process' memory is for this one. `owner` is the device that it is on; no handle: it has none."""
+        """Where the memory of a process with `owner` as its device is for this one. Without a handle it has none."""
         if not handle:
             raise Unsupported("another rank has no memory to share")
         reaches, whole, address = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
