@@ -9,6 +9,7 @@ the first rank tells the others is not in them.
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import statistics
@@ -22,6 +23,7 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroupNCCL, Store  # type: ignore[attr-defined]
 
 from bench import provenance, shapes
+from shared.engine.api import SampledToken, SamplingParams
 from shared.engine.executor import TorchExecutor
 from shared.engine.models.config import parse
 from shared.engine.parallel.distributed import DistributedGroup, host_store, join_store
@@ -30,6 +32,7 @@ from shared.engine.parallel.group import Group, added, ordered_sum
 HIDDEN, TOKENS = (4096, 6144), (1, 4, 8, 32, 64)
 STEPS = ((1, 1024), (8, 1024), (64, 1024), (1, 8192))
 SUMS_A_GRAPH, REPLAYS, TIMES = 64, 10, 7
+NUM_LOGPROBS = 8
 PATIENCE_S = 120.0
 
 
@@ -142,7 +145,7 @@ def _us(work: Callable[[], object]) -> float:
 
 def _steps(rank: int, args: argparse.Namespace, store: Store, say: Callable[[str], None]) -> None:
     """Print the time of decode steps: alone, on all ranks by NCCL, on all ranks through peers' memory; and how many of
-    the tokens, each after one of its own, are those of one GPU."""
+    the tokens, each after one of its own, are those of one GPU, and how likely it found the others beside its own."""
     groups: dict[str, Group | None] = {"1 GPU": None} if rank == 0 else {}
     for name, peers in (("by NCCL", False), ("peers' memory", True)):
         groups[f"{args.ranks} GPUs, {name}"] = _group(rank, args.ranks, PrefixStore("steps", store), peers)
@@ -150,28 +153,34 @@ def _steps(rank: int, args: argparse.Namespace, store: Store, say: Callable[[str
     num_pages = max(size * (context // shapes.PAGE_SIZE + 1) for size, context in STEPS)
     say("\n| ms, median (spread) | " + " | ".join(f"batch {size}, context {at:,}" for size, at in STEPS) + " |")
     say("|---" * (len(STEPS) + 1) + "|")
-    twin: dict[tuple[int, int], list[int]] = {}
+    twin: dict[tuple[int, int], list[SampledToken]] = {}
     for name, group in groups.items():
         engine, cells = shapes.executor(config, device, num_pages, False, group), []
         for kind in STEPS:
             tokens, times = _step(engine, *kind)
-            same = sum(map(int.__eq__, tokens, twin.setdefault(kind, tokens)))
-            cells.append(
-                f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f}), {same} of {len(tokens)}"
-            )
+            spread = f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
+            cells.append(f"{spread}; {_agreement(tokens, twin.setdefault(kind, tokens))}")
         say(f"| {name} | {' | '.join(cells)} |")
         del engine
         torch.cuda.empty_cache()
 
 
-def _step(engine: TorchExecutor, size: int, context: int) -> tuple[list[int], list[float]]:
+def _step(engine: TorchExecutor, size: int, context: int) -> tuple[list[SampledToken], list[float]]:
     """What is chosen for each sequence, and the times of a step, ms."""
     room = context // shapes.PAGE_SIZE + 1
     items = [
         replace(shapes.item(sequence, context - 1, 1, room), token_ids=[3 + 7 * sequence]) for sequence in range(size)
     ]
     times = [1000 * time for time in shapes.seconds(lambda: engine.forward(items), 50)]
-    return [each.tokens[0].token_id for each in engine.forward(items) if each is not None], times
+    asked = [replace(item, sampling=SamplingParams(num_logprobs=NUM_LOGPROBS)) for item in items]
+    return [each.tokens[0] for each in engine.forward(asked) if each is not None], times
+
+
+def _agreement(tokens: list[SampledToken], twin: list[SampledToken]) -> str:
+    pairs = [(own.token_id, other) for own, other in zip(tokens, twin, strict=True) if own.token_id != other.token_id]
+    gaps = [other.top[0][1] - dict(other.top).get(token_id, -math.inf) for token_id, other in pairs]
+    same = f"{len(tokens) - len(gaps)} of {len(tokens)}"
+    return f"{same}, others within {max(gaps):.3f}" if gaps else same
 
 
 if __name__ == "__main__":
