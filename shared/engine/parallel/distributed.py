@@ -105,7 +105,7 @@ class DistributedGroup:
         num_bytes = triton_peers.buffer_bytes()
         store = PrefixStore("memory", self._store)
         whole = num_bytes + triton_peers.flag_bytes(self.num_ranks)
-        addresses = peer_memory.share(whole, store, self.rank, self.num_ranks)
+        addresses = peer_memory.share(whole, peer_memory.CudaMemory(), store, self.rank, self.num_ranks)
         buffers = torch.tensor(addresses, dtype=torch.int64, device="cuda")
         return triton_peers.Exchange(buffers, buffers + num_bytes, self.rank)
 
