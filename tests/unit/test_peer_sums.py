@@ -18,13 +18,18 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Trito
 SHAPES = ((1, 1024), (2, 2048), (3, 1500))
 
 
+def bytes_of(memory: SharedMemory) -> memoryview:
+    assert memory.buf is not None
+    return memory.buf
+
+
 def add_up(rank: int, names: list[str]) -> None:
     """Several calls of several sizes: what is kept in turns is written over."""
     os.environ["TRITON_INTERPRET"] = "1"
     from shared.engine.kernels.triton_peers import Exchange, buffer_bytes
 
     memories = [SharedMemory(name) for name in names]
-    views = [ctypes.c_char.from_buffer(memory.buf) for memory in memories]
+    views = [ctypes.c_char.from_buffer(bytes_of(memory)) for memory in memories]
     buffers = torch.tensor([ctypes.addressof(view) for view in views])
     exchange = Exchange(buffers, buffers + buffer_bytes(), rank)
     for call in range(5):
@@ -50,7 +55,7 @@ def test_sums_equal_their_twins_call_after_call(num_ranks: int) -> None:
     memories = [SharedMemory(create=True, size=size) for _ in range(num_ranks)]
     try:
         for memory in memories:
-            memory.buf[:] = bytes(len(memory.buf))
+            bytes_of(memory)[:] = bytes(memory.size)
         context, names = multiprocessing.get_context("spawn"), [memory.name for memory in memories]
         ranks = [context.Process(target=add_up, args=(rank, names), daemon=True) for rank in range(num_ranks)]
         for rank in ranks:
