@@ -2,7 +2,7 @@
 
 Process groups are made and held here; torch's global one is not touched, so that a process may be in several. What few
 tokens need on GPUs goes by kernels of our own through the memory of the others (`kernels.triton_peers`) where the
-hardware has that; a sum by NCCL takes several times as long (docs/LOG.md).
+hardware has that; a sum by NCCL takes half as long again, and more (docs/LOG.md).
 """
 
 import logging
