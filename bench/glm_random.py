@@ -15,6 +15,7 @@ from shared.engine.models import glm_layout
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_mtp_cuda import GlmMtpOnCuda
 from shared.engine.models.glm_weights import MlpWeights, MtpWeights
+from shared.engine.parallel.group import added
 from shared.engine.parallel.partition import Shard, of_glm
 
 FIELDS = {
@@ -66,6 +67,10 @@ class Counted:
         if self.parts is not None:
             self.parts.append(part)
         return part
+
+    def add(self, part: torch.Tensor, stream: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As if it were the sum."""
+        return added(self.sum(part), stream, gain)
 
     def join(self, part: torch.Tensor) -> torch.Tensor:
         """The part."""

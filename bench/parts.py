@@ -21,6 +21,7 @@ from shared.engine.kernels.cuda_products import CudaProducts, Residual
 from shared.engine.layers import rope
 from shared.engine.models.config import DenseConfig, parse
 from shared.engine.models.weights import LayerOf
+from shared.engine.parallel.partition import Shard
 
 ALL = ("products", "attention", "rotating", "head")
 TABLE = {
@@ -47,7 +48,7 @@ class Model:
 
 
 def made(config: DenseConfig, device: torch.device, packed: bool, num_pages: int) -> Model:
-    weights = shapes.RandomWeights(config, device, packed)
+    weights = shapes.RandomWeights(config, device, packed, Shard())
     layers = [weights.packed_layer(index) for index in range(config.num_layers)]
     shape = (num_pages, config.num_layers, 2, config.num_kv_heads, shapes.PAGE_SIZE, config.head_dim)
     kv = torch.zeros(shape, dtype=torch.bfloat16, device=device)

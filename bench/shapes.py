@@ -28,7 +28,8 @@ from shared.engine.models import dense_shapes
 from shared.engine.models import weights as dense
 from shared.engine.models.config import DenseConfig, parse
 from shared.engine.models.llama import Llama
-from shared.engine.parallel.partition import Shard
+from shared.engine.parallel.group import Alone, Group
+from shared.engine.parallel.partition import Shard, of_dense
 from shared.models.store import default_cache
 
 PAGE_SIZE = 16
@@ -52,10 +53,11 @@ PREFILLS = (1024, 4096, 8192)
 
 
 class RandomWeights(dense.DenseWeights):
-    """Weights of a shape that no checkpoint holds."""
+    """Weights of a shape that no checkpoint holds, or a rank's share of the same."""
 
-    def __init__(self, config: DenseConfig, device: torch.device, packed: bool) -> None:
-        self.config, self._shapes, self._is_packed = config, dense_shapes.shapes(config), packed
+    def __init__(self, config: DenseConfig, device: torch.device, packed: bool, shard: Shard) -> None:
+        self.config, self._part_of = of_dense(config, shard)
+        self._shapes, self._is_packed = dense_shapes.shapes(config), packed
         self._chance = torch.Generator(device).manual_seed(0)
 
     def embedding(self) -> torch.Tensor:
@@ -91,15 +93,20 @@ class RandomWeights(dense.DenseWeights):
     def _matrix(self, *names: str, gated: bool = False) -> w4a16.Weight:
         if not self._is_packed:
             return torch.cat([self._random(name) for name in names])
-        rows, columns = sum(self._shapes[name][0] for name in names), self._shapes[names[0]][1]
-        return random_packed(rows, columns, self._chance.device, gated)
+        sizes = [list(self._shapes[name]) for name in names]
+        for size, part in zip(sizes, map(self._part_of, names), strict=True):
+            if part is not None:
+                size[part.dim] = part.length
+        return random_packed(sum(rows for rows, _ in sizes), sizes[0][1], self._chance.device, gated)
 
     def _random(self, name: str) -> torch.Tensor:
         shape, device = self._shapes[name], self._chance.device
         if len(shape) == 1:
             return torch.ones(shape, dtype=torch.bfloat16, device=device)
         values = torch.randn(shape, generator=self._chance, dtype=torch.bfloat16, device=device)
-        return values.mul_(float(shape[1]) ** -0.5)
+        part = self._part_of(name)
+        own = values if part is None else values.narrow(part.dim, part.start, part.length).clone()
+        return own.mul_(float(shape[1]) ** -0.5)
 
 
 def random_packed(rows: int, columns: int, device: torch.device, gated: bool = False) -> w4a16.PackedWeight:
@@ -114,12 +121,17 @@ def library_for(device: torch.device) -> ctypes.CDLL:
     return cuda_products.load(build.cuda_library(default_cache() / "kernels", build.cuda_compiler(), capability))
 
 
-def executor(config: DenseConfig, device: torch.device, num_pages: int, packed: bool) -> TorchExecutor:
-    decoder = CudaDecoder(config, RandomWeights(config, device, packed), 1, CudaProducts(library_for(device)))
-    model = Llama(config, torch.bfloat16, decoder, Shard())
-    layout = model.layout(PAGE_SIZE)
-    spec = EngineSpec("bench", config.vocab_size, config.max_position, (), layout, num_pages, "")
-    return TorchExecutor(model, spec, DeviceMemory(num_pages, layout.page_bytes, device))
+def executor(
+    config: DenseConfig, device: torch.device, num_pages: int, packed: bool, group: Group | None = None
+) -> TorchExecutor:
+    """Of one rank of a group, or alone."""
+    group = group or Alone()
+    shard = Shard(group.rank, group.num_ranks)
+    weights = RandomWeights(config, device, packed, shard)
+    decoder = CudaDecoder(weights.config, weights, 1, CudaProducts(library_for(device)), group)
+    model = Llama(config, torch.bfloat16, decoder, shard)
+    spec = EngineSpec("bench", config.vocab_size, config.max_position, (), model.layout(PAGE_SIZE), num_pages, "")
+    return TorchExecutor(model, spec, DeviceMemory(num_pages, model.rank_layout(PAGE_SIZE).page_bytes, device))
 
 
 def item(sequence: int, start: int, num_tokens: int, room: int) -> BatchItem:

@@ -14,7 +14,8 @@ WORKERS = ("prefill", "decode")
 @dataclass(frozen=True)
 class ClusterOptions:
     """What `forebay up` was asked for. `model` is a path or the name of a model in the cache, `served_model_name` what
-    clients call it; `redis_url` empty means an embedded Valkey. Extra flags go to every process of a role."""
+    clients call it; `redis_url` empty means an embedded Valkey. Workers take the first `num_gpus` GPUs in turn, one for
+    each rank; 0 leaves it to them. Extra flags go to every process of a role."""
 
     model: str
     served_model_name: str = ""
@@ -27,6 +28,7 @@ class ClusterOptions:
     dtype: str = "bfloat16"
     kv_dtype: str = "auto"
     tensor_parallel: int = 1
+    num_gpus: int = 0
     host: str = "127.0.0.1"
     port: int = 8000
     grace_ms: int = 10_000
@@ -73,9 +75,18 @@ def _workers(options: ClusterOptions, common: list[str]) -> list[ProcessSpec]:
     flags += options.worker_flags
     # A thread that waits must not keep another worker's thread from its core.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"}
-    decode = [_service("decode", number, flags, environment) for number in range(options.num_decode)]
-    prefill = [_service("prefill", number, flags, environment) for number in range(options.num_prefill)]
-    return decode + prefill
+    names = [("decode", number) for number in range(options.num_decode)]
+    names += [("prefill", number) for number in range(options.num_prefill)]
+    return [
+        _service(role, number, [*flags, *_device(options, place)], environment)
+        for place, (role, number) in enumerate(names)
+    ]
+
+
+def _device(options: ClusterOptions, place: int) -> list[str]:
+    """The GPUs of a worker, of which it is told the first."""
+    num_shares = options.num_gpus // options.tensor_parallel
+    return ["--device", f"cuda:{place % num_shares * options.tensor_parallel}"] if num_shares else []
 
 
 def _http_port(options: ClusterOptions, number: int) -> int:

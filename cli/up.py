@@ -33,6 +33,7 @@ def up(  # noqa: PLR0913, PLR0917 - one argument a flag
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     kv_dtype: Annotated[str, typer.Option(help="Form of KV: auto takes dtype's; bfloat16, float32, fp8.")] = "auto",
     tp: Annotated[int, typer.Option(min=1, help="Ranks (processes) of each worker, which share the model out.")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="Share out so many GPUs to the workers' ranks in turn.")] = 0,
     redis: Annotated[str, typer.Option(metavar="URL", help="Redis to use instead of an embedded Valkey.")] = "",
     grace: Annotated[float, typer.Option(min=0, help="Seconds that running requests have to end at Ctrl-C.")] = 10.0,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds to come up in.")] = START_DEADLINE_S,
@@ -42,6 +43,8 @@ def up(  # noqa: PLR0913, PLR0917 - one argument a flag
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what all processes log.")] = False,
 ) -> None:
     """Start a cluster on this machine and run it until Ctrl-C."""
+    if 0 < gpus < tp:
+        raise typer.BadParameter(f"{tp} ranks need a GPU each, and there are to be {gpus}", param_hint="--gpus")
     options = ClusterOptions(
         model=SIM if engine == SIM else model,
         served_model_name=SIM if engine == SIM else store.served_name(model),
@@ -54,6 +57,7 @@ def up(  # noqa: PLR0913, PLR0917 - one argument a flag
         dtype=dtype,
         kv_dtype=kv_dtype,
         tensor_parallel=tp,
+        num_gpus=gpus,
         host=host,
         port=port,
         grace_ms=int(grace * 1000),

@@ -4,8 +4,12 @@
     python -m bench.placement trace --trace FILE    the same on the conversation trace published with Mooncake
     python -m bench.placement splits                aggregated, always disaggregated, by cost: three shapes of load
     python -m bench.placement routers               1, 2 and 4 routers
-    python -m bench.placement streams               the real model: running streams while long prompts arrive
+    python -m bench.placement streams               a real model: running streams while long prompts arrive
     python -m bench.placement path                  CPU and added time of gateway and router
+
+On GPUs: streams --gpus 2 --model DIR --streams 16 --stream-tokens 2000 --long-tokens 8192 --long-output 256 16
+--every-s 0.3 --worker-flags "--speculation off --max-step-tokens 2048 --kv-cache-mb 48000", a model with random weights
+being what `python -m bench.random_checkpoint` makes.
 
 The first four use the sim engine on four workers, 60 s or so each time; prompts, answers and times come from --seed.
 With --virtual they take two seconds and give the same numbers each time: policy, scheduler and pages are the real ones,
@@ -14,6 +18,7 @@ The oracle's hit rate is that of one cache as large as all workers' together, wh
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench import provenance
@@ -38,9 +43,30 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--requests", type=int, default=1000, help="of path, at each number of streams")
     made.add_argument("--concurrency", nargs="+", type=int, default=[16, 64, 256], help="streams of path")
     made.add_argument("--virtual", action="store_true", help="no processes: the first four in virtual time")
+    shape, fleet = streams.Load(), streams.Fleet()
+    made.add_argument("--gpus", type=int, default=0, help="of streams: workers get GPUs instead of cores")
+    made.add_argument("--model", default="", help="of streams: a directory, or a name; by default the default model")
+    made.add_argument("--fleets", nargs="+", default=streams.DEFAULT_FLEETS, choices=streams.FLEETS, help="of streams")
+    made.add_argument("--streams", type=int, default=shape.num_streams, help="that run all the time")
+    made.add_argument("--stream-tokens", type=int, default=shape.stream_tokens, help="length of each stream")
+    made.add_argument("--long-tokens", type=int, default=shape.long_tokens, help="length of a long prompt")
+    made.add_argument("--long-output", nargs="+", type=int, default=[shape.long_output], help="and of its answer")
+    made.add_argument("--every-s", type=float, default=shape.every_s, help="time between two long prompts")
+    made.add_argument("--warm-s", type=float, default=shape.warm_s, help="time of the same load that is not measured")
+    made.add_argument("--worker-flags", default=fleet.worker_flags, help="of streams")
+    made.add_argument("--router-flags", default=fleet.router_flags, help="of streams")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, default=Path("build/placement"), help="folder for plots")
     return made
+
+
+def loads(options: argparse.Namespace) -> Iterator[streams.Load]:
+    """Of streams: one for each length of answers to long prompts."""
+    for long_output in options.long_output:
+        yield streams.Load(
+            options.streams, options.stream_tokens, options.long_tokens, long_output, options.every_s,
+            options.duration_s, options.warm_s, options.seed,
+        )  # fmt: skip
 
 
 def main() -> None:
@@ -72,7 +98,8 @@ def main() -> None:
             for name, load in [(name, shapes[name]) for name in options.shapes]:
                 comparisons.compare(hold, name, comparisons.with_splits(), load, out)
         case "streams":
-            streams.measure(streams.Load(duration_s=duration_s, seed=seed))
+            fleet = streams.Fleet(options.model, options.gpus, options.worker_flags, options.router_flags)
+            streams.measure(fleet, list(loads(options)), options.fleets)
         case _:
             path.measure(options.requests, options.concurrency, seed)
 

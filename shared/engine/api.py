@@ -252,6 +252,9 @@ def awaited(place: int) -> int:
 class Step(Protocol):
     """A step that was launched."""
 
+    def is_done(self) -> bool:
+        """Whether `chosen` returns, or raises, at once."""
+
     def chosen(self) -> list[Chosen | None]:
         """Wait until it is computed; what is chosen for each item with `sample`. Raises what went wrong."""
 
@@ -261,6 +264,10 @@ class Computed:
     """A step that was computed at once; satisfies `Step`."""
 
     choices: list[Chosen | None]
+
+    def is_done(self) -> bool:
+        """It is."""
+        return True
 
     def chosen(self) -> list[Chosen | None]:
         """What was chosen."""

@@ -82,6 +82,8 @@ class TorchExecutor:
     def _launch(self, batch: Sequence[BatchItem]) -> Step:
         if torch.get_num_threads() != self.model.num_torch_threads:
             torch.set_num_threads(self.model.num_torch_threads)  # OpenMP keeps it per calling thread
+        if self._pool.is_cuda:
+            torch.cuda.set_device(self._pool.device)  # and so does CUDA, for whatever does not ask where tensors are
         step, sampled = build(batch, self.layout.page_size), [item for item in batch if item.sample]
         if self._drafter is not None:
             logits, states = self._drafter.layer.forward(step, self._pool, self.layout)
@@ -103,6 +105,10 @@ class TorchStep:
 
     batch: list[BatchItem]
     choice: Choice
+
+    def is_done(self) -> bool:
+        """Whether `chosen` returns at once."""
+        return self.choice.is_done()
 
     def chosen(self) -> list[Chosen | None]:
         """Wait for the tokens, which are chosen when all pages are written, even if none is."""
@@ -139,8 +145,8 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
 ) -> TorchExecutor:
     """The executor of a model directory, with a pool of `num_pages` pages, or of at most `pool_bytes` bytes.
 
-    `dtype` is "bfloat16" or "float32"; `device` "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one;
-    `max_model_len` at most, and by default, what the model was made for.
+    `dtype` is "bfloat16" or "float32"; `device` "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one (for each
+    rank: they take consecutive ones); `max_model_len` at most, and by default, what the model was made for.
     `kernels` is "auto", "native" or "torch"; compiled ones are kept in `cache_dir` (`$FOREBAY_CACHE`). Of several
     ranks this is the one at `shard`, `group` is its view of them, and the pool its own. `kv_dtype` is "auto" for
     `dtype`, or one of `kv.formats.KV_DTYPES`. With `mtp` the model's own layer proposes drafts, if it has one. Raises
@@ -149,7 +155,7 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     if dtype not in DTYPES:
         raise Unsupported(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     shard, group, cache_dir = shard or Shard(), group or Alone(), cache_dir or default_cache()
-    where = _device(device)
+    where = _device(device, shard)
     placement = Placement(DTYPES[dtype], num_threads, kernels, cache_dir, shard, group, kv_dtype, where, mtp)
     model = registry.load(model_dir, placement)
     layout, page_bytes = model.layout(page_size), model.rank_layout(page_size).page_bytes
@@ -169,11 +175,15 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     return TorchExecutor(model, spec, memory, num_tokens(model_dir, model.vocab_size))
 
 
-def _device(name: str) -> torch.device:
-    """Raises Unsupported for a GPU that is not there."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+def _device(name: str, shard: Shard) -> torch.device:
+    """A rank's: the GPU that was named is the first one's. A GPU becomes the current one of this thread. Raises
+    Unsupported for one that is not there."""
+    found = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and found < shard.num_ranks):
         return CPU
-    index = int(name.partition(":")[2] or 0)
-    if index >= torch.cuda.device_count():
-        raise Unsupported(f"there is no GPU {index} here: torch sees {torch.cuda.device_count()}")
-    return torch.device("cuda", index)
+    first = int(name.partition(":")[2] or 0)
+    if first + shard.num_ranks > found:
+        wanted = f"GPUs {first} to {first + shard.num_ranks - 1}" if shard.num_ranks > 1 else f"GPU {first}"
+        raise Unsupported(f"{wanted} cannot be had here: torch sees {found}")
+    torch.cuda.set_device(first + shard.rank)
+    return torch.device("cuda", first + shard.rank)

@@ -48,6 +48,10 @@ class Broken:
 
     error: Exception
 
+    def is_done(self) -> bool:
+        """It never was begun."""
+        return True
+
     def chosen(self) -> list[Chosen | None]:
         """Raises what went wrong."""
         raise self.error

@@ -25,6 +25,10 @@ class Fetched:
             self._done = torch.cuda.Event()
             self._done.record(torch.cuda.current_stream(values.device))
 
+    def is_done(self) -> bool:
+        """Whether `wait` returns at once."""
+        return self._done is None or self._done.query()
+
     def wait(self) -> torch.Tensor:
         """The tensor in host memory, once it and what was launched before it is computed."""
         if self._done is not None:

@@ -68,6 +68,7 @@ def _torch(config: WorkerConfig) -> Parts:
         "model_dir": path,
         "model_name": config.served_model_name or store.served_name(config.model),
         "dtype": config.dtype,
+        "device": config.device,
         "page_size": config.page_size,
         "num_threads": max(1, num_threads // config.tensor_parallel),
         "num_pages": config.num_pages,
@@ -78,10 +79,8 @@ def _torch(config: WorkerConfig) -> Parts:
         "mtp": config.speculation in ("auto", "mtp"),
     }
     if config.tensor_parallel == 1:
-        executor = load_executor(**settings, device=config.device)
+        executor = load_executor(**settings)
         return executor, str(path), executor.layout, ()
-    if config.device.startswith("cuda"):
-        raise Unsupported("several ranks compute on the CPU only: --device cpu, or --tensor-parallel 1")
     return _ranked(config, path, settings)
 
 
@@ -92,7 +91,8 @@ def _ranked(config: WorkerConfig, path: Path, settings: dict[str, Any]) -> Parts
     log = (config.name, config.log_level)
     ranks = Ranks(settings, config.tensor_parallel, config.expert_split, config.rank_timeout_ms / 1000, log)
     own = ranks.executor
-    return ParallelExecutor(own, ranks.others), str(path), own.layout, ranks.others
+    patience_s = config.rank_timeout_ms / 1000
+    return ParallelExecutor(own, ranks.others, patience_s), str(path), own.layout, ranks.others
 
 
 def _sim(config: WorkerConfig) -> Parts:

@@ -23,7 +23,7 @@ class WorkerConfig(ServiceConfig):
     device: str = Field(
         "auto",
         pattern="^(auto|cpu|cuda(:[0-9]+)?)$",
-        description="cpu, cuda or cuda:N; auto takes a GPU if any.",
+        description="cpu, cuda or cuda:N; auto takes a GPU if any. Ranks take consecutive ones, from this on.",
     )
     kernels: str = Field("auto", description="Kernel set; auto takes the best that fits.")
     page_size: int = Field(16, ge=1, le=1024, description="Tokens per KV page.")

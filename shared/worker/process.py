@@ -64,6 +64,9 @@ async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
         await gentle_start.over()
         await stop.wait()
         await process.drain()
+    if process.status and assembled.ranks:
+        logging.shutdown()
+        os._exit(process.status)  # CUDA would wait for its kernels, and they for a rank that does not come
     return process.status
 
 

@@ -121,8 +121,8 @@ def main(steps: socket.socket, channel: socket.socket) -> None:
         rank_wire.send(steps, fault)
         return
     calls.move_pages_of(executor)
-    while True:
-        executor.forward(rank_wire.receive(steps))
+    while True:  # nobody here asks what is chosen: on a GPU steps queue up, as many as the first rank lets on their way
+        executor.launch(rank_wire.receive(steps))
 
 
 if __name__ == "__main__":

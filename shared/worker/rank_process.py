@@ -64,6 +64,10 @@ class RankProcess:
         """See `Follower.follow`."""
         rank_wire.send(self._steps, batch)
 
+    def is_gone(self) -> bool:
+        """See `Follower.is_gone`."""
+        return self._process.poll() is not None
+
     async def attach(self, transport: str, agent_name: str, on_lost: Callable[[Fault], None]) -> Member:
         """Its pool, readable by peers, and the way to read into it. `on_lost` is told if the process ends."""
         remote = RankTransport(self, transport, agent_name, on_lost)

@@ -32,6 +32,9 @@ class Thread:
     def follow(self, batch: Sequence[BatchItem]) -> None:
         self._batches.put(batch)
 
+    def is_gone(self) -> bool:
+        return not self._thread.is_alive()
+
     def close(self) -> None:
         self._batches.put(None)
         self._thread.join(TIMEOUT_S)
@@ -87,7 +90,7 @@ class RankedExecutor(ParallelExecutor):
     """Also knows the ranks' pools and how they are laid out."""
 
     def __init__(self, executors: list[TorchExecutor], followers: Sequence[Thread]) -> None:
-        super().__init__(executors[0], followers)
+        super().__init__(executors[0], followers, TIMEOUT_S)
         self.executors = executors
 
 

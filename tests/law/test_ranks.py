@@ -58,6 +58,9 @@ class Deaf:
     def follow(self, batch: Sequence[BatchItem]) -> None:
         pass
 
+    def is_gone(self) -> bool:
+        return False
+
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
@@ -145,7 +148,7 @@ def test_drafted_behind_a_prompt_of_another_number_of_ranks(
 
 def test_a_rank_that_is_late_ends_the_engine_with_a_fault(model: Model) -> None:
     ranks = Ranks(2, timeout_s=0.5)
-    worker = Worker(ParallelExecutor(ranks.load(model.path, 64).executors[0], [Deaf()]))
+    worker = Worker(ParallelExecutor(ranks.load(model.path, 64).executors[0], [Deaf()], patience_s=30.0))
     worker.submit(model.law(ranks, GREEDY).request([5, 6, 7]))
     with pytest.raises(WorkerLost, match="gone or late"):
         worker.step()

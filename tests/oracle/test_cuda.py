@@ -117,7 +117,7 @@ class Both:
         shape = (NUM_PAGES, made.num_layers, 2, made.num_kv_heads, PAGE_SIZE, made.head_dim)
         self.kv = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
         twin: Decoder = TorchDecoder(made, Weights(made, packed), 1, Alone())
-        self.decoders: list[Decoder] = [CudaDecoder(made, Weights(made, packed), 1, products()), twin]
+        self.decoders: list[Decoder] = [CudaDecoder(made, Weights(made, packed), 1, products(), Alone()), twin]
 
     @torch.inference_mode()
     def logits(self, items: list[BatchItem]) -> list[torch.Tensor]:

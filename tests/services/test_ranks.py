@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from shared.engine.models import tiny
 from shared.errors import WorkerLost
@@ -18,6 +19,8 @@ from tests.services.test_processes import PATIENCE_S, Pair
 from tests.valkey import ValkeyProcess
 
 NUM_TOKENS = 8
+ON_GPUS = ("--device", "cuda", "--kernels", "torch")  # in float32, so that tokens are those of a CPU
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 # Every rank is a process that imports torch.
 START_S = 150.0
 
@@ -44,9 +47,12 @@ async def pair(path: Path, valkey: ValkeyProcess, prefill: int, decode: int, *mo
         await made.close()
 
 
-async def test_a_rank_that_stands_still_ends_its_worker_within_its_time(tmp_path: Path, valkey: ValkeyProcess) -> None:
+@pytest.mark.parametrize("device", [("--device", "cpu"), pytest.param(ON_GPUS, marks=TWO_GPUS)], ids=["cpu", "gpus"])
+async def test_a_rank_that_stands_still_ends_its_worker_within_its_time(
+    device: Sequence[str], tmp_path: Path, valkey: ValkeyProcess
+) -> None:
     llama(tmp_path)
-    async with pair(tmp_path, valkey, 1, 2, "--rank-timeout-ms", "2000") as workers:
+    async with pair(tmp_path, valkey, 1, 2, "--rank-timeout-ms", "2000", *device) as workers:
         (rank,) = workers.found["decode"].rank_pids
         os.kill(rank, signal.SIGSTOP)
         with pytest.raises(WorkerLost):
@@ -66,8 +72,14 @@ def test_a_model_that_so_many_ranks_cannot_share_is_refused(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("write", "prefill", "decode", "flags"),
-    [(llama, 1, 2, ()), (llama, 1, 2, ("--checksums",)), (glm, 2, 1, ("--checksums",))],
-    ids=["llama", "llama-checksums", "glm-checksums"],
+    [
+        (llama, 1, 2, ()),
+        (llama, 1, 2, ("--checksums",)),
+        (glm, 2, 1, ("--checksums",)),
+        pytest.param(llama, 1, 2, ON_GPUS, marks=TWO_GPUS),
+        pytest.param(llama, 2, 1, ON_GPUS, marks=TWO_GPUS),
+    ],
+    ids=["llama", "llama-checksums", "glm-checksums", "llama-gpus-1-2", "llama-gpus-2-1"],
 )
 async def test_pages_go_back_and_forth_between_workers_of_one_and_of_two_ranks_and_a_lost_rank_ends_its_worker(
     write: Callable[[Path], None],
@@ -92,7 +104,7 @@ async def test_pages_go_back_and_forth_between_workers_of_one_and_of_two_ranks_a
         # There and back: what the decode worker computed behind the first prompt, the prefill worker pulled.
         assert all(workers.measure(name, "forebay_transfer_bytes_total") > 0 for name in ranks)
         right = 'forebay_checked_pages_total{outcome="right"}'
-        assert all((workers.measure(name, right) > 0) is bool(flags) for name in ranks)
+        assert all((workers.measure(name, right) > 0) is ("--checksums" in flags) for name in ranks)
         (lost,) = (*ranks["prefill"], *ranks["decode"])
         os.kill(lost, signal.SIGKILL)
         worker = workers.processes["prefill" if ranks["prefill"] else "decode"]

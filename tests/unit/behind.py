@@ -55,6 +55,9 @@ class LateStep:
         self.tokens: list[int] | None = None
         self._executor, self._before = executor, before
 
+    def is_done(self) -> bool:
+        return True
+
     def chosen(self) -> list[Chosen | None]:
         executor = self._executor
         executor.log.append("land")

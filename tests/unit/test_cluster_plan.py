@@ -46,6 +46,23 @@ def test_every_worker_has_as_many_ranks_as_were_asked_for() -> None:
     assert [_flag(spec.command, "--tensor-parallel") for spec in workers] == ["2", "2"]
 
 
+@pytest.mark.parametrize(
+    ("num_gpus", "ranks", "expected"),
+    [
+        (4, 1, ["cuda:0", "cuda:1", "cuda:2"]),
+        (2, 1, ["cuda:0", "cuda:1", "cuda:0"]),
+        (5, 2, ["cuda:0", "cuda:2", "cuda:0"]),
+    ],
+)
+def test_gpus_are_shared_out_in_turn(num_gpus: int, ranks: int, expected: list[str]) -> None:
+    options = ClusterOptions(model="m", tensor_parallel=ranks, num_gpus=num_gpus, num_decode=2)
+    assert [_flag(spec.command, "--device") for spec in plan.services(options, URL)[2:]] == expected
+
+
+def test_workers_find_their_gpus_themselves_if_nobody_says_how_many_there_are() -> None:
+    assert not any("--device" in spec.command for spec in plan.services(ClusterOptions(model="m"), URL))
+
+
 def test_extra_flags_go_to_the_role_they_are_meant_for() -> None:
     options = ClusterOptions(model="m", worker_flags=["--page-size", "32"], router_flags=["--r"], gateway_flags=["--g"])
     for spec in plan.services(options, URL):

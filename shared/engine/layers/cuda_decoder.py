@@ -4,6 +4,9 @@ A step whose sequences all compute equally many tokens (decode: one; verificatio
 drafts) is replayed as a graph, padded to the next size; other steps, prefill above all, are launched kernel by kernel.
 Of few tokens a layer is six kernels, each of which begins while the one before it ends: norms, gates and residuals are
 parts of the products (`kernels.cuda_products`). Matrices in NVFP4 stay packed; many tokens have them dequantized.
+
+Of several ranks each has its share of heads, MLP and vocabulary. What ends a block is summed over them by a kernel of
+its own then, which takes the residual and the next norm over from the product.
 """
 
 from bisect import bisect_left
@@ -16,12 +19,14 @@ from tqdm import tqdm
 
 from shared.engine.batch import Batch
 from shared.engine.kernels import cuda_products, triton_dense, triton_paged
-from shared.engine.kernels.cuda_products import CudaProducts, Residual
+from shared.engine.kernels.cuda_products import CudaProducts, Normed, Residual
 from shared.engine.kernels.flashinfer_paged import PagedAttention, PagedShape
 from shared.engine.kernels.w4a16 import PackedWeight, Weight
 from shared.engine.layers import rope
+from shared.engine.layers.vocabulary import Embedding
 from shared.engine.models.config import DenseConfig
 from shared.engine.models.weights import DenseWeights, LayerOf
+from shared.engine.parallel.group import Group
 from shared.engine.pinned import put
 
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -47,19 +52,18 @@ class Graph:
 
 class CudaDecoder:
     """Satisfies `models.llama.Decoder`, for batches in host memory and weights and pages on the GPU. Without `products`
-    everything is dequantized."""
+    everything is dequantized. `config` is that of this rank's share, but for the vocabulary, which is the whole one."""
 
     num_torch_threads = 1
 
     def __init__(
-        self, config: DenseConfig, weights: DenseWeights, _num_threads: int, products: CudaProducts | None
+        self, config: DenseConfig, weights: DenseWeights, _num_threads: int, products: CudaProducts | None, group: Group
     ) -> None:
-        self._config = config
-        self._embedding, self._norm = weights.embedding(), weights.final_norm()
-        self._head: Weight = self._embedding
-        if not config.tied_embeddings:
-            self._head = weights.packed_head() if products else weights.head()
-        self._device = device = self._embedding.device
+        self._config, self._group = config, group
+        embedding, self._norm = weights.embedding(), weights.final_norm()
+        self._embedding = Embedding(embedding, config.vocab_size, group)
+        self._head = _head(weights, embedding, products, group)
+        self._device = device = embedding.device
         self._frequencies = rope.inverse_frequencies(config).to(device)
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
         self._layers: list[LayerOf[Weight]] = [_layer(weights, index, products) for index in layers]
@@ -86,7 +90,10 @@ class CudaDecoder:
         token_ids, places = batch.token_ids.to(self._device), put(places, torch.int32, self._device)
         rows = torch.cat((token_ids[None], places))
         x = self._hidden(rows, self._paged, kv)
-        return self._product(x[put(batch.sampled_rows, torch.int32, self._device)], self._head).float()
+        if not len(batch.sampled_rows):
+            return x.new_empty((0, config.vocab_size), dtype=torch.float32)
+        logits = self._product(x[put(batch.sampled_rows, torch.int32, self._device)], self._head)
+        return self._group.join(logits).float()
 
     def _replay(self, batch: Batch, width: int, kv: torch.Tensor) -> torch.Tensor:
         size = GRAPH_SIZES[bisect_left(GRAPH_SIZES, batch.num_sequences)]
@@ -117,8 +124,8 @@ class CudaDecoder:
 
         def logits() -> torch.Tensor:
             if self._products is not None and num_rows <= self._max_fused:
-                return self._fused(self._products, rows, attend, kv)
-            return self._product(self._hidden(rows, attend, kv), self._head)
+                return self._group.join(self._fused(self._products, rows, attend, kv))
+            return self._group.join(self._product(self._hidden(rows, attend, kv), self._head))
 
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -126,39 +133,39 @@ class CudaDecoder:
             logits()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads move pages meanwhile
             found = logits()
         return Graph(graph, inputs, num_done, found)
 
     def _hidden(self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor) -> torch.Tensor:
         """The last norm's output [T, hidden]. `rows` int32 [3, T]: token ids, positions and slots."""
         token_ids, positions, slots = rows
-        x = F.embedding(token_ids, self._embedding)
+        x = self._embedding(token_ids)
         angles = rope.table(self._frequencies, positions)
         eps, delta = self._config.rms_norm_eps, None
         for index, layer in enumerate(self._layers):
             normed = triton_dense.add_rms_norm(x, delta, layer.input_norm, eps)
             qkv = self._product(normed, layer.qkv, layer.qkv_bias)
             q = self._rotated(qkv, angles, layer, slots, kv[:, index])
-            attended = self._product(attend(q, kv[:, index]).flatten(1), layer.output, layer.output_bias)
+            attended = self._summed(attend(q, kv[:, index]).flatten(1), layer.output, layer.output_bias)
             normed = triton_dense.add_rms_norm(x, attended, layer.post_norm, eps)
             inner = triton_dense.silu_mul(self._product(normed, layer.gate_up, layer.gate_up_bias))
-            delta = self._product(inner, layer.down, layer.down_bias)
+            delta = self._summed(inner, layer.down, layer.down_bias)
         return triton_dense.add_rms_norm(x, delta, self._norm, eps)
 
     def _fused(self, products: CudaProducts, rows: torch.Tensor, attend: Attend, kv: torch.Tensor) -> torch.Tensor:
         """Logits bf16 [T, vocab_size] of few tokens; `rows` as in `_hidden`."""
         token_ids, positions, slots = rows
         eps, layers = self._config.rms_norm_eps, self._layers
-        x, angles = F.embedding(token_ids, self._embedding), rope.table(self._frequencies, positions)
+        x, angles = self._embedding(token_ids), rope.table(self._frequencies, positions)
         normed = products.begun(x, layers[0].input_norm, eps)
         for index, layer in enumerate(layers):
             qkv = products.normed_linear(normed, layer.qkv, layer.qkv_bias)
             attended = attend(self._rotated(qkv, angles, layer, slots, kv[:, index]), kv[:, index]).flatten(1)
-            normed = products.added(attended, layer.output, Residual(x, layer.post_norm), eps, layer.output_bias)
+            normed = self._added(products, attended, layer.output, Residual(x, layer.post_norm), layer.output_bias)
             inner = products.gated(normed, layer.gate_up, layer.gate_up_bias)
             next_norm = layers[index + 1].input_norm if index + 1 < len(layers) else self._norm
-            normed = products.added(inner, layer.down, Residual(x, next_norm), eps, layer.down_bias)
+            normed = self._added(products, inner, layer.down, Residual(x, next_norm), layer.down_bias)
         return products.normed_linear(normed, self._head)
 
     def _rotated(
@@ -172,11 +179,42 @@ class CudaDecoder:
         norms = (layer.q_norm, layer.k_norm)
         return triton_dense.rotate_and_append(qkv, angles, norms, self._config.rms_norm_eps, slots, kv)
 
+    def _added(
+        self, products: CudaProducts, x: torch.Tensor, weight: Weight, residual: Residual, bias: torch.Tensor | None
+    ) -> Normed:
+        """Add a product, summed over the ranks, to the residual stream; what the next norm takes."""
+        eps = self._config.rms_norm_eps
+        if self._group.num_ranks == 1:
+            return products.added(x, weight, residual, eps, bias)
+        part = products.linear(x, weight, self._once(bias))
+        return Normed(*self._group.add(part, residual.stream, residual.next_norm), eps)
+
+    def _summed(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        """A product, summed over the ranks."""
+        return self._group.sum(self._product(x, weight, self._once(bias)))
+
+    def _once(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """What every rank has whole, for one of them to add."""
+        return bias if self._group.rank == 0 else None
+
     def _product(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):
             return F.linear(x, weight, bias)
         assert self._products is not None, "nothing is packed without it"
         return self._products.linear(x, weight, bias)
+
+
+def _head(weights: DenseWeights, embedding: torch.Tensor, products: CudaProducts | None, group: Group) -> Weight:
+    """This rank's rows of the head; the last ranks', which may have fewer, are filled up with zeros."""
+    config = weights.config
+    size = -(-config.vocab_size // group.num_ranks)
+    if config.tied_embeddings:
+        head: Weight = embedding
+    else:
+        head = weights.packed_head() if products and config.vocab_size % group.num_ranks == 0 else weights.head()
+    if isinstance(head, torch.Tensor) and len(head) < size:
+        return F.pad(head, (0, 0, 0, size - len(head)))
+    return head
 
 
 def _layer(weights: DenseWeights, index: int, products: CudaProducts | None) -> LayerOf[Weight]:

@@ -20,9 +20,8 @@ class Embedding:
             return F.embedding(token_ids, self._weight)
         rows = token_ids - self._first
         ours = (rows >= 0) & (rows < len(self._weight))
-        found = self._weight.new_zeros(len(rows), self._weight.shape[1])
-        found[ours] = F.embedding(rows[ours], self._weight)
-        return self._group.sum(found)
+        found = F.embedding(rows.clamp(0, len(self._weight) - 1), self._weight)  # no shape depends on the tokens
+        return self._group.sum(found * ours[:, None])
 
 
 class Head:

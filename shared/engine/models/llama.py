@@ -94,8 +94,6 @@ def load(model_dir: Path, placement: Placement) -> Llama:
 def _cuda(config: DenseConfig, placement: Placement, otherwise: Build) -> Candidate[Build]:
     if placement.device.type != "cuda":
         return Candidate("cuda", "the model is not on a GPU", otherwise)
-    if placement.shard.num_ranks > 1:
-        return Candidate("cuda", "they know nothing of ranks", otherwise)
     try:
         from shared.engine.layers import cuda_decoder
     except ImportError as error:
@@ -103,7 +101,8 @@ def _cuda(config: DenseConfig, placement: Placement, otherwise: Build) -> Candid
     obstacle = cuda_decoder.obstacle(config, placement.dtype)
     if obstacle is not None:
         return Candidate("cuda", obstacle, otherwise)
-    return Candidate("cuda", None, partial(cuda_decoder.CudaDecoder, products=_products(placement)))
+    built = partial(cuda_decoder.CudaDecoder, products=_products(placement), group=placement.group)
+    return Candidate("cuda", None, built)
 
 
 def _products(placement: Placement) -> CudaProducts | None:

@@ -1,30 +1,39 @@
 """A group of ranks over torch.distributed: gloo between processors, NCCL between GPUs.
 
-Process groups are made and held here; torch's global one is not touched, so that a process may be in several.
+Process groups are made and held here; torch's global one is not touched, so that a process may be in several. What few
+tokens need on GPUs goes by kernels of our own through the memory of the others (`kernels.triton_peers`) where the
+hardware has that; a sum by NCCL takes half as long again, and more (docs/LOG.md).
 """
 
+import logging
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore  # type: ignore[attr-defined]
 
-from shared.engine.parallel.group import ordered_sum
+from shared.engine.parallel import peer_memory
+from shared.engine.parallel.group import added, ordered_sum
+from shared.errors import Unsupported
+
+log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 
 
 class DistributedGroup:
-    """Satisfies `Group`. Tensors in host memory go by gloo, those of a GPU by NCCL, whose group the first one makes.
+    """Satisfies `Group`. Tensors in host memory go by gloo. Those of a GPU, which is the current one of the thread that
+    comes first with one, go by NCCL and, with `peers`, through the memory of the other GPUs; both can be captured.
 
-    A collective of gloo that takes longer than `timeout_s` raises RuntimeError; one of NCCL ends the process.
+    A collective of gloo that takes longer than `timeout_s` raises RuntimeError; one on GPUs keeps them busy.
     """
 
-    def __init__(self, store: Store, rank: int, num_ranks: int, timeout_s: float) -> None:
+    def __init__(self, store: Store, rank: int, num_ranks: int, timeout_s: float, *, peers: bool = True) -> None:
         self.rank, self.num_ranks = rank, num_ranks
-        self._store, self._timeout = store, timedelta(seconds=timeout_s)
+        self._store, self._timeout, self._wants_peers = store, timedelta(seconds=timeout_s), peers
         self._gloo: Any = self._make_gloo()
         self._nccl: Any = None
+        self._exchange: Any = None
 
     def _make_gloo(self) -> Any:
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -32,28 +41,73 @@ class DistributedGroup:
         options._timeout = self._timeout
         return ProcessGroupGloo(PrefixStore("gloo", self._store), self.rank, self.num_ranks, options)
 
-    def _make_nccl(self) -> Any:
+    @property
+    def by_peers(self) -> bool:
+        """Whether there was something to add up on GPUs, and what there is room for goes through their memory."""
+        return self._exchange is not None
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        """See `Group.sum`. Gathered and added in rank order: a ring would add in an order that depends on the shape."""
+        part = part.contiguous()
+        if self._reaches(part):
+            summed: torch.Tensor = self._exchange.sum(part)
+            return summed
+        return ordered_sum(self._gather(part).unbind())
+
+    def add(self, part: torch.Tensor, stream: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Group.add`."""
+        part = part.contiguous()
+        if self._reaches(part):
+            begun: tuple[torch.Tensor, torch.Tensor] = self._exchange.add(part, stream, gain)
+            return begun
+        return added(ordered_sum(self._gather(part).unbind()), stream, gain)
+
+    def join(self, part: torch.Tensor) -> torch.Tensor:
+        """See `Group.join`."""
+        return torch.cat(self._gather(part.contiguous()).unbind(), dim=-1)
+
+    def _gather(self, part: torch.Tensor) -> torch.Tensor:
+        """[ranks, ...]."""
+        parts = part.new_empty((self.num_ranks, *part.shape))
+        if part.is_cuda:
+            self._meet(part)
+            self._nccl._allgather_base(parts, part).wait()
+        else:
+            self._gloo.allgather([list(parts.unbind())], [part]).wait()
+        return parts
+
+    def _reaches(self, part: torch.Tensor) -> bool:
+        """Whether a sum goes through the memory of the other GPUs."""
+        if not part.is_cuda:
+            return False
+        self._meet(part)
+        return self._exchange is not None and self._exchange.takes(part)
+
+    def _meet(self, part: torch.Tensor) -> None:
+        """Make what GPUs need, once: NCCL's group, whose first collective must not be captured, and shared memory."""
+        if self._nccl is not None:
+            return
         from torch.distributed import ProcessGroupNCCL  # absent from builds of torch without CUDA
 
         options: Any = ProcessGroupNCCL.Options()
         options._timeout = self._timeout
-        return ProcessGroupNCCL(PrefixStore("nccl", self._store), self.rank, self.num_ranks, options)
+        self._nccl = ProcessGroupNCCL(PrefixStore("nccl", self._store), self.rank, self.num_ranks, options)
+        self._nccl._allgather_base(part.new_empty(self.num_ranks), part.new_empty(1)).wait()
+        if self._wants_peers and self.num_ranks > 1:
+            try:
+                self._exchange = self._shared()
+            except (ImportError, Unsupported) as reason:
+                log.warning("ranks add up by NCCL alone, which is slower: %s", reason)
 
-    def sum(self, part: torch.Tensor) -> torch.Tensor:
-        """See `Group.sum`. Gathered and added in rank order: a ring would add in an order that depends on the shape."""
-        return ordered_sum(self._gather(part))
+    def _shared(self) -> Any:
+        from shared.engine.kernels import triton_peers
 
-    def join(self, part: torch.Tensor) -> torch.Tensor:
-        """See `Group.join`."""
-        return torch.cat(self._gather(part), dim=-1)
-
-    def _gather(self, part: torch.Tensor) -> list[torch.Tensor]:
-        part = part.contiguous()
-        parts = [torch.empty_like(part) for _ in range(self.num_ranks)]
-        if part.is_cuda and self._nccl is None:
-            self._nccl = self._make_nccl()
-        (self._nccl if part.is_cuda else self._gloo).allgather([parts], [part]).wait()
-        return parts
+        num_bytes = triton_peers.buffer_bytes()
+        store = PrefixStore("memory", self._store)
+        whole = num_bytes + triton_peers.flag_bytes(self.num_ranks)
+        addresses = peer_memory.share(whole, peer_memory.CudaMemory(), store, self.rank, self.num_ranks)
+        buffers = torch.tensor(addresses, dtype=torch.int64, device="cuda")
+        return triton_peers.Exchange(buffers, buffers + num_bytes, self.rank)
 
 
 def host_store(timeout_s: float) -> TCPStore:

@@ -31,6 +31,10 @@ class Choice:
         numbers = [tokens.double(), *(logprobs.numbers if logprobs else ())]  # float64 holds all of them exactly
         self._fetched = Fetched(torch.cat([each.flatten() for each in numbers]) if len(numbers) > 1 else numbers[0])
 
+    def is_done(self) -> bool:
+        """Whether `collect` returns at once."""
+        return self._fetched.is_done()
+
     def collect(self) -> list[tuple[SampledToken, ...]]:
         """Wait; what is chosen for each item: see `verify.verified`."""
         numbers: list[float] = self._fetched.wait().tolist()

@@ -1,0 +1,127 @@
+"""Sums over the ranks of one host in one kernel each, through the memory of the other GPUs (one-shot all-reduce).
+
+A part is cut into pieces, a program each. A program copies its piece to where the peers can read it, tells them so,
+waits until they have said the same, and adds all ranks' pieces in float32, in the order of ranks. The twins are
+`group.ordered_sum` and `group.added`.
+
+What peers read is kept twice, in turns. A program writes over what it wrote two calls before; since then every peer has
+announced the call between, and its kernel of the call before that has ended, so nobody reads it any more. Calls are
+counted per program and on the device, so that a captured step can be replayed; counts wrap around, and only their
+difference is looked at. Programs wait for those of the same number only, and all of them fit on a GPU at once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from shared.engine.kernels.triton_dense import launch_options
+
+PIECE_BYTES = 4096
+NUM_PIECES = 256
+# Looks at a peer's count, each of which takes most of a microsecond: then a GPU goes on with whatever there is, for its
+# host has long given up, and would else find it busy for ever.
+PATIENCE = 100_000_000
+
+
+@triton.jit
+def _exchange(
+    part, out, stream, gain, squares, buffers, flags, calls, rank, size, pieces,
+    NUM_RANKS: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr, ADD: tl.constexpr, PATIENCE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    piece = tl.program_id(0)
+    row, column = piece // pieces, (piece % pieces) * BLOCK + tl.arange(0, BLOCK)
+    inside, at = column < size, row.to(tl.int64) * size + column
+    kind = tl.pointer_type(part.dtype.element_ty)
+    call = tl.load(calls + piece, cache_modifier=".cg") + 1  # L1 may hold what was there before
+    kept = ((call & 1) * CAPACITY + piece) * BLOCK + tl.arange(0, BLOCK)
+    own = tl.multiple_of(tl.load(buffers + rank).to(kind), 16)
+    tl.store(own + kept, tl.load(part + at, inside, 0.0, cache_modifier=".cg"))
+    tl.debug_barrier()
+    for peer in tl.static_range(NUM_RANKS):
+        theirs = tl.load(flags + peer).to(tl.pointer_type(tl.int32))
+        tl.atomic_xchg(theirs + piece * NUM_RANKS + rank, call, sem="release", scope="sys")
+    heard = tl.load(flags + rank).to(tl.pointer_type(tl.int32)) + piece * NUM_RANKS
+    for peer in tl.static_range(NUM_RANKS):
+        behind, looks = call - tl.atomic_add(heard + peer, 0, sem="acquire", scope="sys"), 0
+        while (behind > 0) & (looks < PATIENCE):
+            behind = call - tl.atomic_add(heard + peer, 0, sem="acquire", scope="sys")
+            looks += 1
+    tl.debug_barrier()
+    total = tl.zeros([BLOCK], tl.float32)
+    for peer in tl.static_range(NUM_RANKS):
+        theirs = tl.multiple_of(tl.load(buffers + peer).to(kind), 16)
+        total += tl.load(theirs + kept, cache_modifier=".cg").to(tl.float32)
+    value = total.to(part.dtype.element_ty)
+    if ADD:
+        before = tl.load(stream + at, inside, 0.0, cache_modifier=".cg")
+        value = (before.to(tl.float32) + value.to(tl.float32)).to(value.dtype)
+        tl.store(stream + at, value, inside)
+        wide = value.to(tl.float32)
+        tl.store(squares + piece, tl.sum(wide * wide))
+        value = (wide * tl.load(gain + column, inside, 0.0).to(tl.float32)).to(value.dtype)
+    tl.store(out + at, value, inside)
+    tl.debug_barrier()
+    tl.store(calls + piece, call)
+
+
+class Exchange:
+    """The memory of all ranks, as one of them sees it. `buffers` and `flags` are int64 [ranks] on the device: where
+    each rank's pieces are, `buffer_bytes()` of them, and its counts, `flag_bytes(ranks)` bytes that begin as zeros."""
+
+    def __init__(self, buffers: torch.Tensor, flags: torch.Tensor, rank: int) -> None:
+        self._buffers, self._flags, self._rank = buffers, flags, rank
+        self._calls = torch.zeros(NUM_PIECES, dtype=torch.int32, device=buffers.device)
+
+    def takes(self, part: torch.Tensor) -> bool:
+        """Whether there is room for a part [.., N]."""
+        rows = part.numel() // part.shape[-1] if part.shape[-1] else 0
+        return 0 < rows * _pieces(part) <= NUM_PIECES
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of all parts [.., N], which are contiguous."""
+        out = torch.empty_like(part)
+        self._run(part, out, None, None, None)
+        return out
+
+    def add(self, part: torch.Tensor, stream: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Group.add`; all are contiguous."""
+        out = torch.empty_like(part)
+        squares = torch.empty((len(part), _pieces(part)), dtype=torch.float32, device=part.device)
+        self._run(part, out, stream, gain, squares)
+        return out, squares
+
+    def _run(
+        self,
+        part: torch.Tensor,
+        out: torch.Tensor,
+        stream: torch.Tensor | None,
+        gain: torch.Tensor | None,
+        squares: torch.Tensor | None,
+    ) -> None:
+        size, pieces = part.shape[-1], _pieces(part)
+        pdl, options = launch_options(part.device)
+        _exchange[(part.numel() // size * pieces,)](
+            part, out, stream, gain, squares, self._buffers, self._flags, self._calls, self._rank, size, pieces,
+            len(self._buffers), PIECE_BYTES // part.element_size(), NUM_PIECES, stream is not None, PATIENCE, pdl,
+            num_warps=8, **options,
+        )  # fmt: skip
+
+
+def buffer_bytes() -> int:
+    """Of each rank."""
+    return 2 * NUM_PIECES * PIECE_BYTES
+
+
+def flag_bytes(num_ranks: int) -> int:
+    """Of each rank."""
+    return NUM_PIECES * num_ranks * 4
+
+
+def _pieces(part: torch.Tensor) -> int:
+    """Of a row."""
+    return -(-part.shape[-1] * part.element_size() // PIECE_BYTES)

@@ -1,0 +1,68 @@
+"""Sums over ranks by one kernel, between processes whose memory stands for that of GPUs. Needs Triton, whose
+interpreter computes it on the CPU."""
+
+import ctypes
+import multiprocessing
+import os
+from importlib.util import find_spec
+from multiprocessing.shared_memory import SharedMemory
+
+import pytest
+import torch
+
+from shared.engine.parallel.group import added, ordered_sum
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+
+# Rows, columns: whole pieces, several in a row, and rows that end amid one.
+SHAPES = ((1, 1024), (2, 2048), (3, 1500))
+
+
+def bytes_of(memory: SharedMemory) -> memoryview:
+    assert memory.buf is not None
+    return memory.buf
+
+
+def add_up(rank: int, names: list[str]) -> None:
+    """Several calls of several sizes: what is kept in turns is written over."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from shared.engine.kernels.triton_peers import Exchange, buffer_bytes
+
+    memories = [SharedMemory(name) for name in names]
+    views = [ctypes.c_char.from_buffer(bytes_of(memory)) for memory in memories]
+    buffers = torch.tensor([ctypes.addressof(view) for view in views])
+    exchange = Exchange(buffers, buffers + buffer_bytes(), rank)
+    for call in range(5):
+        for shape in SHAPES:
+            chance = torch.Generator().manual_seed(call)
+            *parts, stream, gains = (torch.randn(shape, generator=chance) for _ in range(len(names) + 2))
+            twin_stream = stream.clone()
+            begun, squares = added(ordered_sum(parts), twin_stream, gains[0])
+            assert torch.equal(exchange.sum(parts[rank]), ordered_sum(parts))
+            own_begun, own_squares = exchange.add(parts[rank], stream, gains[0])
+            assert torch.equal(stream, twin_stream)
+            torch.testing.assert_close(own_begun, begun)
+            torch.testing.assert_close(own_squares.sum(1), squares.sum(1))
+    assert not exchange.takes(torch.empty(300, 2048))
+    os._exit(0)  # views of the memory are left
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_sums_equal_their_twins_call_after_call(num_ranks: int) -> None:
+    from shared.engine.kernels.triton_peers import buffer_bytes, flag_bytes
+
+    size = buffer_bytes() + flag_bytes(num_ranks)
+    memories = [SharedMemory(create=True, size=size) for _ in range(num_ranks)]
+    try:
+        for memory in memories:
+            bytes_of(memory)[:] = bytes(memory.size)
+        context, names = multiprocessing.get_context("spawn"), [memory.name for memory in memories]
+        ranks = [context.Process(target=add_up, args=(rank, names), daemon=True) for rank in range(num_ranks)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(120)
+        assert [rank.exitcode for rank in ranks] == [0] * num_ranks
+    finally:
+        for memory in memories:
+            memory.unlink()
