@@ -1,0 +1,46 @@
+"""Who multiplies activations in NVFP4 here, if anybody can."""
+
+from dataclasses import dataclass
+
+import torch
+
+from shared.engine.kernels import flashinfer_w4a4, w4a4
+from shared.engine.models.api import CPU, Placement
+from shared.engine.models.checkpoint import Checkpoint
+from shared.engine.quantization import w4a4_proof
+
+NAME = "w4a4"
+NOT_STORED = (
+    "no weights of this checkpoint are in NVFP4 with a scale for their activations (`forebay quantize --calibrate` "
+    "measures them)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`products`, or what keeps them from serving. On the CPU neither: there layers take the twin."""
+
+    obstacle: str | None
+    products: w4a4.Products | None = None
+
+
+def find(checkpoint: Checkpoint, placement: Placement, *, experts: bool) -> Found:
+    """Look, and on a GPU run small products before they are trusted with a model's; with `experts` mixtures too.
+
+    That compiles FlashInfer's kernels at first use, so it is done only for who may get them."""
+    if placement.kernels not in ("auto", NAME):
+        return Found("they were not asked for")
+    if not checkpoint.has_input_scales():
+        return Found(NOT_STORED)
+    if placement.device == CPU:
+        return Found(None)
+    obstacle = flashinfer_w4a4.capability_obstacle(torch.cuda.get_device_capability(placement.device))
+    if obstacle is None and placement.dtype != torch.bfloat16:
+        obstacle = f"they compute in bfloat16, not in {placement.dtype_name}"
+    if obstacle is not None:
+        return Found(obstacle)
+    try:
+        products = flashinfer_w4a4.load()
+    except ImportError as error:
+        return Found(f"{error.name} is not installed")
+    return Found(w4a4_proof.obstacle(products, placement.device, experts=experts), products)
