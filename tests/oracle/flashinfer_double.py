@@ -182,17 +182,21 @@ def _demand(
     kinds = [torch.float32, torch.int32, torch.float32] * 2
     assert [each.dtype for each in quant_scales] == kinds
     vector = (num_experts,)
-    k_of = lambda size: -(-size // 64) * 64 // 16 // 4  # noqa: E731 - four scales an int32
     assert [tuple(each.shape) for each in quant_scales] == [
         vector,
-        (num_experts, -(-inner // 64) * 64 * 2, k_of(hidden)),
+        (num_experts, -(-inner // 64) * 64 * 2, _words(hidden)),
         vector,
         vector,
-        (num_experts, -(-hidden // 128) * 128, k_of(inner)),
+        (num_experts, -(-hidden // 128) * 128, _words(inner)),
         vector,
     ]
     assert all(each.is_contiguous() for each in (*weights, *quant_scales))
     return num_experts, hidden, inner
+
+
+def _words(size: int) -> int:
+    """How many int32 of four scales a row of `size` elements has, in whole tiles."""
+    return -(-size // 64)
 
 
 def _product(
