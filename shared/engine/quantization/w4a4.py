@@ -2,8 +2,9 @@
 plain torch: the twin, and what serves where quality is to be judged without a GPU that multiplies FP4.
 
 The arithmetic is that of FlashInfer's `cvt_warp_fp16_to_fp4` and of its own reference in torch (`ref_fp4_quant` in its
-tests/test_helpers/utils_fp4.py); the kernel's reciprocals are approximate, which can only move an element that lies just
-between two codes. It differs from that of weights: scales have no least value, so a group of tiny elements is zeros.
+tests/test_helpers/utils_fp4.py). The kernel's reciprocals are approximate, which can move an element that lies just
+between two codes, and no other. It is not that of weights: scales have no least value, so groups of tiny elements
+become zeros.
 """
 
 from collections.abc import Sequence
