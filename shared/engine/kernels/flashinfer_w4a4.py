@@ -15,6 +15,7 @@ import torch
 from shared.engine.kernels.w4a4 import Experts, Weight
 
 CAPABILITY = 10  # major; 12.x has other tensor cores, and kernels of its own
+WITH_OWN_KERNELS = 3  # minor; the others share theirs
 BACKEND = "cutlass"
 
 
@@ -71,6 +72,16 @@ def load() -> FlashInferProducts:
     from flashinfer.fused_moe import cutlass_fused_moe
 
     return FlashInferProducts(Functions(fp4_quantize, mm_fp4, cutlass_fused_moe))
+
+
+def mixtures_are_compiled(capability: tuple[int, int]) -> bool:
+    """Whether FlashInfer has its fused mixture for such GPUs ready: its 270 sources take hours of a core."""
+    from flashinfer.jit import fused_moe
+
+    generate = fused_moe.gen_cutlass_fused_moe_sm103_module
+    if capability[1] != WITH_OWN_KERNELS:
+        generate = fused_moe.gen_cutlass_fused_moe_sm100_module
+    return bool(generate().is_compiled)
 
 
 def capability_obstacle(capability: tuple[int, int]) -> str | None:

@@ -14,6 +14,10 @@ NOT_STORED = (
     "no weights of this checkpoint are in NVFP4 with a scale for their activations (`forebay quantize --calibrate` "
     "measures them)"
 )
+NOT_COMPILED = (
+    "FlashInfer's fused mixture is not compiled on this machine, which takes hours of a core (once): the package "
+    "flashinfer-jit-cache brings it, `--kernels w4a4` compiles it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +31,26 @@ class Found:
 def find(checkpoint: Checkpoint, placement: Placement, *, experts: bool) -> Found:
     """Look, and on a GPU run small products before they are trusted with a model's; with `experts` mixtures too.
 
-    That compiles FlashInfer's kernels at first use, so it is done only for who may get them."""
+    That compiles FlashInfer's kernels at first use, so it is done only for who may get them: products take minutes, and
+    mixtures so long that they have to be asked for by name, unless they are there."""
     if placement.kernels not in ("auto", NAME):
         return Found("they were not asked for")
     if not checkpoint.has_input_scales():
         return Found(NOT_STORED)
-    if placement.device == CPU:
-        return Found(None)
-    obstacle = flashinfer_w4a4.capability_obstacle(torch.cuda.get_device_capability(placement.device))
+    return Found(None) if placement.device == CPU else _on_gpu(placement, experts)
+
+
+def _on_gpu(placement: Placement, experts: bool) -> Found:
+    capability = torch.cuda.get_device_capability(placement.device)
+    obstacle = flashinfer_w4a4.capability_obstacle(capability)
     if obstacle is None and placement.dtype != torch.bfloat16:
         obstacle = f"they compute in bfloat16, not in {placement.dtype_name}"
     if obstacle is not None:
         return Found(obstacle)
     try:
         products = flashinfer_w4a4.load()
+        if experts and placement.kernels != NAME and not flashinfer_w4a4.mixtures_are_compiled(capability):
+            return Found(NOT_COMPILED)
     except ImportError as error:
         return Found(f"{error.name} is not installed")
     return Found(w4a4_proof.obstacle(products, placement.device, experts=experts), products)
