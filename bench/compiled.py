@@ -37,6 +37,7 @@ def products(capability: tuple[int, int], directory: Path) -> Iterator[Made]:
 
 
 def triton(capability: tuple[int, int], directory: Path) -> Iterator[Made]:
+    os.environ["TRITON_CACHE_DIR"] = str(directory / "cache")  # so that all are compiled
     from bench import compiled_triton
 
     for name, seconds, code in compiled_triton.kernels(capability):
@@ -90,8 +91,12 @@ def architectures(path: Path) -> str:
         tool = shutil.which("cuobjdump")
     if tool is None:
         return "no cuobjdump here"
-    dumped = subprocess.run([tool, "--dump-elf", str(path)], capture_output=True, text=True, check=True).stdout
-    return " ".join(sorted(set(re.findall(r"^arch = (\w+)", dumped, re.MULTILINE))))
+    # A library's parts say it in their dump (their names leave out what is specific to one), code alone by its name.
+    for option, said in (("--dump-elf", r"^arch = (\w+)"), ("--list-elf", r"\.(sm_\w+)\.")):
+        text = subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
+        if found := set(re.findall(said, text, re.MULTILINE)):
+            return " ".join(sorted(found))
+    return "nothing"
 
 
 def main() -> None:

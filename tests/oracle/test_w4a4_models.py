@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from shared.engine.models import registry, tiny
 from shared.engine.models.api import Model, Placement
 from shared.engine.quantization import w4a4
+from shared.engine.stream import all_logits
 from shared.errors import Unsupported
 from tests.oracle import quantized, tiny_models
-from tests.oracle.logits import all_logits
 
 PROMPT = [token * 37 % 199 + 3 for token in range(40)]
 INPUT_SCALE = torch.tensor(0.01)  # of every matrix that `quantized` writes
@@ -104,4 +104,4 @@ def test_a_checkpoint_without_scales_of_activations_is_refused_by_name(kind: str
 def test_on_the_cpu_the_twin_serves_only_who_asks_for_it(tmp_path: Path) -> None:
     made, _ = written(lambda path: tiny_models.write("llama", path), "modelopt", tmp_path)
     as_asked, as_ever = (all_logits(load(made, kernels), PROMPT) for kernels in ("auto", "torch"))
-    torch.testing.assert_close(as_asked[:, :211], as_ever[:, :211], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(as_asked, as_ever, rtol=1e-3, atol=1e-3)
