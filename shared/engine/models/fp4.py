@@ -1,5 +1,6 @@
 """Who multiplies activations in NVFP4 here, if anybody can."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,8 @@ from shared.engine.kernels import flashinfer_w4a4, w4a4
 from shared.engine.models.api import CPU, Placement
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.quantization import w4a4_proof
+
+log = logging.getLogger(__name__)
 
 NAME = "w4a4"
 NOT_STORED = (
@@ -53,4 +56,5 @@ def _on_gpu(placement: Placement, experts: bool) -> Found:
             return Found(NOT_COMPILED)
     except ImportError as error:
         return Found(f"{error.name} is not installed")
+    log.info("trying FP4 products on this GPU; FlashInfer compiles them at first use, which takes minutes")
     return Found(w4a4_proof.obstacle(products, placement.device, experts=experts), products)
