@@ -20,7 +20,7 @@ class GlmLayer:
         self.eps = config.rms_norm_eps
         self.input_norm, self.post_norm = weights.norms(layer)
         self.attention = LatentAttention(config, weights.attention(layer), group)
-        mlp = weights.packed_mlp(layer, fp4=True) if fp4 else weights.mlp(layer)
+        mlp = (weights.fp4_mlp(layer) if fp4 else None) or weights.mlp(layer)
         self.mlp = Mlp(mlp, group) if isinstance(mlp, MlpWeights) else Moe(config, mlp, group)
 
     def __call__(

@@ -32,9 +32,9 @@ class Moe:
     def __init__(self, config: GlmConfig, weights: MoeWeights | PackedMoeWeights, group: Group) -> None:
         self.config, self.group = config, group
         self.router, self.correction_bias = weights.router.float(), weights.correction_bias
-        self.routed: PlainExperts | Fp4Experts
+        self.routed: PlainExperts | TwinExperts
         if isinstance(weights.experts, w4a4.Experts):
-            self.routed = Fp4Experts(weights.experts)
+            self.routed = TwinExperts(weights.experts)
         else:
             assert isinstance(weights, MoeWeights), "others are read for GPUs"
             self.routed = PlainExperts(weights)
@@ -63,7 +63,7 @@ class PlainExperts:
             out[rows] += F.linear(part, self._down[own]).float() * weights[rows, place, None]
 
 
-class Fp4Experts:
+class TwinExperts:
     """All experts, or a slice of each, with products in FP4 by their twin."""
 
     def __init__(self, experts: w4a4.Experts) -> None:

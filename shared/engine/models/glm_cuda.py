@@ -57,7 +57,7 @@ class GlmOnCuda:
 
 def read_layer(weights: GlmWeights, index: int, fp4: w4a4.Products | None = None) -> Layer:
     """A layer of a checkpoint. With `fp4`, experts that are stored for products in FP4 have these."""
-    mlp = weights.packed_mlp(index, fp4=fp4 is not None)
+    mlp = (weights.fp4_mlp(index) if fp4 else None) or weights.packed_mlp(index)
     return Layer(
         *weights.norms(index),
         cuda_glm_layer.attention(weights.attention(index)),

@@ -161,16 +161,21 @@ class GlmWeights:
             shared=self._mlp(prefix + "shared_experts."),
         )
 
-    def packed_mlp(self, layer: int, *, fp4: bool = False) -> MlpWeights | MoeWeights | PackedMoeWeights:
-        """As `mlp`, but a mixture whose experts are all stored in NVFP4 keeps them so.
-
-        With `fp4` only one whose experts all have scales for their inputs, too, laid out for products in FP4."""
+    def packed_mlp(self, layer: int) -> MlpWeights | MoeWeights | PackedMoeWeights:
+        """As `mlp`, but a mixture whose experts are all stored in NVFP4 keeps them so."""
         prefix = f"model.layers.{layer}.mlp."
         if not self._is(self.config.moe_layers, layer):
             return self._mlp(prefix)
-        experts = self._fp4_experts(prefix) if fp4 else self._packed_experts(prefix)
-        if experts is None:
-            return self.mlp(layer)
+        experts = self._packed_experts(prefix)
+        return self.mlp(layer) if experts is None else self._packed(prefix, experts)
+
+    def fp4_mlp(self, layer: int) -> PackedMoeWeights | None:
+        """A mixture laid out for products in FP4; None if its experts are not all stored for that in NVFP4."""
+        prefix = f"model.layers.{layer}.mlp."
+        experts = self._fp4_experts(prefix) if self._is(self.config.moe_layers, layer) else None
+        return None if experts is None else self._packed(prefix, experts)
+
+    def _packed(self, prefix: str, experts: PackedExperts | w4a4.Experts) -> PackedMoeWeights:
         bias = self._read(prefix + "gate.e_score_correction_bias", torch.float32)
         return PackedMoeWeights(
             self._read(prefix + "gate.weight"), bias, experts, self._mlp(prefix + "shared_experts.")
