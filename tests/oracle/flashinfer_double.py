@@ -19,16 +19,15 @@ BORDERS = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]  # between magnitudes
 TO_EVEN = [False, True, False, True, False, True, False]  # of an element on a border: up, or down
 
 
-def offset(row: int, column: int, num_columns: int) -> int:
-    """Where a matrix with `num_columns` scales a row has one of them."""
-    tiles = -(-num_columns // 4)
+def offsets(num_rows: int, num_columns: int) -> torch.Tensor:
+    """Where a matrix has each of its scales, [num_rows, num_columns]."""
+    row, column, tiles = torch.arange(num_rows)[:, None], torch.arange(num_columns), -(-num_columns // 4)
     return row // 128 * tiles * 512 + column // 4 * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
 
 
 def scale_at(flat: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:
     """uint8 [num_rows, num_columns], each looked up."""
-    places = [[offset(row, column, num_columns) for column in range(num_columns)] for row in range(num_rows)]
-    return flat[torch.tensor(places)]
+    return flat[offsets(num_rows, num_columns)]
 
 
 def decode(codes: torch.Tensor, flat_scales: torch.Tensor) -> torch.Tensor:
@@ -69,9 +68,7 @@ def fp4_quantize(
         magnitudes += (scaled.abs() >= border) if up else (scaled.abs() > border)
     codes = magnitudes | (torch.signbit(scaled).to(torch.uint8) << 3)
     flat = torch.zeros(-(-rows // 128) * 128 * (-(-columns // 64) * 4), dtype=torch.uint8)
-    for row in range(rows):
-        for column in range(columns // 16):
-            flat[offset(row, column, columns // 16)] = scales.view(torch.uint8)[row, column]
+    flat[offsets(rows, columns // 16)] = scales.view(torch.uint8)
     return codes[:, ::2] | (codes[:, 1::2] << 4), flat.view(-1, -(-columns // 64) * 4)
 
 
