@@ -23,6 +23,7 @@ from bench.glm_random import FIELDS, KV_TOKENS, NAMES, PAGE_SIZE, Rank, rank
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import Batch, build
 from shared.engine.kernels import reference
+from shared.engine.kernels.experts import Experts
 from shared.engine.layers.cuda_glm import CudaGlm, Graph, views
 from shared.engine.layers.cuda_glm_layer import Mixture
 from shared.engine.layers.moe import route
@@ -95,6 +96,7 @@ def floor_bytes(made: Rank, config: GlmConfig, size: int, width: int, context: i
             x.nbytes for x in (layer.mlp.router, layer.mlp.shared.gate_up, layer.mlp.shared.down)
         )
         e = layer.mlp.experts
+        assert isinstance(e, Experts), "none here multiplies in FP4"
         all_of_them = sum(x.nbytes for x in (e.gate_up, e.down, e.gate_up_scale, e.down_scale) if x is not None)
         found["routed experts"] += all_of_them * experts / config.num_experts
     found["head"] = float(made.decoder.ends.head.nbytes)

@@ -29,6 +29,7 @@ def quant(  # noqa: PLR0913, PLR0917 - a flag each
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to say to each prompt.")] = 64,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal intervals.")] = 0,
+    kernels: Annotated[str, typer.Option(help="Of QUANT: w4a4 quantizes activations too, as Blackwell does.")] = "auto",
     calls: Annotated[bool, typer.Option(help="Also ask for function calls, of a cluster for each model.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -36,9 +37,9 @@ def quant(  # noqa: PLR0913, PLR0917 - a flag each
     from bench.quality import compare
     from shared.models import store
 
-    settings = compare.Settings(text or compare.TEXT, prompts or compare.PROMPTS, context, tokens, dtype, seed)
+    settings = compare.Settings(text or compare.TEXT, prompts or compare.PROMPTS, context, tokens, dtype, seed, kernels)
     try:
-        serve = (lambda path: _cluster(path, dtype)) if calls else None
+        serve = (lambda path, kernels: _cluster(path, dtype, kernels)) if calls else None
         found = compare.run(store.resolve(base), store.resolve(quantized), settings, serve)
     except Fault as fault:
         fail(fault.message)
@@ -81,12 +82,14 @@ def bfcl(  # noqa: PLR0913, PLR0917 - a flag each
 
 
 @contextmanager
-def _cluster(path: Path, dtype: str) -> Iterator[tuple[str, str]]:
+def _cluster(path: Path, dtype: str, kernels: str) -> Iterator[tuple[str, str]]:
     from cli import background
     from cli.cluster import StartFailed
 
     try:
-        with background.cluster("--model", str(path), "--dtype", dtype) as running:
+        with background.cluster(
+            "--model", str(path), "--dtype", dtype, "--worker-flags", f"--kernels {kernels}"
+        ) as running:
             yield running.run.url, running.run.model
     except StartFailed as error:
         fail(str(error))

@@ -20,13 +20,15 @@ from shared.errors import InvalidRequest, Unsupported
 
 TEXT, PROMPTS = (Path(__file__).with_name(name) for name in ("text.txt", "prompts.txt"))
 MIN_WINDOWS = 2
-# A cluster that serves a model directory: its gateway's URL and the model's name there.
-Serve = Callable[[Path], AbstractContextManager[tuple[str, str]]]
+# A cluster that serves a model directory with some kernels: its gateway's URL and the model's name there.
+Serve = Callable[[Path, str], AbstractContextManager[tuple[str, str]]]
+BEST = "auto"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is measured. Texts are cut into windows of `context` tokens; answers have `num_tokens`."""
+    """What is measured. Texts are cut into windows of `context` tokens; answers have `num_tokens`. The quantized model
+    computes with `kernels`: "w4a4" quantizes activations too."""
 
     text: Path = TEXT
     prompts: Path = PROMPTS
@@ -34,6 +36,7 @@ class Settings:
     num_tokens: int = 64
     dtype: str = "bfloat16"
     seed: int = 0
+    kernels: str = BEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +60,16 @@ def run(base: Path, quant: Path, settings: Settings, serve: Serve | None) -> dic
     prompts = [_encode(base, line) for line in _read(settings.prompts).splitlines() if line.strip()]
     if not prompts:
         raise InvalidRequest(f"{settings.prompts} holds no prompt")
-    model = _load(base, settings)
+    model = _load(base, settings.dtype, BEST)
     with divergence.Predictions(model, tqdm(windows, "predicting", unit=" windows", disable=None)) as predictions:
         said = divergence.greedy(model, prompts, settings.num_tokens)
         del model  # before the next is loaded
-        model = _load(quant, settings)
+        model = _load(quant, settings.dtype, settings.kernels)
         tokens = divergence.compare(predictions, model, tqdm(windows, "comparing", unit=" windows", disable=None))
     pairs = zip(said, divergence.greedy(model, prompts, settings.num_tokens), strict=True)
     lengths = [divergence.agreed_length(*pair) for pair in pairs]
     del model
-    answers = _ask_both(base, quant, serve) if serve else None
+    answers = _ask_both((base, BEST), (quant, settings.kernels), serve) if serve else None
     return {
         "base": str(base),
         "quant": str(quant),
@@ -111,11 +114,11 @@ def _perplexity_ratio(rows: Values) -> float:
     return float(np.exp((rows[:, QUANT] - rows[:, BASE]).mean()))
 
 
-def _ask_both(base: Path, quant: Path, serve: Serve) -> Answers:
+def _ask_both(base: tuple[Path, str], quant: tuple[Path, str], serve: Serve) -> Answers:
     cases = calls.cases()
     right, native = [], []
-    for path in (base, quant):
-        with serve(path) as (url, name), calls.Asker(url, name) as asker:
+    for path, kernels in (base, quant):
+        with serve(path, kernels) as (url, name), calls.Asker(url, name) as asker:
             right.append(asker.are_right(cases))
             native.append(asker.native)
     if native[0] != native[1]:
@@ -123,10 +126,10 @@ def _ask_both(base: Path, quant: Path, serve: Serve) -> Answers:
     return Answers(right[0], right[1], native[0])
 
 
-def _load(path: Path, settings: Settings) -> Model:
-    if settings.dtype not in DTYPES:
-        raise Unsupported(f"dtype {settings.dtype!r} is not supported; supported are {', '.join(DTYPES)}")
-    return registry.load(path, Placement(DTYPES[settings.dtype], os.cpu_count() or 1))
+def _load(path: Path, dtype: str, kernels: str) -> Model:
+    if dtype not in DTYPES:
+        raise Unsupported(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
+    return registry.load(path, Placement(DTYPES[dtype], os.cpu_count() or 1, kernels))
 
 
 def _read(path: Path) -> str:

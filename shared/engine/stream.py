@@ -50,3 +50,8 @@ def greedy(model: Model, prompt: Sequence[int], num_tokens: int) -> list[int]:
         if len(output) == num_tokens:
             return output
         found = stream.extend(output[-1:], last=True)
+
+
+def all_logits(model: Model, tokens: Sequence[int]) -> torch.Tensor:
+    """Logits float32 [len(tokens), vocab_size] behind each of a sequence's tokens, computed in one step."""
+    return Stream(model, len(tokens)).extend(tokens)

@@ -9,9 +9,9 @@ import torch
 
 from shared.engine.models import glm
 from shared.engine.models.api import Placement
+from shared.engine.stream import all_logits
 from shared.errors import Unsupported
 from tests.oracle import driver, tiny_glm, tiny_models
-from tests.oracle.logits import all_logits
 
 GOLDEN_PROMPT = [token * 37 % 500 for token in range(7, 55)]
 GOLDEN = [403, 480, 65, 486, 503, 189, 265, 22, 309, 25, 99, 443, 244, 234, 209, 280]

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from shared.engine.models import registry, tiny
 from shared.engine.models.api import Placement
+from shared.engine.stream import all_logits
 from shared.errors import Unsupported
 from tests.oracle import quantized, tiny_models
-from tests.oracle.logits import all_logits
 
 PROMPT = [token * 37 % 199 + 3 for token in range(60)]
 SOURCES: dict[str, Callable[[Path], object]] = {

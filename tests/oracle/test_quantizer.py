@@ -17,8 +17,8 @@ from shared.engine.quantization import fp8_block, nvfp4
 from shared.engine.quantizer import job
 from shared.engine.quantizer.calibration import Prompts
 from shared.engine.quantizer.choice import Modules
+from shared.engine.stream import all_logits
 from tests.oracle import modelopt, quantized
-from tests.oracle.logits import all_logits
 
 PROMPT = [token * 37 % 499 for token in range(60)]
 

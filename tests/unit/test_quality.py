@@ -21,9 +21,9 @@ from cli.main import app
 from shared.engine import stream
 from shared.engine.models import registry, tiny
 from shared.engine.models.api import Model, Placement
+from shared.engine.stream import all_logits
 from shared.errors import InvalidRequest, Unsupported, WorkerLost
 from tests.oracle import driver
-from tests.oracle.logits import all_logits
 
 WINDOWS = [[token * 37 % 499 for token in range(start, start + 150)] for start in (0, 150, 300)]
 

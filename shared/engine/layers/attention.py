@@ -6,7 +6,7 @@ from shared.engine.batch import Batch
 from shared.engine.kernels import reference
 from shared.engine.layers.linear import Linear, RowLinear
 from shared.engine.models.config import DenseConfig
-from shared.engine.models.weights import LayerWeights
+from shared.engine.models.weights import Fp4Weights
 from shared.engine.parallel.group import Group
 
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -15,7 +15,7 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 class Attention:
     """x [T, hidden] -> [T, hidden]; writes the step's keys and values into `kv` [pages, 2, Hkv, page_size, D]."""
 
-    def __init__(self, config: DenseConfig, weights: LayerWeights, group: Group) -> None:
+    def __init__(self, config: DenseConfig, weights: Fp4Weights, group: Group) -> None:
         self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
         self.q_norm, self.k_norm = weights.q_norm, weights.k_norm

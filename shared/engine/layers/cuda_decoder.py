@@ -10,15 +10,15 @@ its own then, which takes the residual and the next norm over from the product.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from shared.engine.batch import Batch
-from shared.engine.kernels import cuda_products, triton_dense, triton_paged
+from shared.engine.kernels import cuda_products, triton_dense, triton_paged, w4a4
 from shared.engine.kernels.cuda_products import CudaProducts, Normed, Residual
 from shared.engine.kernels.flashinfer_paged import PagedAttention, PagedShape
 from shared.engine.kernels.w4a16 import PackedWeight, Weight
@@ -37,6 +37,7 @@ NOBODY = -1
 
 # (queries [T, H, D], one layer's kv) -> [T, H, D]
 Attend = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Matrix = Weight | w4a4.Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +53,33 @@ class Graph:
 
 class CudaDecoder:
     """Satisfies `models.llama.Decoder`, for batches in host memory and weights and pages on the GPU. Without `products`
-    everything is dequantized. `config` is that of this rank's share, but for the vocabulary, which is the whole one."""
+    everything is dequantized. With `fp4`, what is stored for products in FP4 has them, of few tokens and of many.
+    `config` is that of this rank's share, but for the vocabulary, which is the whole one."""
 
     num_torch_threads = 1
 
     def __init__(
-        self, config: DenseConfig, weights: DenseWeights, _num_threads: int, products: CudaProducts | None, group: Group
+        self,
+        config: DenseConfig,
+        weights: DenseWeights,
+        _num_threads: int,
+        products: CudaProducts | None,
+        group: Group,
+        fp4: w4a4.Products | None = None,
     ) -> None:
         self._config, self._group = config, group
         embedding, self._norm = weights.embedding(), weights.final_norm()
         self._embedding = Embedding(embedding, config.vocab_size, group)
-        self._head = _head(weights, embedding, products, group)
+        self._head = _head(weights, embedding, group, is_packed=products is not None, is_fp4=fp4 is not None)
         self._device = device = embedding.device
         self._frequencies = rope.inverse_frequencies(config).to(device)
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
-        self._layers: list[LayerOf[Weight]] = [_layer(weights, index, products) for index in layers]
-        self._products = products
+        read = weights.packed_layer if products else weights.layer
+        self._fusible: list[LayerOf[Weight]] = [] if fp4 else [read(index) for index in layers]
+        self._layers: Sequence[LayerOf[Matrix]] = self._fusible or [weights.fp4_layer(index) for index in layers]
+        self._products, self._fp4 = products, fp4
         matrices = [self._head] + [m for w in self._layers for m in (w.qkv, w.output, w.gate_up, w.down)]
-        suits = products is not None and all(map(cuda_products.suits, matrices))
+        suits = products is not None and all(map(_is_fusible, matrices))
         is_packed = any(isinstance(matrix, PackedWeight) for matrix in matrices)
         self._max_fused = (cuda_products.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
         self._graphs: dict[tuple[int, int], Graph] = {}
@@ -156,7 +166,8 @@ class CudaDecoder:
     def _fused(self, products: CudaProducts, rows: torch.Tensor, attend: Attend, kv: torch.Tensor) -> torch.Tensor:
         """Logits bf16 [T, vocab_size] of few tokens; `rows` as in `_hidden`."""
         token_ids, positions, slots = rows
-        eps, layers = self._config.rms_norm_eps, self._layers
+        eps, layers = self._config.rms_norm_eps, self._fusible
+        assert not isinstance(self._head, w4a4.Weight), "nothing is fused where it is"
         x, angles = self._embedding(token_ids), rope.table(self._frequencies, positions)
         normed = products.begun(x, layers[0].input_norm, eps)
         for index, layer in enumerate(layers):
@@ -172,7 +183,7 @@ class CudaDecoder:
         self,
         qkv: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
-        layer: LayerOf[Weight],
+        layer: LayerOf[Matrix],
         slots: torch.Tensor,
         kv: torch.Tensor,
     ) -> torch.Tensor:
@@ -189,7 +200,7 @@ class CudaDecoder:
         part = products.linear(x, weight, self._once(bias))
         return Normed(*self._group.add(part, residual.stream, residual.next_norm), eps)
 
-    def _summed(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    def _summed(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
         """A product, summed over the ranks."""
         return self._group.sum(self._product(x, weight, self._once(bias)))
 
@@ -197,31 +208,33 @@ class CudaDecoder:
         """What every rank has whole, for one of them to add."""
         return bias if self._group.rank == 0 else None
 
-    def _product(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def _product(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):
             return F.linear(x, weight, bias)
+        if isinstance(weight, w4a4.Weight):
+            assert self._fp4 is not None, "none is read without it"
+            return self._fp4.linear(x, weight, bias)
         assert self._products is not None, "nothing is packed without it"
         return self._products.linear(x, weight, bias)
 
 
-def _head(weights: DenseWeights, embedding: torch.Tensor, products: CudaProducts | None, group: Group) -> Weight:
+def _head(weights: DenseWeights, embedding: torch.Tensor, group: Group, *, is_packed: bool, is_fp4: bool) -> Matrix:
     """This rank's rows of the head; the last ranks', which may have fewer, are filled up with zeros."""
     config = weights.config
     size = -(-config.vocab_size // group.num_ranks)
     if config.tied_embeddings:
-        head: Weight = embedding
+        head: Matrix = embedding
+    elif is_fp4:
+        head = weights.fp4_head()
     else:
-        head = weights.packed_head() if products and config.vocab_size % group.num_ranks == 0 else weights.head()
+        head = weights.packed_head() if is_packed and config.vocab_size % group.num_ranks == 0 else weights.head()
     if isinstance(head, torch.Tensor) and len(head) < size:
         return F.pad(head, (0, 0, 0, size - len(head)))
     return head
 
 
-def _layer(weights: DenseWeights, index: int, products: CudaProducts | None) -> LayerOf[Weight]:
-    if products is not None:
-        return weights.packed_layer(index)
-    plain = weights.layer(index)
-    return LayerOf(**{field.name: getattr(plain, field.name) for field in fields(plain)})
+def _is_fusible(matrix: Matrix) -> bool:
+    return not isinstance(matrix, w4a4.Weight) and cuda_products.suits(matrix)
 
 
 def obstacle(config: DenseConfig, dtype: torch.dtype) -> str | None:

@@ -20,6 +20,7 @@ from shared.engine.kernels import (
     triton_latent,
     triton_queries,
     triton_route,
+    w4a4,
 )
 from shared.engine.kernels.experts import Experts, SharedExpert
 from shared.engine.kernels.gluon_rows import MAX_ROWS, Norm
@@ -51,13 +52,21 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Fp4Experts:
+    """Experts for products in FP4, and who computes these."""
+
+    experts: w4a4.Experts
+    products: w4a4.Products
+
+
+@dataclass(frozen=True, slots=True)
 class Mixture:
     """As MoeWeights. The router is kept as the checkpoint has it, in bfloat16: its products with bfloat16 are exact in
     float32."""
 
     router: torch.Tensor
     correction_bias: torch.Tensor
-    experts: Experts
+    experts: Experts | Fp4Experts
     shared: SharedExpert
 
 
@@ -120,11 +129,18 @@ def sharing(own: Attention, config: GlmConfig) -> Attention:
     return replace(own, down=own.down[:num_low], query=own.query[:num_query], key_norm=None)
 
 
-def mixture(weights: MoeWeights | PackedMoeWeights) -> Mixture:
-    """With experts packed if they are stored in NVFP4."""
-    stored, shared = weights.experts, SharedExpert(weights.shared.gate_up, weights.shared.down)
-    own = Experts(stored.gate_up, stored.down) if isinstance(stored, MlpWeights) else packed(*stored)
-    return Mixture(weights.router.to(shared.down.dtype), weights.correction_bias, own, shared)
+def mixture(weights: MoeWeights | PackedMoeWeights, fp4: w4a4.Products | None = None) -> Mixture:
+    """With experts packed if they are stored in NVFP4; `fp4` computes those that were read for products in FP4."""
+    shared = SharedExpert(weights.shared.gate_up, weights.shared.down)
+    return Mixture(weights.router.to(shared.down.dtype), weights.correction_bias, _experts(weights, fp4), shared)
+
+
+def _experts(weights: MoeWeights | PackedMoeWeights, fp4: w4a4.Products | None) -> Experts | Fp4Experts:
+    stored = weights.experts
+    if isinstance(stored, w4a4.Experts):
+        assert fp4 is not None, "they were read for it"
+        return Fp4Experts(stored, fp4)
+    return Experts(stored.gate_up, stored.down) if isinstance(stored, MlpWeights) else packed(*stored)
 
 
 def forward(
@@ -216,6 +232,10 @@ def _mix(logits: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Ste
         logits, weights.correction_bias, config.num_experts_per_token, config.routed_scaling_factor,
         normalize=config.normalize_top_k, pdl=pdl,
     )  # fmt: skip
+    if isinstance(weights.experts, Fp4Experts):
+        own, shared = weights.experts, weights.shared
+        inner = triton_dense.silu_mul(_plain(normed, shared.gate_up, pdl=pdl))
+        return own.products.experts(normed, own.experts, chosen, factors) + _plain(inner, shared.down, pdl=pdl)
     if len(normed) <= MIXED_ROWS:
         return gluon_experts.mixture(normed, chosen, factors, weights.experts, weights.shared, pdl=pdl)
     return gluon_experts.large_mixture(normed, chosen, factors, weights.experts, weights.shared)

@@ -10,14 +10,14 @@ from shared.engine.layers.attention import Attention
 from shared.engine.layers.linear import Linear, RowLinear
 from shared.engine.layers.vocabulary import Embedding, Head
 from shared.engine.models.config import DenseConfig
-from shared.engine.models.weights import DenseWeights, LayerWeights
+from shared.engine.models.weights import DenseWeights, Fp4Weights
 from shared.engine.parallel.group import Group
 
 
 class DecoderLayer:
     """x [T, hidden] -> [T, hidden]: attention and gated MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: DenseConfig, weights: LayerWeights, group: Group) -> None:
+    def __init__(self, config: DenseConfig, weights: Fp4Weights, group: Group) -> None:
         self.eps = config.rms_norm_eps
         self.input_norm, self.post_norm = weights.input_norm, weights.post_norm
         self.attention = Attention(config, weights, group)
@@ -33,16 +33,20 @@ class DecoderLayer:
 
 
 class TorchDecoder:
-    """Token ids to logits, in the dtype of the weights; a rank's share of both, if the group has several."""
+    """Token ids to logits, in the dtype of the weights; a rank's share of both, if the group has several. With `fp4`
+    products are in FP4 where the weights allow it (`DenseWeights.fp4_layer`)."""
 
-    def __init__(self, config: DenseConfig, weights: DenseWeights, num_threads: int, group: Group) -> None:
+    def __init__(
+        self, config: DenseConfig, weights: DenseWeights, num_threads: int, group: Group, *, fp4: bool = False
+    ) -> None:
         self.num_torch_threads = num_threads
         self.eps = config.rms_norm_eps
         self.embedding = Embedding(weights.embedding(), config.vocab_size, group)
         self.norm = weights.final_norm()
         self.frequencies = rope.inverse_frequencies(config).to(self.norm.device)
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
-        self.layers = [DecoderLayer(config, weights.layer(index), group) for index in layers]
+        read = weights.fp4_layer if fp4 else weights.layer
+        self.layers = [DecoderLayer(config, read(index), group) for index in layers]
         self.head = Head(weights.head(), config.vocab_size, group)
 
     def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:

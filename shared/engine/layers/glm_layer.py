@@ -7,20 +7,21 @@ from shared.engine.kernels import reference
 from shared.engine.kernels.sparse_reference import Rows, Selection
 from shared.engine.layers.mla import LatentAttention
 from shared.engine.layers.moe import Mlp, Moe
-from shared.engine.models.glm_weights import GlmWeights, MoeWeights
+from shared.engine.models.glm_weights import GlmWeights, MlpWeights
 from shared.engine.parallel.group import Group
 
 
 class GlmLayer:
-    """x [T, hidden] -> [T, hidden]: attention and MLP, each behind a norm and beside a residual."""
+    """x [T, hidden] -> [T, hidden]: attention and MLP, each behind a norm and beside a residual. With `fp4` routed
+    experts multiply in FP4, if they are stored for it."""
 
-    def __init__(self, weights: GlmWeights, layer: int, group: Group) -> None:
+    def __init__(self, weights: GlmWeights, layer: int, group: Group, *, fp4: bool = False) -> None:
         config = weights.config
         self.eps = config.rms_norm_eps
         self.input_norm, self.post_norm = weights.norms(layer)
         self.attention = LatentAttention(config, weights.attention(layer), group)
-        mlp = weights.mlp(layer)
-        self.mlp = Moe(config, mlp, group) if isinstance(mlp, MoeWeights) else Mlp(mlp, group)
+        mlp = (weights.fp4_mlp(layer) if fp4 else None) or weights.mlp(layer)
+        self.mlp = Mlp(mlp, group) if isinstance(mlp, MlpWeights) else Moe(config, mlp, group)
 
     def __call__(
         self,

@@ -3,11 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from shared.engine.kernels import reference
+from shared.engine.kernels import reference, w4a4
 from shared.engine.layers.linear import Linear, RowLinear
 from shared.engine.models.glm_config import GlmConfig
-from shared.engine.models.glm_weights import MlpWeights, MoeWeights
+from shared.engine.models.glm_weights import MlpWeights, MoeWeights, PackedMoeWeights
 from shared.engine.parallel.group import Alone, Group
+from shared.engine.quantization.w4a4 import TorchProducts
 
 
 class Mlp:
@@ -28,23 +29,49 @@ class Moe:
     experts, or its slices of all experts, contribute, and one sum over ranks ends the layer.
     """
 
-    def __init__(self, config: GlmConfig, weights: MoeWeights, group: Group) -> None:
+    def __init__(self, config: GlmConfig, weights: MoeWeights | PackedMoeWeights, group: Group) -> None:
         self.config, self.group = config, group
-        self.router, self.correction_bias = weights.router, weights.correction_bias
-        self.gate_up, self.down = weights.experts.gate_up, weights.experts.down
-        self.experts = weights.expert_ids
+        self.router, self.correction_bias = weights.router.float(), weights.correction_bias
+        self.routed: PlainExperts | TwinExperts
+        if isinstance(weights.experts, w4a4.Experts):
+            self.routed = TwinExperts(weights.experts)
+        else:
+            assert isinstance(weights, MoeWeights), "others are read for GPUs"
+            self.routed = PlainExperts(weights)
         self.shared = Mlp(weights.shared, Alone())  # a part of the sum
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Experts are added in rising order, so that a token's sum does not depend on its batch."""
         weights, chosen = route(F.linear(x.float(), self.router), self.correction_bias, self.config)
         out = self.shared(x).float()
-        for expert in sorted(set(chosen.flatten().tolist()).intersection(self.experts)):
-            rows, place = (chosen == expert).nonzero(as_tuple=True)
-            own = expert - self.experts.start
-            part = reference.silu_mul(F.linear(x[rows], self.gate_up[own]))
-            out[rows] += F.linear(part, self.down[own]).float() * weights[rows, place, None]
+        self.routed.add(out, x, chosen, weights)
         return self.group.sum(out).to(x.dtype)
+
+
+class PlainExperts:
+    """A rank's experts in the dtype of the model."""
+
+    def __init__(self, weights: MoeWeights) -> None:
+        self._gate_up, self._down, self._ids = weights.experts.gate_up, weights.experts.down, weights.expert_ids
+
+    def add(self, out: torch.Tensor, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> None:
+        """To out float32 [T, hidden] what the experts `chosen` [T, k] make of x, weighted."""
+        for expert in sorted(set(chosen.flatten().tolist()).intersection(self._ids)):
+            rows, place = (chosen == expert).nonzero(as_tuple=True)
+            own = expert - self._ids.start
+            part = reference.silu_mul(F.linear(x[rows], self._gate_up[own]))
+            out[rows] += F.linear(part, self._down[own]).float() * weights[rows, place, None]
+
+
+class TwinExperts:
+    """All experts, or a slice of each, with products in FP4 by their twin."""
+
+    def __init__(self, experts: w4a4.Experts) -> None:
+        self._experts, self._products = experts, TorchProducts()
+
+    def add(self, out: torch.Tensor, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> None:
+        """As PlainExperts."""
+        out += self._products.experts(x, self._experts, chosen, weights)
 
 
 def route(logits: torch.Tensor, bias: torch.Tensor, config: GlmConfig) -> tuple[torch.Tensor, torch.Tensor]:

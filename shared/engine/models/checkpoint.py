@@ -13,6 +13,7 @@ from shared.engine.models.inventory import Inventory
 from shared.engine.parallel.partition import Part
 from shared.engine.quantization import fp8_block, nvfp4
 from shared.engine.quantization.formats import PACKED, Format
+from shared.engine.quantization.w4a4 import Calibrated
 from shared.errors import Unsupported
 
 # A scale stands for so many rows and columns of weights.
@@ -21,6 +22,8 @@ SPANS = {
     Format.NVFP4: (1, nvfp4.GROUP),
     Format.NVFP4_RECIPROCAL: (1, nvfp4.GROUP),
 }
+# Of a matrix' inputs; the latter is the reciprocal.
+INPUT_SCALES = {Format.NVFP4: "input_scale", Format.NVFP4_RECIPROCAL: "input_global_scale"}
 
 
 class Checkpoint:
@@ -67,6 +70,29 @@ class Checkpoint:
         found = nvfp4.from_stored(stored, codes, scales, self._tensor(factor, None))
         codes, scales, scale_2 = (x.to(self._device, copy=True) for x in (found.codes, found.scale, found.scale_2))
         return nvfp4.Nvfp4Tensor(codes, scales, scale_2)
+
+    def has_input_scales(self) -> bool:
+        """Whether any matrix in NVFP4 has a scale for what it is multiplied with."""
+        return any(self._input_scale(f"{name.rpartition('.')[0]}.weight") == name for name in self.inventory.stored)
+
+    def input_scale(self, name: str) -> torch.Tensor | None:
+        """The scale of what a matrix in NVFP4 is multiplied with, float32 [] on the device; None where there is none:
+        such a checkpoint is for activations that are not quantized."""
+        scale = self._input_scale(name)
+        if scale is None:
+            return None
+        found = self._tensor(scale, None).float().reshape(()).to(self._device, copy=True)
+        return 1 / found if self.inventory.format(name) is Format.NVFP4_RECIPROCAL else found
+
+    def _input_scale(self, name: str) -> str | None:
+        suffix = INPUT_SCALES.get(self.inventory.format(name))
+        scale = f"{name.removesuffix('.weight')}.{suffix}"
+        return scale if scale in self.inventory.stored else None
+
+    def calibrated(self, name: str, part: Part | None = None) -> Calibrated | None:
+        """As `nvfp4`, with the scale of its inputs; None without."""
+        weight, scale = self.nvfp4(name, part), self.input_scale(name)
+        return None if weight is None or scale is None else Calibrated(weight, scale)
 
     def _quantized(self, stored: Format, name: str, part: Part | None, dtype: torch.dtype) -> torch.Tensor:
         weight, scale, *factor = self.inventory.parts(name)

@@ -1,6 +1,7 @@
 """GLM-5, 5.1 and 5.2: latent attention over a shared sparse selection, and a mixture of experts."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import rope
 from shared.engine.layers.glm_layer import GlmLayer
 from shared.engine.layers.vocabulary import Embedding, Head
+from shared.engine.models import fp4
 from shared.engine.models.api import CPU, DraftLayer, Model, Placement
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.glm_config import GlmConfig, read
@@ -30,7 +32,9 @@ class Glm:
     State classes: `glm_layout`, in the form that the placement asks for.
     """
 
-    def __init__(self, config: GlmConfig, placement: Placement, weights: GlmWeights) -> None:
+    def __init__(
+        self, config: GlmConfig, placement: Placement, weights: GlmWeights, *, fp4_experts: bool = False
+    ) -> None:
         self.vocab_size = config.vocab_size
         self.max_position = config.max_position
         self.eos_token_ids = config.eos_token_ids
@@ -40,7 +44,7 @@ class Glm:
         self.embedding = Embedding(weights.embedding(), config.vocab_size, placement.group)
         self._norm = weights.final_norm()
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
-        self._layers = [GlmLayer(weights, layer, placement.group) for layer in layers]
+        self._layers = [GlmLayer(weights, layer, placement.group, fp4=fp4_experts) for layer in layers]
         self.head = Head(weights.head(), config.vocab_size, placement.group)
         self.draft_layer: DraftLayer | None = GlmMtp(weights, placement.group, self) if weights.has_mtp else None
 
@@ -78,8 +82,11 @@ Build = Callable[[GlmConfig, Placement, GlmWeights], Model]
 def load(model_dir: Path, placement: Placement) -> Model:
     """The model in a directory. Raises Unsupported, naming every tensor that is missing, extra or misshapen."""
     config = read(model_dir)
-    chosen = choose([_cuda(config, placement), _torch(placement)], placement.kernels)
     checkpoint = Checkpoint(model_dir, placement.dtype, placement.device)
+    cuda, composed, in_fp4 = _cuda(config, placement), _torch(placement), _fp4(config, placement, checkpoint)
+    # On the CPU their twin serves, slowly: behind "torch", which always can, only who asks for it gets it.
+    candidates = [composed, in_fp4] if placement.device == CPU else [in_fp4, cuda, composed]
+    chosen = choose(candidates, placement.kernels)
     return chosen.built(config, placement, GlmWeights(checkpoint, config, placement.shard, mtp=placement.mtp))
 
 
@@ -102,3 +109,16 @@ def _cuda(config: GlmConfig, placement: Placement) -> Candidate[Build]:
     capability = torch.cuda.get_device_capability(placement.device)
     obstacle = cuda_glm_layer.obstacle(share, placement.dtype, placement.kv_format, capability)
     return Candidate("cuda", obstacle, GlmOnCuda)
+
+
+def _fp4(config: GlmConfig, placement: Placement, checkpoint: Checkpoint) -> Candidate[Build]:
+    """Routed experts with activations in NVFP4: by FlashInfer on a GPU, by their twin on the CPU."""
+    obstacle = None if placement.device == CPU else _cuda(config, placement).obstacle
+    if placement.shard.num_ranks > 1 and placement.shard.expert_split == "experts":
+        obstacle = "their ranks share out the experts' matrices, not whole experts"
+    found = fp4.Found(obstacle) if obstacle else fp4.find(checkpoint, placement, experts=True)
+    if found.obstacle is not None or found.products is None:
+        return Candidate(fp4.NAME, found.obstacle, partial(Glm, fp4_experts=True))
+    from shared.engine.models.glm_cuda import GlmOnCuda
+
+    return Candidate(fp4.NAME, None, partial(GlmOnCuda, fp4=found.products))

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from shared.engine.batch import Batch
+from shared.engine.kernels import w4a4
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import cuda_glm_layer
 from shared.engine.layers.cuda_glm import CudaGlm, Ends
@@ -21,12 +22,14 @@ class GlmOnCuda:
 
     num_torch_threads = 1
 
-    def __init__(self, config: GlmConfig, placement: Placement, weights: GlmWeights) -> None:
+    def __init__(
+        self, config: GlmConfig, placement: Placement, weights: GlmWeights, fp4: w4a4.Products | None = None
+    ) -> None:
         self.vocab_size, self.max_position = config.vocab_size, config.max_position
         self.eos_token_ids = config.eos_token_ids
         self._config, self._group = config, placement.group
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
-        read = [read_layer(weights, index) for index in layers]
+        read = [read_layer(weights, index, fp4) for index in layers]
         self._decoder = CudaGlm(weights.config, read_ends(weights, config.vocab_size, placement), read, placement.group)
         self.draft_layer: DraftLayer | None = None
         if weights.has_mtp:
@@ -46,13 +49,13 @@ class GlmOnCuda:
         return self._group.join(logits) if len(logits) else logits
 
 
-def read_layer(weights: GlmWeights, index: int) -> Layer:
-    """A layer of a checkpoint."""
-    mlp = weights.packed_mlp(index)
+def read_layer(weights: GlmWeights, index: int, fp4: w4a4.Products | None = None) -> Layer:
+    """A layer of a checkpoint. With `fp4`, experts that are stored for products in FP4 have these."""
+    mlp = (weights.fp4_mlp(index) if fp4 else None) or weights.packed_mlp(index)
     return Layer(
         *weights.norms(index),
         cuda_glm_layer.attention(weights.attention(index)),
-        mlp if isinstance(mlp, MlpWeights) else cuda_glm_layer.mixture(mlp),
+        mlp if isinstance(mlp, MlpWeights) else cuda_glm_layer.mixture(mlp, fp4),
     )
 
 

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
+from shared.engine.kernels import w4a4
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.dense_shapes import EMBEDDING, FINAL_NORM, HEAD
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_shapes import mtp_shapes, shapes
 from shared.engine.parallel.partition import Shard, of_glm
 from shared.engine.quantization.nvfp4 import Nvfp4Tensor
+from shared.engine.quantization.w4a4 import Calibrated, stacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +65,11 @@ class MoeWeights:
 
 @dataclass(frozen=True, slots=True)
 class PackedMoeWeights:
-    """As MoeWeights, with experts as they are stored in NVFP4."""
+    """As MoeWeights, with experts as they are stored in NVFP4, or laid out for products in FP4."""
 
     router: torch.Tensor
     correction_bias: torch.Tensor
-    experts: PackedExperts
+    experts: PackedExperts | w4a4.Experts
     shared: MlpWeights
 
 
@@ -165,12 +167,34 @@ class GlmWeights:
         if not self._is(self.config.moe_layers, layer):
             return self._mlp(prefix)
         experts = self._packed_experts(prefix)
-        if experts is None:
-            return self.mlp(layer)
+        return self.mlp(layer) if experts is None else self._packed(prefix, experts)
+
+    def fp4_mlp(self, layer: int) -> PackedMoeWeights | None:
+        """A mixture laid out for products in FP4; None if its experts are not all stored for that in NVFP4."""
+        prefix = f"model.layers.{layer}.mlp."
+        experts = self._fp4_experts(prefix) if self._is(self.config.moe_layers, layer) else None
+        return None if experts is None else self._packed(prefix, experts)
+
+    def _packed(self, prefix: str, experts: PackedExperts | w4a4.Experts) -> PackedMoeWeights:
         bias = self._read(prefix + "gate.e_score_correction_bias", torch.float32)
         return PackedMoeWeights(
             self._read(prefix + "gate.weight"), bias, experts, self._mlp(prefix + "shared_experts.")
         )
+
+    def _fp4_experts(self, prefix: str) -> w4a4.Experts | None:
+        """None as `_packed_experts`, without scales for inputs, or if the kernels do not divide them."""
+        up_gates, downs = list[Calibrated](), list[Calibrated]()
+        for expert in self._expert_ids:
+            names = [f"{prefix}experts.{expert}.{kind}_proj.weight" for kind in ("gate", "up", "down")]
+            gate, up, down = (self._checkpoint.calibrated(name, self._part_of(name)) for name in names)
+            if gate is None or up is None or down is None or not torch.equal(gate.weight.scale_2, up.weight.scale_2):
+                return None
+            parts = (up.weight, gate.weight)
+            joined = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
+            input_scale = torch.maximum(gate.input_scale, up.input_scale)
+            up_gates.append(Calibrated(Nvfp4Tensor(*joined, gate.weight.scale_2), input_scale))
+            downs.append(down)
+        return stacked(up_gates, downs)
 
     def _packed_experts(self, prefix: str) -> PackedExperts | None:
         """None if one is stored otherwise, or if the scales of a gate and its up differ."""

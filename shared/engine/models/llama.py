@@ -16,7 +16,7 @@ from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import native_decoder
 from shared.engine.layers.decoder import TorchDecoder
-from shared.engine.models import dense_layout
+from shared.engine.models import dense_layout, fp4
 from shared.engine.models.api import CPU, DraftLayer, Placement
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.config import DenseConfig, read
@@ -81,28 +81,51 @@ def load(model_dir: Path, placement: Placement) -> Llama:
     checkpoint = Checkpoint(model_dir, placement.dtype, placement.device)
     weights = DenseWeights(checkpoint, config, placement.shard)
     composed: Build = partial(TorchDecoder, group=placement.group)
+    in_fp4 = _fp4(config, placement, checkpoint)
     candidates = [
         _cuda(config, placement, composed),
         _native(config, placement, composed),
         Candidate("torch", None, composed),
     ]
-    chosen = choose(candidates, placement.kernels)
+    # On the CPU their twin serves, slowly: behind "torch", which always can, only who asks for it gets it.
+    chosen = choose([*candidates, in_fp4] if placement.device == CPU else [in_fp4, *candidates], placement.kernels)
     decoder = chosen.built(weights.config, weights, placement.num_threads)
     return Llama(config, placement.dtype, decoder, placement.shard)
 
 
 def _cuda(config: DenseConfig, placement: Placement, otherwise: Build) -> Candidate[Build]:
+    obstacle = _cuda_obstacle(config, placement)
+    if obstacle is not None:
+        return Candidate("cuda", obstacle, otherwise)
+    from shared.engine.layers.cuda_decoder import CudaDecoder
+
+    def built(config: DenseConfig, weights: DenseWeights, num_threads: int) -> Decoder:
+        return CudaDecoder(config, weights, num_threads, _products(placement), placement.group)
+
+    return Candidate("cuda", None, built)
+
+
+def _cuda_obstacle(config: DenseConfig, placement: Placement) -> str | None:
     if placement.device.type != "cuda":
-        return Candidate("cuda", "the model is not on a GPU", otherwise)
+        return "the model is not on a GPU"
     try:
         from shared.engine.layers import cuda_decoder
     except ImportError as error:
-        return Candidate("cuda", f"{error.name} is not installed", otherwise)
-    obstacle = cuda_decoder.obstacle(config, placement.dtype)
-    if obstacle is not None:
-        return Candidate("cuda", obstacle, otherwise)
-    built = partial(cuda_decoder.CudaDecoder, products=_products(placement), group=placement.group)
-    return Candidate("cuda", None, built)
+        return f"{error.name} is not installed"
+    return cuda_decoder.obstacle(config, placement.dtype)
+
+
+def _fp4(config: DenseConfig, placement: Placement, checkpoint: Checkpoint) -> Candidate[Build]:
+    """Products of activations in NVFP4: by FlashInfer on a GPU, by their twin on the CPU."""
+    obstacle = None if placement.device == CPU else _cuda_obstacle(config, placement)
+    if placement.device != CPU and placement.shard.num_ranks > 1:
+        obstacle = obstacle or "they know nothing of ranks"
+    found = fp4.Found(obstacle) if obstacle else fp4.find(checkpoint, placement, experts=False)
+    if found.obstacle is not None or found.products is None:
+        return Candidate(fp4.NAME, found.obstacle, partial(TorchDecoder, group=placement.group, fp4=True))
+    from shared.engine.layers.cuda_decoder import CudaDecoder
+
+    return Candidate(fp4.NAME, None, partial(CudaDecoder, products=None, group=placement.group, fp4=found.products))
 
 
 def _products(placement: Placement) -> CudaProducts | None:

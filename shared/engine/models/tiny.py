@@ -65,7 +65,13 @@ GLM_52_EVEN: Mapping[str, Any] = {
     "q_lora_rank": 80,
     "kv_lora_rank": 48,
 }
-KINDS: Mapping[str, Mapping[str, Any]] = {"glm-5.2": GLM_52, "glm-5.2-even": GLM_52_EVEN}
+# The same with experts that are whole tiles of the scales that FP4 tensor cores read (`kernels.w4a4`).
+GLM_52_TILES: Mapping[str, Any] = {**GLM_52_EVEN, "hidden_size": 128, "moe_intermediate_size": 64}
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    "glm-5.2": GLM_52,
+    "glm-5.2-even": GLM_52_EVEN,
+    "glm-5.2-tiles": GLM_52_TILES,
+}
 
 
 def write(kind: str, model_dir: Path, seed: int = 0) -> None:

@@ -6,34 +6,36 @@ from typing import Generic, TypeVar
 
 import torch
 
-from shared.engine.kernels import w4a16
+from shared.engine.kernels import w4a4, w4a16
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.config import DenseConfig
 from shared.engine.models.dense_shapes import EMBEDDING, FINAL_NORM, HEAD, shapes
 from shared.engine.parallel.partition import Shard, of_dense
+from shared.engine.quantization.w4a4 import joined
 
-Matrix = TypeVar("Matrix")
+Matrix_co = TypeVar("Matrix_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class LayerOf(Generic[Matrix]):
+class LayerOf(Generic[Matrix_co]):
     """One layer; q, k, v are one matrix [(H + 2 Hkv) D, hidden] and gate, up one [2 I, hidden]. Biases may be None."""
 
     input_norm: torch.Tensor
-    qkv: Matrix
+    qkv: Matrix_co
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    output: Matrix
+    output: Matrix_co
     output_bias: torch.Tensor | None
     post_norm: torch.Tensor
-    gate_up: Matrix
+    gate_up: Matrix_co
     gate_up_bias: torch.Tensor | None
-    down: Matrix
+    down: Matrix_co
     down_bias: torch.Tensor | None
 
 
 LayerWeights = LayerOf[torch.Tensor]
+Fp4Weights = LayerOf[w4a4.Weight | torch.Tensor]
 
 
 class DenseWeights:
@@ -66,11 +68,21 @@ class DenseWeights:
         """As `layer`, with matrices that are stored in NVFP4 packed, and gate and up in one tile."""
         return self._layer(index, self._packed)
 
+    def fp4_layer(self, index: int) -> Fp4Weights:
+        """As `layer`, with matrices for products in FP4 that are stored in NVFP4 and have a scale for their inputs.
+
+        Others, and joined ones whose scales differ, come as in `layer`."""
+        return self._layer(index, lambda names, _: self._fp4(names))
+
+    def fp4_head(self) -> w4a4.Weight | torch.Tensor:
+        """As `head`, in the same way."""
+        return self._fp4((EMBEDDING if self.config.tied_embeddings else HEAD,))
+
     def packed_head(self) -> w4a16.Weight:
         """As `head`, packed if it is stored in NVFP4."""
         return self._packed((EMBEDDING if self.config.tied_embeddings else HEAD,), False)
 
-    def _layer(self, index: int, join: Callable[[tuple[str, ...], bool], Matrix]) -> LayerOf[Matrix]:
+    def _layer(self, index: int, join: Callable[[tuple[str, ...], bool], Matrix_co]) -> LayerOf[Matrix_co]:
         prefix = f"model.layers.{index}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         return LayerOf(
@@ -93,6 +105,12 @@ class DenseWeights:
 
     def _biases(self, names: tuple[str, ...], wanted: bool) -> torch.Tensor | None:
         return torch.cat([self._read(name) for name in names]) if wanted else None
+
+    def _fp4(self, names: tuple[str, ...]) -> w4a4.Weight | torch.Tensor:
+        found = [self._checkpoint.calibrated(name, self._part_of(name)) for name in names]
+        parts = [part for part in found if part is not None]
+        made = joined(parts) if len(parts) == len(names) else None
+        return torch.cat([self._read(name) for name in names]) if made is None else made
 
     def _packed(self, names: tuple[str, ...], gated: bool) -> w4a16.Weight:
         """All joined, packed if all are stored in NVFP4. Each keeps the scale of its matrix."""

@@ -90,10 +90,10 @@ def _quantize_rows(weight: torch.Tensor, scale_2: torch.Tensor) -> tuple[torch.T
     scale = amax / (CODE_MAX * scale_2)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale).clamp(SCALE_MIN, SCALE_MAX).to(torch.float8_e4m3fn)
     scaled = weight.unflatten(-1, (-1, GROUP)) / (scale.float() * scale_2)[..., None]
-    return pack(_round(scaled.flatten(-2))), scale
+    return pack(rounded(scaled.flatten(-2))), scale
 
 
-def _round(scaled: torch.Tensor) -> torch.Tensor:
+def rounded(scaled: torch.Tensor) -> torch.Tensor:
     """The code nearest to each element, ties to the even one, [N, K] uint8. Negative elements that round to zero keep
     their sign, as ModelOpt has it.
 
