@@ -7,6 +7,7 @@ last of them it then goes on alone, draft by draft.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 
 import torch
 
@@ -20,11 +21,10 @@ Tokens = tuple[SampledToken, ...] | None
 
 
 class MtpDrafter:
-    """For one executor. Drafts are chosen as the model chooses, with the random number of their position: where both
-    are of one mind the draft is right, at any temperature."""
+    """For one executor, with the sampler that verifies what is proposed here."""
 
-    def __init__(self, layer: DraftLayer, choose: Sampler, layout: KvLayout) -> None:
-        self.layer, self._choose, self._layout = layer, choose, layout
+    def __init__(self, layer: DraftLayer, sampler: Sampler, layout: KvLayout) -> None:
+        self.layer, self._sampler, self._layout = layer, sampler, layout
 
     def __call__(
         self, items: Sequence[BatchItem], tokens: Sequence[Tokens], states: torch.Tensor, pool: torch.Tensor
@@ -37,11 +37,11 @@ class MtpDrafter:
         batch = build(followed, self._layout.page_size)
         step = self.layer.extend(batch, states[_kept(items, followed)], pool, self._layout)
         runs = {s: _Run(item, tokens[s] or ()) for s, item in enumerate(followed) if item.sample}
-        asking = list(runs)
+        asking, numbers = list(runs), count()
         while asking:
-            chosen = self._choose(step.logits, [runs[s].view() for s in asking])
-            for s, (token,) in zip(asking, chosen, strict=True):
-                runs[s].drafts.append(token.token_id)
+            drafts = self._sampler.propose(step.logits, [runs[s].view() for s in asking], next(numbers))
+            for s, draft in zip(asking, drafts, strict=True):
+                runs[s].drafts.append(draft)
             going_on = [place for place, s in enumerate(asking) if runs[s].num_left(self._layout.page_size)]
             asking = [asking[place] for place in going_on]
             if asking:
