@@ -78,8 +78,8 @@ METHODS: dict[str, Method] = {
 
 
 def softmax(row: Distribution) -> Distribution:
-    likely = np.exp(row - row.max())
-    return likely / likely.sum()
+    likely: Distribution = np.exp(row - row.max())
+    return likely / float(likely.sum())
 
 
 def noisy(chance: np.random.Generator) -> Callable[[float], Pair]:
@@ -118,7 +118,7 @@ def synthetic() -> None:
 
 def share(logits: torch.Tensor, params: SamplingParams) -> Distribution:
     weight: Distribution = distribution.weights(logits, params).double().numpy()
-    return weight / weight.sum()
+    return weight / float(weight.sum())
 
 
 def behind(model: Model, tokens: Sequence[int]) -> torch.Tensor:
@@ -142,7 +142,7 @@ def of_a_layer(num_tokens: int) -> None:
         for temperature, top_p in itertools.product((1.0, 3.0, 10.0), (1.0, 0.5)):
             found = []
             for rejection in (True, False):
-                executor = load(Path(directory), "float32", mtp=True, rejection=rejection)
+                executor = load(Path(directory), "float32", rejection=rejection)
                 sampling = SamplingParams(temperature, top_p, max_tokens=num_tokens, ignore_eos=True)
                 prompts = [[seed + 3, 7, 11] for seed in range(NUM_REQUESTS)]
                 outcome = generate(executor, Speculation(NUM_DRAFTS, adaptive=False), prompts, sampling)
@@ -164,9 +164,16 @@ def of_the_text(executor: TorchExecutor, tokenizer: Tokenizer, num_tokens: int) 
         print(f"| {name}, {way} | {likely:.3f} | {came:.3f} | {len(found)} of {num_tokens} |", flush=True)
 
 
-def load(model_dir: Path, dtype: str, **drafts: bool) -> TorchExecutor:
+def load(model_dir: Path, dtype: str, *, rejection: bool = False) -> TorchExecutor:
     return load_executor(
-        model_dir, model_name="model", dtype=dtype, page_size=16, num_threads=2, num_pages=NUM_PAGES, **drafts
+        model_dir,
+        model_name="model",
+        dtype=dtype,
+        page_size=16,
+        num_threads=2,
+        num_pages=NUM_PAGES,
+        mtp=True,
+        rejection=rejection,
     )
 
 

@@ -16,7 +16,7 @@ from shared.engine.executor import TorchExecutor
 from shared.engine.kv.layout import KvLayout, pack
 from shared.engine.kv.memory import HostMemory
 from shared.engine.kv.store import KvStore
-from shared.engine.models.api import DraftStep
+from shared.engine.models.api import DraftLayer, DraftStep
 from shared.engine.speculation.speculator import Speculation
 from tests.unit.test_sampling import plain_distribution
 
@@ -26,7 +26,9 @@ VOCAB, PERIOD = 4, 3
 class Markov:
     """Satisfies `Model`, and `DraftLayer` for itself. Its pages hold nothing that matters."""
 
-    vocab_size, max_position, eos_token_ids, num_torch_threads = VOCAB, 1_000, (), 1
+    vocab_size, max_position, num_torch_threads = VOCAB, 1_000, 1
+    eos_token_ids: tuple[int, ...] = ()
+    draft_layer: DraftLayer | None
 
     def __init__(self, *, drafts: bool = True) -> None:
         noise = torch.Generator().manual_seed(4)

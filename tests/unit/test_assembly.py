@@ -16,7 +16,7 @@ FEW_TOKENS = tuple((token_id, 200.0) for token_id in (5, 6, 7))
 
 def tokens(engine: Engine, temperature: float) -> list[int]:
     """What a drafted request gets."""
-    sampling = SamplingParams(temperature, max_tokens=40, ignore_eos=True, logit_bias=FEW_TOKENS)
+    sampling = SamplingParams(temperature, max_tokens=16, ignore_eos=True, logit_bias=FEW_TOKENS)
     engine.submit(EngineRequest("r", (7, 8, 9), sampling))
     events = []
     while engine.has_work():
@@ -29,8 +29,8 @@ def test_the_way_to_verify_drafts_changes_which_tokens_are_drawn_and_no_greedy_o
     tiny.write("glm-5.2", tmp_path / "glm")
     found = {}
     for verification in ("coupled", "rejection"):
-        config = WorkerConfig(model=str(tmp_path / "glm"), dtype="float32", verification=verification, num_pages=8)
-        engine = assemble(config).engine
+        fields = {"model": str(tmp_path / "glm"), "dtype": "float32", "num_pages": 8, "num_threads": 1}
+        engine = assemble(WorkerConfig.model_validate(fields | {"verification": verification})).engine
         found[verification] = [tokens(engine, temperature) for temperature in (0.0, 2.0)]
     (greedy, sampled), (greedy_too, others) = found["coupled"], found["rejection"]
     assert greedy == greedy_too
@@ -39,4 +39,4 @@ def test_the_way_to_verify_drafts_changes_which_tokens_are_drawn_and_no_greedy_o
 
 def test_there_is_no_third_way() -> None:
     with pytest.raises(ValidationError, match="verification"):
-        WorkerConfig(verification="typical")
+        WorkerConfig.model_validate({"verification": "typical"})

@@ -20,14 +20,13 @@ from shared.engine.speculation.speculator import Speculation
 from tests.unit.markov import Trial, engine, executor, outputs
 from tests.unit.test_sampling import chi_square_bound, item, rows
 
-COUNT = 2_500
+COUNT = 1_200
 PROMPT = (0, 1, 2, 3, 1, 0, 2, 1, 3, 0, 1)
 BY_LAYER = Speculation(3, adaptive=False)
 BY_TEXT = Speculation(3, adaptive=False, make_proposer=NgramProposer)
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "temperature 1": {},
-    "temperature and top_p": {"temperature": 0.7, "top_p": 0.85},
-    "top_k and min_p": {"temperature": 1.4, "top_k": 3, "min_p": 0.1},
+    "temperature and cuts": {"temperature": 1.2, "top_k": 3, "top_p": 0.95, "min_p": 0.05},
     "penalties": {"frequency_penalty": 0.6, "presence_penalty": 0.4, "repetition_penalty": 1.3},
     "bias, and a token that may not come": {"logit_bias": ((2, 0.8),), "min_tokens": 4, "stop_token_ids": (1,)},
 }
@@ -61,7 +60,7 @@ def run(
 
 
 CASES = [(BY_LAYER, sampling) for sampling in SAMPLINGS]
-CASES += [(BY_TEXT, sampling) for sampling in ("temperature and top_p", "penalties")]
+CASES += [(BY_TEXT, "temperature and cuts"), (BY_TEXT, "penalties")]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,6 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "a refused draft is replaced by a draw from p": {"rest": no_rest},
     "every draft is accepted": {"accepts": always},
     "what drafts were drawn from is forgotten": {"accepts": blind_to_q},
-    "the verdict has the noise of the token instead": {"VERDICT": rejection.REST},
     "the verdict has the noise of the draft": {"VERDICT": rejection.DRAFT},
 }
 
@@ -183,6 +181,7 @@ class TemperedLate(RejectionSampler):
             plain = replace(each.sampling, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0)
             last = self._proposed[each.request_id][-1]
             weight = self._weigh(row, int(row.argmax()), replace(each, sampling=plain))[1]
+            assert weight is not None
             self._proposed[each.request_id][-1] = replace(last, weight=weight)
         return drafts
 

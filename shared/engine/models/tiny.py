@@ -96,8 +96,8 @@ def write(kind: str, model_dir: Path, seed: int = 0, tokenizer_dir: Path | None 
     model_dir.mkdir(parents=True, exist_ok=True)
     save_file({name: _tensor(name, shape, noise) for name, shape in shapes.items()}, model_dir / "model.safetensors")
     (model_dir / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
-    for name in TEXT_FILES if tokenizer_dir else ():
-        if (tokenizer_dir / name).is_file():
+    if tokenizer_dir is not None:
+        for name in filter(lambda name: (tokenizer_dir / name).is_file(), TEXT_FILES):
             shutil.copyfile(tokenizer_dir / name, model_dir / name)
 
 
