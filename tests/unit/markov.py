@@ -66,11 +66,10 @@ class Trial:
             EngineRequest(str(seed), self.prompt, replace(self.sampling, seed=seed * 7_919)) for seed in range(count)
         ]
 
-    def expected(self) -> dict[tuple[int, ...], float]:
-        """The probability of each output, from the definitions in float64."""
-        model, num_tokens = Markov(), self.sampling.max_tokens
-        found = {}
-        for output in product(range(VOCAB), repeat=num_tokens):
+    def expected(self, num_tokens: int = 0) -> dict[tuple[int, ...], float]:
+        """The probability of each output, or of its first tokens, from the definitions in float64."""
+        model, found = Markov(), {}
+        for output in product(range(VOCAB), repeat=num_tokens or self.sampling.max_tokens):
             likely = 1.0
             for place, token in enumerate(output):
                 likely *= float(self._next(model, output[:place])[token])
