@@ -123,8 +123,8 @@ def main() -> None:
         num_pages=NUM_PAGES,
     )
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-    columns = ("text, batch", "drafts", "tokens/s", "times off", "by processor time")
-    columns += ("mean accepted length", "acceptance", "verifications")
+    columns = ["text, batch", "drafts", "tokens/s", "times off", "by processor time"]
+    columns += ["mean accepted length", "acceptance", "verifications"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     texts = {name: text for name, text in TEXTS.items() if args.only in name}
     for size, (name, (text, temperature)) in itertools.product((1, 8), texts.items()):

@@ -262,7 +262,7 @@ def test_more_drafts_are_accepted_than_with_coupled_verification() -> None:
     asked = trial(max_tokens=30)
     shares = []
     for reject in (True, False):
-        counts = run(asked, BY_LAYER, reject=reject, count=500)[1].draft_counts()
+        counts = run(asked, BY_LAYER, reject=reject, count=200)[1].draft_counts()
         shares.append(counts.accepted[0] / counts.verified[0])
     assert shares[0] > shares[1]
 
