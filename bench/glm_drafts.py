@@ -14,7 +14,8 @@ import torch
 
 from bench.glm_random import KV_TOKENS, PAGE_SIZE, Rank
 from shared.engine.api import BatchItem, SampledToken, SamplingParams
-from shared.engine.layers.cuda_glm_layer import Experts, Mixture
+from shared.engine.kernels.gluon_experts import Experts
+from shared.engine.layers.cuda_glm_layer import Mixture
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.sampling.batched import BatchedSampler
 from shared.engine.speculation.mtp import MtpDrafter
@@ -31,7 +32,8 @@ def floor_ms(made: Rank, config: GlmConfig, num_drafts: int, rate: float) -> flo
     own = made.decoder.config
     num_low, num_query = own.q_lora_rank + own.latent_dim, own.num_heads * own.qk_head_dim
     fixed = sum(x.nbytes for x in (a.up_key, a.up_value, a.output, ends.head)) + 4 * config.hidden_size**2
-    assert isinstance(mlp, Mixture) and isinstance(mlp.experts, Experts)
+    assert isinstance(mlp, Mixture)
+    assert isinstance(mlp.experts, Experts)
     fixed += sum(x.nbytes for x in (mlp.router, mlp.shared.gate_up, mlp.shared.down))
     chosen = (mlp.experts.gate_up.nbytes + mlp.experts.down.nbytes) * config.num_experts_per_token
     fixed += chosen // config.num_experts

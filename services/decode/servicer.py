@@ -97,7 +97,7 @@ class Generation:
         """The first token goes out as soon as it is known, while the last pages are still being read.
 
         Whatever goes wrong over there, the rest of the prompt is computed by the second choice or here instead; tokens
-        that are out already stay right, because equal sequences get equal tokens everywhere.
+        that are out already are kept.
         """
         self._num_cached_here = table.num_tokens
         for prefill, source in self._choices(hashes, table):

@@ -1,7 +1,8 @@
 """From a choice to its tokens: ask a router for workers, stream from the decode worker, go on elsewhere if it is lost.
 
 Going on is without a seam: the next worker gets the tokens that the client has, and equal sequences get equal tokens
-everywhere, because every random choice depends on seed and position alone.
+everywhere, because every random choice depends on seed and position alone. Workers that verify drafts by rejection
+sampling give equally likely ones (docs/decisions/0028).
 """
 
 import asyncio

@@ -19,6 +19,7 @@ from shared.engine.parallel.group import Alone, Group
 from shared.engine.parallel.partition import Shard
 from shared.engine.pinned import Fetched
 from shared.engine.sampling.batched import BatchedSampler, Choice
+from shared.engine.sampling.rejection import RejectionSampler
 from shared.engine.sampling.sampler import Sampler
 from shared.engine.speculation.mtp import MtpDrafter
 from shared.errors import Unsupported
@@ -33,7 +34,8 @@ class TorchExecutor:
     `num_tokens` on are never chosen.
 
     On a GPU it runs behind, and chooses tokens there; with `behind` it does so wherever it is. A layer that proposes
-    drafts goes on from chosen tokens, so with one steps are computed to their end.
+    drafts goes on from chosen tokens, so with one steps are computed to their end. With `rejection` its drafts are
+    verified by rejection sampling, on the host and row by row; without a layer that changes nothing.
     """
 
     def __init__(
@@ -44,15 +46,17 @@ class TorchExecutor:
         num_tokens: int | None = None,
         *,
         behind: bool = False,
+        rejection: bool = False,
     ) -> None:
         self.spec = spec
         self.layout: KvLayout = model.rank_layout(spec.layout.page_size)
         self.memory: PoolMemory = memory
         self.model = model
         self._pool = pool_bytes(memory)
-        kind = BatchedSampler if behind or self._pool.is_cuda else Sampler
+        drafts, kind = model.draft_layer, BatchedSampler if behind or self._pool.is_cuda else Sampler
+        if rejection and drafts is not None:
+            kind = RejectionSampler
         self._sampler = kind(num_tokens or spec.vocab_size, spec.eos_token_ids)
-        drafts = model.draft_layer
         self._drafter = None if drafts is None else MtpDrafter(drafts, self._sampler, self.layout)
         self._chosen = torch.empty(0, dtype=torch.int64, device=self._pool.device)
 
@@ -142,6 +146,7 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     group: Group | None = None,
     kv_dtype: str = "auto",
     mtp: bool = False,
+    rejection: bool = False,
 ) -> TorchExecutor:
     """The executor of a model directory, with a pool of `num_pages` pages, or of at most `pool_bytes` bytes.
 
@@ -150,8 +155,8 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     `kernels` is "auto" or one of "cuda", "native", "torch", "w4a4"; compiled ones are kept in `cache_dir`
     (`$FOREBAY_CACHE`). Of several ranks this is the one at `shard`, `group` is its view of them, and the pool its own.
     `kv_dtype` is "auto" for `dtype`, or one of `kv.formats.KV_DTYPES`. With `mtp` the model's own layer proposes
-    drafts, if it has one. Raises Unsupported for a model or dtype that cannot be served, and for a pool that holds no
-    page.
+    drafts, if it has one, and with `rejection` they are verified by rejection sampling. Raises Unsupported for a model
+    or dtype that cannot be served, and for a pool that holds no page.
     """
     if dtype not in DTYPES:
         raise Unsupported(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
@@ -173,7 +178,7 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
         compatibility_hash=compatibility_hash(model_name, revision(model_dir), dtype, layout),
     )
     memory = HostMemory(num_pages, page_bytes) if where == CPU else DeviceMemory(num_pages, page_bytes, where)
-    return TorchExecutor(model, spec, memory, num_tokens(model_dir, model.vocab_size))
+    return TorchExecutor(model, spec, memory, num_tokens(model_dir, model.vocab_size), rejection=rejection)
 
 
 def _device(name: str, shard: Shard) -> torch.device:

@@ -132,6 +132,7 @@ class Sequence:
             history=self.tokens,
             num_drafts=num_drafts,
             num_wanted=num_wanted,
+            hands_over=self.request.prefill_only,
             following=self.tokens[end] if end < len(self.tokens) else None,
         )
 

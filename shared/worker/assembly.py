@@ -1,5 +1,6 @@
 """An engine from a worker's configuration. Torch is imported only if it is to compute."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from shared.errors import Unsupported
 from shared.models import store
 from shared.worker.config import WorkerConfig
 from shared.worker.rank_process import RankProcess
+
+log = logging.getLogger(__name__)
 
 # An executor, the directory of its model, the layout of its pages, and the other ranks.
 Parts = tuple[Executor, str, KvLayout, Sequence[RankProcess]]
@@ -51,6 +54,8 @@ def assemble(config: WorkerConfig) -> Assembled:
 
 def _speculation(config: WorkerConfig, executor: Executor) -> Speculation:
     kind = config.speculation
+    if config.verification == "rejection" and (config.engine == "sim" or not executor.proposes):
+        log.info("no layer proposes drafts here: all are verified as if by --verification coupled")
     if kind == "off":
         return Speculation()
     if kind == "mtp" and not executor.proposes:
@@ -77,6 +82,7 @@ def _torch(config: WorkerConfig) -> Parts:
         "kernels": config.kernels,
         "kv_dtype": config.kv_dtype,
         "mtp": config.speculation in ("auto", "mtp"),
+        "rejection": config.verification == "rejection",
     }
     if config.tensor_parallel == 1:
         executor = load_executor(**settings)

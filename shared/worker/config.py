@@ -61,7 +61,16 @@ class WorkerConfig(ServiceConfig):
         "auto",
         pattern="^(auto|mtp|ngram|off)$",
         description="Who proposes drafts: the model's own layer for it (mtp), the text so far (ngram), nobody (off); "
-        "auto takes mtp where the model has it, else ngram. The output is the same with all of them.",
+        "auto takes mtp where the model has it, else ngram. The output is the same with all of them (but see "
+        "verification).",
+    )
+    verification: str = Field(
+        "coupled",
+        pattern="^(coupled|rejection)$",
+        description="How drafts are verified: coupled leaves every token as it would be without them. rejection "
+        "accepts more of what mtp proposes at a temperature (docs/decisions/0028); there the distribution of tokens is "
+        "kept, but which ones a seed gives depends on the drafts: on load, on timing, on where an output is continued "
+        "after a fault. Greedy output, and what ngram proposes, are the same with both.",
     )
     num_draft_tokens: int = Field(5, ge=1, le=32, description="Drafts per sequence and step, at most.")
     adaptive_drafts: bool = Field(

@@ -31,7 +31,7 @@ def behind(executor: Executor) -> Executor:
     return TorchExecutor(executor.model, executor.spec, executor.memory, behind=True)
 
 
-def tiny_model(variant: str, path: Path) -> MakeExecutor:
+def tiny_model(variant: str, path: Path, *, rejection: bool = False) -> MakeExecutor:
     from shared.engine.executor import load_executor
     from tests.oracle import tiny_glm, tiny_models, tiny_mtp
 
@@ -51,6 +51,7 @@ def tiny_model(variant: str, path: Path) -> MakeExecutor:
         num_threads=1,
         num_pages=num_pages,
         mtp=True,
+        rejection=rejection,
     )
 
 

@@ -62,7 +62,9 @@ class Ranks:
         """What each rank makes of its number, all at once."""
         return list(self._together.map(work, range(self.num_ranks)))
 
-    def load(self, model_dir: Path, num_pages: int, split: ExpertSplit = "experts") -> "RankedExecutor":
+    def load(
+        self, model_dir: Path, num_pages: int, split: ExpertSplit = "experts", *, rejection: bool = False
+    ) -> "RankedExecutor":
         executors: list[TorchExecutor] = self.all(
             lambda rank: load_executor(
                 model_dir,
@@ -74,6 +76,7 @@ class Ranks:
                 shard=Shard(rank, self.num_ranks, split),
                 group=self.groups[rank],
                 mtp=True,
+                rejection=rejection,
             )
         )
         followers = [Thread(executor) for executor in executors[1:]]

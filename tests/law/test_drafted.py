@@ -26,12 +26,14 @@ class Prophet:
 
 
 BY_A_PROPHET, BY_ITSELF = "drafted by a prophet", "drafted by itself"
+REJECTION = "rejection"
 CASES = [
     (model, drafts, sampling)
     for model, drafts in (("sim", BY_A_PROPHET), ("sim", BY_ITSELF), ("llama", BY_A_PROPHET))
     for sampling in (GREEDY, SAMPLED)
 ]
 CASES += [("glm-mtp", BY_ITSELF, sampling) for sampling in (GREEDY, SAMPLED)]
+CASES += [(f"glm-mtp {REJECTION}", BY_ITSELF, GREEDY)]
 CASES += [(f"sim {BEHIND}", drafts, SAMPLED) for drafts in (BY_A_PROPHET, BY_ITSELF)]
 # A random layer is never right about a random model, unless few tokens are left to choose from.
 FEW_TOKENS = tuple((token_id, 200.0) for token_id in (5, 6, 7))
@@ -52,11 +54,15 @@ class RememberingLaw(Law):
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {case[1]}, {case[2].temperature}")
 def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Law:
     model, drafts, sampling = request.param
-    if model == "glm-mtp":
-        sampling = replace(sampling, logit_bias=FEW_TOKENS)
     name, _, how = model.partition(" ")
-    in_order = sim if name == "sim" else tiny_model(name, tmp_path_factory.mktemp("law"))
-    make_executor = in_order if how != BEHIND else lambda num_pages: behind(in_order(num_pages))
+    if name == "glm-mtp":
+        sampling = replace(sampling, logit_bias=FEW_TOKENS)
+    path = tmp_path_factory.mktemp("law")
+    in_order = make_executor = sim if name == "sim" else tiny_model(name, path)
+    if how == BEHIND:
+        make_executor = lambda num_pages: behind(in_order(num_pages))  # noqa: E731
+    elif how == REJECTION:
+        make_executor = tiny_model(name, path, rejection=True)
     law = RememberingLaw(make_executor, sampling, in_order=in_order)
     make_proposer = (lambda: Prophet(law)) if drafts == BY_A_PROPHET else None
     return replace(law, speculation=Speculation(NUM_DRAFTS, adaptive=False, make_proposer=make_proposer))

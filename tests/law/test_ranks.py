@@ -117,6 +117,16 @@ def test_drafted_by_the_layer_that_all_ranks_share(
     assert worker.engine.load().num_steps < NUM_TOKENS
 
 
+def test_all_ranks_verify_by_rejection_as_one_would(drafting_model: Model, ranks: Ranks, tmp_path: Path) -> None:
+    """Each remembers what its drafts were drawn from: no rank is told."""
+    law = drafting_model.drafted(ranks, SAMPLED)
+    alone = Worker(tiny_model("glm-mtp", tmp_path, rejection=True)(64), speculation=law.speculation)
+    several = RankedWorker(ranks.load(drafting_model.path, 64, rejection=True), law.speculation)
+    prompt = law.prompt(40)
+    assert several.run(law.request(prompt)) == alone.run(law.request(prompt)) != law.tokens(prompt)
+    assert sum(several.engine.draft_counts().accepted) > 0
+
+
 def test_drafted_and_chunked(drafting_model: Model, ranks: Ranks) -> None:
     laws.test_chunked_at_odd_sizes(7, drafting_model.drafted(ranks, GREEDY))
 

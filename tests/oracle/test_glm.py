@@ -36,6 +36,8 @@ def oracle_logits(model: Any, prompt: list[int]) -> torch.Tensor:
 
 def test_the_golden_tokens_are_reproduced(oracle_dir: Path) -> None:
     assert driver.generate(driver.load(oracle_dir), GOLDEN_PROMPT, len(GOLDEN)) == GOLDEN
+    first = logits(oracle_dir, GOLDEN_PROMPT)[-1, :4]
+    assert first.tolist() == pytest.approx([1.33392, -1.13537, -0.32356, -1.18977], abs=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 8, 9, 64, 200])

@@ -8,7 +8,7 @@ import pytest
 from shared.engine.api import BatchItem, DraftCounts, SampledToken, SamplingParams
 from shared.engine.meter import Slope
 from shared.engine.sim import SimExecutor, SimModel
-from shared.engine.speculation.acceptance import Acceptance, num_worthwhile
+from shared.engine.speculation.acceptance import OF_A_LAYER, OF_THE_TEXT, Acceptance, num_worthwhile
 from shared.engine.speculation.ngram import NgramProposer
 from shared.engine.speculation.verify import up_to, verified
 
@@ -97,6 +97,12 @@ def test_the_chance_follows_what_is_verified_and_only_up_to_the_first_wrong_draf
     assert lucky.chance > 0.95
     assert 0.05 < unlucky.chance < 0.25
     assert unlucky.tried < 10.1
+
+
+def test_drafts_of_the_text_have_to_prove_themselves_more_than_those_of_a_layer() -> None:
+    """In prose most of them are wrong."""
+    assert num_worthwhile(Acceptance(OF_A_LAYER).chance, 0.3, 5) == 3
+    assert num_worthwhile(Acceptance(OF_THE_TEXT).chance, 0.3, 5) == 1
 
 
 def test_an_unlucky_sequence_gets_another_try() -> None:

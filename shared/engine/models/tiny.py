@@ -1,6 +1,7 @@
 """Model directories with random weights: real in every shape, small enough for a test on a laptop."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from shared.engine.models import glm_config, glm_shapes
-from shared.errors import InvalidRequest
+from shared.engine.models import glm_config, glm_shapes, tokens
+from shared.engine.models.config import read_json, token_ids
+from shared.errors import InvalidRequest, Unsupported
 
 # Every peculiarity of GLM-5.2 in 1.7 million parameters: shared selections (F F F S S S F), 8 of the visible tokens
 # selected, dense and mixture layers, an MTP layer, sizes that are no multiples of each other.
@@ -72,23 +74,47 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "glm-5.2-even": GLM_52_EVEN,
     "glm-5.2-tiles": GLM_52_TILES,
 }
+# What makes text of token ids, and a prompt of a conversation; a directory has some of them.
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
-def write(kind: str, model_dir: Path, seed: int = 0) -> None:
-    """Write `config.json` and `model.safetensors`, equal for equal seeds. Raises InvalidRequest for an unknown kind.
+def write(kind: str, model_dir: Path, seed: int = 0, tokenizer_dir: Path | None = None) -> None:
+    """Write `config.json` and `model.safetensors`, equal for equal seeds; with the tokenizer of another model directory
+    also that, and the model has its vocabulary and its stop tokens. Raises InvalidRequest for an unknown kind, and
+    Unsupported for a tokenizer that cannot be read.
 
     Matrices have a standard deviation of 1.5 / sqrt(inputs): enough that every choice of the model is felt.
     """
     if kind not in KINDS:
         raise InvalidRequest(f"there is no tiny {kind!r}, only {', '.join(KINDS)}", param="kind")
-    config = glm_config.parse(KINDS[kind])
+    fields = {**KINDS[kind], **(_vocabulary(tokenizer_dir) if tokenizer_dir else {})}
+    config = glm_config.parse(fields)
     shapes = glm_shapes.shapes(config)
     for layer in range(config.num_mtp_layers):
         shapes |= glm_shapes.mtp_shapes(config, config.num_layers + layer)
     noise = torch.Generator().manual_seed(seed)
     model_dir.mkdir(parents=True, exist_ok=True)
     save_file({name: _tensor(name, shape, noise) for name, shape in shapes.items()}, model_dir / "model.safetensors")
-    (model_dir / "config.json").write_text(json.dumps(dict(KINDS[kind]), indent=1) + "\n")
+    (model_dir / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
+    if tokenizer_dir is not None:
+        for name in filter(lambda name: (tokenizer_dir / name).is_file(), TEXT_FILES):
+            shutil.copyfile(tokenizer_dir / name, model_dir / name)
+
+
+def _vocabulary(tokenizer_dir: Path) -> dict[str, Any]:
+    """What a `config.json` says of the tokenizer of another model. Raises Unsupported."""
+    if not (num := tokens.num_in(tokenizer_dir / "tokenizer.json")):
+        raise Unsupported(f"the tokenizer in {tokenizer_dir} has no tokens")
+    generation = tokenizer_dir / "generation_config.json"
+    said = read_json(tokenizer_dir / "config.json") | (read_json(generation) if generation.is_file() else {})
+    stops = list(token_ids(said.get("eos_token_id")))
+    return {"vocab_size": num, "eos_token_id": stops, "pad_token_id": stops[0] if stops else 0}
 
 
 def _tensor(name: str, shape: tuple[int, ...], noise: torch.Generator) -> torch.Tensor:

@@ -9,7 +9,9 @@ The noise of a token is a pure function of integers, for any machine and any ord
 
     mix(mix(mix(seed) + (position + 1) * GOLDEN) + (token + 1) * GOLDEN)        modulo 2**64, see `splitmix`
 
-that is, the seed's generator yields a start for each position, whose generator yields a number for each token.
+that is, the seed's generator yields a start for each position, whose generator yields a number for each token. Where a
+position needs noise that is independent of this, for another purpose than to choose the model's token, the seed's word
+mix(seed) becomes mix(mix(seed) ^ purpose).
 """
 
 import numpy as np
@@ -32,10 +34,13 @@ BLOCK = 16_384
 STEPS: Words = np.arange(1, BLOCK + 1, dtype=np.uint64) * np.uint64(GOLDEN)
 
 
-def start(seed: int, position: int) -> int:
+def start(seed: int, position: int, purpose: int = 0) -> int:
     """Where a position's noise begins. `seed` is taken modulo 2**64; `position` counts tokens from the sequence's
-    start, prompt included."""
-    return mix((mix(seed % 2**64) + (position + 1) * GOLDEN) % 2**64)
+    start, prompt included. Every `purpose` has noise of its own; 0 is to choose the model's token."""
+    word = mix(seed % 2**64)
+    if purpose:
+        word = mix(word ^ purpose)
+    return mix((word + (position + 1) * GOLDEN) % 2**64)
 
 
 def noise(begin: int, token_ids: Ids) -> Floats:

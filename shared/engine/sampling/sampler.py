@@ -32,6 +32,11 @@ class Sampler:
             start += 1 + item.num_drafts
         return chosen
 
+    def propose(self, rows: torch.Tensor, items: Sequence[BatchItem], _number: int, /) -> list[int]:
+        """A draft for each item, which has none yet: the `number`-th that its sequence gets in this step, from 0.
+        Drawn as the model will draw: where both are of one mind the draft is right, at any temperature."""
+        return [token.token_id for (token,) in self(rows, items)]
+
     def _pick(self, rows: torch.Tensor, plain: list[int], row: int, item: BatchItem) -> SampledToken:
         return SampledToken(plain[row]) if self._is_plain(item) else self._choose(rows[row], plain[row], item)
 
@@ -47,15 +52,21 @@ class Sampler:
         )
 
     def _choose(self, row: torch.Tensor, largest: int, item: BatchItem) -> SampledToken:
-        params = item.sampling
+        best, weight = self._weigh(row, largest, item)
+        token_id = best if weight is None else self._draw(weight, item)
+        return _with_logprobs(token_id, row, item.sampling)
+
+    def _weigh(self, row: torch.Tensor, largest: int, item: BatchItem) -> tuple[int, gumbel.Weights | None]:
+        """The most likely token, and the weights float32 [V] to draw from unless that token is the answer."""
         adjusted = self._adjust(row, item)
         best = largest if adjusted is row else int(adjusted.argmax())
-        if params.temperature < MIN_TEMPERATURE or not isfinite(adjusted[best]):
-            token_id = best  # not finite: every token is forbidden, or the model computes nonsense; both still get one
-        else:
-            weight = distribution.weights(adjusted, params).cpu().numpy()
-            token_id = gumbel.pick(weight, gumbel.start(params.seed, item.position))
-        return _with_logprobs(token_id, row, params)
+        if item.sampling.temperature < MIN_TEMPERATURE or not isfinite(adjusted[best]):
+            return best, None  # not finite: all tokens are forbidden, or the model computes nonsense; one comes anyway
+        return best, distribution.weights(adjusted, item.sampling).cpu().numpy()
+
+    def _draw(self, weight: gumbel.Weights, item: BatchItem) -> int:
+        """The item's token."""
+        return gumbel.pick(weight, gumbel.start(item.sampling.seed, item.position))
 
     def _adjust(self, row: torch.Tensor, item: BatchItem) -> torch.Tensor:
         params = item.sampling

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
-# Belief before the first draft, as so many drafts of which so many were right.
-PRIOR_RIGHT, PRIOR_TRIED = 1.4, 2.0
+# Belief before the first draft, as so many drafts of which this share was right. Drafts of the text so far are as good
+# as a layer's where a text repeats itself, and mostly wrong in prose (`bench/drafting.py`).
+PRIOR_TRIED = 2.0
+OF_A_LAYER, OF_THE_TEXT = 0.7, 0.5
 # What a verification leaves of the ones before it.
 KEEP = 0.9
 # What a step without drafts leaves of what is believed against the prior: an unlucky sequence gets another try.
@@ -14,15 +16,17 @@ LEAST_CHANCE = 0.05
 
 @dataclass(slots=True)
 class Acceptance:
-    """The chance that a draft of one sequence is right if those before it were; old steps fade."""
+    """The chance that a draft of one sequence is right if those before it were; old steps fade. `prior` is what is
+    believed first."""
 
+    prior: float = OF_A_LAYER
     right: float = 0.0
     tried: float = 0.0
 
     @property
     def chance(self) -> float:
         """Between 0 and 1."""
-        return (self.right + PRIOR_RIGHT) / (self.tried + PRIOR_TRIED)
+        return (self.right + self.prior * PRIOR_TRIED) / (self.tried + PRIOR_TRIED)
 
     def note(self, num_drafts: int, num_accepted: int) -> None:
         """A step verified so many drafts. Behind the first wrong one nothing was tried."""

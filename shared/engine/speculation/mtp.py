@@ -7,6 +7,7 @@ last of them it then goes on alone, draft by draft.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 
 import torch
 
@@ -25,15 +26,14 @@ AWAITED = -1
 
 
 class MtpDrafter:
-    """For one executor. Drafts are chosen as the model chooses, with the random number of their position: where both
-    are of one mind the draft is right, at any temperature.
+    """For one executor, with the sampler that verifies what is proposed here.
 
     Where tokens are chosen on a device, the next draft is launched before the host hears of the last one; not where
     penalties depend on it.
     """
 
-    def __init__(self, layer: DraftLayer, choose: Sampler, layout: KvLayout) -> None:
-        self.layer, self._choose, self._layout = layer, choose, layout
+    def __init__(self, layer: DraftLayer, sampler: Sampler, layout: KvLayout) -> None:
+        self.layer, self._sampler, self._layout = layer, sampler, layout
 
     def __call__(
         self, items: Sequence[BatchItem], tokens: Sequence[Tokens], states: torch.Tensor, pool: torch.Tensor
@@ -48,9 +48,9 @@ class MtpDrafter:
             states = states[put(kept, torch.int64, states.device)]
         step = self.layer.extend(batch, states, pool, self._layout)
         runs = {s: _Run(item, tokens[s] or ()) for s, item in enumerate(followed) if item.sample}
-        asking, late = list(runs), list[Late]()
+        asking, numbers, late = list(runs), count(), list[Late]()
         while asking:
-            drafted = self._draft(step.logits, [runs[s] for s in asking], late)
+            drafted = self._draft(step.logits, [runs[s] for s in asking], next(numbers), late)
             going_on = [place for place, s in enumerate(asking) if runs[s].num_left(self._layout.page_size)]
             asking = [asking[place] for place in going_on]
             if asking:
@@ -65,15 +65,15 @@ class MtpDrafter:
             for s, chosen in enumerate(tokens)
         ]
 
-    def _draft(self, logits: torch.Tensor, runs: Sequence["_Run"], late: list["Late"]) -> torch.Tensor:
-        """Choose a draft for each, int64 [runs]; if the host does not hear of them yet, `late` says so."""
+    def _draft(self, logits: torch.Tensor, runs: Sequence["_Run"], number: int, late: list["Late"]) -> torch.Tensor:
+        """Choose the `number`-th draft of each, int64 [runs]; if the host does not hear of them yet, `late` says so."""
         views = [run.view() for run in runs]
-        if isinstance(self._choose, BatchedSampler) and not any(view.sampling.has_penalties for view in views):
-            choice = self._choose.launch(logits, views)
-            late.append((len(runs[0].drafts), runs, choice))
+        if isinstance(self._sampler, BatchedSampler) and not any(view.sampling.has_penalties for view in views):
+            choice = self._sampler.launch(logits, views)
+            late.append((number, runs, choice))
             tokens, known = choice.tokens, [AWAITED] * len(runs)
         else:
-            known = [token.token_id for (token,) in self._choose(logits, views)]
+            known = self._sampler.propose(logits, views, number)
             tokens = torch.tensor(known)
         for run, token_id in zip(runs, known, strict=True):
             run.drafts.append(token_id)

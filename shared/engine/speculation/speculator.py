@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from shared.engine.api import Chosen, DraftCounts
 from shared.engine.meter import Meter
 from shared.engine.sequence import Sequence
-from shared.engine.speculation.acceptance import num_worthwhile
+from shared.engine.speculation.acceptance import OF_THE_TEXT, Acceptance, num_worthwhile
 from shared.engine.speculation.proposer import Proposer
 
 
@@ -40,7 +40,7 @@ class Speculator:
         num_drafts, make_proposer = self._speculation.num_drafts, self._speculation.make_proposer
         sequence.drafts = list(sequence.request.draft_token_ids[:num_drafts])
         if make_proposer is not None:
-            sequence.proposer = make_proposer()
+            sequence.proposer, sequence.acceptance = make_proposer(), Acceptance(OF_THE_TEXT)
             if not sequence.drafts:
                 self._propose(sequence, num_drafts)
 

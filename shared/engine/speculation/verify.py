@@ -1,6 +1,7 @@
 """Verification of drafts: the model chooses as if there were none, and a draft counts if it is what was chosen.
 
-So drafts change how many tokens a step yields, never which (docs/decisions).
+So drafts change how many tokens a step yields, never which (docs/decisions). Rejection sampling chooses otherwise
+(`sampling.rejection`), and there, too, a draft counts if it is what was chosen.
 """
 
 from collections.abc import Callable
