@@ -14,7 +14,7 @@ import torch
 
 from bench.glm_random import KV_TOKENS, PAGE_SIZE, Rank
 from shared.engine.api import BatchItem, SampledToken, SamplingParams
-from shared.engine.kernels.gluon_experts import Experts
+from shared.engine.kernels.experts import Experts
 from shared.engine.layers.cuda_glm_layer import Mixture
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.sampling.batched import BatchedSampler
