@@ -15,6 +15,8 @@ from shared.blackboard.records import Load, Role
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 MAX_CALIBRATION = 2.0
+# From here on, of 1, a worker knows its rates.
+KNOWN = 0.5
 NOBODY = -1
 """In the place of a worker's row."""
 
@@ -51,14 +53,14 @@ class Facts:
         self.room_tokens = float(((self.free_pages - 2) * self.page_size).min(initial=np.inf))
         """Of so many, everybody has free pages for prompt and output: two may be partly filled."""
         measured = _column([load.prefill_ms_per_token for load in loads])
-        self.has_rate: Bools = measured > 0
-        """Who has measured what prompts take; of the others that is a guess."""
-        self.prompt_ratio = _column([calibration(load) for load in loads])
-        self.prefill_ms = (
-            self._filled(measured, self.has_rate, weights.default_prefill_ms_per_token) * self.prompt_ratio
-        )
-        pairs = self._filled(_column([load.prefill_ms_per_pair for load in loads]), self.has_rate, 0.0)
-        self.attention_ms = pairs * self.prompt_ratio
+        known = np.where(measured > 0, 1 - _column([load.prefill_doubt for load in loads]), 0.0)
+        self.has_rate: Bools = known >= KNOWN
+        """Who has measured what prompts take; of the others that is a guess, or little more."""
+        self.prompt_ratio = _column([calibration(load) for load in loads]) ** known
+        believed = self._believed(measured, known, weights.default_prefill_ms_per_token)
+        self.prefill_ms = believed * self.prompt_ratio
+        pairs = self._filled(_column([load.prefill_ms_per_pair for load in loads]), measured > 0, 0.0)
+        self.attention_ms = pairs * self.prompt_ratio * np.where(measured > 0, believed / np.maximum(measured, 1e-9), 1)
         self.knows_attention = bool(self.attention_ms.any())
         steps = _column([load.decode_step_ms for load in loads])
         self.step_ms = self._filled(steps, steps > 0, weights.default_decode_step_ms)
@@ -74,6 +76,17 @@ class Facts:
         self.zeros, self.nobody = np.zeros(len(workers)), np.full(len(workers), NOBODY)
         for constant in (self.zeros, self.nobody):
             constant.flags.writeable = False
+
+    def _believed(self, measured: Floats, known: Floats, default: float) -> Floats:
+        """What a token of a prompt takes on each: as measured where that is `known` [workers], from 0 to 1; where it
+        is not, as on peers who know; and by the geometric mean in between. A rate that is found wanting draws no
+        prompts, and would stay as it is; in doubt it comes near the others', who once had to find out as well."""
+        believed = self._filled(measured, measured > 0, default)
+        for rows in self.rows_of_group:
+            if (sure := known[rows] >= KNOWN).any():
+                typical = np.median(measured[rows][sure])
+                believed[rows] *= (typical / believed[rows]) ** (1 - known[rows])
+        return believed
 
     def _filled(self, values: Floats, known: Bools, default: float) -> Floats:
         """A worker that has not measured a rate is taken to be like its peers that have, else like nobody in

@@ -35,10 +35,11 @@ class ModelCard(Record):
 
 
 class Load(Record):
-    """Measured by the worker: fields of `shared.engine.api.EngineLoad` by its engine, the others by its services.
+    """Measured by the worker: most fields are those of `shared.engine.api.EngineLoad`.
 
     A prompt's tokens start … end take (end - start) x `prefill_ms_per_token` + (end² - start²) / 2 x
-    `prefill_ms_per_pair`. 0 is a rate that was not measured yet. `prompt_ratio` is the time that prompts took here over
+    `prefill_ms_per_pair`. 0 is a rate that was not measured yet; `prefill_doubt`, from 0 to 1, says how little these
+    two are to be relied on: measured by few tokens, or long ago. `prompt_ratio` is the time that prompts took here over
     what the router had expected by these rates. `num_inside` counts requests, also those whose prompt is computed
     elsewhere as yet, and `num_requests` all that ever came.
     """
@@ -48,6 +49,7 @@ class Load(Record):
     num_queued_tokens: int = 0
     prefill_ms_per_token: float = 0.0
     prefill_ms_per_pair: float = 0.0
+    prefill_doubt: float = 0.0
     decode_step_ms: float = 0.0
     decode_ms_per_sequence: float = 0.0
     transfer_bytes_per_ms: float = 0.0

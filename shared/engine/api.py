@@ -149,13 +149,14 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """Facts for the router, all measured by the engine itself."""
+    """Facts for the router, all measured by the engine itself; rates of prompts by the last `num_prompt_tokens`."""
 
     num_running: int = 0
     num_waiting: int = 0
     num_queued_tokens: int = 0
     prefill_ms_per_token: float = 0.0
     prefill_ms_per_pair: float = 0.0
+    num_prompt_tokens: float = 0.0
     decode_step_ms: float = 0.0
     decode_ms_per_sequence: float = 0.0
     num_steps: int = 0

@@ -231,6 +231,7 @@ class Engine:
             num_queued_tokens=sum(each.num_uncomputed for each in (*running, *waiting) if each.num_uncomputed > 1),
             prefill_ms_per_token=self._meter.prefill_ms_per_token,
             prefill_ms_per_pair=self._meter.prefill_ms_per_pair,
+            num_prompt_tokens=self._meter.num_prompt_tokens,
             decode_step_ms=self._meter.decode_step_ms,
             decode_ms_per_sequence=self._meter.draft_ms,
             num_steps=self._meter.num_steps,

@@ -61,6 +61,8 @@ class PromptCost:
     ones fading after `memory` tokens. A step of tokens start … end has (end² - start²) / 2 pairs."""
 
     memory: float
+    num_tokens: float = 0.0
+    """That it is measured by, the faded ones in part."""
     _tt: float = 0.0
     _tp: float = 0.0
     _pp: float = 0.0
@@ -70,6 +72,7 @@ class PromptCost:
     def add(self, num_tokens: float, num_pairs: float, ms: float) -> None:
         """Prompt tokens with so many pairs took so long in a step."""
         keep = max(0.0, 1 - num_tokens / self.memory)
+        self.num_tokens = self.num_tokens * keep + num_tokens
         self._tt, self._tm = self._tt * keep + num_tokens * num_tokens, self._tm * keep + num_tokens * ms
         self._tp, self._pp = self._tp * keep + num_tokens * num_pairs, self._pp * keep + num_pairs * num_pairs
         self._pm = self._pm * keep + num_pairs * ms
@@ -112,6 +115,11 @@ class Meter:
     def prefill_ms_per_pair(self) -> float:
         """Milliseconds that each token before it adds."""
         return self._prefill.ms_per_pair
+
+    @property
+    def num_prompt_tokens(self) -> float:
+        """Tokens that these two are measured by, at most 8,192."""
+        return self._prefill.num_tokens
 
     @property
     def decode_step_ms(self) -> float:

@@ -1,5 +1,7 @@
 """What a worker measures, as OpenTelemetry instruments."""
 
+import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
@@ -14,13 +16,17 @@ from shared.instruments import Meter
 # one counts as at most so wrong.
 PROMPT_MEMORY_MS = 10_000.0
 MAX_RATIO = 4.0
+# Rates of prompts are known by so many tokens, and less so when none was computed for so long.
+KNOWN_BY_TOKENS = 1024
+KNOWN_FOR_S = 20.0
 
 
 class Measures:
     """The instruments of one worker."""
 
-    def __init__(self, meter: Meter, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, meter: Meter, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine, self._clock = engine, clock
+        self._last_measured, self._measured_at = (0.0, 0.0), clock()
         self.requests = meter.create_counter("forebay_requests", description="Requests taken")
         self.output_tokens = meter.create_counter("forebay_output_tokens", description="Tokens emitted")
         self.cached_tokens = meter.create_counter("forebay_cached_tokens", description="Prompt tokens not computed")
@@ -75,14 +81,26 @@ class Measures:
 
     def load(self, num_inside: int, num_requests: int) -> Load:
         """Facts for the router."""
+        facts = asdict(self._engine.load())
+        num_prompt_tokens = facts.pop("num_prompt_tokens")
         return Load(
-            **asdict(self._engine.load()),
+            **facts,
+            prefill_doubt=self._doubt(num_prompt_tokens, facts["prefill_ms_per_token"]),
             transfer_bytes_per_ms=1 / self._byte.ms if self._byte.ms else 0.0,
             output_tokens=self._output.ms,
             prompt_ratio=self._prompt.ms,
             num_inside=num_inside,
             num_requests=num_requests,
         )
+
+    def _doubt(self, num_tokens: float, rate: float) -> float:
+        """Of rates of prompts. A worker whose first ones took long, for its kernels were compiled then, would never be
+        given another if everybody believed that for ever."""
+        now = self._clock()
+        if (num_tokens, rate) != self._last_measured:
+            self._last_measured, self._measured_at = (num_tokens, rate), now
+        known = min(1.0, num_tokens / KNOWN_BY_TOKENS) * math.exp((self._measured_at - now) / KNOWN_FOR_S)
+        return round(1 - known, 3)
 
     def checked(self, num_pages: int, num_corrupt: int, owner: str) -> None:
         """Pages of a peer whose checksums were compared."""

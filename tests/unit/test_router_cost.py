@@ -30,6 +30,7 @@ def random_worker(chance: random.Random, name: str) -> Worker:
         decode_step_ms=chance.choice([0.0, 5.0, 40.0]),
         decode_ms_per_sequence=chance.choice([0.0, 0.5]),
         transfer_bytes_per_ms=chance.choice([0.0, 1e5, 1e7]),
+        prefill_doubt=chance.choice([0.0, 0.5, 1.0]),
     )
     return worker(
         name,
@@ -117,6 +118,29 @@ def test_a_prompt_is_prefilled_where_it_decodes_once_prefill_workers_are_slow_or
     assert place(query(), [slow, idle], WEIGHTS).names == ("d1", "")
     assert place(query(), [busy, idle], WEIGHTS).names == ("d1", "")
     assert place(query(), [worker("p1"), idle], WEIGHTS).names == ("d1", "p1")
+
+
+def test_a_prefill_worker_whose_first_prompts_took_long_is_tried_again_once_nobody_knows_better() -> None:
+    """Its kernels were compiled then; all prompts go elsewhere, and nothing would ever be measured there again."""
+
+    def chosen(doubt: float) -> str:
+        slow = worker("p1", load=Load(prefill_ms_per_token=2.0, prefill_doubt=doubt))
+        quick = worker("d1", decoding=20, load=Load(prefill_ms_per_token=0.03, decode_step_ms=10.0))
+        return place(query(8000), [slow, quick], WEIGHTS).names[1]
+
+    assert [chosen(doubt) for doubt in (0.0, 0.9)] == ["", "p1"]
+
+
+def test_in_doubt_a_rate_comes_near_that_of_those_who_know() -> None:
+    def rates(doubt: float, doubt_of_peer: float) -> list[float]:
+        own = worker("p1", load=Load(prefill_ms_per_token=4.0, prefill_doubt=doubt))
+        peer = worker("d1", load=Load(prefill_ms_per_token=1.0, prefill_doubt=doubt_of_peer))
+        return [float(rate) for rate in Table.of([own, peer], WEIGHTS).facts.prefill_ms]
+
+    assert rates(0.0, 0.0) == [4.0, 1.0]
+    assert rates(0.75, 0.0) == pytest.approx([4**0.25, 1.0])
+    assert rates(1.0, 0.0) == [1.0, 1.0]
+    assert rates(1.0, 1.0) == [4.0, 1.0], "nobody knows better"
 
 
 def test_running_decodes_are_worth_waiting_for_a_prefill_worker() -> None:

@@ -1,12 +1,13 @@
 """What a worker tells routers of itself, beyond what its engine measures."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
 
 from shared.telemetry import Telemetry
 from shared.worker.admission import Admission
-from shared.worker.measures import MAX_RATIO, Measures
+from shared.worker.measures import KNOWN_BY_TOKENS, KNOWN_FOR_S, MAX_RATIO, Measures
 from tests.unit.engine_rig import Rig
 
 
@@ -46,6 +47,26 @@ def test_a_worker_that_recovers_is_believed_again(measures: Measures) -> None:
     for _ in range(100):
         measures.computed(500.0, 500.0)
     assert ratio(measures) == pytest.approx(1, abs=0.05)
+
+
+def test_rates_of_prompts_are_in_doubt_after_few_tokens_and_after_a_while() -> None:
+    telemetry, rig, now = Telemetry("worker", "w"), Rig(), [0.0]
+    measures = Measures(telemetry.meter, rig.engine, lambda: now[0])
+    assert measures.load(0, 0).prefill_doubt == 1
+    rig.submit("a", 64)
+    rig.finish()
+    assert measures.load(0, 0).prefill_doubt == pytest.approx(1 - 64 / KNOWN_BY_TOKENS, abs=1e-3)
+    for number in range(10):
+        rig.submit(f"more {number}", 128)
+        rig.finish()
+        known = measures.load(0, 0)
+    assert known.prefill_doubt == 0
+    now[0] += KNOWN_FOR_S
+    assert measures.load(0, 0).prefill_doubt == pytest.approx(1 - 1 / math.e, abs=1e-3)
+    rig.submit("again", 128)
+    rig.finish()
+    assert measures.load(0, 0).prefill_doubt == 0
+    telemetry.close()
 
 
 def test_requests_are_counted_while_inside_and_for_ever() -> None:
