@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from protos.forebay.v1.decode_pb2 import GenerateRequest as Request
 from shared.engine.models import tiny
 from shared.errors import WorkerLost
 from tests.oracle import driver, tiny_models
@@ -19,6 +20,7 @@ from tests.services.test_processes import PATIENCE_S, Pair
 from tests.valkey import ValkeyProcess
 
 NUM_TOKENS = 8
+MAX_CONVERSATIONS = 30
 ON_GPUS = ("--device", "cuda", "--kernels", "torch")  # in float32, so that tokens are those of a CPU
 TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 # Every rank is a process that imports torch.
@@ -70,6 +72,16 @@ def test_a_model_that_so_many_ranks_cannot_share_is_refused(tmp_path: Path) -> N
     assert "8 attention heads cannot be shared out evenly to 3 ranks" in done.stderr
 
 
+async def conversation(workers: Pair, num_tokens: int) -> tuple[Request, list[int], Request, list[int]]:
+    """A request and its answer, and the turn that follows on it, whose prefix is best read from the decode worker."""
+    message = workers.request(num_tokens, 24)
+    first = await workers.generate(message)
+    turn = workers.request(0, NUM_TOKENS)
+    turn.prompt_token_ids.extend([*message.prompt_token_ids, *first, 7, 8, 9])
+    turn.placement.kv_source.CopyFrom(turn.placement.decode)
+    return message, first, turn, await workers.generate(turn)
+
+
 @pytest.mark.parametrize(
     ("write", "prefill", "decode", "flags"),
     [
@@ -93,15 +105,14 @@ async def test_pages_go_back_and_forth_between_workers_of_one_and_of_two_ranks_a
     async with pair(tmp_path, valkey, prefill, decode, *flags) as workers:
         ranks = {name: workers.found[name].rank_pids for name in ("prefill", "decode")}
         assert {name: len(pids) + 1 for name, pids in ranks.items()} == {"prefill": prefill, "decode": decode}
-        message = workers.request(90, 24)
-        first = await workers.generate(message)
-        turn = workers.request(0, NUM_TOKENS)
-        turn.prompt_token_ids.extend([*message.prompt_token_ids, *first, 7, 8, 9])
-        turn.placement.kv_source.CopyFrom(turn.placement.decode)
-        second = await workers.generate(turn)
+        # There and back: what the decode worker computed behind the first prompt, the prefill worker pulls, once it is
+        # connected: before, such a short prefix is sooner computed.
+        for num_tokens in range(90, 90 + MAX_CONVERSATIONS):
+            message, first, turn, second = await conversation(workers, num_tokens)
+            if workers.measure("prefill", "forebay_transfer_bytes_total") > 0:
+                break
         for measure in ("forebay_prefill_fallbacks_total", "forebay_stale_releases_total"):
             assert workers.measure("decode", measure) == 0
-        # There and back: what the decode worker computed behind the first prompt, the prefill worker pulled.
         assert all(workers.measure(name, "forebay_transfer_bytes_total") > 0 for name in ranks)
         right = 'forebay_checked_pages_total{outcome="right"}'
         assert all((workers.measure(name, right) > 0) is ("--checksums" in flags) for name in ranks)
