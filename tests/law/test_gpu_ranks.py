@@ -69,7 +69,7 @@ def sums(rank: int, port: int) -> None:
     for num_rows in (1, 3, 64, 600):
         parts = [torch.zeros(num_rows, 1536, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
         own, (stream, gain) = parts[rank], parts[2:]
-        group.sum(own)
+        group.sum(own), group.join(own), group.add(own, stream, gain[0])  # nothing may be compiled during a capture
         assert group.by_peers
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
