@@ -22,7 +22,7 @@ from shared.engine.kernels import cuda_products, triton_dense, triton_paged, w4a
 from shared.engine.kernels.cuda_products import CudaProducts, Normed, Residual
 from shared.engine.kernels.flashinfer_paged import PagedAttention, PagedShape
 from shared.engine.kernels.w4a16 import PackedWeight, Weight
-from shared.engine.layers import rope
+from shared.engine.layers import captured, rope
 from shared.engine.layers.vocabulary import Embedding
 from shared.engine.models.config import DenseConfig
 from shared.engine.models.weights import DenseWeights, LayerOf
@@ -137,14 +137,7 @@ class CudaDecoder:
                 return self._group.join(self._fused(self._products, rows, attend, kv))
             return self._group.join(self._product(self._hidden(rows, attend, kv), self._head))
 
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):  # compiles what is compiled at first use
-            logits()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads move pages meanwhile
-            found = logits()
+        graph, found = captured.record(logits, self._device)
         return Graph(graph, inputs, num_done, found)
 
     def _hidden(self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor) -> torch.Tensor:
