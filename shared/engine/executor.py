@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, SampledToken, Step
+from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, Recorded, SampledToken, Step
 from shared.engine.batch import build
 from shared.engine.kv.layout import KvLayout, compatibility_hash
 from shared.engine.kv.memory import HostMemory, PoolMemory
@@ -59,6 +59,11 @@ class TorchExecutor:
         self._sampler = kind(num_tokens or spec.vocab_size, spec.eos_token_ids)
         self._drafter = None if drafts is None else MtpDrafter(drafts, self._sampler, self.layout)
         self._chosen = torch.empty(0, dtype=torch.int64, device=self._pool.device)
+
+    @property
+    def recorded(self) -> Recorded | None:
+        """Which steps are recorded at their first use."""
+        return self.model.recorded
 
     @property
     def proposes(self) -> bool:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kernels import cuda_products, triton_dense, triton_paged, w4a4
 from shared.engine.kernels.cuda_products import CudaProducts, Normed, Residual
@@ -43,7 +44,7 @@ Matrix = Weight | w4a4.Weight
 @dataclass(frozen=True, slots=True)
 class Graph:
     """A captured step. Its inputs lie one behind the other in `inputs`: token ids, positions and slots of T rows, S
-    context lengths, S + 1 page starts, page ids."""
+    context lengths, S + 1 page starts, page ids. `logits` are there until the next graph is replayed."""
 
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
@@ -57,6 +58,7 @@ class CudaDecoder:
     `config` is that of this rank's share, but for the vocabulary, which is the whole one."""
 
     num_torch_threads = 1
+    recorded: Recorded | None = Recorded(GRAPH_SIZES, MAX_GRAPH_WIDTH)
 
     def __init__(
         self,
@@ -83,6 +85,7 @@ class CudaDecoder:
         is_packed = any(isinstance(matrix, PackedWeight) for matrix in matrices)
         self._max_fused = (cuda_products.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
         self._graphs: dict[tuple[int, int], Graph] = {}
+        self._recorder = captured.Recorder(device)
         self._paged: PagedAttention | None = None
 
     def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
@@ -137,8 +140,8 @@ class CudaDecoder:
                 return self._group.join(self._fused(self._products, rows, attend, kv))
             return self._group.join(self._product(self._hidden(rows, attend, kv), self._head))
 
-        graph, found = captured.record(logits, self._device)
-        return Graph(graph, inputs, num_done, found)
+        graph, found = self._recorder.record(logits)
+        return Graph(graph, inputs, num_done, captured.lent(found))
 
     def _hidden(self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor) -> torch.Tensor:
         """The last norm's output [T, hidden]. `rows` int32 [3, T]: token ids, positions and slots."""

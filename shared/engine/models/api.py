@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kv.layout import KvLayout
 from shared.engine.parallel.group import Alone, Group
@@ -72,12 +73,13 @@ class DraftLayer(Protocol):
 
 class Model(Protocol):
     """A loaded model. `num_torch_threads` is what torch may use during its steps, sampling included: one where kernels
-    bring threads of their own, which torch's would only spin against."""
+    bring threads of their own, which torch's would only spin against. `recorded` is as in `engine.api.Executor`."""
 
     vocab_size: int
     max_position: int
     eos_token_ids: tuple[int, ...]
     num_torch_threads: int
+    recorded: Recorded | None
     draft_layer: DraftLayer | None
 
     def layout(self, page_size: int) -> KvLayout:

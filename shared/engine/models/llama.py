@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kernels import build, cuda_products, native
 from shared.engine.kernels.cuda_products import CudaProducts
@@ -31,6 +32,7 @@ class Decoder(Protocol):
     """(batch, kv [pages, layers, 2, Hkv, page_size, D]) -> logits float32 [R, vocab_size or more]."""
 
     num_torch_threads: int
+    recorded: Recorded | None
 
     def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
         """Compute a step."""
@@ -49,6 +51,7 @@ class Llama:
         self.max_position = config.max_position
         self.eos_token_ids = config.eos_token_ids
         self.num_torch_threads = decoder.num_torch_threads
+        self.recorded = decoder.recorded
         self.draft_layer: DraftLayer | None = None
         self._config = config
         self._dtype = dtype
