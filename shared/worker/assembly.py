@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from shared.engine.api import Executor
 from shared.engine.engine import Engine
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.store import KvStore
+from shared.engine.meter import Meter
 from shared.engine.speculation.ngram import NgramProposer
 from shared.engine.speculation.speculator import Speculation
+from shared.engine.warm_up import Scope, warm_up
 from shared.errors import Unsupported
 from shared.models import store
 from shared.worker.config import WorkerConfig
@@ -35,21 +37,47 @@ class Assembled:
     ranks: Sequence[RankProcess] = ()
 
 
-def assemble(config: WorkerConfig) -> Assembled:
-    """Load the model and set the engine up. Raises a Fault if that is not possible."""
+def assemble(
+    config: WorkerConfig, *, generates: bool = True, is_wanted: Callable[[], bool] = lambda: True
+) -> Assembled:
+    """Load the model, set the engine up and warm it up, as long as it `is_wanted`; one that does not generate computes
+    prompts for others. Raises a Fault if that is not possible."""
     if config.tensor_parallel > 1 and config.engine == "sim":
         raise Unsupported("the sim engine is for workers of one rank")
     executor, model_path, layout, ranks = _sim(config) if config.engine == "sim" else _torch(config)
-    spec = executor.spec
-    kv = KvStore(spec.num_pages, spec.layout.page_size, config.lease_ttl_ms)
-    engine = Engine(
-        executor,
-        kv,
-        max_step_tokens=config.max_step_tokens,
-        max_num_sequences=config.max_num_sequences,
-        speculation=_speculation(config, executor),
-    )
-    return Assembled(engine, model_path, layout, ranks)
+    try:
+        return Assembled(_engine(config, executor, generates, is_wanted), model_path, layout, ranks)
+    except BaseException:
+        for rank in ranks:
+            rank.close()
+        raise
+
+
+def _engine(config: WorkerConfig, executor: Executor, generates: bool, is_wanted: Callable[[], bool]) -> Engine:
+    spec, speculation = executor.spec, _speculation(config, executor)
+
+    def made(kv: KvStore, meter: Meter) -> Engine:
+        return Engine(
+            executor,
+            kv,
+            max_step_tokens=config.max_step_tokens,
+            max_num_sequences=config.max_num_sequences,
+            speculation=speculation,
+            meter=meter,
+        )
+
+    meter = Meter()
+    if config.warm_up_s and config.engine != "sim":  # whose rates are what it is told, and which makes nothing
+        scope = Scope(
+            spec,
+            executor.recorded,
+            config.max_step_tokens,
+            config.max_num_sequences,
+            max_drafts=speculation.num_drafts,
+            generates=generates,
+        )
+        meter = warm_up(scope, made, config.warm_up_s, is_wanted)
+    return made(KvStore(spec.num_pages, spec.layout.page_size, config.lease_ttl_ms), meter)
 
 
 def _speculation(config: WorkerConfig, executor: Executor) -> Speculation:

@@ -40,6 +40,13 @@ class WorkerConfig(ServiceConfig):
     max_queued_tokens: int = Field(
         0, ge=0, description="Prompt tokens that routers send before earlier ones are computed; 0 takes 16 full steps."
     )
+    warm_up_s: float = Field(
+        120.0,
+        ge=0,
+        description="Time for computing every kind of step once before the worker is found, so that no request waits "
+        "for kernels to be compiled, and no rate is measured meanwhile; what is left then is made at first use. 0: no "
+        "time.",
+    )
     lease_ttl_ms: int = Field(10_000, ge=100, description="Life of a lease on KV pages unless renewed.")
     checksums: bool = Field(
         False, description="Hand pages over with checksums, which readers verify; costs both sides a pass over them."
