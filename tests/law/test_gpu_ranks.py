@@ -32,7 +32,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
 
 PATIENCE_S = 60.0
 ABOUT_EQUAL = 0.1  # between two log probabilities
-NUM_PROMPTS, NUM_TOKENS = 16, 12
+# Kernels are compiled for every number of rows that a graph has, in every process anew, which takes most of the time of
+# these tests. So there are three kinds of steps: prompts, beside which others generate, and one and two that generate.
+NUM_PROMPTS, NUM_TOKENS, NUM_AT_ONCE, STEP_TOKENS = 12, 8, 2, 64
 
 
 def on_each(num_ranks: int, work: Any) -> None:
@@ -110,14 +112,14 @@ def two_ranks(path: Path) -> Iterator[ParallelExecutor]:
 
 def requests() -> list[EngineRequest]:
     sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, num_logprobs=2)
-    prompts = [random.Random(number).choices(range(3, 500), k=1 + 5 * number) for number in range(NUM_PROMPTS)]
+    prompts = [random.Random(number).choices(range(3, 500), k=10 + 3 * number) for number in range(NUM_PROMPTS)]
     return [EngineRequest(str(len(prompt)), tuple(prompt), sampling) for prompt in prompts]
 
 
 def said(executor: Any) -> dict[str, list[SampledToken]]:
-    """All requests at once, in chunks, so that steps of every kind are computed."""
+    """All requests, a few at once, so that steps are computed that mix prompts with those that generate."""
     kv = KvStore(executor.spec.num_pages, 16, 10_000)
-    engine = Engine(executor, kv, max_step_tokens=48, max_num_sequences=NUM_PROMPTS)
+    engine = Engine(executor, kv, max_step_tokens=STEP_TOKENS, max_num_sequences=NUM_AT_ONCE)
     found: dict[str, list[SampledToken]] = {}
     for request in requests():
         found[request.request_id] = []
