@@ -108,6 +108,7 @@ def _torch(config: WorkerConfig) -> Parts:
         "pool_bytes": config.kv_cache_mb << 20,
         "max_model_len": config.max_model_len or None,
         "kernels": config.kernels,
+        "attention": config.attention,
         "kv_dtype": config.kv_dtype,
         "mtp": config.speculation in ("auto", "mtp"),
         "rejection": config.verification == "rejection",

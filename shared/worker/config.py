@@ -26,6 +26,12 @@ class WorkerConfig(ServiceConfig):
         description="cpu, cuda or cuda:N; auto takes a GPU if any. Ranks take consecutive ones, from this on.",
     )
     kernels: str = Field("auto", description="cuda, native, torch or w4a4; auto takes the first that can serve.")
+    attention: str = Field(
+        "auto",
+        pattern="^(auto|fa2|fa3)$",
+        description="Kernels for prompts of dense models on a GPU, of FlashInfer; fa3 is for Hopper, somewhat faster and "
+        "takes minutes to compile once, where fa2 takes half of one. auto: FlashInfer's choice.",
+    )
     page_size: int = Field(16, ge=1, le=1024, description="Tokens per KV page.")
     kv_cache_mb: int = Field(1024, ge=1, description="Memory for KV pages, in MiB, of each rank.")
     num_pages: int = Field(0, ge=0, description="Number of KV pages; 0 takes as many as kv_cache_mb has room for.")

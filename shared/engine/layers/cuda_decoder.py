@@ -55,6 +55,7 @@ class Graph:
 class CudaDecoder:
     """Satisfies `models.llama.Decoder`, for batches in host memory and weights and pages on the GPU. Without `products`
     everything is dequantized. With `fp4`, what is stored for products in FP4 has them, of few tokens and of many.
+    `attention` names the kernels for prompts.
     `config` is that of this rank's share, but for the vocabulary, which is the whole one."""
 
     num_torch_threads = 1
@@ -68,8 +69,9 @@ class CudaDecoder:
         products: CudaProducts | None,
         group: Group,
         fp4: w4a4.Products | None = None,
+        attention: str = "auto",
     ) -> None:
-        self._config, self._group = config, group
+        self._config, self._group, self._attention = config, group, attention
         embedding, self._norm = weights.embedding(), weights.final_norm()
         self._embedding = Embedding(embedding, config.vocab_size, group)
         self._head = _head(weights, embedding, group, is_packed=products is not None, is_fp4=fp4 is not None)
@@ -96,7 +98,9 @@ class CudaDecoder:
         if uniform and fits and width <= MAX_GRAPH_WIDTH:
             return self._replay(batch, width, kv)
         config = self._config
-        shape = PagedShape(config.num_heads, config.num_kv_heads, config.head_dim, kv.shape[4], kv.dtype)
+        shape = PagedShape(
+            config.num_heads, config.num_kv_heads, config.head_dim, kv.shape[4], kv.dtype, self._attention
+        )
         self._paged = self._paged or PagedAttention(shape, self._device)
         self._paged.plan(batch)
         places = torch.stack((batch.positions, _slots(batch, kv.shape[4])))

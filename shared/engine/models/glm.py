@@ -41,6 +41,7 @@ class Glm:
         self.eos_token_ids = config.eos_token_ids
         self.num_torch_threads = placement.num_threads
         self.recorded: Recorded | None = None
+        self.arithmetic = placement.arithmetic(fp4=fp4_experts)
         self._config, self._kv_dtype = config, placement.kv_format
         self.frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta)
         self.embedding = Embedding(weights.embedding(), config.vocab_size, placement.group)

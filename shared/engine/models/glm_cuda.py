@@ -29,6 +29,7 @@ class GlmOnCuda:
         self.vocab_size, self.max_position = config.vocab_size, config.max_position
         self.eos_token_ids = config.eos_token_ids
         self.recorded: Recorded | None = cuda_glm.recorded(config.max_position)
+        self.arithmetic = placement.arithmetic(fp4=fp4 is not None)
         self._config, self._group = config, placement.group
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
         read = [read_layer(weights, index, fp4) for index in layers]
