@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 # A prompt of so many full steps shows what a token costs that has many before it. Where nothing is made at first use
 # there is only a rate to find, and few tokens do for that.
 NUM_CHUNKS = 4
-FEW_TOKENS, FEW_SEQUENCES = 128, (4, 1)
+FEW_TOKENS, FEW_SEQUENCES = 64, (4, 1)
 # Other prompts are this long, twice as long and so on, and one token more: kernels are compiled anew for numbers that
 # sixteen divides.
 LEAST_PROMPT = 16
@@ -84,10 +84,10 @@ class Kind:
 
 def kinds(scope: Scope) -> Iterator[Kind]:
     """Those of the first round: whatever makes something that is not there yet."""
-    if scope.recorded is None:
-        yield from measured(scope)
-        return
     page_size, most = scope.spec.layout.page_size, scope.most_tokens
+    if scope.recorded is None:
+        yield Kind(min(LEAST_PROMPT, most))  # all weights are looked at once
+        return
     budget = min(scope.max_step_tokens, most)
     deepest = max(NUM_CHUNKS * budget, MOST_CONTEXT if scope.recorded.rooms else 0)
     yield Kind(min(most, deepest), common=True)

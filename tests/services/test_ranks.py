@@ -103,6 +103,10 @@ async def test_pages_go_back_and_forth_between_workers_of_one_and_of_two_ranks_a
 ) -> None:
     write(tmp_path)
     async with pair(tmp_path, valkey, prefill, decode, *flags) as workers:
+        for worker in workers.found.values():  # warmed up, with no trace in the books
+            assert worker.load.prefill_ms_per_token > 0
+            assert worker.load.num_steps == 0
+            assert worker.pages.free == worker.pages.total
         ranks = {name: workers.found[name].rank_pids for name in ("prefill", "decode")}
         assert {name: len(pids) + 1 for name, pids in ranks.items()} == {"prefill": prefill, "decode": decode}
         # There and back: what the decode worker computed behind the first prompt, the prefill worker pulls, once it is

@@ -21,8 +21,8 @@ MAX_TOKENS, MAX_SEQUENCES, MAX_DRAFTS = 64, 8, 3
 
 
 class Recording(SimExecutor):
-    """Computes nothing for some time, which passes on a clock of its own; notes what is asked of it. The first step of
-    each kind takes a second longer."""
+    """Computes nothing for some time, which passes on a clock of its own; notes what is asked of it. If it records
+    steps, the first one of each kind takes a second longer."""
 
     def __init__(self, model: SimModel, num_pages: int, recorded: Recorded | None = RECORDED) -> None:
         self.now, self.recorded = 0.0, recorded
@@ -37,7 +37,7 @@ class Recording(SimExecutor):
 
     def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
         shape = tuple(len(item.token_ids) for item in batch)
-        self.now += shape not in self.shapes
+        self.now += self.recorded is not None and shape not in self.shapes
         self.shapes.append(shape)
         self.drafts.append(tuple(item.num_drafts for item in batch))
         self.starts.append(tuple(item.start for item in batch))
