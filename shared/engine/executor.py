@@ -159,10 +159,11 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     `dtype` is "bfloat16" or "float32"; `device` "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one (for each
     rank: they take consecutive ones); `max_model_len` at most, and by default, what the model was made for.
     `kernels` is "auto" or one of "cuda", "native", "torch", "w4a4"; compiled ones are kept in `cache_dir`
-    (`$FOREBAY_CACHE`). `attention` is "auto", "fa2" or "fa3": FlashInfer's kernels for prompts on a GPU. Of several ranks this is the one at `shard`, `group` is its view of them, and the pool its own.
-    `kv_dtype` is "auto" for `dtype`, or one of `kv.formats.KV_DTYPES`. With `mtp` the model's own layer proposes
-    drafts, if it has one, and with `rejection` they are verified by rejection sampling. Raises Unsupported for a model
-    or dtype that cannot be served, and for a pool that holds no page.
+    (`$FOREBAY_CACHE`). `attention` is "auto", "fa2" or "fa3": FlashInfer's kernels for prompts on a GPU. Of several
+    ranks this is the one at `shard`, `group` is its view of them, and the pool its own. `kv_dtype` is "auto" for
+    `dtype`, or one of `kv.formats.KV_DTYPES`. With `mtp` the model's own layer proposes drafts, if it has one, and with
+    `rejection` they are verified by rejection sampling. Raises Unsupported for a model or dtype that cannot be served,
+    and for a pool that holds no page.
     """
     if dtype not in DTYPES:
         raise Unsupported(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")

@@ -2,8 +2,8 @@
 
 What is made at first use (kernels compiled, graphs recorded, libraries built) takes seconds, which the first requests
 would wait for, and rates that are measured meanwhile say nothing of the steps that follow. So a worker computes its own
-kinds of steps before it can be found: as sequences of an engine like its own, over the same executor and pages, which is
-thrown away with its books. What stays is what was made, and the rates of a second, warm round.
+kinds of steps before it can be found: as sequences of an engine like its own, over the same executor and pages, which
+is thrown away with its books. What stays is what was made, and the rates of a second, warm round.
 """
 
 import logging

@@ -29,7 +29,7 @@ class WorkerConfig(ServiceConfig):
     attention: str = Field(
         "auto",
         pattern="^(auto|fa2|fa3)$",
-        description="Kernels for prompts of dense models on a GPU, of FlashInfer; fa3 is for Hopper, somewhat faster and "
+        description="FlashInfer's kernels for prompts of dense models on a GPU; fa3 is for Hopper, somewhat faster and "
         "takes minutes to compile once, where fa2 takes half of one. auto: FlashInfer's choice.",
     )
     page_size: int = Field(16, ge=1, le=1024, description="Tokens per KV page.")

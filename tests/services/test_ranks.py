@@ -122,8 +122,8 @@ async def test_pages_go_back_and_forth_between_workers_of_one_and_of_two_ranks_a
         assert all((workers.measure(name, right) > 0) is ("--checksums" in flags) for name in ranks)
         (lost,) = (*ranks["prefill"], *ranks["decode"])
         os.kill(lost, signal.SIGKILL)
-        worker = workers.processes["prefill" if ranks["prefill"] else "decode"]
-        assert await asyncio.to_thread(worker.wait, PATIENCE_S) == 1
+        ended = workers.processes["prefill" if ranks["prefill"] else "decode"]
+        assert await asyncio.to_thread(ended.wait, PATIENCE_S) == 1
     executor = driver.load(tmp_path)
     assert first == driver.generate(executor, list(message.prompt_token_ids), 24)
     assert second == driver.generate(executor, list(turn.prompt_token_ids), NUM_TOKENS)

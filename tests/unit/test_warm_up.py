@@ -15,7 +15,7 @@ from shared.engine.warm_up import Scope, warm_up
 from shared.errors import Internal
 from tests.unit.behind import Behind
 
-MODEL = SimModel(vocab_size=500, max_model_len=4000, prefill_ms_per_token=0.5, decode_ms=7.0, decode_ms_per_sequence=2.0)
+MODEL = SimModel(max_model_len=4000, prefill_ms_per_token=0.5, decode_ms=7.0, decode_ms_per_sequence=2.0)
 RECORDED = Recorded((1, 2, 4, 8), max_width=4)
 MAX_TOKENS, MAX_SEQUENCES, MAX_DRAFTS = 64, 8, 3
 
@@ -51,7 +51,8 @@ class Rig:
         self.executor, self.own = executor, Behind(executor) if behind else executor
         self.stores: list[KvStore] = []
         self.scope = replace(
-            Scope(executor.spec, executor.recorded, MAX_TOKENS, MAX_SEQUENCES, MAX_DRAFTS), **scope  # type: ignore[arg-type]
+            Scope(executor.spec, executor.recorded, MAX_TOKENS, MAX_SEQUENCES, MAX_DRAFTS),
+            **scope,  # type: ignore[arg-type]
         )
 
     def engine(self, kv: KvStore, meter: Meter) -> Engine:
@@ -86,7 +87,7 @@ def test_prompts_of_every_magnitude_are_computed_and_one_of_several_full_steps()
     Rig(executor).warm_up()
     alone = {shape[0] for shape in executor.shapes if len(shape) == 1}
     assert {16, 17, 32, 33, MAX_TOKENS, *range(1, 1 + RECORDED.max_width)} <= alone
-    assert executor.shapes[: 4] == [(MAX_TOKENS,)] * 4
+    assert executor.shapes[:4] == [(MAX_TOKENS,)] * 4
 
 
 def test_rates_are_those_of_warm_steps() -> None:
