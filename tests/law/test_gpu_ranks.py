@@ -98,7 +98,7 @@ def test_sums_over_gpus_equal_their_twins_in_whatever_order_they_are_replayed() 
 
 def settings(path: Path, **changes: Any) -> dict[str, Any]:
     fixed = {"model_dir": path, "model_name": "tiny", "dtype": "bfloat16", "page_size": 16, "num_threads": 1}
-    return fixed | {"device": "cuda", "kernels": "cuda", "num_pages": 96} | changes
+    return fixed | {"device": "cuda", "kernels": "cuda", "attention": "fa2", "num_pages": 96} | changes
 
 
 @contextmanager
