@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 # A prompt of so many full steps shows what a token costs that has many before it. Where nothing is made at first use
 # there is only a rate to find, and few tokens do for that.
 NUM_CHUNKS = 4
-FEW_TOKENS, FEW_SEQUENCES = 64, (4, 1)
+FEW_TOKENS, FEW_SEQUENCES = 64, 4
 # Other prompts are this long, twice as long and so on, and one token more: kernels are compiled anew for numbers that
 # sixteen divides.
 LEAST_PROMPT = 16
@@ -82,24 +82,30 @@ class Kind:
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
+def least(scope: Scope) -> list[Kind]:
+    """A long prompt, and a sequence that generates alone: what rates cannot do without."""
+    num_tokens = NUM_CHUNKS * scope.max_step_tokens if scope.recorded else min(scope.max_step_tokens, FEW_TOKENS)
+    prompt = Kind(min(scope.most_tokens, num_tokens), common=True)
+    alone = Kind(_behind_pages(scope, 1), 1, True, MANY if scope.recorded else FEW)
+    return [prompt, alone] if scope.generates else [prompt]
+
+
 def kinds(scope: Scope) -> Iterator[Kind]:
-    """Those of the first round: whatever makes something that is not there yet."""
+    """Those of the first round besides: whatever makes something that is not there yet."""
     page_size, most = scope.spec.layout.page_size, scope.most_tokens
     if scope.recorded is None:
-        yield Kind(min(LEAST_PROMPT, most))  # all weights are looked at once
         return
-    budget = min(scope.max_step_tokens, most)
-    deepest = max(NUM_CHUNKS * budget, MOST_CONTEXT if scope.recorded.rooms else 0)
-    yield Kind(min(most, deepest), common=True)
-    num_tokens = LEAST_PROMPT
+    if scope.recorded.rooms:
+        yield Kind(min(most, MOST_CONTEXT), common=True)
+    num_tokens, budget = LEAST_PROMPT, min(scope.max_step_tokens, most)
     while num_tokens < budget:
         yield from (Kind(num_tokens), Kind(num_tokens + 1))
         num_tokens *= 2
+    if scope.generates:
+        yield from _generating(scope, scope.recorded)
     for rest in range(1, scope.recorded.max_width + 1):  # behind what is cached little may be left
         if page_size + rest <= most:
             yield Kind(page_size + rest, common=True)
-    if scope.generates:
-        yield from _generating(scope, scope.recorded)
 
 
 def _generating(scope: Scope, recorded: Recorded) -> Iterator[Kind]:
@@ -113,19 +119,16 @@ def _generating(scope: Scope, recorded: Recorded) -> Iterator[Kind]:
             for num_drafts in range(most_drafts, -1, -1):
                 yield Kind(num_tokens, size, True, max(FEW, num_drafts + 1), num_drafts)
     for params in SAMPLED:
-        for size in sorted({1, min(FEW_SEQUENCES[0], scope.max_num_sequences)}):
+        for size in sorted({1, min(FEW_SEQUENCES, scope.max_num_sequences)}):
             yield Kind(_behind_pages(scope, 1), size, True, FEW, sampling=SamplingParams(**params))
 
 
-def measured(scope: Scope) -> Iterator[Kind]:
+def measured(scope: Scope) -> list[Kind]:
     """Those of the second round, which tell how fast prompts and generation are. What comes last counts most."""
-    few = scope.recorded is None
-    num_tokens = min(scope.max_step_tokens, FEW_TOKENS) if few else NUM_CHUNKS * scope.max_step_tokens
-    yield Kind(min(scope.most_tokens, num_tokens), common=True)
-    if scope.generates:
-        context = _behind_pages(scope, 1)
-        for size in _sizes(scope, FEW_SEQUENCES[::-1] if scope.recorded is None else scope.recorded.sizes, context):
-            yield Kind(context, size, True, FEW if few or size > 1 else MANY)
+    prompt, *alone = least(scope)
+    sizes = scope.recorded.sizes if scope.recorded else (FEW_SEQUENCES,)
+    more = [size for size in _sizes(scope, sizes, alone[0].num_tokens) if size > 1] if alone else []
+    return [prompt, *(replace(alone[0], num_sequences=size, num_outputs=FEW) for size in more), *alone]
 
 
 def _sizes(scope: Scope, sizes: tuple[int, ...], num_tokens: int) -> list[int]:
@@ -184,24 +187,27 @@ def warm_up(
     is_wanted: Callable[[], bool] = lambda: True,
     clock: Callable[[], float] = time.monotonic,
 ) -> Meter:
-    """Compute steps of every kind; the rates of the warm ones. No kind is begun after `budget_s`, or once it
-    `is_wanted` no longer. Raises Internal for a step that fails, as it would for a client, and WorkerLost."""
-    rounds, started = [list(kinds(scope)), list(measured(scope))], clock()
-    num_kinds, num_done, told, rates = sum(map(len, rounds)), 0, started, Meter()
-    log.info("warming up: %d kinds of steps, for at most %.0f s", num_kinds, budget_s)
-    for number, round_ in enumerate(rounds):
-        rehearsal = Rehearsal(scope, make_engine)
-        for kind in round_:
-            if not is_wanted() or clock() - started > budget_s:
-                log.warning("%d of %d kinds of steps were not warmed up in time", num_kinds - num_done, num_kinds)
-                return rates
+    """Compute steps of every kind; the rates of the warm ones. After `budget_s` only the least is computed, and nothing
+    once it `is_wanted` no longer. Raises Internal for a step that fails, as it would for a client, and WorkerLost."""
+    started, first, more = clock(), least(scope), list(kinds(scope))
+    log.info("warming up: %d kinds of steps, for %.0f s or so", len(first) + len(more), budget_s)
+    made, told, rehearsal = 0, started, Rehearsal(scope, make_engine)
+    for kind in (*first, *more):
+        if not is_wanted() or (made >= len(first) and clock() - started > budget_s):
+            break
+        rehearsal.run(kind)
+        made += 1
+        if clock() - told > SAY_AGAIN_S:
+            told = clock()
+            log.info("warming up: %d of %d kinds of steps after %.0f s", made, len(first) + len(more), told - started)
+    in_time = made == len(first) + len(more)
+    if not in_time:
+        log.warning("time was up: %d kinds of steps are made ready at first use", len(first) + len(more) - made)
+    rehearsal = Rehearsal(scope, make_engine)
+    for kind in measured(scope) if in_time else first:
+        if is_wanted():
             rehearsal.run(kind)
-            num_done += 1
-            if clock() - told > SAY_AGAIN_S:
-                told = clock()
-                log.info("warming up: %d of %d kinds of steps after %.0f s", num_done, num_kinds, told - started)
-        if number:
-            rates = rehearsal.meter
+    rates = rehearsal.meter
     rates.num_steps = 0  # nobody asked for these
     log.info(
         "warmed up in %.1f s: a prompt takes %.3f ms a token, a step that generates %.2f ms",

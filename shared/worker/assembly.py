@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from shared.worker.rank_process import RankProcess
 
 log = logging.getLogger(__name__)
 
-# An executor, the directory of its model, the layout of its pages, and the other ranks.
-Parts = tuple[Executor, str, KvLayout, Sequence[RankProcess]]
+# An executor, the same with more patience for kernels that are compiled, the directory of its model, the layout of its
+# pages, and the other ranks.
+Parts = tuple[Executor, Executor, str, KvLayout, Sequence[RankProcess]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,40 +46,31 @@ def assemble(
     prompts for others. Raises a Fault if that is not possible."""
     if config.tensor_parallel > 1 and config.engine == "sim":
         raise Unsupported("the sim engine is for workers of one rank")
-    executor, model_path, layout, ranks = _sim(config) if config.engine == "sim" else _torch(config)
+    executor, patient, model_path, layout, ranks = _sim(config) if config.engine == "sim" else _torch(config)
     try:
-        return Assembled(_engine(config, executor, generates, is_wanted), model_path, layout, ranks)
+        speculation, spec = _speculation(config, executor), executor.spec
+        meter = Meter()
+        if config.warm_up_s and config.engine != "sim":  # whose rates are what it is told, and which makes nothing
+            sizes = (config.max_step_tokens, config.max_num_sequences, speculation.num_drafts)
+            scope = Scope(spec, executor.recorded, *sizes, generates=generates)
+            meter = warm_up(scope, partial(_engine, config, speculation, patient), config.warm_up_s, is_wanted)
+        kv = KvStore(spec.num_pages, spec.layout.page_size, config.lease_ttl_ms)
+        return Assembled(_engine(config, speculation, executor, kv, meter), model_path, layout, ranks)
     except BaseException:
         for rank in ranks:
             rank.close()
         raise
 
 
-def _engine(config: WorkerConfig, executor: Executor, generates: bool, is_wanted: Callable[[], bool]) -> Engine:
-    spec, speculation = executor.spec, _speculation(config, executor)
-
-    def made(kv: KvStore, meter: Meter) -> Engine:
-        return Engine(
-            executor,
-            kv,
-            max_step_tokens=config.max_step_tokens,
-            max_num_sequences=config.max_num_sequences,
-            speculation=speculation,
-            meter=meter,
-        )
-
-    meter = Meter()
-    if config.warm_up_s and config.engine != "sim":  # whose rates are what it is told, and which makes nothing
-        scope = Scope(
-            spec,
-            executor.recorded,
-            config.max_step_tokens,
-            config.max_num_sequences,
-            max_drafts=speculation.num_drafts,
-            generates=generates,
-        )
-        meter = warm_up(scope, made, config.warm_up_s, is_wanted)
-    return made(KvStore(spec.num_pages, spec.layout.page_size, config.lease_ttl_ms), meter)
+def _engine(config: WorkerConfig, speculation: Speculation, executor: Executor, kv: KvStore, meter: Meter) -> Engine:
+    return Engine(
+        executor,
+        kv,
+        max_step_tokens=config.max_step_tokens,
+        max_num_sequences=config.max_num_sequences,
+        speculation=speculation,
+        meter=meter,
+    )
 
 
 def _speculation(config: WorkerConfig, executor: Executor) -> Speculation:
@@ -115,7 +108,7 @@ def _torch(config: WorkerConfig) -> Parts:
     }
     if config.tensor_parallel == 1:
         executor = load_executor(**settings)
-        return executor, str(path), executor.layout, ()
+        return executor, executor, str(path), executor.layout, ()
     return _ranked(config, path, settings)
 
 
@@ -127,7 +120,8 @@ def _ranked(config: WorkerConfig, path: Path, settings: dict[str, Any]) -> Parts
     ranks = Ranks(settings, config.tensor_parallel, config.expert_split, config.rank_timeout_ms / 1000, log)
     own = ranks.executor
     patience_s = config.rank_timeout_ms / 1000
-    return ParallelExecutor(own, ranks.others, patience_s), str(path), own.layout, ranks.others
+    patient = ParallelExecutor(own, ranks.others, max(patience_s, config.warm_up_s))
+    return ParallelExecutor(own, ranks.others, patience_s), patient, str(path), own.layout, ranks.others
 
 
 def _sim(config: WorkerConfig) -> Parts:
@@ -143,4 +137,4 @@ def _sim(config: WorkerConfig) -> Parts:
         draft_acceptance=config.sim_draft_acceptance,
     )
     executor = SimExecutor(model, config.num_pages or (config.kv_cache_mb << 20) // model.layout.page_bytes)
-    return executor, "", model.layout, ()
+    return executor, executor, "", model.layout, ()

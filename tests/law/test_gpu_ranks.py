@@ -4,13 +4,16 @@ Parts of a sum are rounded to bfloat16 before they are added, so two ranks are n
 compared up to where one rank found two of them about equally likely, and what each takes them to be all the way there.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import random
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +40,36 @@ ABOUT_EQUAL = 0.1  # between two log probabilities
 NUM_PROMPTS, NUM_TOKENS, NUM_AT_ONCE, STEP_TOKENS = 12, 8, 2, 64
 
 
-def on_each(num_ranks: int, work: Any) -> None:
-    """Run work(rank, port of a store) in a process for each rank."""
+def on_each(num_ranks: int, work: Any, logs: Path) -> None:
+    """Run work(rank, port of a store) in a process for each rank. The others would wait for one that fails, so they end
+    with it; one that takes too long says where it is."""
     store, context = host_store(PATIENCE_S), multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=ended, args=(work, rank, store.port), daemon=True) for rank in range(num_ranks)]
+    ranks = [
+        context.Process(target=ended, args=(work, rank, store.port, logs / str(rank))) for rank in range(num_ranks)
+    ]
     for rank in ranks:
         rank.start()
-    for rank in ranks:
-        rank.join(2 * PATIENCE_S)
-    assert [rank.exitcode for rank in ranks] == [0] * num_ranks
+    running = list(ranks)
+    while running and all(rank.exitcode in (None, 0) for rank in ranks):
+        wait([rank.sentinel for rank in running])
+        running = [rank for rank in running if rank.exitcode is None]
+    for rank in running:
+        rank.kill()
+    said = "\n".join(f"rank {log.name}:\n{log.read_text()}" for log in sorted(logs.iterdir()))
+    assert [rank.exitcode for rank in ranks] == [0] * num_ranks, said
 
 
-def ended(work: Any, rank: int, port: int) -> None:
+def ended(work: Any, rank: int, port: int, log: Path) -> None:
     """Work, and end at once: NCCL would say good-bye to a rank that may have failed."""
-    try:
-        work(rank, port)
-        torch.cuda.synchronize()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+    with log.open("w") as said:
+        os.dup2(said.fileno(), sys.stderr.fileno())
+        faulthandler.dump_traceback_later(PATIENCE_S, exit=True, file=said)
+        try:
+            work(rank, port)
+            torch.cuda.synchronize()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
     os._exit(0)
 
 
@@ -92,8 +106,8 @@ def sums(rank: int, port: int) -> None:
             torch.testing.assert_close(squares.sum(1), twin_squares.sum(1))
 
 
-def test_sums_over_gpus_equal_their_twins_in_whatever_order_they_are_replayed() -> None:
-    on_each(2, sums)
+def test_sums_over_gpus_equal_their_twins_in_whatever_order_they_are_replayed(tmp_path: Path) -> None:
+    on_each(2, sums, tmp_path)
 
 
 def settings(path: Path, **changes: Any) -> dict[str, Any]:

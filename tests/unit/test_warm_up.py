@@ -142,11 +142,21 @@ def test_graphs_for_longer_contexts_are_recorded_too() -> None:
     assert {(2, 0), (2, 1), (2, 4), (1, 4)} <= depths
 
 
-def test_it_ends_when_its_time_is_up_and_gives_no_cold_rates() -> None:
-    executor = Recording(MODEL, 256)
-    rates = Rig(executor).warm_up(budget_s=5.0)
-    assert 5.0 < executor.now < 10.0
-    assert (rates.prefill_ms_per_token, rates.decode_step_ms) == (0.0, 0.0)
+@pytest.mark.parametrize("budget_s", [0.1, 5.0])
+def test_it_ends_when_its_time_is_up_and_still_gives_rates_of_warm_steps(budget_s: float) -> None:
+    executor, whole = Recording(MODEL, 256), Recording(MODEL, 256)
+    rates = Rig(executor, max_drafts=0).warm_up(budget_s)
+    Rig(whole, max_drafts=0).warm_up()
+    assert executor.now < budget_s + 6.0 < whole.now
+    assert rates.prefill_ms_per_token == pytest.approx(MODEL.prefill_ms_per_token, rel=0.05)
+    assert rates.decode_step_ms == pytest.approx(MODEL.decode_ms + MODEL.decode_ms_per_sequence)
+
+
+def test_it_ends_at_once_where_it_is_not_wanted_any_more() -> None:
+    rig = Rig(Recording(MODEL, 256))
+    rates = warm_up(rig.scope, rig.engine, 1e6, is_wanted=lambda: False)
+    assert rig.executor.shapes == []
+    assert rates.prefill_ms_per_token == 0
 
 
 def test_a_kind_of_step_that_fails_is_told_at_once() -> None:

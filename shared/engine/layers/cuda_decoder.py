@@ -87,7 +87,7 @@ class CudaDecoder:
         is_packed = any(isinstance(matrix, PackedWeight) for matrix in matrices)
         self._max_fused = (cuda_products.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
         self._graphs: dict[tuple[int, int], Graph] = {}
-        self._recorder = captured.Recorder(device)
+        self.recorder = captured.Recorder(device)
         self._paged: PagedAttention | None = None
 
     def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
@@ -144,7 +144,7 @@ class CudaDecoder:
                 return self._group.join(self._fused(self._products, rows, attend, kv))
             return self._group.join(self._product(self._hidden(rows, attend, kv), self._head))
 
-        graph, found = self._recorder.record(logits)
+        graph, found = self.recorder.record(logits)
         return Graph(graph, inputs, num_done, captured.lent(found))
 
     def _hidden(self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor) -> torch.Tensor:
