@@ -125,13 +125,21 @@ def executor(
     config: DenseConfig, device: torch.device, num_pages: int, packed: bool, group: Group | None = None
 ) -> TorchExecutor:
     """Of one rank of a group, or alone."""
+    return decoder_and_executor(config, device, num_pages, packed, group)[1]
+
+
+def decoder_and_executor(
+    config: DenseConfig, device: torch.device, num_pages: int, packed: bool, group: Group | None = None
+) -> tuple[CudaDecoder, TorchExecutor]:
+    """The same, and what records its steps."""
     group = group or Alone()
     shard = Shard(group.rank, group.num_ranks)
     weights = RandomWeights(config, device, packed, shard)
     decoder = CudaDecoder(weights.config, weights, 1, CudaProducts(library_for(device)), group)
     model = Llama(config, torch.bfloat16, decoder, shard)
     spec = EngineSpec("bench", config.vocab_size, config.max_position, (), model.layout(PAGE_SIZE), num_pages, "")
-    return TorchExecutor(model, spec, DeviceMemory(num_pages, model.rank_layout(PAGE_SIZE).page_bytes, device))
+    memory = DeviceMemory(num_pages, model.rank_layout(PAGE_SIZE).page_bytes, device)
+    return decoder, TorchExecutor(model, spec, memory)
 
 
 def item(sequence: int, start: int, num_tokens: int, room: int) -> BatchItem:

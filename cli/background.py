@@ -16,7 +16,7 @@ from cli.process import ROOT, bound_to_me
 from cli.state import RunState
 from shared.models.store import default_cache
 
-START_DEADLINE_S = 120.0
+START_DEADLINE_S = 300.0
 STOP_DEADLINE_S = 30.0
 
 

@@ -36,7 +36,7 @@ def explain(
         fail("no cluster runs on this machine; start one with `forebay up`")
     try:
         asked = Asked(prompt, model, tenant, max_tokens, token_ids(prompt) if ids else None)
-        answer = asyncio.run(_ask(redis or (run.redis_url if run else ""), asked))
+        answer = asyncio.run(ask(redis or (run.redis_url if run else ""), asked))
     except Fault as fault:
         fail(fault.message)
     Console().print(_table(answer))
@@ -65,7 +65,8 @@ def token_ids(text: str) -> list[int]:
     return ids
 
 
-async def _ask(redis_url: str, asked: Asked) -> router_pb2.ExplainResponse:
+async def ask(redis_url: str, asked: Asked) -> router_pb2.ExplainResponse:
+    """What a router says. Raises a Fault."""
     board, channels = Blackboard(redis_url), rpc.Channels()
     try:
         entries = await board.processes(Role.DECODE, Role.ROUTER)

@@ -17,7 +17,7 @@ from shared.errors import Fault
 from shared.models import store
 from shared.models.catalogue import DEFAULT_MODEL
 
-START_DEADLINE_S = 120.0
+START_DEADLINE_S = 300.0
 SIM = "sim"
 
 

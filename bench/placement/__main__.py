@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--gpus", type=int, default=0, help="of streams: workers get GPUs instead of cores")
     made.add_argument("--model", default="", help="of streams: a directory, or a name; by default the default model")
     made.add_argument("--fleets", nargs="+", default=streams.DEFAULT_FLEETS, choices=streams.FLEETS, help="of streams")
+    made.add_argument("--explain", action="store_true", help="of streams: what routers believe, every other second")
     made.add_argument("--streams", type=int, default=shape.num_streams, help="that run all the time")
     made.add_argument("--stream-tokens", type=int, default=shape.stream_tokens, help="length of each stream")
     made.add_argument("--long-tokens", type=int, default=shape.long_tokens, help="length of a long prompt")
@@ -99,7 +100,7 @@ def main() -> None:
                 comparisons.compare(hold, name, comparisons.with_splits(), load, out)
         case "streams":
             fleet = streams.Fleet(options.model, options.gpus, options.worker_flags, options.router_flags)
-            streams.measure(fleet, list(loads(options)), options.fleets)
+            streams.measure(fleet, list(loads(options)), options.fleets, options.explain)
         case _:
             path.measure(options.requests, options.concurrency, seed)
 

@@ -10,9 +10,11 @@ import random
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
+from bench.placement.beliefs import watch
 from bench.placement.client import Client
 from bench.placement.workloads import token_ids
 from bench.serve.client import Answer
@@ -89,8 +91,8 @@ class Window:
         return sum(count for answer in answers for at_s, count in answer.arrivals if self.begin_s <= at_s <= self.end_s)
 
 
-def measure(fleet: Fleet, loads: Sequence[Load], names: Sequence[str]) -> None:
-    """Print a row for each fleet and load, as soon as it is known."""
+def measure(fleet: Fleet, loads: Sequence[Load], names: Sequence[str], explained: bool) -> None:
+    """Print a row for each fleet and load, as soon as it is known; `explained` by what its router believes."""
     for name in names:
         started = time.perf_counter()
         with cluster(*fleet.flags(*FLEETS[name])) as running:
@@ -100,9 +102,7 @@ def measure(fleet: Fleet, loads: Sequence[Load], names: Sequence[str]) -> None:
                 pin(running)
             for load in loads:
                 title = f"{name}, {load.long_tokens} in, {load.long_output} out, every {load.every_s:g} s"
-                print(
-                    f"| {title} | {asyncio.run(_row(Client(running.run.url, running.run.model), load))} |", flush=True
-                )
+                print(f"| {title} | {asyncio.run(_held(running, load, explained))} |", flush=True)
 
 
 def pin(running: Background) -> None:
@@ -110,6 +110,21 @@ def pin(running: Background) -> None:
     workers = [process for process in running.run.processes if process.role in ("prefill", "decode")]
     for core, worker in enumerate(sorted(workers, key=lambda process: process.name)):
         subprocess.run(["taskset", "-a", "-p", "-c", str(core), str(worker.pid)], check=True, capture_output=True)
+
+
+async def _held(running: Background, load: Load, explained: bool) -> str:
+    """The figures of a load; before them, if it is to be `explained`, what the router believes every other second."""
+    run = running.run
+    client = Client(run.url, run.model)
+    if not explained:
+        return await _row(client, load)
+    watching = asyncio.create_task(watch(run.redis_url, run.model, load.long_tokens, load.long_output))
+    try:
+        return await _row(client, load)
+    finally:
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
 
 
 async def _row(client: Client, load: Load) -> str:

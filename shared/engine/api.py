@@ -277,10 +277,25 @@ class Computed:
         return self.choices
 
 
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Steps that an executor records at their first use (CUDA graphs): those of sequences that compute equally many
+    tokens, at most `max_width`, and are as many as one of `sizes`, in ascending order; others are padded to the next of
+    these. A graph fits contexts up to the next of `rooms`, tokens in ascending order, if there are any."""
+
+    sizes: tuple[int, ...]
+    max_width: int
+    rooms: tuple[int, ...] = ()
+
+
 class Executor(Protocol):
     """Computes steps: `shared.engine.executor.TorchExecutor`, or `shared.engine.sim.SimExecutor` without a model."""
 
     spec: EngineSpec
+
+    @property
+    def recorded(self) -> Recorded | None:
+        """Which steps are recorded at their first use; None: nothing is made then, neither graphs nor kernels."""
 
     @property
     def memory(self) -> PoolMemory:

@@ -47,20 +47,22 @@ class Engine:
         max_step_tokens: int,
         max_num_sequences: int,
         speculation: Speculation | None = None,
+        meter: Meter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """A `meter` has rates that were measured before."""
         self.spec = executor.spec
         self.memory = executor.memory
         self.kv = kv
         speculation = speculation or Speculation()
         self._scheduler = Scheduler(kv, max_step_tokens, max_num_sequences, speculation.num_ahead)
         self._limits = limits(executor.spec)
-        self._meter = Meter()
+        self._meter = meter or Meter()
         self._speculator = Speculator(speculation, self._meter)
         self._clock = clock
         self._flight = Flight(executor, kv, clock)
         self._numbers = count()
-        self._load = EngineLoad()
+        self._load = self._rates(EngineLoad())
         self._draft_counts = DraftCounts()
         self._lock = threading.Lock()  # guards what follows; everything else belongs to the engine's thread
         self._known: dict[str, Sequence] = {}
@@ -229,13 +231,19 @@ class Engine:
             num_running=len(running),
             num_waiting=len(waiting),
             num_queued_tokens=sum(each.num_uncomputed for each in (*running, *waiting) if each.num_uncomputed > 1),
+            num_preemptions=self._scheduler.num_preemptions,
+        )
+        with self._lock:
+            self._load, self._draft_counts = self._rates(load), self._speculator.counts()
+
+    def _rates(self, load: EngineLoad) -> EngineLoad:
+        """The same load, with what the meter says."""
+        return replace(
+            load,
             prefill_ms_per_token=self._meter.prefill_ms_per_token,
             prefill_ms_per_pair=self._meter.prefill_ms_per_pair,
             num_prompt_tokens=self._meter.num_prompt_tokens,
             decode_step_ms=self._meter.decode_step_ms,
             decode_ms_per_sequence=self._meter.draft_ms,
             num_steps=self._meter.num_steps,
-            num_preemptions=self._scheduler.num_preemptions,
         )
-        with self._lock:
-            self._load, self._draft_counts = load, self._speculator.counts()

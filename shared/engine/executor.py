@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, SampledToken, Step
+from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, Recorded, SampledToken, Step
 from shared.engine.batch import build
 from shared.engine.kv.layout import KvLayout, compatibility_hash
 from shared.engine.kv.memory import HostMemory, PoolMemory
@@ -59,6 +59,11 @@ class TorchExecutor:
         self._sampler = kind(num_tokens or spec.vocab_size, spec.eos_token_ids)
         self._drafter = None if drafts is None else MtpDrafter(drafts, self._sampler, self.layout)
         self._chosen = torch.empty(0, dtype=torch.int64, device=self._pool.device)
+
+    @property
+    def recorded(self) -> Recorded | None:
+        """Which steps are recorded at their first use."""
+        return self.model.recorded
 
     @property
     def proposes(self) -> bool:
@@ -141,6 +146,7 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     pool_bytes: int = 0,
     max_model_len: int | None = None,
     kernels: str = "auto",
+    attention: str = "auto",
     cache_dir: Path | None = None,
     shard: Shard | None = None,
     group: Group | None = None,
@@ -153,16 +159,17 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     `dtype` is "bfloat16" or "float32"; `device` "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one (for each
     rank: they take consecutive ones); `max_model_len` at most, and by default, what the model was made for.
     `kernels` is "auto" or one of "cuda", "native", "torch", "w4a4"; compiled ones are kept in `cache_dir`
-    (`$FOREBAY_CACHE`). Of several ranks this is the one at `shard`, `group` is its view of them, and the pool its own.
-    `kv_dtype` is "auto" for `dtype`, or one of `kv.formats.KV_DTYPES`. With `mtp` the model's own layer proposes
-    drafts, if it has one, and with `rejection` they are verified by rejection sampling. Raises Unsupported for a model
-    or dtype that cannot be served, and for a pool that holds no page.
+    (`$FOREBAY_CACHE`). `attention` is "auto", "fa2" or "fa3": FlashInfer's kernels for prompts on a GPU. Of several
+    ranks this is the one at `shard`, `group` is its view of them, and the pool its own. `kv_dtype` is "auto" for
+    `dtype`, or one of `kv.formats.KV_DTYPES`. With `mtp` the model's own layer proposes drafts, if it has one, and with
+    `rejection` they are verified by rejection sampling. Raises Unsupported for a model or dtype that cannot be served,
+    and for a pool that holds no page.
     """
     if dtype not in DTYPES:
         raise Unsupported(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     shard, group, cache_dir = shard or Shard(), group or Alone(), cache_dir or default_cache()
     where = _device(device, shard)
-    placement = Placement(DTYPES[dtype], num_threads, kernels, cache_dir, shard, group, kv_dtype, where, mtp)
+    placement = Placement(DTYPES[dtype], num_threads, kernels, cache_dir, shard, group, kv_dtype, where, mtp, attention)
     model = registry.load(model_dir, placement)
     layout, page_bytes = model.layout(page_size), model.rank_layout(page_size).page_bytes
     num_pages = num_pages or pool_bytes // page_bytes
@@ -175,7 +182,7 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
         eos_token_ids=model.eos_token_ids,
         layout=layout,
         num_pages=num_pages,
-        compatibility_hash=compatibility_hash(model_name, revision(model_dir), dtype, layout),
+        compatibility_hash=compatibility_hash(model_name, revision(model_dir), model.arithmetic, layout),
     )
     memory = HostMemory(num_pages, page_bytes) if where == CPU else DeviceMemory(num_pages, page_bytes, where)
     return TorchExecutor(model, spec, memory, num_tokens(model_dir, model.vocab_size), rejection=rejection)

@@ -19,7 +19,7 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, SampledToken
+from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, Recorded, SampledToken
 from shared.engine.kv.layout import KvLayout, compatibility_hash, pack
 from shared.engine.kv.memory import HostMemory
 from shared.engine.speculation.verify import verified
@@ -85,6 +85,7 @@ class SimExecutor:
     """Satisfies `shared.engine.api.Executor`. `sleep` takes seconds, and lets tests take none."""
 
     runs_behind = False
+    recorded: Recorded | None = None
 
     def __init__(
         self,

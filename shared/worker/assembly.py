@@ -2,8 +2,9 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from shared.engine.api import Executor
 from shared.engine.engine import Engine
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.store import KvStore
+from shared.engine.meter import Meter
 from shared.engine.speculation.ngram import NgramProposer
 from shared.engine.speculation.speculator import Speculation
+from shared.engine.warm_up import Scope, warm_up
 from shared.errors import Unsupported
 from shared.models import store
 from shared.worker.config import WorkerConfig
@@ -20,8 +23,9 @@ from shared.worker.rank_process import RankProcess
 
 log = logging.getLogger(__name__)
 
-# An executor, the directory of its model, the layout of its pages, and the other ranks.
-Parts = tuple[Executor, str, KvLayout, Sequence[RankProcess]]
+# An executor, the same with more patience for kernels that are compiled, the directory of its model, the layout of its
+# pages, and the other ranks.
+Parts = tuple[Executor, Executor, str, KvLayout, Sequence[RankProcess]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +39,38 @@ class Assembled:
     ranks: Sequence[RankProcess] = ()
 
 
-def assemble(config: WorkerConfig) -> Assembled:
-    """Load the model and set the engine up. Raises a Fault if that is not possible."""
+def assemble(
+    config: WorkerConfig, *, generates: bool = True, is_wanted: Callable[[], bool] = lambda: True
+) -> Assembled:
+    """Load the model, set the engine up and warm it up, as long as it `is_wanted`; one that does not generate computes
+    prompts for others. Raises a Fault if that is not possible."""
     if config.tensor_parallel > 1 and config.engine == "sim":
         raise Unsupported("the sim engine is for workers of one rank")
-    executor, model_path, layout, ranks = _sim(config) if config.engine == "sim" else _torch(config)
-    spec = executor.spec
-    kv = KvStore(spec.num_pages, spec.layout.page_size, config.lease_ttl_ms)
-    engine = Engine(
+    executor, patient, model_path, layout, ranks = _sim(config) if config.engine == "sim" else _torch(config)
+    try:
+        speculation, spec = _speculation(config, executor), executor.spec
+        meter = Meter()
+        if config.warm_up_s and config.engine != "sim":  # whose rates are what it is told, and which makes nothing
+            sizes = (config.max_step_tokens, config.max_num_sequences, speculation.num_drafts)
+            scope = Scope(spec, executor.recorded, *sizes, generates=generates)
+            meter = warm_up(scope, partial(_engine, config, speculation, patient), config.warm_up_s, is_wanted)
+        kv = KvStore(spec.num_pages, spec.layout.page_size, config.lease_ttl_ms)
+        return Assembled(_engine(config, speculation, executor, kv, meter), model_path, layout, ranks)
+    except BaseException:
+        for rank in ranks:
+            rank.close()
+        raise
+
+
+def _engine(config: WorkerConfig, speculation: Speculation, executor: Executor, kv: KvStore, meter: Meter) -> Engine:
+    return Engine(
         executor,
         kv,
         max_step_tokens=config.max_step_tokens,
         max_num_sequences=config.max_num_sequences,
-        speculation=_speculation(config, executor),
+        speculation=speculation,
+        meter=meter,
     )
-    return Assembled(engine, model_path, layout, ranks)
 
 
 def _speculation(config: WorkerConfig, executor: Executor) -> Speculation:
@@ -80,13 +101,14 @@ def _torch(config: WorkerConfig) -> Parts:
         "pool_bytes": config.kv_cache_mb << 20,
         "max_model_len": config.max_model_len or None,
         "kernels": config.kernels,
+        "attention": config.attention,
         "kv_dtype": config.kv_dtype,
         "mtp": config.speculation in ("auto", "mtp"),
         "rejection": config.verification == "rejection",
     }
     if config.tensor_parallel == 1:
         executor = load_executor(**settings)
-        return executor, str(path), executor.layout, ()
+        return executor, executor, str(path), executor.layout, ()
     return _ranked(config, path, settings)
 
 
@@ -98,7 +120,8 @@ def _ranked(config: WorkerConfig, path: Path, settings: dict[str, Any]) -> Parts
     ranks = Ranks(settings, config.tensor_parallel, config.expert_split, config.rank_timeout_ms / 1000, log)
     own = ranks.executor
     patience_s = config.rank_timeout_ms / 1000
-    return ParallelExecutor(own, ranks.others, patience_s), str(path), own.layout, ranks.others
+    patient = ParallelExecutor(own, ranks.others, max(patience_s, config.warm_up_s))
+    return ParallelExecutor(own, ranks.others, patience_s), patient, str(path), own.layout, ranks.others
 
 
 def _sim(config: WorkerConfig) -> Parts:
@@ -114,4 +137,4 @@ def _sim(config: WorkerConfig) -> Parts:
         draft_acceptance=config.sim_draft_acceptance,
     )
     executor = SimExecutor(model, config.num_pages or (config.kv_cache_mb << 20) // model.layout.page_bytes)
-    return executor, "", model.layout, ()
+    return executor, executor, "", model.layout, ()

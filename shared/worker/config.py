@@ -26,6 +26,12 @@ class WorkerConfig(ServiceConfig):
         description="cpu, cuda or cuda:N; auto takes a GPU if any. Ranks take consecutive ones, from this on.",
     )
     kernels: str = Field("auto", description="cuda, native, torch or w4a4; auto takes the first that can serve.")
+    attention: str = Field(
+        "auto",
+        pattern="^(auto|fa2|fa3)$",
+        description="FlashInfer's kernels for prompts of dense models on a GPU; fa3 is for Hopper, somewhat faster and "
+        "takes minutes to compile once, where fa2 takes half of one. auto: FlashInfer's choice.",
+    )
     page_size: int = Field(16, ge=1, le=1024, description="Tokens per KV page.")
     kv_cache_mb: int = Field(1024, ge=1, description="Memory for KV pages, in MiB, of each rank.")
     num_pages: int = Field(0, ge=0, description="Number of KV pages; 0 takes as many as kv_cache_mb has room for.")
@@ -39,6 +45,13 @@ class WorkerConfig(ServiceConfig):
     )
     max_queued_tokens: int = Field(
         0, ge=0, description="Prompt tokens that routers send before earlier ones are computed; 0 takes 16 full steps."
+    )
+    warm_up_s: float = Field(
+        120.0,
+        ge=0,
+        description="Time for computing every kind of step once before the worker is found, so that no request waits "
+        "for kernels to be compiled, and no rate is measured meanwhile; what is left then is made at first use. 0: no "
+        "time.",
     )
     lease_ttl_ms: int = Field(10_000, ge=100, description="Life of a lease on KV pages unless renewed.")
     checksums: bool = Field(

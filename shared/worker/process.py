@@ -48,7 +48,9 @@ async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
     async with AsyncExitStack() as stack:
         measured, metrics_port = telemetry.start(role, name, config)
         stack.callback(measured.close)
-        assembled = await asyncio.to_thread(assemble, config)
+        assembled = await asyncio.to_thread(
+            assemble, config, generates=role is not Role.PREFILL, is_wanted=lambda: not stop.is_set()
+        )
         for rank in assembled.ranks:
             stack.callback(rank.close)
         board = Blackboard(config.redis_url)

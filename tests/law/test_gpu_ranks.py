@@ -4,13 +4,16 @@ Parts of a sum are rounded to bfloat16 before they are added, so two ranks are n
 compared up to where one rank found two of them about equally likely, and what each takes them to be all the way there.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import random
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +35,41 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
 
 PATIENCE_S = 60.0
 ABOUT_EQUAL = 0.1  # between two log probabilities
-NUM_PROMPTS, NUM_TOKENS = 16, 12
+# Kernels are compiled for every number of rows that a graph has, in every process anew, which takes most of the time of
+# these tests. So there are three kinds of steps: prompts, beside which others generate, and one and two that generate.
+NUM_PROMPTS, NUM_TOKENS, NUM_AT_ONCE, STEP_TOKENS = 12, 8, 2, 64
 
 
-def on_each(num_ranks: int, work: Any) -> None:
-    """Run work(rank, port of a store) in a process for each rank."""
+def on_each(num_ranks: int, work: Any, logs: Path) -> None:
+    """Run work(rank, port of a store) in a process for each rank. The others would wait for one that fails, so they end
+    with it; one that takes too long says where it is."""
     store, context = host_store(PATIENCE_S), multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=ended, args=(work, rank, store.port), daemon=True) for rank in range(num_ranks)]
+    ranks = [
+        context.Process(target=ended, args=(work, rank, store.port, logs / str(rank))) for rank in range(num_ranks)
+    ]
     for rank in ranks:
         rank.start()
-    for rank in ranks:
-        rank.join(2 * PATIENCE_S)
-    assert [rank.exitcode for rank in ranks] == [0] * num_ranks
+    running = list(ranks)
+    while running and all(rank.exitcode in (None, 0) for rank in ranks):
+        wait([rank.sentinel for rank in running])
+        running = [rank for rank in running if rank.exitcode is None]
+    for rank in running:
+        rank.kill()
+    said = "\n".join(f"rank {log.name}:\n{log.read_text()}" for log in sorted(logs.iterdir()))
+    assert [rank.exitcode for rank in ranks] == [0] * num_ranks, said
 
 
-def ended(work: Any, rank: int, port: int) -> None:
+def ended(work: Any, rank: int, port: int, log: Path) -> None:
     """Work, and end at once: NCCL would say good-bye to a rank that may have failed."""
-    try:
-        work(rank, port)
-        torch.cuda.synchronize()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+    with log.open("w") as said:
+        os.dup2(said.fileno(), sys.stderr.fileno())
+        faulthandler.dump_traceback_later(PATIENCE_S, exit=True, file=said)
+        try:
+            work(rank, port)
+            torch.cuda.synchronize()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
     os._exit(0)
 
 
@@ -90,13 +106,13 @@ def sums(rank: int, port: int) -> None:
             torch.testing.assert_close(squares.sum(1), twin_squares.sum(1))
 
 
-def test_sums_over_gpus_equal_their_twins_in_whatever_order_they_are_replayed() -> None:
-    on_each(2, sums)
+def test_sums_over_gpus_equal_their_twins_in_whatever_order_they_are_replayed(tmp_path: Path) -> None:
+    on_each(2, sums, tmp_path)
 
 
 def settings(path: Path, **changes: Any) -> dict[str, Any]:
     fixed = {"model_dir": path, "model_name": "tiny", "dtype": "bfloat16", "page_size": 16, "num_threads": 1}
-    return fixed | {"device": "cuda", "kernels": "cuda", "num_pages": 96} | changes
+    return fixed | {"device": "cuda", "kernels": "cuda", "attention": "fa2", "num_pages": 96} | changes
 
 
 @contextmanager
@@ -110,14 +126,14 @@ def two_ranks(path: Path) -> Iterator[ParallelExecutor]:
 
 def requests() -> list[EngineRequest]:
     sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, num_logprobs=2)
-    prompts = [random.Random(number).choices(range(3, 500), k=1 + 5 * number) for number in range(NUM_PROMPTS)]
+    prompts = [random.Random(number).choices(range(3, 500), k=10 + 3 * number) for number in range(NUM_PROMPTS)]
     return [EngineRequest(str(len(prompt)), tuple(prompt), sampling) for prompt in prompts]
 
 
 def said(executor: Any) -> dict[str, list[SampledToken]]:
-    """All requests at once, in chunks, so that steps of every kind are computed."""
+    """All requests, a few at once, so that steps are computed that mix prompts with those that generate."""
     kv = KvStore(executor.spec.num_pages, 16, 10_000)
-    engine = Engine(executor, kv, max_step_tokens=48, max_num_sequences=NUM_PROMPTS)
+    engine = Engine(executor, kv, max_step_tokens=STEP_TOKENS, max_num_sequences=NUM_AT_ONCE)
     found: dict[str, list[SampledToken]] = {}
     for request in requests():
         found[request.request_id] = []

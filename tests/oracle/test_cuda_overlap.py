@@ -70,7 +70,7 @@ class InOrder:
     runs_behind, proposes = False, False
 
     def __init__(self, own: TorchExecutor) -> None:
-        self.spec, self.memory, self._own = own.spec, own.memory, own
+        self.spec, self.memory, self.recorded, self._own = own.spec, own.memory, own.recorded, own
 
     def launch(self, batch: Sequence[BatchItem]) -> Computed:
         return Computed(self._own.forward(batch))

@@ -1,6 +1,7 @@
 """Whole models with products in FP4: each product's input is quantized by the checkpoint's scale, and nothing else."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
+from shared.engine.executor import load_executor
 from shared.engine.models import registry, tiny
 from shared.engine.models.api import Model, Placement
 from shared.engine.quantization import w4a4
@@ -92,6 +94,23 @@ def _is_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     errors = (found - expected).abs() / expected.std()
     assert errors.median() < 1e-4
     assert errors.mean() < 0.02
+
+
+@pytest.mark.parametrize("write", [partial(tiny_models.write, "llama"), partial(tiny.write, "glm-5.2-tiles")])
+def test_pages_are_not_exchanged_with_those_who_do_not_round_activations(
+    write: Callable[[Path], object], tmp_path: Path
+) -> None:
+    made, _ = written(write, "modelopt", tmp_path)
+    rounding, torchs, best = (compatibility(made, kernels) for kernels in ("w4a4", "torch", "auto"))
+    assert rounding != torchs
+    assert torchs == best
+
+
+def compatibility(path: Path, kernels: str) -> str:
+    made = load_executor(
+        path, model_name="m", dtype="float32", page_size=16, num_threads=1, num_pages=1, kernels=kernels
+    )
+    return made.spec.compatibility_hash
 
 
 @pytest.mark.parametrize("kind", ["plain", "fp8"])

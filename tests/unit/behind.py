@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from shared.engine.api import BatchItem, Chosen, EngineSpec, Executor, SampledToken, Step, awaited
+from shared.engine.api import BatchItem, Chosen, EngineSpec, Executor, Recorded, SampledToken, Step, awaited
 from shared.engine.kv.memory import PoolMemory
 from shared.engine.kv.store import KvStore, PageTable
 
@@ -21,6 +21,7 @@ class Behind:
     def __init__(self, own: Executor) -> None:
         self.spec: EngineSpec = own.spec
         self.memory: PoolMemory = own.memory
+        self.recorded: Recorded | None = own.recorded
         self.own = own
         self.log: list[str] = []
         self.in_flight: list[LateStep] = []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.engine.api import EngineRequest, EngineSpec, SamplingParams, TokensSampled
+from shared.engine.api import EngineRequest, EngineSpec, Recorded, SamplingParams, TokensSampled
 from shared.engine.batch import Batch
 from shared.engine.engine import Engine
 from shared.engine.executor import TorchExecutor
@@ -28,6 +28,8 @@ class Markov:
 
     vocab_size, max_position, num_torch_threads = VOCAB, 1_000, 1
     eos_token_ids: tuple[int, ...] = ()
+    recorded: Recorded | None = None
+    arithmetic = "float32"
     draft_layer: DraftLayer | None
 
     def __init__(self, *, drafts: bool = True) -> None:

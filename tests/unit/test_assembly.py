@@ -37,6 +37,21 @@ def test_the_way_to_verify_drafts_changes_which_tokens_are_drawn_and_no_greedy_o
     assert sampled != others
 
 
+def test_a_worker_knows_its_rates_from_the_start_and_has_all_its_pages(tmp_path: Path) -> None:
+    tiny.write("glm-5.2", tmp_path)
+    fields = {"model": str(tmp_path), "dtype": "float32", "num_pages": 64, "num_threads": 1}
+    warm, cold, other = (
+        assemble(WorkerConfig.model_validate(fields | more), generates=generates).engine
+        for more, generates in (({}, True), ({"warm_up_s": 0}, True), ({}, False))
+    )
+    assert warm.load().prefill_ms_per_token > 0
+    assert warm.load().decode_step_ms > 0
+    assert (warm.load().num_steps, warm.kv.counts().free) == (0, 64)
+    assert cold.load().prefill_ms_per_token == cold.load().decode_step_ms == 0
+    assert other.load().prefill_ms_per_token > 0 == other.load().decode_step_ms
+    assert tokens(warm, 0.0) == tokens(cold, 0.0)
+
+
 def test_there_is_no_third_way() -> None:
     with pytest.raises(ValidationError, match="verification"):
         WorkerConfig.model_validate({"verification": "typical"})

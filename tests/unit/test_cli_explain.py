@@ -27,14 +27,14 @@ def asked(prompt: str, ids: list[int] | None = None) -> Asked:
 
 
 async def test_token_ids_need_no_tokenizer(router: Router) -> None:
-    answer = await explain._ask(router.url, asked("", list(range(1_000))))
+    answer = await explain.ask(router.url, asked("", list(range(1_000))))
     assert "of 1000 prompt tokens cached" in answer.summary
     assert answer.candidates[0].placement.decode.worker_id == "d1"
 
 
 async def test_without_tokenizer_a_text_is_refused_with_what_to_do(router: Router) -> None:
     with pytest.raises(InvalidRequest, match="give token ids and --ids"):
-        await explain._ask(router.url, asked("hello"))
+        await explain.ask(router.url, asked("hello"))
 
 
 def test_token_ids_are_read_with_spaces_or_commas() -> None:
@@ -48,7 +48,7 @@ def test_what_is_no_token_id_is_refused(text: str) -> None:
 
 
 async def test_the_table_names_every_term_and_candidate(router: Router) -> None:
-    answer = await explain._ask(router.url, asked("", list(range(1_000))))
+    answer = await explain.ask(router.url, asked("", list(range(1_000))))
     table = explain._table(answer)
     titles = [column.header for column in table.columns]
     assert {"queue", "stall", "stale", "cached"} <= set(titles)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shared.engine.api import BatchItem, Chosen, SamplingParams, Step
+from shared.engine.api import BatchItem, Chosen, Recorded, SamplingParams, Step
 from shared.engine.parallel.executor import ParallelExecutor, RankedStep
 from shared.errors import WorkerLost
 
@@ -34,6 +34,7 @@ class Own:
 
     spec = memory = None
     proposes, runs_behind = True, True
+    recorded: Recorded | None = Recorded((1, 2), 4)
 
     def __init__(self, step: Step) -> None:
         self._step = step

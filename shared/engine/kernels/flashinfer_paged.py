@@ -12,13 +12,14 @@ WORKSPACE_BYTES = 384 << 20
 
 @dataclass(frozen=True, slots=True)
 class PagedShape:
-    """What a model's attention is made of."""
+    """What a model's attention is made of; `kernels` is "fa2", "fa3" or "auto"."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     page_size: int
     dtype: torch.dtype
+    kernels: str = "auto"
 
 
 class PagedAttention:
@@ -27,7 +28,7 @@ class PagedAttention:
     def __init__(self, shape: PagedShape, device: torch.device) -> None:
         self._shape, self._device, self._planned = shape, device, torch.cuda.Event()
         workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+        self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND", backend=shape.kernels)
 
     def plan(self, batch: Batch) -> None:
         """Prepare a step. `batch` is in host memory. Waits until what was planned last is on the device: FlashInfer

@@ -59,8 +59,11 @@ def pack(
     return KvLayout(page_size, offset, tuple(packed))
 
 
-def compatibility_hash(model: str, revision: str, dtype: str, layout: KvLayout) -> str:
-    """32 hex digits over everything that must agree before pages are exchanged; `dtype` is what computes them."""
+def compatibility_hash(model: str, revision: str, arithmetic: str, layout: KvLayout) -> str:
+    """32 hex digits over everything that must agree before pages are exchanged; `arithmetic` is what computes them: the
+    dtype, and what activations are rounded to beyond it (docs/decisions/0038)."""
     classes = [[c.name, c.num_layers, c.dtype, c.offset_bytes, c.size_bytes] for c in layout.state_classes]
-    facts = json.dumps([model, revision, dtype, layout.page_size, layout.page_bytes, classes], separators=(",", ":"))
+    facts = json.dumps(
+        [model, revision, arithmetic, layout.page_size, layout.page_bytes, classes], separators=(",", ":")
+    )
     return blake2b(facts.encode(), digest_size=16).hexdigest()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kernels import cuda_products, triton_dense, triton_paged, w4a4
 from shared.engine.kernels.cuda_products import CudaProducts, Normed, Residual
@@ -43,7 +44,7 @@ Matrix = Weight | w4a4.Weight
 @dataclass(frozen=True, slots=True)
 class Graph:
     """A captured step. Its inputs lie one behind the other in `inputs`: token ids, positions and slots of T rows, S
-    context lengths, S + 1 page starts, page ids."""
+    context lengths, S + 1 page starts, page ids. `logits` are there until the next graph is replayed."""
 
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
@@ -54,9 +55,11 @@ class Graph:
 class CudaDecoder:
     """Satisfies `models.llama.Decoder`, for batches in host memory and weights and pages on the GPU. Without `products`
     everything is dequantized. With `fp4`, what is stored for products in FP4 has them, of few tokens and of many.
+    `attention` names the kernels for prompts.
     `config` is that of this rank's share, but for the vocabulary, which is the whole one."""
 
     num_torch_threads = 1
+    recorded: Recorded | None = Recorded(GRAPH_SIZES, MAX_GRAPH_WIDTH)
 
     def __init__(
         self,
@@ -66,8 +69,9 @@ class CudaDecoder:
         products: CudaProducts | None,
         group: Group,
         fp4: w4a4.Products | None = None,
+        attention: str = "auto",
     ) -> None:
-        self._config, self._group = config, group
+        self._config, self._group, self._attention = config, group, attention
         embedding, self._norm = weights.embedding(), weights.final_norm()
         self._embedding = Embedding(embedding, config.vocab_size, group)
         self._head = _head(weights, embedding, group, is_packed=products is not None, is_fp4=fp4 is not None)
@@ -83,6 +87,7 @@ class CudaDecoder:
         is_packed = any(isinstance(matrix, PackedWeight) for matrix in matrices)
         self._max_fused = (cuda_products.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
         self._graphs: dict[tuple[int, int], Graph] = {}
+        self.recorder = captured.Recorder(device)
         self._paged: PagedAttention | None = None
 
     def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
@@ -93,7 +98,9 @@ class CudaDecoder:
         if uniform and fits and width <= MAX_GRAPH_WIDTH:
             return self._replay(batch, width, kv)
         config = self._config
-        shape = PagedShape(config.num_heads, config.num_kv_heads, config.head_dim, kv.shape[4], kv.dtype)
+        shape = PagedShape(
+            config.num_heads, config.num_kv_heads, config.head_dim, kv.shape[4], kv.dtype, self._attention
+        )
         self._paged = self._paged or PagedAttention(shape, self._device)
         self._paged.plan(batch)
         places = torch.stack((batch.positions, _slots(batch, kv.shape[4])))
@@ -137,8 +144,8 @@ class CudaDecoder:
                 return self._group.join(self._fused(self._products, rows, attend, kv))
             return self._group.join(self._product(self._hidden(rows, attend, kv), self._head))
 
-        graph, found = captured.record(logits, self._device)
-        return Graph(graph, inputs, num_done, found)
+        graph, found = self.recorder.record(logits)
+        return Graph(graph, inputs, num_done, captured.lent(found))
 
     def _hidden(self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor) -> torch.Tensor:
         """The last norm's output [T, hidden]. `rows` int32 [3, T]: token ids, positions and slots."""

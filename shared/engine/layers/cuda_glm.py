@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kernels import triton_dense, triton_index
 from shared.engine.kernels.gluon_state import Rows
@@ -43,7 +44,7 @@ class Ends:
 @dataclass(frozen=True, slots=True)
 class Graph:
     """A captured step. Its inputs lie one behind the other in `inputs`: token ids, positions, slots and places of page
-    tables of T rows; page ids."""
+    tables of T rows; page ids. What it leaves is there until the next graph is replayed."""
 
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
@@ -63,6 +64,7 @@ class CudaGlm:
         self.frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta).to(self.device)
         self._layers = layers
         self._graphs: dict[tuple[int, int, int], Graph] = {}
+        self.recorder = captured.Recorder(self.device)
 
     def __call__(self, batch: Batch, pool: torch.Tensor, layout: KvLayout, names: tuple[str, str]) -> tuple[
         torch.Tensor, torch.Tensor
@@ -107,8 +109,8 @@ class CudaGlm:
             found = self._hidden(inputs, num_rows, states, capacity)
             return found, cuda_glm_layer.logits(found, self.ends.head, pdl=self.pdl)
 
-        graph, (found, logits) = captured.record(compute, self.device)
-        return Graph(graph, inputs, found, logits)
+        graph, (found, logits) = self.recorder.record(compute)
+        return Graph(graph, inputs, captured.lent(found), captured.lent(logits))
 
     def _hidden(self, inputs: torch.Tensor, num_rows: int, states: Sequence[State], capacity: int) -> torch.Tensor:
         """The last norm's output [T, hidden]."""
@@ -145,6 +147,14 @@ def views(pool: torch.Tensor, layout: KvLayout, config: GlmConfig, names: tuple[
 def _kind(num_sequences: int, width: int, context: int) -> tuple[int, int, int]:
     """Sequences, tokens of each and room for a context of the graph that computes such a step."""
     return GRAPH_SIZES[bisect_left(GRAPH_SIZES, num_sequences)], width, room(context)
+
+
+def recorded(max_context: int) -> Recorded:
+    """Which steps are recorded of a model with such a context."""
+    rooms = [LEAST_ROOM]
+    while rooms[-1] < max_context:
+        rooms.append(rooms[-1] * MORE_ROOM)
+    return Recorded(GRAPH_SIZES, MAX_GRAPH_WIDTH, tuple(rooms))
 
 
 def room(context: int) -> int:

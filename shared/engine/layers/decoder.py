@@ -3,6 +3,7 @@
 import torch
 from tqdm import tqdm
 
+from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference
 from shared.engine.layers import rope
@@ -35,6 +36,8 @@ class DecoderLayer:
 class TorchDecoder:
     """Token ids to logits, in the dtype of the weights; a rank's share of both, if the group has several. With `fp4`
     products are in FP4 where the weights allow it (`DenseWeights.fp4_layer`)."""
+
+    recorded: Recorded | None = None
 
     def __init__(
         self, config: DenseConfig, weights: DenseWeights, num_threads: int, group: Group, *, fp4: bool = False

@@ -9,6 +9,7 @@ import weakref
 
 import torch
 
+from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kernels import native
 from shared.engine.layers import rope
@@ -32,6 +33,7 @@ class NativeDecoder:
     """Token ids to logits, on threads of its own; torch needs one beside them."""
 
     num_torch_threads = 1
+    recorded: Recorded | None = None
 
     def __init__(self, library: ctypes.CDLL, config: DenseConfig, weights: DenseWeights, num_threads: int) -> None:
         self._library = library

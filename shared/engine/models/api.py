@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kv.layout import KvLayout
 from shared.engine.parallel.group import Alone, Group
@@ -21,7 +22,7 @@ class Placement:
     """Where and how a model computes. `kernels` names a kernel set, or is "auto" for the best that fits; `cache_dir`
     keeps compiled ones. `shard` is the share that this process computes, together with those of `group`,
     on `device`. `kv_dtype` is one of `kv.formats.KV_DTYPES`, or "auto" for `dtype`. With `mtp` a model's layer that
-    proposes drafts is loaded, if it has one."""
+    proposes drafts is loaded, if it has one. `attention` is FlashInfer's name of its kernels for prompts, or "auto"."""
 
     dtype: torch.dtype
     num_threads: int
@@ -32,11 +33,16 @@ class Placement:
     kv_dtype: str = "auto"
     device: torch.device = CPU
     mtp: bool = False
+    attention: str = "auto"
 
     @property
     def dtype_name(self) -> str:
         """The name of `dtype`."""
         return str(self.dtype).removeprefix("torch.")
+
+    def arithmetic(self, *, fp4: bool) -> str:
+        """See `Model`; with `fp4`, quantized weights are multiplied with activations in NVFP4."""
+        return f"{self.dtype_name}, activations in NVFP4" if fp4 else self.dtype_name
 
     @property
     def kv_format(self) -> str:
@@ -72,12 +78,16 @@ class DraftLayer(Protocol):
 
 class Model(Protocol):
     """A loaded model. `num_torch_threads` is what torch may use during its steps, sampling included: one where kernels
-    bring threads of their own, which torch's would only spin against."""
+    bring threads of their own, which torch's would only spin against. `recorded` is as in `engine.api.Executor`.
+    `arithmetic` says in what states are computed, as far as others of the same model may differ by more than rounding:
+    the name of the dtype, and what activations are rounded to beyond it."""
 
     vocab_size: int
     max_position: int
     eos_token_ids: tuple[int, ...]
     num_torch_threads: int
+    recorded: Recorded | None
+    arithmetic: str
     draft_layer: DraftLayer | None
 
     def layout(self, page_size: int) -> KvLayout:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference
 from shared.engine.kernels.registry import Candidate, choose
@@ -39,6 +40,8 @@ class Glm:
         self.max_position = config.max_position
         self.eos_token_ids = config.eos_token_ids
         self.num_torch_threads = placement.num_threads
+        self.recorded: Recorded | None = None
+        self.arithmetic = placement.arithmetic(fp4=fp4_experts)
         self._config, self._kv_dtype = config, placement.kv_format
         self.frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta)
         self.embedding = Embedding(weights.embedding(), config.vocab_size, placement.group)

@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kernels import w4a4
 from shared.engine.kv.layout import KvLayout
-from shared.engine.layers import cuda_glm_layer
+from shared.engine.layers import cuda_glm, cuda_glm_layer
 from shared.engine.layers.cuda_glm import CudaGlm, Ends
 from shared.engine.layers.cuda_glm_layer import Layer
 from shared.engine.models.api import DraftLayer, Placement
@@ -27,6 +28,8 @@ class GlmOnCuda:
     ) -> None:
         self.vocab_size, self.max_position = config.vocab_size, config.max_position
         self.eos_token_ids = config.eos_token_ids
+        self.recorded: Recorded | None = cuda_glm.recorded(config.max_position)
+        self.arithmetic = placement.arithmetic(fp4=fp4 is not None)
         self._config, self._group = config, placement.group
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
         read = [read_layer(weights, index, fp4) for index in layers]

@@ -16,7 +16,8 @@ from shared.engine.kernels import triton_dense, triton_index
 from shared.engine.kernels.triton_latent import Selected
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout
-from shared.engine.layers import captured, cuda_glm, cuda_glm_layer
+from shared.engine.layers import cuda_glm, cuda_glm_layer
+from shared.engine.layers.captured import lent
 from shared.engine.layers.cuda_glm import GRAPH_SIZES, MAX_GRAPH_PAGES, CudaGlm
 from shared.engine.layers.cuda_glm_layer import Layer, State, Step
 from shared.engine.models.api import DraftStep
@@ -50,7 +51,8 @@ class Graph:
 
 class GlmMtpOnCuda:
     """Satisfies `models.api.DraftLayer`. What it carries from draft to draft are the selections of the sequences: slots
-    int32 [S, top_k] and counts int32 [S]. What a step returns is overwritten by the next one of its kind."""
+    int32 [S, top_k] and counts int32 [S]. What a step returns is there until the next one, of this layer or of the
+    model's."""
 
     def __init__(self, decoder: CudaGlm, layer: Layer, own: MtpWeights) -> None:
         self._decoder, self._layer = decoder, layer
@@ -119,8 +121,9 @@ class GlmMtpOnCuda:
             )
             num_pages, page_size = state.latents.shape[:2]
             capacity = min(key[-1], num_pages * page_size)
-            graph, found = captured.record(lambda: self._compute(given, state, capacity), device)
-            self._graphs[key] = Graph(graph, given, found)
+            graph, found = decoder.recorder.record(lambda: self._compute(given, state, capacity))
+            left = DraftStep(lent(found.logits), lent(found.states), [lent(part) for part in found.carried])
+            self._graphs[key] = Graph(graph, given, left)
         return self._graphs[key]
 
     def _nothing(self, num_rows: int) -> Selected:

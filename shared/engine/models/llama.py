@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kernels import build, cuda_products, native
 from shared.engine.kernels.cuda_products import CudaProducts
@@ -31,6 +32,7 @@ class Decoder(Protocol):
     """(batch, kv [pages, layers, 2, Hkv, page_size, D]) -> logits float32 [R, vocab_size or more]."""
 
     num_torch_threads: int
+    recorded: Recorded | None
 
     def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
         """Compute a step."""
@@ -42,13 +44,17 @@ Build = Callable[[DenseConfig, DenseWeights, int], Decoder]
 class Llama:
     """Satisfies `models.api.Model`; no layer of it proposes drafts.
 
-    One state class: `kv`, a page being [layers, 2, Hkv, page_size, D]."""
+    One state class: `kv`, a page being [layers, 2, Hkv, page_size, D]. `arithmetic` is by default that of `dtype`."""
 
-    def __init__(self, config: DenseConfig, dtype: torch.dtype, decoder: Decoder, shard: Shard) -> None:
+    def __init__(
+        self, config: DenseConfig, dtype: torch.dtype, decoder: Decoder, shard: Shard, arithmetic: str = ""
+    ) -> None:
         self.vocab_size = config.vocab_size
         self.max_position = config.max_position
         self.eos_token_ids = config.eos_token_ids
         self.num_torch_threads = decoder.num_torch_threads
+        self.recorded = decoder.recorded
+        self.arithmetic = arithmetic or str(dtype).removeprefix("torch.")
         self.draft_layer: DraftLayer | None = None
         self._config = config
         self._dtype = dtype
@@ -90,7 +96,8 @@ def load(model_dir: Path, placement: Placement) -> Llama:
     # On the CPU their twin serves, slowly: behind "torch", which always can, only who asks for it gets it.
     chosen = choose([*candidates, in_fp4] if placement.device == CPU else [in_fp4, *candidates], placement.kernels)
     decoder = chosen.built(weights.config, weights, placement.num_threads)
-    return Llama(config, placement.dtype, decoder, placement.shard)
+    arithmetic = placement.arithmetic(fp4=chosen.name == fp4.NAME)
+    return Llama(config, placement.dtype, decoder, placement.shard, arithmetic)
 
 
 def _cuda(config: DenseConfig, placement: Placement, otherwise: Build) -> Candidate[Build]:
@@ -100,7 +107,8 @@ def _cuda(config: DenseConfig, placement: Placement, otherwise: Build) -> Candid
     from shared.engine.layers.cuda_decoder import CudaDecoder
 
     def built(config: DenseConfig, weights: DenseWeights, num_threads: int) -> Decoder:
-        return CudaDecoder(config, weights, num_threads, _products(placement), placement.group)
+        products, attention = _products(placement), placement.attention
+        return CudaDecoder(config, weights, num_threads, products, placement.group, attention=attention)
 
     return Candidate("cuda", None, built)
 
@@ -125,7 +133,9 @@ def _fp4(config: DenseConfig, placement: Placement, checkpoint: Checkpoint) -> C
         return Candidate(fp4.NAME, found.obstacle, partial(TorchDecoder, group=placement.group, fp4=True))
     from shared.engine.layers.cuda_decoder import CudaDecoder
 
-    return Candidate(fp4.NAME, None, partial(CudaDecoder, products=None, group=placement.group, fp4=found.products))
+    group, attention = placement.group, placement.attention
+    built: Build = partial(CudaDecoder, products=None, group=group, fp4=found.products, attention=attention)
+    return Candidate(fp4.NAME, None, built)
 
 
 def _products(placement: Placement) -> CudaProducts | None:

@@ -19,6 +19,9 @@ from shared.errors import Unsupported
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
+# NCCL's watchdog aborts the process, whose clients would never hear why. Who waits for ranks gives up before, with a
+# fault (`parallel.executor`), and ranks end with their worker.
+NO_TIMEOUT = timedelta(days=1)
 
 
 class DistributedGroup:
@@ -90,7 +93,7 @@ class DistributedGroup:
         from torch.distributed import ProcessGroupNCCL  # absent from builds of torch without CUDA
 
         options: Any = ProcessGroupNCCL.Options()
-        options._timeout = self._timeout
+        options._timeout = NO_TIMEOUT
         self._nccl = ProcessGroupNCCL(PrefixStore("nccl", self._store), self.rank, self.num_ranks, options)
         self._nccl._allgather_base(part.new_empty(self.num_ranks), part.new_empty(1)).wait()
         if self._wants_peers and self.num_ranks > 1:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from shared.engine.api import BatchItem, Chosen, Executor, Step
+from shared.engine.api import BatchItem, Chosen, Executor, Recorded, Step
 from shared.errors import WorkerLost
 
 # Between two looks at a step that ranks compute on GPUs: little beside a step, and the next one is on its way already.
@@ -69,6 +69,11 @@ class ParallelExecutor:
     def __init__(self, own: Executor, followers: Sequence[Follower], patience_s: float) -> None:
         self.spec, self.memory = own.spec, own.memory
         self._own, self._followers, self._patience_s = own, followers, patience_s
+
+    @property
+    def recorded(self) -> Recorded | None:
+        """Which steps are recorded at their first use, by every rank."""
+        return self._own.recorded
 
     @property
     def proposes(self) -> bool:
