@@ -10,10 +10,11 @@ import pytest
 
 from tests.e2e.cluster import RunningCluster, running
 from tests.e2e.integrity import measures_at
+from tests.memory import MIB, Memory, only_where_it_is_told
 from tests.oracle import long_context
-from tests.oracle.long_context import CHUNK, NUM_OUTPUT, PAGE_SIZE, Memory
+from tests.oracle.long_context import CHUNK, NUM_OUTPUT, PAGE_SIZE
 
-NUM_TOKENS, MIB, TIMEOUT_S = 131_072, 1 << 20, 600
+NUM_TOKENS, TIMEOUT_S = 131_072, 600
 NUM_PAGES = NUM_TOKENS // PAGE_SIZE + 3 * CHUNK // PAGE_SIZE
 # Beside its pages. A chunk's scores of all tokens would take 512 MiB, a second copy of the pages 24.
 SLACK_MIB = {"prefill-0": 64, "decode-0": 20}
@@ -29,7 +30,7 @@ async def complete(cluster: RunningCluster, prompt: list[int]) -> dict[str, Any]
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+@only_where_it_is_told
 @pytest.mark.timeout(TIMEOUT_S + 60)
 async def test_131072_tokens_are_handed_over_within_the_memory_of_their_pages_and_a_chunk(tmp_path: Path) -> None:
     long_context.write(tmp_path)

@@ -1,6 +1,5 @@
 """A GLM of two layers over a prompt of any length: `python -m tests.oracle.long_context DIR NUM_TOKENS` runs the engine
-in a process of its own and prints what it took and said. `Twin` computes single rows directly, in float64. `Memory`
-watches a process that serves it."""
+in a process of its own and prints what it took and said. `Twin` computes single rows directly, in float64."""
 
 import json
 import random
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from shared.engine.api import EngineRequest, SamplingParams
+from tests.memory import Memory
 from tests.oracle import tiny_glm
 
 CHUNK, NUM_OUTPUT, PAGE_SIZE, TOP_K = 1024, 5, 16, 16
@@ -62,23 +62,6 @@ def main(model_dir: Path, num_tokens: int) -> None:
     tokens = worker.run(EngineRequest("long", tuple(prompt(num_tokens)), sampling))
     pool_bytes = num_pages * executor.layout.page_bytes
     sys.stdout.write(json.dumps({"tokens": tokens, "grown": memory.grown(), "pool": pool_bytes}))
-
-
-class Memory:
-    """What a process ("self" or its id) takes from now on; Linux alone tells."""
-
-    def __init__(self, process: int | str) -> None:
-        self._folder = Path(f"/proc/{process}")
-        (self._folder / "clear_refs").write_text("5")  # the peak begins here
-        self._begin = self._status("VmRSS")
-
-    def grown(self) -> int:
-        """Bytes between the begin and the peak."""
-        return self._status("VmHWM") - self._begin
-
-    def _status(self, field: str) -> int:
-        line = next(each for each in (self._folder / "status").read_text().splitlines() if each.startswith(field))
-        return int(line.split()[1]) << 10
 
 
 def check_tokens(model_dir: Path, num_tokens: int, found: list[int]) -> None:

@@ -6,17 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
+from tests.memory import MIB, only_where_it_is_told
 from tests.oracle import long_context
 
-NUM_TOKENS, MIB = 32_768, 1 << 20
+NUM_TOKENS = 32_768
 TIMEOUT_S = 200
 # A chunk's scores of all tokens would take 128 MiB.
 SLACK_MIB = 64
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+@only_where_it_is_told
 def test_a_long_prompt_takes_its_pages_and_little_more_and_gets_the_right_tokens(tmp_path: Path) -> None:
     long_context.write(tmp_path)
     command = [sys.executable, "-m", "tests.oracle.long_context", str(tmp_path), str(NUM_TOKENS)]
