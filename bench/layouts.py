@@ -10,12 +10,13 @@ import argparse
 import asyncio
 import statistics
 import time
+from dataclasses import replace
 
 from bench import provenance
 from bench.transfer import start_owner
 from shared.engine.kv.layout import KvLayout, pack
 from shared.engine.kv.memory import HostMemory
-from shared.engine.transfer.layout_plan import Costs, Reader, Slices, plan
+from shared.engine.transfer.layout_plan import SHARED_MEMORY, Costs, Reader, Slices, plan
 from shared.engine.transfer.nixl import NixlTransport
 
 REPEATS = 7
@@ -27,7 +28,7 @@ SHAPES = {
     "80 layers, 2 heads of 4 KiB": (80, 2, 4096),
     "30 layers, 2 heads of 1 KiB": (30, 2, 1024),
 }
-SLICED, STAGED = Costs(descriptor_us=0.0), Costs(descriptor_us=1e6)
+SLICED, STAGED = (replace(SHARED_MEMORY, descriptor_us=cost) for cost in (0.0, 1e6))
 
 
 def layout(num_layers: int, heads: range, head_bytes: int) -> KvLayout:

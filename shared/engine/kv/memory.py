@@ -5,7 +5,13 @@ A peer's READ can arrive at any time, and deregistering does not stop it; so the
 
 import ctypes
 import mmap
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.engine.kv.layout import Span
 
 
 class PoolMemory(Protocol):
@@ -23,6 +29,13 @@ class PoolMemory(Protocol):
 
     def page(self, page_id: int) -> memoryview:
         """The bytes of one page in host memory: the page itself, or a copy of it if it is on a device."""
+
+    def another(self, num_pages: int, page_bytes: int) -> Any:
+        """A pool of the same kind in the same place."""
+
+    def scatter(self, page_ids: Sequence[int], pages: Any, spans: Iterable[Span]) -> None:
+        """Copy spans of the first pages of `pages`, which `another` made, into our pages `page_ids`. Returns when they
+        are there. Pages are copied from one thread at a time."""
 
 
 class HostMemory:
@@ -46,3 +59,17 @@ class HostMemory:
         """The bytes of one page, writable."""
         start = page_id * self.page_bytes
         return memoryview(self.buffer)[start : start + self.page_bytes]
+
+    def another(self, num_pages: int, page_bytes: int) -> "HostMemory":
+        """See `PoolMemory.another`."""
+        return HostMemory(num_pages, page_bytes)
+
+    def scatter(self, page_ids: Sequence[int], pages: "HostMemory", spans: Iterable[Span]) -> None:
+        """See `PoolMemory.scatter`."""
+        ours, theirs, ids = self._bytes(), pages._bytes(), list(page_ids)
+        for span in spans:
+            there, here = span.remote + span.num_bytes, span.local + span.num_bytes
+            ours[ids, span.local : here] = theirs[: len(ids), span.remote : there]
+
+    def _bytes(self) -> npt.NDArray[np.uint8]:
+        return np.frombuffer(self.buffer, np.uint8).reshape(self.num_pages, self.page_bytes)
