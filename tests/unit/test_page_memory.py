@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shared.engine.kv.layout import Span
-from shared.engine.kv.memory import HostMemory
+from shared.engine.kv.memory import HostMemory, PoolMemory
 from shared.engine.kv.view import DeviceMemory, pool_bytes
 
 NUM_PAGES, PAGE_BYTES, STAGED_BYTES, PAGES = 6, 960, 1440, [4, 0, 5]
@@ -19,7 +19,7 @@ def staged() -> HostMemory:
     return made
 
 
-def scattered(memory: HostMemory | DeviceMemory, spans: list[Span]) -> list[bytes]:
+def scattered(memory: PoolMemory, spans: list[Span]) -> list[bytes]:
     source, buffer = staged(), memory.another(NUM_PAGES, STAGED_BYTES)
     pool_bytes(buffer).copy_(pool_bytes(source))
     memory.scatter(PAGES, buffer, spans)

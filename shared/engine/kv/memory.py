@@ -6,7 +6,7 @@ A peer's READ can arrive at any time, and deregistering does not stop it; so the
 import ctypes
 import mmap
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +30,10 @@ class PoolMemory(Protocol):
     def page(self, page_id: int) -> memoryview:
         """The bytes of one page in host memory: the page itself, or a copy of it if it is on a device."""
 
-    def another(self, num_pages: int, page_bytes: int) -> Any:
+    def another(self, num_pages: int, page_bytes: int) -> Self:
         """A pool of the same kind in the same place."""
 
-    def scatter(self, page_ids: Sequence[int], pages: Any, spans: Iterable[Span]) -> None:
+    def scatter(self, page_ids: Sequence[int], pages: Self, spans: Iterable[Span]) -> None:
         """Copy spans of the first pages of `pages`, which `another` made, into our pages `page_ids`. Returns when they
         are there. Pages are copied from one thread at a time."""
 
