@@ -31,6 +31,7 @@ async def complete(cluster: RunningCluster, prompt: list[int]) -> dict[str, Any]
 
 
 @only_where_it_is_told
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S + 60)
 async def test_131072_tokens_are_handed_over_within_the_memory_of_their_pages_and_a_chunk(tmp_path: Path) -> None:
     long_context.write(tmp_path)

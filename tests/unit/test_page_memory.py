@@ -22,7 +22,7 @@ def staged() -> HostMemory:
 def scattered(memory: PoolMemory, spans: list[Span]) -> list[bytes]:
     source, buffer = staged(), memory.another(NUM_PAGES, STAGED_BYTES)
     pool_bytes(buffer).copy_(pool_bytes(source))
-    memory.scatter(PAGES, buffer, spans)
+    memory.scatter(buffer, spans)(PAGES)
     return [bytes(memory.page(page_id)) for page_id in range(NUM_PAGES)]
 
 

@@ -1,6 +1,6 @@
 """The pool as tensors: where it is on a GPU, and one view per state class."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
 from math import gcd
@@ -8,7 +8,7 @@ from math import gcd
 import torch
 
 from shared.engine.kv.layout import KvLayout, Span, StateClass
-from shared.engine.kv.memory import HostMemory, PoolMemory
+from shared.engine.kv.memory import HostMemory, PoolMemory, Scatter
 
 # Integers by their size: copying moves whole ones.
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -46,19 +46,23 @@ class DeviceMemory:
         self._wait()
         return made
 
-    def scatter(self, page_ids: Sequence[int], pages: "DeviceMemory", spans: Iterable[Span]) -> None:
+    def scatter(self, pages: "DeviceMemory", spans: Sequence[Span]) -> Scatter:
         """See `PoolMemory.scatter`. All spans at once, word by word: two kernels on a GPU, however many spans."""
         bounds = [(span.remote, span.local, span.num_bytes) for span in spans]
         size = gcd(8, self.page_bytes, pages.page_bytes, *chain(*bounds))
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            ours, theirs = self.bytes.view(WORDS[size]), pages.bytes[: len(page_ids)].view(WORDS[size])
-            there, here = (
-                torch.cat([torch.arange(bound[side], bound[side] + bound[2], size) // size for bound in bounds])
-                for side in (0, 1)
-            )
-            rows = torch.tensor(page_ids)[:, None]
-            ours[rows.to(ours.device), here.to(ours.device)] = theirs[:, there.to(ours.device)]
-        self._wait()
+        ours, theirs = self.bytes.view(WORDS[size]), pages.bytes.view(WORDS[size])
+        there, here = (
+            (torch.cat([torch.arange(b[side], b[side] + b[2], size) for b in bounds]) // size).to(ours.device)
+            for side in (0, 1)
+        )
+
+        def copy(page_ids: Sequence[int]) -> None:
+            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+                rows = torch.tensor(page_ids, device=ours.device)[:, None]
+                ours[rows, here] = theirs[: len(rows), there]
+            self._wait()
+
+        return copy
 
     def _wait(self) -> None:
         if self._stream:

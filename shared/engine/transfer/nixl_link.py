@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.engine.kv.layout import Span
-from shared.engine.kv.memory import HostMemory, PoolMemory
+from shared.engine.kv.memory import HostMemory, PoolMemory, Scatter
 from shared.engine.transfer.api import RemotePool
 from shared.engine.transfer.layout_plan import Slices
 from shared.errors import TransferFailed
@@ -44,7 +44,8 @@ def new_agent(name: str, memory: PoolMemory) -> Any:
 class Link:
     """A peer's pool and the agent that reads it: open, then perhaps parked, then closed.
 
-    Staged slices are read as whole pages into a buffer of `num_staged` pages, and `scatter` copies them into place.
+    Staged slices are read as whole pages into a buffer of `num_staged` pages, and `scatter` copies them from the first
+    of those to our pages of the ids that it is given.
     `memory` is what it reads into: that buffer, or our pool.
     """
 
@@ -53,8 +54,11 @@ class Link:
         self.parked = False
         self.num_staged = max(1, STAGING_BYTES // pool.page_bytes) if slices and slices.staged else 0
         self.staging = asyncio.Lock()  # the buffer has one user at a time
-        self._pool_memory = memory
-        self.memory = memory.another(self.num_staged, pool.page_bytes) if self.num_staged else memory
+        self.memory = memory
+        self.scatter: Scatter = _nowhere
+        if slices and slices.staged:
+            self.memory = memory.another(self.num_staged, pool.page_bytes)
+            self.scatter = memory.scatter(self.memory, slices.spans)
         whole = (Span(0, 0, pool.page_bytes),)
         self._spans = slices.spans if slices and not slices.staged else whole
         self._agent_name = agent_name
@@ -98,10 +102,6 @@ class Link:
         ours, theirs = ((np.asarray(ids, np.int32)[:, None] * count + spans).ravel() for ids in (local, remote))
         return agent.make_prepped_xfer("READ", self._handles[0], ours, self._handles[1], theirs, b"")
 
-    def scatter(self, local: Sequence[int]) -> None:
-        """Copy the slices of the first pages of the buffer to our pages `local`."""
-        self._pool_memory.scatter(local, self.memory, self.slices.spans if self.slices else ())
-
     def probe(self) -> Any:
         """A READ of the first bytes of the peer's pool into scratch memory, not yet posted."""
         agent, pool = self.agent, self.pool
@@ -137,6 +137,10 @@ class Read:
     def hurry(self) -> None:
         """Nobody wants it any more: give it a moment to end cleanly, because its link is lost if it does not."""
         self.ends_at = min(self.ends_at, time.monotonic() + CANCEL_GRACE_S)
+
+
+def _nowhere(_: Sequence[int]) -> None:
+    """Where nothing is staged, nothing is copied."""
 
 
 def _region(memory: PoolMemory) -> tuple[int, int, int, str]:
