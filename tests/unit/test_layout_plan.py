@@ -92,13 +92,17 @@ def test_pages_are_staged_where_descriptors_are_dear(costs: Costs, staged: bool)
     assert take.slices.staged is staged
 
 
+def of_8b(heads: range) -> KvLayout:
+    """A page of some heads of an 8B model: a whole one, of 8, takes 2 MiB."""
+    return pack(16, {"kv": (32, "bfloat16", len(heads) << 18)}, heads={"kv": heads})
+
+
 @pytest.mark.parametrize(("kind", "staged"), [("DRAM", False), ("VRAM", True)])
 def test_half_the_heads_of_an_8b_model_are_sliced_in_shared_memory_and_staged_between_gpus(
     kind: str, staged: bool
 ) -> None:
-    """A page of 2 MiB, 64 spans of 16 KiB: a GPU copies each as slowly as it copies a whole page."""
-    whole, half = (pack(16, {"kv": (32, "bfloat16", len(h) << 18)}, heads={"kv": h}) for h in (range(8), range(4)))
-    (take,) = plan(half, [whole], Reader(0, 2), COSTS.get((kind, kind), SHARED_MEMORY))
+    """64 spans of 16 KiB: a GPU copies each as slowly as it copies a whole page."""
+    (take,) = plan(of_8b(range(4)), [of_8b(range(8))], Reader(0, 2), COSTS.get((kind, kind), SHARED_MEMORY))
     assert take.slices is not None
     assert (len(take.slices.spans), take.slices.staged) == (64, staged)
 
