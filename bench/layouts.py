@@ -1,22 +1,24 @@
 """What it costs to hand pages over between workers of different numbers of ranks.
 
-    [UCX_TLS=tcp] python -m bench.layouts [--total-mib 32]
+    [UCX_TLS=tcp] python -m bench.layouts [--total-mib 32] [--device cuda] [--ranks 2]
 
-One rank reads from one other, over NIXL on this host: whole pages (equal ranks), half of each page's heads as slices,
-and the same staged. Prints the median of a few READs in ms per MiB wanted, and how much longer than whole pages.
+One rank of so many reads from a peer of one, over NIXL on this host: whole pages (equal ranks), its part of each page's
+heads as slices, and the same staged, in host memory or on a GPU. Prints the median of a few READs in ms per MiB
+wanted, how much longer than whole pages, and which of them the plan takes.
 """
 
 import argparse
 import asyncio
 import statistics
 import time
+from dataclasses import replace
 
 from bench import provenance
 from bench.transfer import start_owner
 from shared.engine.kv.layout import KvLayout, pack
-from shared.engine.kv.memory import HostMemory
-from shared.engine.transfer.layout_plan import Costs, Reader, Slices, plan
+from shared.engine.transfer.layout_plan import GPUS, SHARED_MEMORY, Costs, Reader, Slices, plan
 from shared.engine.transfer.nixl import NixlTransport
+from tests.conformance.nixl_peer import pool_memory
 
 REPEATS = 7
 PAGE_SIZE = 16
@@ -27,7 +29,7 @@ SHAPES = {
     "80 layers, 2 heads of 4 KiB": (80, 2, 4096),
     "30 layers, 2 heads of 1 KiB": (30, 2, 1024),
 }
-SLICED, STAGED = Costs(descriptor_us=0.0), Costs(descriptor_us=1e6)
+SLICED, STAGED = (replace(SHARED_MEMORY, descriptor_us=cost) for cost in (0.0, 1e6))
 
 
 def layout(num_layers: int, heads: range, head_bytes: int) -> KvLayout:
@@ -35,16 +37,19 @@ def layout(num_layers: int, heads: range, head_bytes: int) -> KvLayout:
     return pack(PAGE_SIZE, {"kv": (num_layers, "bfloat16", size)}, heads={"kv": heads})
 
 
-def slices(name: str, costs: Costs) -> Slices | None:
-    """Half of the heads."""
+def slices(name: str, num_ranks: int, costs: Costs) -> Slices:
+    """The heads of the first rank of so many."""
     num_layers, num_heads, head_bytes = SHAPES[name]
-    ours, theirs = (layout(num_layers, range(count), head_bytes) for count in (num_heads // 2, num_heads))
-    return plan(ours, [theirs], Reader(0, 2), costs)[0].slices
+    ours, theirs = (layout(num_layers, range(count), head_bytes) for count in (num_heads // num_ranks, num_heads))
+    found = plan(ours, [theirs], Reader(0, num_ranks), costs)[0].slices
+    assert found is not None
+    return found
 
 
-async def ms_per_mib(page_bytes: int, own_bytes: int, num_pages: int, wanted: Slices | None) -> float:
-    owner, pool = start_owner(page_bytes, num_pages)
-    reader = NixlTransport(HostMemory(num_pages, own_bytes), f"bench-layouts-{page_bytes}-{own_bytes}-{wanted}"[:60])
+async def ms_per_mib(page_bytes: int, own_bytes: int, num_pages: int, device: str, wanted: Slices | None) -> float:
+    owner, pool = start_owner(page_bytes, num_pages, device)
+    memory = pool_memory(num_pages, own_bytes, device)
+    reader = NixlTransport(memory, f"bench-layouts-{page_bytes}-{own_bytes}-{wanted}"[:60])
     pages, times = list(range(num_pages)), []
     try:
         peer = await reader.connect(pool, 30.0, wanted)
@@ -59,26 +64,30 @@ async def ms_per_mib(page_bytes: int, own_bytes: int, num_pages: int, wanted: Sl
     return statistics.median(times[1:]) * 1e3 / (num_pages * own_bytes / 2**20)
 
 
-async def measure(name: str, total_mib: int) -> str:
+async def measure(name: str, total_mib: int, num_ranks: int, device: str) -> str:
     num_layers, num_heads, head_bytes = SHAPES[name]
-    half = layout(num_layers, range(num_heads // 2), head_bytes).page_bytes
-    num_pages = max(1, (total_mib << 20) // half)
-    whole = await ms_per_mib(half, half, num_pages, None)
-    cells = [name, str(half >> 10), f"{whole:.3f}"]
+    own = layout(num_layers, range(num_heads // num_ranks), head_bytes).page_bytes
+    num_pages = max(1, (total_mib << 20) // own)
+    whole = await ms_per_mib(own, own, num_pages, device, None)
+    cells = [name, str(own >> 10), f"{whole:.3f}"]
     for costs in (SLICED, STAGED):
-        cost = await ms_per_mib(2 * half, half, num_pages, slices(name, costs))
+        cost = await ms_per_mib(num_ranks * own, own, num_pages, device, slices(name, num_ranks, costs))
         cells.append(f"{cost:.3f} ({cost / whole:.2f}x)")
-    return f"| {' | '.join(cells)} |"
+    taken = slices(name, num_ranks, SHARED_MEMORY if device == "cpu" else GPUS).staged
+    return f"| {' | '.join([*cells, 'staged' if taken else 'slices'])} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--total-mib", type=int, default=32, help="MiB wanted per READ")
+    parser.add_argument("--device", default="cpu", help="where the pools are: cpu or cuda")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of the reader; as many heads at least")
     args = parser.parse_args()
     print(provenance.banner("bench.layouts"))
-    print("| pages | KiB wanted of each | whole, ms/MiB | slices | staged |\n|---|---|---|---|---|")
-    for name in SHAPES:
-        print(asyncio.run(measure(name, args.total_mib)), flush=True)
+    print("| pages | KiB wanted of each | whole, ms/MiB | slices | staged | the plan's |\n|---|---|---|---|---|---|")
+    for name, (_, num_heads, _) in SHAPES.items():
+        if num_heads >= args.ranks:
+            print(asyncio.run(measure(name, args.total_mib, args.ranks, args.device)), flush=True)
 
 
 if __name__ == "__main__":

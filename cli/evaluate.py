@@ -54,7 +54,7 @@ def bfcl(  # noqa: PLR0913, PLR0917 - a flag each
     url: Annotated[str, typer.Option(help="Gateway; default: the cluster on this machine.")] = "",
     model: Annotated[str, typer.Option(help="Model; default: the first that is served.")] = "",
     python: Annotated[Path, typer.Option(help="Python of an environment that has bfcl-eval.")] = Path(sys.executable),
-    out: Annotated[Path, typer.Option(help="Where answers and scores are kept.")] = Path("bfcl"),
+    out: Annotated[Path, typer.Option(help="Where answers and scores are kept.")] = Path("bfcl-run"),
     categories: Annotated[str, typer.Option(help="The suite's names, with commas; default: single turns.")] = "",
     limit: Annotated[int, typer.Option(min=0, help="Cases of each category; 0: all.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,

@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 
+from shared.engine.kv.layout import Span
 from shared.engine.transfer.api import RemotePool
+from shared.engine.transfer.layout_plan import Slices
 from shared.engine.transfer.nixl import NixlTransport
 from tests.conformance.nixl_peer import pool_memory
 
@@ -18,7 +20,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 NUM_PAGES, PAGE_BYTES, SEED = 32, 65_536, 7
 
 
-def test_pages_on_a_gpu_arrive_on_a_gpu() -> None:
+SPANS = (Span(100, 8, 1000), Span(5_000, 3_000, 200))
+SLICES = [None, Slices(SPANS, staged=False), Slices(SPANS, staged=True)]
+
+
+@pytest.mark.parametrize("slices", SLICES, ids=["whole", "sliced", "staged"])
+def test_pages_on_a_gpu_arrive_on_a_gpu(slices: Slices | None) -> None:
     ours = pool_memory(NUM_PAGES, PAGE_BYTES, "cuda")
     arguments = ["owner", str(NUM_PAGES), str(PAGE_BYTES), str(SEED), "cuda"]
     command = [sys.executable, "-m", "tests.conformance.nixl_peer", *arguments]
@@ -28,19 +35,23 @@ def test_pages_on_a_gpu_arrive_on_a_gpu() -> None:
         told = json.loads(next(line for line in owner.stdout if line.startswith("{")))
         metadata = base64.b64decode(told["metadata"])
         pool = RemotePool("owner", metadata, told["address"], NUM_PAGES, PAGE_BYTES, told["kind"], 0)
-        asyncio.run(_read(NixlTransport(ours, "reader"), pool))
+        asyncio.run(_read(NixlTransport(ours, "reader"), pool, slices))
     finally:
         owner.kill()
         owner.communicate()
     theirs = pool_memory(NUM_PAGES, PAGE_BYTES, seed=SEED)
-    assert bytes(ours.page(4)) == bytes(theirs.page(9))
-    assert bytes(ours.page(5)) == bytes(theirs.page(2))
+    for local, remote in ((4, 9), (5, 2)):
+        expected = bytearray(PAGE_BYTES)
+        for span in slices.spans if slices else (Span(0, 0, PAGE_BYTES),):
+            came = theirs.page(remote)[span.remote : span.remote + span.num_bytes]
+            expected[span.local : span.local + span.num_bytes] = came
+        assert bytes(ours.page(local)) == expected
     assert not any(ours.page(6))
 
 
-async def _read(reader: NixlTransport, pool: RemotePool) -> None:
+async def _read(reader: NixlTransport, pool: RemotePool, slices: Slices | None) -> None:
     try:
-        peer = await reader.connect(pool, 30.0)
+        peer = await reader.connect(pool, 30.0, slices)
         await reader.read(peer, [9, 2], [4, 5], 30.0)
     finally:
         reader.close()

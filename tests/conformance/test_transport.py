@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import xxhash
 
+from shared.engine.kv.layout import Span
 from shared.engine.transfer.api import Peer
-from shared.engine.transfer.layout_plan import Slices, Span
+from shared.engine.transfer.layout_plan import Slices
 from shared.errors import BadManifest, CorruptPages, DeadlineExceeded, Incompatible, TransferFailed
 from tests.conformance.worlds import NUM_PAGES, PAGE_BYTES, LocalWorld, NixlWorld, Owner, World, page_byte
 

@@ -12,7 +12,7 @@ import httpx
 from shared.engine.api import SamplingParams
 from shared.engine.models import tiny
 from tests.e2e.cluster import RunningCluster, running
-from tests.oracle import driver, tiny_models
+from tests.oracle import driver
 
 PROMPT = [3 + token * 37 % 200 for token in range(150)]
 NUM_TOKENS = 300
@@ -67,11 +67,12 @@ async def test_a_prompt_handed_over_in_a_cluster_of_ranks_gets_the_tokens_of_the
 
 
 async def test_a_rank_killed_amid_an_output_costs_no_token(tmp_path: Path) -> None:
-    tiny_models.write("llama-8-heads", tmp_path / "llama")
+    """Of a GLM that selects 8 of the visible tokens, and drafts."""
+    tiny.write("glm-5.2", tmp_path / "glm")
     # The one worker comes back in time, however slowly its ranks start.
     patient = f"--gateway-flags=--recovery-wait-ms {int(DEADLINE_S * 1000)}"
-    with running(*flags_for(tmp_path / "llama", "--prefill", "0", patient)) as cluster:
+    with running(*flags_for(tmp_path / "glm", "--prefill", "0", patient)) as cluster:
         (rank,) = (await cluster.status())["decode-0"]["rank_pids"]
         tokens = await stream(cluster, lambda: os.kill(rank, signal.SIGKILL))
         assert (await cluster.status())["decode-0"]["num_restarts"] == 1
-    assert tokens == driver.generate(driver.load(tmp_path / "llama"), PROMPT, NUM_TOKENS)
+    assert tokens == driver.generate(driver.load(tmp_path / "glm"), PROMPT, NUM_TOKENS)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from shared.engine.api import BatchItem, Executor
 from shared.engine.executor import TorchExecutor, load_executor
+from shared.engine.kv.layout import Span
 from shared.engine.parallel import distributed
 from shared.engine.parallel.executor import ParallelExecutor
 from shared.engine.parallel.group import Group
 from shared.engine.parallel.partition import ExpertSplit, Shard
 from shared.engine.speculation.speculator import Speculation
-from shared.engine.transfer.layout_plan import Reader, Span, plan
+from shared.engine.transfer.layout_plan import Reader, plan
 from tests.law.worker import Worker
 
 TIMEOUT_S = 30.0

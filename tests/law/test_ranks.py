@@ -94,6 +94,10 @@ def test_prefix_cached_with_split_experts(model: Model, ranks: Ranks) -> None:
     laws.test_prefix_cached(33, model.law(ranks, GREEDY, "matrices"))
 
 
+def test_continued_by_several_ranks_where_one_was_lost(model: Model, ranks: Ranks) -> None:
+    laws.test_continued_on_another_worker(9, model.law(ranks, SAMPLED))
+
+
 @pytest.mark.parametrize("split_side", ["prefill", "decode"])
 def test_prefilled_by_another_number_of_ranks(split_side: str, model: Model, ranks: Ranks) -> None:
     law = model.law(ranks, GREEDY)
@@ -129,6 +133,10 @@ def test_all_ranks_verify_by_rejection_as_one_would(drafting_model: Model, ranks
 
 def test_drafted_and_chunked(drafting_model: Model, ranks: Ranks) -> None:
     laws.test_chunked_at_odd_sizes(7, drafting_model.drafted(ranks, GREEDY))
+
+
+def test_drafted_and_continued_by_several_ranks_where_one_was_lost(drafting_model: Model, ranks: Ranks) -> None:
+    laws.test_continued_on_another_worker(9, drafting_model.drafted(ranks, SAMPLED))
 
 
 def test_drafted_preempted_and_batched(drafting_model: Model, ranks: Ranks) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from shared.engine.api import EngineRequest, SamplingParams
+from tests.memory import Memory
 from tests.oracle import tiny_glm
 
 CHUNK, NUM_OUTPUT, PAGE_SIZE, TOP_K = 1024, 5, 16, 16
@@ -57,16 +58,19 @@ def main(model_dir: Path, num_tokens: int) -> None:
     )
     worker, sampling = Worker(executor, CHUNK), SamplingParams(max_tokens=NUM_OUTPUT, ignore_eos=True)
     worker.run(EngineRequest("warm", tuple(prompt(2 * CHUNK)), sampling, hash_key=b"other"))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    begin = _status("VmRSS")
+    memory = Memory("self")
     tokens = worker.run(EngineRequest("long", tuple(prompt(num_tokens)), sampling))
     pool_bytes = num_pages * executor.layout.page_bytes
-    sys.stdout.write(json.dumps({"tokens": tokens, "grown": _status("VmHWM") - begin, "pool": pool_bytes}))
+    sys.stdout.write(json.dumps({"tokens": tokens, "grown": memory.grown(), "pool": pool_bytes}))
 
 
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) << 10
+def check_tokens(model_dir: Path, num_tokens: int, found: list[int]) -> None:
+    """Whether these followed `prompt(num_tokens)`, by the twin, and whether old tokens mattered to them."""
+    twin = Twin(model_dir, [*prompt(num_tokens), *found])
+    rows = range(num_tokens - 1, num_tokens - 1 + NUM_OUTPUT)
+    assert [int(twin.logits(row).argmax()) for row in rows] == found
+    oldest = [int(twin.selection(row)[0]) for row in rows]
+    assert max(oldest) < num_tokens - CHUNK, "the newest tokens alone mattered: the prompt shows nothing"
 
 
 class Twin:

@@ -3,42 +3,85 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from shared.engine.models import glm_config, glm_shapes, tiny
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.inventory import header
 from shared.engine.parallel.partition import Part
 from shared.errors import Unsupported
+from tests.memory import MIB, only_where_it_is_told
 from tests.oracle.quantized import METHODS
 
 # As kv_a_proj: five blocks of rows, the last one half; columns in one block and a ragged one.
 ROWS, COLUMNS = 576, 208
-NUM_SHARDS, MIB = 6, 1 << 20
+NUM_SHARDS, FILE_MIB = 6, 64
 SLACK_MIB = 48  # what torch's first operations take, and the allocator keeps
 
-# Prints the bytes by which the peak and the end differ from the begin.
+# Prints the bytes that were kept, and those that were had at the peak.
 LOAD_HALF = """
 import sys
 from pathlib import Path
 import torch
+from shared.engine.models import glm_config, glm_shapes, tiny
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.parallel.partition import Part
-
-def status(field):
-    line = next(line for line in open("/proc/self/status") if line.startswith(field))
-    return int(line.split()[1]) << 10
+from tests.memory import Memory
 
 checkpoint = Checkpoint(Path(sys.argv[1]), torch.float32)
-open("/proc/self/clear_refs", "w").write("5")
-begin = status("VmRSS")
+memory = Memory("self")
 names = sorted(checkpoint.inventory.stored)
 kept = [checkpoint.read(name, part=Part(number % 2, 1024, 1024)) for number, name in enumerate(names)]
-print(sum(part.nbytes for part in kept), status("VmHWM") - begin)
+print(sum(part.nbytes for part in kept), memory.grown())
 """
+# A rank's half of a model, and all that its layers keep.
+LOAD_RANK = """
+import gc, sys
+from pathlib import Path
+import torch
+from shared.engine.models.api import Placement
+from shared.engine.models.registry import load
+from shared.engine.parallel.group import Alone
+from shared.engine.parallel.partition import Shard
+from tests.memory import Memory
+
+placement = Placement(torch.float32, 1, shard=Shard(1, 2, "matrices"))
+memory = Memory("self")
+model = load(Path(sys.argv[1]), placement)
+grown = memory.grown()
+kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if torch.is_tensor(t)}
+print(sum(kept.values()), grown)
+"""
+# One mixture layer of 192 MiB.
+MIXTURE = {
+    **tiny.GLM_52,
+    **{"num_hidden_layers": 1, "num_nextn_predict_layers": 0, "first_k_dense_replace": 0},
+    **{"hidden_size": 256, "moe_intermediate_size": 512, "n_routed_experts": 128},
+}
+
+
+def measured(script: str, *arguments: str) -> tuple[int, int]:
+    """What a process of its own printed: bytes kept, and at the peak."""
+    command, root = [sys.executable, "-c", script, *arguments], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    kept, peak = map(int, done.stdout.split())
+    return kept, peak
+
+
+def save(model_dir: Path, files: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Files and their index."""
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(files):
+        name = f"model-{number}.safetensors"
+        save_file(tensors, model_dir / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.mark.parametrize("method", [None, *METHODS])
@@ -58,22 +101,25 @@ def test_a_part_is_a_cut_of_the_whole(method: str | None, part: Part, tmp_path: 
     assert found.untyped_storage().nbytes() == found.nbytes
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+@only_where_it_is_told
 def test_loading_half_of_every_tensor_takes_the_halves_and_less_than_one_file_besides(tmp_path: Path) -> None:
-    weight_map: dict[str, str] = {}
-    for shard in range(NUM_SHARDS):
-        tensors = {f"{shard}.{name}": torch.full((2048, 2048), float(shard)) for name in ("a", "b", "c", "d")}
-        file = f"model-{shard}.safetensors"
-        save_file(tensors, tmp_path / file)
-        weight_map |= dict.fromkeys(tensors, file)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", LOAD_HALF, str(tmp_path)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    kept, peak = map(int, done.stdout.split())
-    assert kept == NUM_SHARDS * 32 * MIB
-    assert kept <= peak <= kept + 64 * MIB + SLACK_MIB * MIB
+    names = ("a", "b", "c", "d")
+    save(tmp_path, [{f"{n}.{name}": torch.full((2048, 2048), float(n)) for name in names} for n in range(NUM_SHARDS)])
+    kept, peak = measured(LOAD_HALF, str(tmp_path))
+    assert kept == NUM_SHARDS * FILE_MIB // 2 * MIB
+    assert kept <= peak <= kept + (FILE_MIB + SLACK_MIB) * MIB
+
+
+@only_where_it_is_told
+def test_a_rank_of_a_mixture_takes_its_weights_and_less_than_one_file_besides(tmp_path: Path) -> None:
+    """Its share of a layer's experts is more than a file holds: they are never there twice."""
+    (tmp_path / "config.json").write_text(json.dumps(MIXTURE))
+    shapes = sorted(glm_shapes.shapes(glm_config.parse(MIXTURE)).items())
+    save(tmp_path, [{name: torch.ones(shape) for name, shape in shapes[n::8]} for n in range(8)])
+    size = max(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    kept, peak = measured(LOAD_RANK, str(tmp_path))
+    assert kept > 96 * MIB
+    assert kept <= peak <= kept + size + SLACK_MIB // 2 * MIB
 
 
 @pytest.mark.parametrize("num_bytes", [0, 7, 30, -5])

@@ -109,6 +109,19 @@ def test_what_fits_is_what_a_rank_has_left(glm_52_fp8: ModelTensors) -> None:
     assert fits["bfloat16", "fp8"].num_tokens == 0
 
 
+def test_experts_in_nvfp4_are_held_as_they_are_stored() -> None:
+    """On 8 GPUs of 80 GB NVIDIA's checkpoint leaves room for a context of 131,072 tokens in fp8; in bfloat16 nothing
+    would fit. What else is stored in NVFP4 is dequantized, but for dense models."""
+    fits = accounting.fits(tensor_list.of_config(GLM_52 | GLM | NVFP4), 8, 80 * 10**9)
+    held = {fit.kv_dtype: fit for fit in fits if fit.weights == "nvfp4 and bfloat16"}
+    assert held["fp8"].num_tokens > 131_072
+    packed = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}}
+    glm, dense = (tensor_list.of_config(fields | packed) for fields in (GLM_52 | GLM, QWEN3))
+    of_glm, of_dense = ({fit.weights: fit.weight_bytes for fit in accounting.fits(m, 1, 1)} for m in (glm, dense))
+    assert of_glm["nvfp4 and bfloat16"] > of_glm["as stored"] + 10 * 10**9
+    assert of_dense["nvfp4 and bfloat16"] == of_dense["as stored"]
+
+
 def test_heads_of_a_dense_model_are_shared_out_with_their_kv() -> None:
     model = tensor_list.of_config(QWEN3)
     alone, halves = (accounting.fits(model, num_gpus, 10**6)[0] for num_gpus in (1, 2))

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from shared.engine.kv.layout import KvLayout, pack
+from shared.engine.kv.layout import KvLayout, Span, pack
 from shared.engine.parallel.partition import Shard
-from shared.engine.transfer.layout_plan import Costs, Reader, Slices, Span, Take, plan
+from shared.engine.transfer.layout_plan import COSTS, SHARED_MEMORY, Costs, Reader, Slices, Take, plan
 from shared.errors import Incompatible
 
 NUM_LAYERS, NUM_HEADS, HEAD_BYTES = 3, 4, 8
-SLICED, STAGED = Costs(descriptor_us=0.0), Costs(descriptor_us=1e6)
+SLICED, STAGED = (replace(SHARED_MEMORY, descriptor_us=cost) for cost in (0.0, 1e6))
 LATENTS = pack(16, {"mla_latent": (7, "float32", 4480), "indexer_keys": (4, "float32", 1024)})
 
 
@@ -59,9 +59,7 @@ def test_pages_with_checksums_are_staged_whatever_that_costs(costs: Costs) -> No
     for take in plan(layouts(2)[0], layouts(1), Reader(0, 2, must_stage=True), costs):
         assert take.slices is not None
         assert take.slices.staged
-    with pytest.raises(Incompatible, match="on a device"):
-        plan(layouts(2)[0], layouts(1), Reader(0, 2, can_stage=False, must_stage=True), costs)
-    assert plan(layouts(2)[0], layouts(2), Reader(0, 2, can_stage=False, must_stage=True), costs) == (Take(0),)
+    assert plan(layouts(2)[0], layouts(2), Reader(0, 2, must_stage=True), costs) == (Take(0),)
 
 
 def test_equal_numbers_of_ranks_read_whole_pages_one_to_one() -> None:
@@ -94,10 +92,19 @@ def test_pages_are_staged_where_descriptors_are_dear(costs: Costs, staged: bool)
     assert take.slices.staged is staged
 
 
-def test_memory_that_cannot_be_copied_from_is_never_staged() -> None:
-    (take,) = plan(layouts(2)[0], layouts(1), Reader(0, 2, can_stage=False), STAGED)
-    assert isinstance(take.slices, Slices)
-    assert not take.slices.staged
+def of_8b(heads: range) -> KvLayout:
+    """A page of some heads of an 8B model: a whole one, of 8, takes 2 MiB."""
+    return pack(16, {"kv": (32, "bfloat16", len(heads) << 18)}, heads={"kv": heads})
+
+
+@pytest.mark.parametrize(("kind", "staged"), [("DRAM", False), ("VRAM", True)])
+def test_half_the_heads_of_an_8b_model_are_sliced_in_shared_memory_and_staged_between_gpus(
+    kind: str, staged: bool
+) -> None:
+    """64 spans of 16 KiB: a GPU copies each as slowly as it copies a whole page."""
+    (take,) = plan(of_8b(range(4)), [of_8b(range(8))], Reader(0, 2), COSTS.get((kind, kind), SHARED_MEMORY))
+    assert take.slices is not None
+    assert (len(take.slices.spans), take.slices.staged) == (64, staged)
 
 
 def test_ranks_that_lack_what_we_need_are_refused() -> None:

@@ -43,6 +43,15 @@ class KvLayout:
         return self.page_bytes / self.page_size
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`num_bytes` bytes of a page: where they are in the peer's page, and where in ours."""
+
+    remote: int
+    local: int
+    num_bytes: int
+
+
 def pack(
     page_size: int,
     classes: dict[str, tuple[int, str, int]],

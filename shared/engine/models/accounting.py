@@ -13,7 +13,7 @@ from shared.engine.parallel.partition import EXPERT, PartOf, Shard, of_dense, of
 from shared.errors import InvalidRequest
 
 PAGE_SIZE = 64  # state classes of so many tokens need no padding
-COMPUTE_DTYPE, COMPUTE_BYTES, ROUTER_BYTES = "bfloat16", 2, 4
+COMPUTE_DTYPE, COMPUTE_BYTES, ROUTER_BYTES, KEPT = "bfloat16", 2, 4, "nvfp4"
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 # The first that is found in a name; norms and the expert router are told by what they are, wherever they are.
 CLASSES = (
@@ -111,8 +111,8 @@ def kv_bytes_per_token(model: ModelTensors, *, mtp: bool = False, shard: Shard |
 
 
 def fits(model: ModelTensors, num_gpus: int, gpu_memory_bytes: int) -> list[Fit]:
-    """Weights in bfloat16, as they are held to compute with: quantized ones are dequantized when loaded. What they
-    would take as they are stored is told besides.
+    """Weights as GPUs hold them to compute with: in bfloat16, but NVFP4 stays packed in dense models and in routed
+    experts. Others that are quantized are dequantized when loaded; what they would take as stored is told besides.
 
     A room below 0 means that the weights do not fit. Raises InvalidRequest for no GPU or no memory, Unsupported for a
     number of ranks that the model cannot be shared out to.
@@ -121,7 +121,9 @@ def fits(model: ModelTensors, num_gpus: int, gpu_memory_bytes: int) -> list[Fit]
         raise InvalidRequest("what fits is told for at least one GPU with some memory")
     stored, computed = _rank_bytes(model, Shard(0, num_gpus))
     quantized = any(tensor.form not in STORED_FLOATS for tensor in model.tensors.values())
-    forms = {COMPUTE_DTYPE: computed} | ({"as stored": stored} if quantized else {})
+    kept = any(_stays_packed(model, name, tensor) for name, tensor in model.tensors.items())
+    held = f"{KEPT} and {COMPUTE_DTYPE}" if kept else COMPUTE_DTYPE
+    forms = {held: computed} | ({"as stored": stored} if quantized else {})
     per_token = kv_bytes_per_token(model, mtp=model.has_mtp, shard=Shard(0, num_gpus))
     return [
         Fit(form, dtype, num_gpus, weights, room, num_bytes, max(room, 0) // num_bytes)
@@ -143,7 +145,13 @@ def _rank_bytes(model: ModelTensors, shard: Shard) -> tuple[int, int]:
             continue
         part = part_of(name)
         length, size = (part.length, tensor.shape[part.dim]) if part else (1, 1)
-        stored += -(-tensor.num_bytes * length // size)
+        own_bytes = -(-tensor.num_bytes * length // size)
+        stored += own_bytes
         width = ROUTER_BYTES if ".mlp.gate." in name else COMPUTE_BYTES  # expert routers compute in float32
-        computed += tensor.num_parameters * length // size * width
+        packed = _stays_packed(model, name, tensor)
+        computed += own_bytes if packed else tensor.num_parameters * length // size * width
     return stored, computed
+
+
+def _stays_packed(model: ModelTensors, name: str, tensor: Tensor) -> bool:
+    return tensor.form == KEPT and (isinstance(model.config, DenseConfig) or EXPERT.search(name) is not None)

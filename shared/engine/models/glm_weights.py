@@ -152,14 +152,25 @@ class GlmWeights:
         prefix = f"model.layers.{layer}.mlp."
         if not self._is(self.config.moe_layers, layer):
             return self._mlp(prefix)
-        experts = [self._mlp(f"{prefix}experts.{expert}.") for expert in self._expert_ids]
         return MoeWeights(
             router=self._read(prefix + "gate.weight").float(),
             correction_bias=self._read(prefix + "gate.e_score_correction_bias", torch.float32),
-            experts=MlpWeights(torch.stack([e.gate_up for e in experts]), torch.stack([e.down for e in experts])),
+            experts=self._experts(prefix),
             expert_ids=self._expert_ids,
             shared=self._mlp(prefix + "shared_experts."),
         )
+
+    def _experts(self, prefix: str) -> MlpWeights:
+        """The rank's, each put in its place as it is read: a layer's experts are more than a file holds, and never
+        here twice."""
+        stacked: tuple[torch.Tensor, ...] = ()
+        for place, expert in enumerate(self._expert_ids):
+            own = self._mlp(f"{prefix}experts.{expert}.")
+            parts = own.gate_up, own.down
+            stacked = stacked or tuple(part.new_empty(len(self._expert_ids), *part.shape) for part in parts)
+            for whole, part in zip(stacked, parts, strict=True):
+                whole[place] = part
+        return MlpWeights(*stacked)
 
     def packed_mlp(self, layer: int) -> MlpWeights | MoeWeights | PackedMoeWeights:
         """As `mlp`, but a mixture whose experts are all stored in NVFP4 keeps them so."""

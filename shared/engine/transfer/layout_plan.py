@@ -3,24 +3,16 @@
 A class that every rank has whole (latents, index keys) can be taken from any rank of the peer: readers are spread over
 them. Of one that ranks share out by heads, a page of the peer holds more heads than are wanted, or fewer: then the plan
 names the spans of a page to read from each rank that has some. There are two ways to move spans. *Slices*: a descriptor
-for each span, straight into place. *Staged*: one descriptor for the whole page into a buffer, and the spans are copied
-out of it. Slices move no byte too many, staged pages need fewer descriptors; the estimate below decides.
+for each span, straight into place. *Staged*: one descriptor for the whole page into a buffer where our pages are, and
+the spans are copied out of it. Slices move no byte too many, staged pages need fewer descriptors; the estimate below
+decides, by what descriptors and bytes cost between memories of this kind.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared.engine.kv.layout import KvLayout, StateClass
+from shared.engine.kv.layout import KvLayout, Span, StateClass
 from shared.errors import Incompatible
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """`num_bytes` bytes of a page: where they are in the peer's page, and where in ours."""
-
-    remote: int
-    local: int
-    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +38,18 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What moving pages costs; the defaults are of shared memory, by `bench.layouts` (docs/LOG.md)."""
+    """What moving pages costs, by `bench.layouts` and `bench.transfer` (docs/LOG.md)."""
 
-    descriptor_us: float = 2.0
-    move_us_per_kib: float = 0.3
-    copy_us_per_kib: float = 0.2
+    descriptor_us: float
+    move_us_per_kib: float
+    copy_us_per_kib: float
+
+
+SHARED_MEMORY = Costs(descriptor_us=2.0, move_us_per_kib=0.3, copy_us_per_kib=0.2)
+# A copy of its own for each descriptor that has no neighbour, whatever its size. What copying out of the buffer takes
+# there has not been measured: this is a fifth of the rate of a plain copy.
+GPUS = Costs(descriptor_us=8.0, move_us_per_kib=0.001, copy_us_per_kib=0.005)
+COSTS = {("VRAM", "VRAM"): GPUS}  # of ours and theirs; of all others as of shared memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,6 @@ class Reader:
     rank: int = 0
     num_ranks: int = 1
     salt: int = 0
-    can_stage: bool = True
     must_stage: bool = False
 
     def among(self, candidates: Sequence[int]) -> int:
@@ -69,7 +67,7 @@ class Reader:
         return candidates[(self.rank + self.salt * self.num_ranks) % len(candidates)]
 
 
-def plan(ours: KvLayout, theirs: Sequence[KvLayout], reader: Reader, costs: Costs | None = None) -> tuple[Take, ...]:
+def plan(ours: KvLayout, theirs: Sequence[KvLayout], reader: Reader, costs: Costs = SHARED_MEMORY) -> tuple[Take, ...]:
     """What to read so that each of our pages is complete. Raises Incompatible if the peer's ranks cannot make it so."""
     if same := [rank for rank, layout in enumerate(theirs) if layout == ours]:
         return (Take(reader.among(same)),)
@@ -81,7 +79,7 @@ def plan(ours: KvLayout, theirs: Sequence[KvLayout], reader: Reader, costs: Cost
         for rank, span in _spans(state, [layout.state_classes[index] for layout in theirs], reader):
             spans.setdefault(rank, []).append(span)
     return tuple(
-        Take(rank, _choose(_merged(found), theirs[rank].page_bytes, reader, costs or Costs()))
+        Take(rank, _choose(_merged(found), theirs[rank].page_bytes, reader, costs))
         for rank, found in sorted(spans.items())
     )
 
@@ -137,6 +135,4 @@ def _choose(spans: tuple[Span, ...], page_bytes: int, reader: Reader, costs: Cos
     num_kib = sum(span.num_bytes for span in spans) / 1024
     sliced_us = len(spans) * costs.descriptor_us + num_kib * costs.move_us_per_kib
     staged_us = costs.descriptor_us + page_bytes / 1024 * costs.move_us_per_kib + num_kib * costs.copy_us_per_kib
-    if reader.must_stage and not reader.can_stage:
-        raise Incompatible("pages with checksums are read by way of host memory, but ours are on a device")
-    return Slices(spans, staged=reader.can_stage and (reader.must_stage or staged_us < sliced_us))
+    return Slices(spans, staged=reader.must_stage or staged_us < sliced_us)

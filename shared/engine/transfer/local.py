@@ -10,9 +10,10 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 
 from shared.engine.kv.checksum import page_checksums, verify
+from shared.engine.kv.layout import Span
 from shared.engine.kv.memory import PoolMemory
 from shared.engine.transfer.api import Peer, RemotePool, check_page_ids, check_pool, check_verifiable
-from shared.engine.transfer.layout_plan import Slices, Span
+from shared.engine.transfer.layout_plan import Slices
 from shared.errors import DeadlineExceeded, TransferFailed
 
 

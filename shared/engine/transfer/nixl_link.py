@@ -1,7 +1,6 @@
 """One connection of NIXL: a reading agent and the one pool that it reads. Only the NIXL thread calls what is here."""
 
 import asyncio
-import ctypes
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shared.engine.kv.memory import HostMemory, PoolMemory
+from shared.engine.kv.layout import Span
+from shared.engine.kv.memory import HostMemory, PoolMemory, Scatter
 from shared.engine.transfer.api import RemotePool
-from shared.engine.transfer.layout_plan import Slices, Span
+from shared.engine.transfer.layout_plan import Slices
 from shared.errors import TransferFailed
 
 CANCEL_GRACE_S = 0.2
@@ -44,7 +44,8 @@ def new_agent(name: str, memory: PoolMemory) -> Any:
 class Link:
     """A peer's pool and the agent that reads it: open, then perhaps parked, then closed.
 
-    Staged slices are read as whole pages into a buffer of `num_staged` pages, and `scatter` copies them into place.
+    Staged slices are read as whole pages into a buffer of `num_staged` pages, and `scatter` copies them from the first
+    of those to our pages of the ids that it is given.
     `memory` is what it reads into: that buffer, or our pool.
     """
 
@@ -53,8 +54,11 @@ class Link:
         self.parked = False
         self.num_staged = max(1, STAGING_BYTES // pool.page_bytes) if slices and slices.staged else 0
         self.staging = asyncio.Lock()  # the buffer has one user at a time
-        self._pool_memory = memory
-        self.memory = HostMemory(self.num_staged, pool.page_bytes) if self.num_staged else memory
+        self.memory = memory
+        self.scatter: Scatter = _nowhere
+        if slices and slices.staged:
+            self.memory = memory.another(self.num_staged, pool.page_bytes)
+            self.scatter = memory.scatter(self.memory, slices.spans)
         whole = (Span(0, 0, pool.page_bytes),)
         self._spans = slices.spans if slices and not slices.staged else whole
         self._agent_name = agent_name
@@ -98,13 +102,6 @@ class Link:
         ours, theirs = ((np.asarray(ids, np.int32)[:, None] * count + spans).ravel() for ids in (local, remote))
         return agent.make_prepped_xfer("READ", self._handles[0], ours, self._handles[1], theirs, b"")
 
-    def scatter(self, local: Sequence[int]) -> None:
-        """Copy the slices of the first pages of the buffer to our pages `local`."""
-        staged, pool, ids = _bytes(self.memory), _bytes(self._pool_memory), list(local)
-        for span in self.slices.spans if self.slices else ():
-            there, here = span.remote + span.num_bytes, span.local + span.num_bytes
-            pool[ids, span.local : here] = staged[: len(ids), span.remote : there]
-
     def probe(self) -> Any:
         """A READ of the first bytes of the peer's pool into scratch memory, not yet posted."""
         agent, pool = self.agent, self.pool
@@ -142,6 +139,10 @@ class Read:
         self.ends_at = min(self.ends_at, time.monotonic() + CANCEL_GRACE_S)
 
 
+def _nowhere(_: Sequence[int]) -> None:
+    """Where nothing is staged, nothing is copied."""
+
+
 def _region(memory: PoolMemory) -> tuple[int, int, int, str]:
     return (memory.address, memory.num_bytes, memory.device_id, "")
 
@@ -155,9 +156,3 @@ def _descriptors(
     found[..., 0] = pages[:, None] + np.asarray(starts, np.uint64)
     found[..., 1], found[..., 2] = np.asarray(sizes, np.uint64), device_id
     return found.reshape(-1, 3)
-
-
-def _bytes(memory: PoolMemory) -> npt.NDArray[np.uint8]:
-    """Host memory as [num_pages, page_bytes]."""
-    held = (ctypes.c_uint8 * memory.num_bytes).from_address(memory.address)
-    return np.ctypeslib.as_array(held).reshape(memory.num_pages, memory.page_bytes)

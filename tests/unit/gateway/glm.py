@@ -1,6 +1,7 @@
 """A model that reads and writes as GLM does: its tags, its ids where they are known, and templates after its format.
 
-The templates were written from the description of the format; a checkpoint brings its own. Of the vocabulary only
+The templates were written from the description of the format, and those of 5 and 5.1 write what an independent renderer
+writes (docs/LOG.md); a checkpoint brings its own. Of the vocabulary only
 the added tokens and one word have their true ids: what is tested are tags and the layout of prompts, not how text is
 cut into tokens.
 """
@@ -25,7 +26,7 @@ HI = 13041
 # What differs between releases, as variables in front of the rest.
 RELEASES = {
     "5": {"effort": False, "whole_tools": True, "empty_thought": "never"},  # 4.7 too
-    "5.1": {"effort": False, "whole_tools": False, "empty_thought": "last"},
+    "5.1": {"effort": False, "whole_tools": False, "empty_thought": "turn"},
     "5.2": {"effort": True, "whole_tools": False, "empty_thought": "always"},
 }
 
@@ -33,7 +34,7 @@ BODY = """[gMASK]<sop>
 {%- set thinking = enable_thinking is not defined or enable_thinking -%}
 {%- if thinking and effort %}<|system|>Reasoning Effort: {{ 'High' if reasoning_effort == 'high' else 'Max' }}
 {%- endif -%}
-{%- set ns = namespace(last_user=-1, last_answer=-1, declared={}) -%}
+{%- set ns = namespace(last_user=-1, declared={}) -%}
 {%- if tools %}<|system|>
 # Tools
 
@@ -53,7 +54,6 @@ For each function call, output the function name and arguments within the follow
 <arg_key>{arg-key-2}</arg_key><arg_value>{arg-value-2}</arg_value>...</tool_call>{% endif -%}
 {%- for m in messages -%}
 {%- if m.role == 'user' %}{% set ns.last_user = loop.index0 %}{% endif -%}
-{%- if m.role == 'assistant' %}{% set ns.last_answer = loop.index0 %}{% endif -%}
 {%- endfor -%}
 {%- for m in messages -%}
 {%- if m.role == 'system' %}<|system|>{{ m.content }}
@@ -61,8 +61,9 @@ For each function call, output the function name and arguments within the follow
 {%- elif m.role == 'assistant' -%}
 {%- set thought = m.reasoning_content or (m.content.split('</think>')[0].split('<think>')[-1]
                                           if '</think>' in m.content else '') -%}
-{%- set keep = thought and (loop.index0 > ns.last_user or clear_thinking is false) -%}
-{%- set opens = keep or empty_thought == 'always' or (empty_thought == 'last' and loop.index0 == ns.last_answer) -%}
+{%- set this_turn = loop.index0 > ns.last_user -%}
+{%- set keep = thought and (this_turn or clear_thinking is false) -%}
+{%- set opens = keep or empty_thought == 'always' or (empty_thought == 'turn' and thinking and this_turn) -%}
 <|assistant|>{{ '<think>' if opens else '' }}{{ thought if keep else '' }}</think>
 {{- m.content.split('</think>')[-1].strip() }}
 {%- for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}

@@ -102,23 +102,27 @@ def test_the_reasoning_of_this_turn_is_kept_between_its_tool_calls() -> None:
 
 
 @pytest.mark.parametrize(
-    ("release", "thinking", "off", "older", "last"),
+    ("release", "off", "older", "of_this_turn"),
     [
-        ("5", "<think>", "</think>", "</think>", "</think>"),
-        ("5.1", "<think>", "</think>", "</think>", "<think></think>"),
-        ("5.2", "<think>", "<think></think>", "<think></think>", "<think></think>"),
+        ("5", "</think>", "</think>", "</think>"),
+        ("5.1", "</think>", "</think>", "<think></think>"),
+        ("5.2", "<think></think>", "<think></think>", "<think></think>"),
     ],
 )
 def test_each_release_marks_the_absence_of_thoughts_in_its_way(
-    release: str, thinking: str, off: str, older: str, last: str
+    release: str, off: str, older: str, of_this_turn: str
 ) -> None:
-    past = {"role": "assistant", "content": "Hello"}
+    past, call = {"role": "assistant", "content": "Hello"}, {"id": "a", "function": {"name": "f", "arguments": "{}"}}
+    asks, answer = {**past, "tool_calls": [call]}, {"role": "tool", "tool_call_id": "a", "content": "1"}
     effort = "<|system|>Reasoning Effort: Max" if release == "5.2" else ""
-    assert prompt(HI, release=release) == f"[gMASK]<sop>{effort}<|user|>Hi<|assistant|>{thinking}"
-    text = prompt(HI, past, HI, past, HI, release=release, enable_thinking=False)
-    turns = f"<|user|>Hi<|assistant|>{older}Hello<|user|>Hi<|assistant|>{last}Hello"
-    assert text == f"[gMASK]<sop>{turns}<|user|>Hi<|assistant|>{off}"
-    assert (opens_thought(prompt(HI, release=release)), opens_thought(text)) == (True, False)
+    assert prompt(HI, release=release) == f"[gMASK]<sop>{effort}<|user|>Hi<|assistant|><think>"
+    rest = "Hello<tool_call>f</tool_call><|observation|><tool_response>1</tool_response><|assistant|>"
+    turn = f"<|user|>Hi<|assistant|>{older}Hello<|user|>Hi<|assistant|>"
+    text = prompt(HI, past, HI, asks, answer, release=release)
+    assert text == f"[gMASK]<sop>{effort}{turn}{of_this_turn}{rest}<think>"
+    quiet = prompt(HI, past, HI, asks, answer, release=release, enable_thinking=False)
+    assert quiet == f"[gMASK]<sop>{turn}{older}{rest}{off}"
+    assert (opens_thought(prompt(HI, release=release)), opens_thought(quiet)) == (True, False)
 
 
 @pytest.mark.parametrize("release", glm.RELEASES)
