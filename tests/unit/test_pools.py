@@ -73,21 +73,14 @@ async def test_checksums_of_too_few_ranks_are_refused() -> None:
         await pair.read([1, 2, 3])
 
 
-class Memory(HostMemory):
-    """Host memory that says where it is."""
-
-    def __init__(self, num_pages: int, page_bytes: int, kind: str) -> None:
-        super().__init__(num_pages, page_bytes)
-        self.kind = kind
-
-
 @pytest.mark.parametrize(("kinds", "staged"), [("VRAM VRAM", True), ("VRAM DRAM", False), ("DRAM DRAM", False)])
 async def test_what_moving_pages_costs_follows_from_where_both_sides_have_them(kinds: str, staged: bool) -> None:
     hub: dict[str, LocalTransport] = {}
     pools = []
     for name, num_heads, kind in zip(("reader", "owner"), (4, 8), kinds.split(), strict=True):
         layout = of_8b(range(num_heads))
-        memory = Memory(1, layout.page_bytes, kind)
+        memory = HostMemory(1, layout.page_bytes)
+        memory.kind = kind  # it says where it is
         transport = LocalTransport(memory, name, hub)
         pools.append(Pools([Member(transport, own_pool(transport, memory, layout))]))
     reader, owner = pools
