@@ -141,6 +141,8 @@ class Generation:
                     yield self._finished(finished.finish_reason, _stop_token(finished))
                     return
                 await handoff.complete(finished.num_pages, len(self._job.token_ids))
+                # Before its turn in a step comes: others with this prompt may be in that step, too.
+                self._worker.engine.kv.publish(table, 0, hashes)
         except Fault as fault:
             if _is_ours(fault):
                 raise

@@ -9,19 +9,17 @@ import asyncio
 import functools
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from typing import Any
 
-from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, router_pb2, router_pb2_grpc
+from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, router_pb2
 from services.gateway.directory import Directory
 from services.gateway.meters import Meters
 from services.gateway.request import Choice
+from services.gateway.routers import ROUTER_FAULTS, Routers
 from services.gateway.usage import add_drafts
 from shared import page_hash, rpc
 from shared.errors import (
-    BlackboardLost,
     Cancelled,
     DeadlineExceeded,
     Draining,
@@ -40,8 +38,6 @@ log = logging.getLogger(__name__)
 _WORKER_FAULTS = (WorkerLost, StaleEpoch, Draining, Overloaded, Cancelled)
 # These pass when the worker is back; one that is full will not be emptier in a moment.
 _PASSING_FAULTS = (WorkerLost, StaleEpoch, Draining, Cancelled)
-# Of a router: another one may do better, or this one in a moment.
-_ROUTER_FAULTS = (WorkerLost, Draining, Cancelled, BlackboardLost)
 # Without a token in between.
 MAX_ATTEMPTS = 4
 # While no router answers: time between two tries, unless the blackboard announces one earlier.
@@ -56,9 +52,8 @@ class Dispatcher:
 
     def __init__(self, directory: Directory, channels: rpc.Channels, meters: Meters, recovery_wait_ms: int) -> None:
         self._directory, self._channels, self._meters = directory, channels, meters
+        self._routers = Routers(directory, channels)
         self._recovery_wait_s = recovery_wait_ms / 1000
-        self._turn = 0
-        self._num_asked: Counter[str] = Counter()
         self._clearing: set[asyncio.Task[None]] = set()
 
     async def generate(self, choice: Choice) -> AsyncGenerator[decode_pb2.GenerateResponse, None]:
@@ -97,7 +92,7 @@ class Dispatcher:
         """Have given back what was reserved for a request that its workers may never have seen."""
         about = router_pb2.WithdrawRequest(request_id=route.request_id, model=route.model, placement=placement)
         with suppress(Fault), rpc.no_deadline(), rpc.deadline(WITHDRAW_S):  # else it lapses
-            await self._ask_routers(lambda router: router.Withdraw, about)
+            await self._routers.ask(lambda router: router.Withdraw, about)
 
     async def settled(self) -> None:
         """Wait until what requests left behind is cleared up, for a moment at most."""
@@ -112,42 +107,21 @@ class Dispatcher:
         give_up = time.monotonic() + self._recovery_wait_s
         while True:
             try:
-                response: router_pb2.RouteResponse = await self._ask_routers(lambda router: router.Route, attempt.route)
+                response: router_pb2.RouteResponse = await self._routers.ask(
+                    lambda router: router.Route, attempt.route, attempt.left
+                )
             except (NoWorker, ModelNotFound) as fault:  # a router that has just started knows of no model
                 if not attempt.may_recover:
                     raise (attempt.fault or NoWorker(fault.message, param=fault.param)) from None
                 attempt.forgive()
                 left = ROUTER_RETRY_S
-            except _ROUTER_FAULTS as fault:
+            except ROUTER_FAULTS as fault:
                 left = give_up - time.monotonic()
                 if left <= 0:
                     raise NoWorker(f"no router answers: {fault.message}") from None
             else:
                 return response
             await self._directory.changed(min(left, ROUTER_RETRY_S, _time_remaining(left)))
-
-    async def _ask_routers(self, method: Callable[[Any], Any], request: object) -> Any:
-        """Ask one after the other until one answers.
-
-        The one with the fewest calls of ours to answer comes first, of equals a different one each time: one that has
-        stopped holds up those who asked it before that shows, and nobody else.
-        """
-        routers = self._directory.routers
-        self._turn = (self._turn + 1) % max(1, len(routers))
-        in_turn = [*routers[self._turn :], *routers[: self._turn]]
-        fault: Fault = WorkerLost("none is registered")
-        for router in sorted(in_turn, key=lambda router: self._num_asked[router.address]):
-            stub = self._channels.stub(router_pb2_grpc.RouterServiceStub, router.address)
-            self._num_asked[router.address] += 1
-            try:
-                return await rpc.call(method(stub), request)
-            except _ROUTER_FAULTS as error:
-                log.info("router %s does not answer: %s", router.name, error.message)
-                fault = error
-            finally:
-                self._num_asked[router.address] -= 1
-                self._num_asked += Counter()  # forget those with none
-        raise fault
 
 
 def _time_remaining(otherwise: float) -> float:
@@ -173,6 +147,8 @@ class _Attempt:
         self.unclaimed: decode_pb2.Placement | None = None
         """Where it was sent last, until a message came from there: something may be reserved for it yet."""
         self.fault: Fault | None = None
+        self.left = ""
+        """The incarnation of a worker that failed it last."""
         self.failed: tuple[str, float] | None = None
         """Reason and time of the first fault since the last message; None if there was none."""
         self._passes = True
@@ -226,6 +202,7 @@ class _Attempt:
         add_drafts(self._used_before, self._used_here)
         self._used_here.Clear()
         self._num_failures += 1
+        self.left = f"{worker} {self.request.placement.decode.epoch}"
         self.failed = self.failed or (fault.reason, time.monotonic())
         if self._num_failures == 1:
             del self.route.lost[:]
