@@ -140,7 +140,7 @@ class _Attempt:
         self.route.CopyFrom(choice.route)
         self.request.CopyFrom(choice.generate)
         self._token_ids: list[int] = []
-        self._page_size = choice.page_size
+        self._page_size, self._prompt_hashes = choice.page_size, choice.route.page_hashes
         self._cached: dict[str, int] | None = None
         self._used_before, self._used_here = generation_pb2.Usage(), generation_pb2.Usage()
         self.finished = False
@@ -215,14 +215,19 @@ class _Attempt:
         self.route.ClearField("withdrawn")
         if self.unclaimed is not None:
             self.route.withdrawn.CopyFrom(self.unclaimed)
-        token_ids = [*self.request.prompt_token_ids, *self._token_ids]
-        self.route.num_prompt_tokens = len(token_ids)
-        # A worker that drains has the pages of the output, too.
-        self.route.page_hashes = page_hash.join(page_hash.chain(self.request.hash_key, token_ids, self._page_size))
+        self.route.num_prompt_tokens = len(self.request.prompt_token_ids) + len(self._token_ids)
+        self.route.page_hashes = self._page_hashes()
         if isinstance(fault, WorkerLost):
             self.route.lost.append(self.request.placement.decode)
         if not isinstance(fault, StaleEpoch):
             self.route.excluded_worker_ids.append(worker)
+
+    def _page_hashes(self) -> bytes:
+        """Those of the prompt, which are known, and of the output behind it: a worker that drains has those, too."""
+        hashes, key, page_size = self._prompt_hashes, self.request.hash_key, self._page_size
+        first = len(hashes) // page_hash.HASH_BYTES * page_size
+        rest = [*self.request.prompt_token_ids[first:], *self._token_ids]
+        return hashes + page_hash.join(page_hash.chain(key, rest, page_size, parent=hashes[-page_hash.HASH_BYTES :]))
 
     @property
     def may_recover(self) -> bool:

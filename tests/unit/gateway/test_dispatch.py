@@ -277,6 +277,31 @@ async def test_a_router_that_stops_answering_holds_up_nobody_who_comes_later(wor
     assert await asyncio.gather(*first) == ["hello world"] * 2
 
 
+async def test_streams_of_a_lost_worker_are_placed_together_by_one_router(world: World) -> None:
+    other, lost = FakeRouter(), asyncio.Event()
+    other.workers = world.router.workers
+    await world.start_router("router-1", other)
+    await world.start_decode("decode-1")
+    await world.directory.update(world.registrations)
+
+    async def until_lost(_: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        yield tokens(40)
+        await lost.wait()
+        raise WorkerLost("gone")
+
+    world.decode.script = until_lost
+    streams = [asyncio.create_task(complete(world.core)) for _ in range(6)]
+    async with asyncio.timeout(10):
+        while world.decode.num_running < len(streams):  # noqa: ASYNC110 - each of them says it, together they do not
+            await asyncio.sleep(0.01)
+    asked = [len(router.requests) for router in (world.router, other)]
+    lost.set()
+    await asyncio.gather(*streams)
+    more = [len(router.requests) - before for router, before in zip((world.router, other), asked, strict=True)]
+    assert asked == [3, 3]
+    assert sorted(more) == [0, 6]
+
+
 async def test_a_request_waits_for_a_router_to_come_back(world: World) -> None:
     await world.stop("router-0")
     await world.directory.update(world.registrations)
