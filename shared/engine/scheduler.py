@@ -10,7 +10,7 @@ from shared.engine.kv.store import KvStore
 from shared.engine.sequence import Sequence
 
 RANK = attrgetter("rank")
-# Computing so many tokens takes about as long as a step: whoever can have them from another one's pages waits for these.
+# To compute so many takes about as long as a step: whoever can have them from another one's pages waits for these.
 SHARED_TOKENS = 128
 
 
@@ -75,7 +75,9 @@ class Scheduler:
         self._num_ahead = num_ahead
         self._short = False
         self._stalled_at: int | None = None
-        self._computing: set[bytes] = set()  # hashes of the pages that are computed in this step, and in those in flight
+        self._computing: set[bytes] = (
+            set()
+        )  # hashes of the pages that are computed in this step, and in those in flight
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
@@ -193,7 +195,7 @@ class Scheduler:
         for sequence in ahead:
             if self._is_computed_meanwhile(sequence):
                 passed |= bool(sequence.num_pages_missing)
-            elif not sequence.num_pages_missing or not (passed or self._short) and self._acquire(sequence):
+            elif not sequence.num_pages_missing or (not (passed or self._short) and self._acquire(sequence)):
                 self._start(sequence)
                 return sequence
             else:
