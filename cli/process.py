@@ -34,8 +34,8 @@ FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 10.0
 # Where `python -m services.NAME` finds the services, installed or not.
 ROOT = Path(__file__).resolve().parents[1]
-# A process that ran this long was well: its next failure counts as the first. One that was made to end, and did not fail
-# by itself, has shown sooner that it can run.
+# A process that ran this long was well: its next failure counts as the first. One that was made to end, and did not
+# fail by itself, has shown sooner that it can run.
 WELL_AFTER_S = 30.0
 WELL_UNTIL_ENDED_S = 5.0
 MADE_TO_END = (0, -signal.SIGTERM, -signal.SIGKILL)
@@ -168,7 +168,7 @@ class Supervised:
 
 
 def next_backoff(last_s: float, first_s: float, lived_s: float, code: int) -> float:
-    """How long to wait before a process is started again that lived so long and ended so; `last_s` is the wait before."""
+    """The wait, behind a wait of `last_s`, before a process is started again that lived so long and ended so."""
     was_well = lived_s > (WELL_UNTIL_ENDED_S if code in MADE_TO_END else WELL_AFTER_S)
     return first_s if was_well else min(max(first_s, 2 * last_s), LONGEST_BACKOFF_S)
 

@@ -14,6 +14,7 @@ from contextlib import aclosing, suppress
 
 from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, router_pb2
 from services.gateway.directory import Directory
+from services.gateway.losses import Losses
 from services.gateway.meters import Meters
 from services.gateway.request import Choice
 from services.gateway.routers import ROUTER_FAULTS, Routers
@@ -52,7 +53,7 @@ class Dispatcher:
 
     def __init__(self, directory: Directory, channels: rpc.Channels, meters: Meters, recovery_wait_ms: int) -> None:
         self._directory, self._channels, self._meters = directory, channels, meters
-        self._routers = Routers(directory, channels)
+        self._routers, self._losses = Routers(directory, channels), Losses()
         self._recovery_wait_s = recovery_wait_ms / 1000
         self._clearing: set[asyncio.Task[None]] = set()
 
@@ -77,6 +78,8 @@ class Dispatcher:
                         return
                     raise WorkerLost("the stream ended without its last message")
                 except _WORKER_FAULTS as fault:
+                    if isinstance(fault, WorkerLost):
+                        self._losses.note(attempt.request.placement.decode)
                     attempt.fail(fault)
                     if attempt.complete:
                         yield attempt.end()
@@ -106,6 +109,8 @@ class Dispatcher:
     async def _route(self, attempt: "_Attempt") -> router_pb2.RouteResponse:
         give_up = time.monotonic() + self._recovery_wait_s
         while True:
+            del attempt.route.lost[:]
+            attempt.route.lost.extend(self._losses.recent())
             try:
                 response: router_pb2.RouteResponse = await self._routers.ask(
                     lambda router: router.Route, attempt.route, attempt.left
@@ -205,7 +210,6 @@ class _Attempt:
         self.left = f"{worker} {self.request.placement.decode.epoch}"
         self.failed = self.failed or (fault.reason, time.monotonic())
         if self._num_failures == 1:
-            del self.route.lost[:]
             self._recover_by = time.monotonic() + self._recovery_wait_s
         self._passes = isinstance(fault, _PASSING_FAULTS)
         if self._num_failures >= MAX_ATTEMPTS and not self.may_recover:
@@ -217,8 +221,6 @@ class _Attempt:
             self.route.withdrawn.CopyFrom(self.unclaimed)
         self.route.num_prompt_tokens = len(self.request.prompt_token_ids) + len(self._token_ids)
         self.route.page_hashes = self._page_hashes()
-        if isinstance(fault, WorkerLost):
-            self.route.lost.append(self.request.placement.decode)
         if not isinstance(fault, StaleEpoch):
             self.route.excluded_worker_ids.append(worker)
 

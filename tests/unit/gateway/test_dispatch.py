@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from protos.forebay.v1 import decode_pb2
+from protos.forebay.v1 import decode_pb2, kv_pb2
 from services.gateway.core import Core
+from services.gateway.losses import Losses
 from services.gateway.output import Delta
 from services.gateway.request import Caller, Job
 from shared import page_hash, rpc
@@ -67,8 +68,22 @@ async def test_a_router_is_told_of_workers_that_were_lost_and_of_no_others(world
         await world.start_decode(name)
     world.decode.script = failing(WorkerLost("gone"), tokens(40))  # type: ignore[assignment]
     world.decodes["decode-1"].script = failing(Draining("soon gone"), tokens(41))  # type: ignore[assignment]
-    await complete(world.core)
-    assert [[ref.worker_id for ref in request.lost] for request in world.router.requests] == [[], ["decode-0"], []]
+    for _ in range(2):
+        await complete(world.core)
+    lost = [[(ref.worker_id, ref.epoch) for ref in request.lost] for request in world.router.requests]
+    assert lost[:4] == [[], *[[("decode-0", 1)]] * 3]  # the last of them is another request's
+
+
+async def test_a_loss_is_told_for_as_long_as_the_worker_may_be_registered() -> None:
+    now = 0.0
+    losses = Losses(lambda: now)
+    worker = kv_pb2.WorkerRef(worker_id="decode-0", epoch=1, address="a")
+    losses.note(worker)
+    worker.Clear()
+    now = 1.9
+    assert [ref.worker_id for ref in losses.recent()] == ["decode-0"]
+    now = 2.1
+    assert not losses.recent()
 
 
 async def test_a_worker_that_is_gone_is_replaced(world: World) -> None:
