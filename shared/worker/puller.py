@@ -26,6 +26,9 @@ CALL_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 10.0
 # Connecting to a peer takes 40 ms alone, and 100 to 450 ms where processors are short.
 CONNECT_MS = 250.0
+# One that nobody waits for is made a little later: it takes tens of ms of a processor, and whoever wants a prefix now
+# is often one of a herd whose worker died.
+CONNECT_LATER_S = 0.5
 # What a token takes is not known before one was computed.
 GUESSED_MS_PER_TOKEN = 0.5
 # The reason why a prefix is computed and not pulled, where that is no fault.
@@ -43,7 +46,7 @@ class Source:
 
 class Puller:
     """Connections to the workers that this one reads from, made when first needed, which is taken to last
-    `connect_ms`."""
+    `connect_ms`, or `connect_later_s` after that if nobody waits for it."""
 
     def __init__(
         self,
@@ -52,11 +55,13 @@ class Puller:
         engine: Engine,
         measures: Measures,
         connect_ms: float = CONNECT_MS,
+        connect_later_s: float = CONNECT_LATER_S,
     ) -> None:
         self._channels, self._pools = channels, pools
         self._engine, self._spec, self._measures = engine, engine.spec, measures
-        self._connect_ms = connect_ms
+        self._connect_ms, self._connect_later_s = connect_ms, connect_later_s
         self._sources: dict[str, asyncio.Task[Source]] = {}
+        self._later: dict[str, asyncio.TimerHandle] = {}
         self._farewells: set[asyncio.Task[None]] = set()
 
     async def source(self, ref: kv_pb2.WorkerRef) -> Source:
@@ -79,6 +84,19 @@ class Puller:
             task = self._sources[ref.worker_id] = asyncio.create_task(self._connect(ref))
             task.add_done_callback(_connected)  # so that a failure is nobody's surprise if nobody waits any more
         return task
+
+    def is_connected(self, ref: kv_pb2.WorkerRef) -> bool:
+        """Whether pages of a worker can be read at once."""
+        task = self._sources.get(ref.worker_id)
+        return task is not None and _connected(task) and task.result().epoch >= ref.epoch
+
+    def _connect_later(self, ref: kv_pb2.WorkerRef) -> None:
+        def connect() -> None:
+            del self._later[ref.worker_id]
+            self._attempt(ref)
+
+        if ref.worker_id not in self._later:
+            self._later[ref.worker_id] = asyncio.get_running_loop().call_later(self._connect_later_s, connect)
 
     async def _connect(self, ref: kv_pb2.WorkerRef) -> Source:
         request = kv_pb2.ConnectRequest(compatibility_hash=self._spec.compatibility_hash, epoch=ref.epoch)
@@ -198,10 +216,11 @@ class Puller:
         went wrong: a prefix that cannot be pulled is computed. Returns only when no byte is written any more.
 
         A short prefix does not wait for a first connection, which takes longer than computing it: the connection is
-        made, and is there the next time.
+        made when that is done, and is there the next time.
         """
         num_wanted = len(page_hashes) * self._spec.layout.page_size - table.num_tokens
-        if not self._attempt(ref).done() and self._is_sooner_computed(num_wanted):
+        if not self.is_connected(ref) and self._is_sooner_computed(num_wanted):
+            self._connect_later(ref)
             self._measures.failed_pulls.add(1, {"reason": NOT_CONNECTED})
             return 0
         try:
@@ -245,6 +264,8 @@ class Puller:
 
     def close(self) -> None:
         """Disconnect all."""
+        for timer in self._later.values():
+            timer.cancel()
         for worker_id in list(self._sources):
             self.forget(worker_id)
 

@@ -113,7 +113,7 @@ async def test_a_short_prefix_is_computed_rather_than_waiting_for_a_first_connec
     await generate(world, request(PROMPT, q))
     first = await generate(world, request(PROMPT[:60], d, None, q))
     assert (first.usage.num_cached_transferred, first.usage.num_cached_local) == (0, 0)
-    await d.worker.puller.source(q.ref)  # begun meanwhile
+    await d.comes_true(lambda: d.worker.puller.is_connected(q.ref))  # of itself, a little later
     second = await generate(world, request(PROMPT, d, None, q))
     assert second.tokens == expected
     assert second.usage.num_cached_transferred == 100 - 60

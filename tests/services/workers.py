@@ -225,7 +225,7 @@ class Fleet:
         measures, channels = Measures(self.telemetry.meter, engine), rpc.Channels()
         pools = Pools([Member(transport, own_pool(transport, engine.memory, engine.spec.layout))])
         kv_servicer = TamperedKv(identity, engine, pools, checksums=checksums)
-        puller = Puller(channels, pools, engine, measures, connect_ms)
+        puller = Puller(channels, pools, engine, measures, connect_ms, connect_later_s=0.01)
         worker = Worker(identity, Admission(), engine, loop, kv_servicer, puller, channels, measures)
         server = rpc.Server(self.telemetry, SERVICES)
         kv_pb2_grpc.add_KvServiceServicer_to_server(kv_servicer, server.grpc)
