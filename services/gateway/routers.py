@@ -1,6 +1,7 @@
 """Which router is asked: one after the other until one answers."""
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 # Of a router: another one may do better, or this one in a moment. Cancelled is what a server tells that closes while it
 # answers.
 ROUTER_FAULTS = (WorkerLost, Draining, Cancelled, BlackboardLost)
+# Streams of one worker come within this time, also where processors are short.
+HERD_S = 0.05
 
 
 class Routers:
@@ -26,7 +29,7 @@ class Routers:
         self._directory, self._channels = directory, channels
         self._turn = 0
         self._num_asked: Counter[str] = Counter()
-        self._asked_after: dict[str, str] = {}
+        self._herds: dict[str, tuple[str, float]] = {}
 
     async def ask(self, method: Callable[[Any], Any], request: object, left: str = "") -> Any:
         """Raises the fault of the last one if none answers, and what is the request's own fault.
@@ -42,7 +45,7 @@ class Routers:
             stub = self._channels.stub(router_pb2_grpc.RouterServiceStub, router.address)
             self._num_asked[router.address] += 1
             if left:
-                self._asked_after[left] = router.address
+                self._herds.setdefault(left, (router.address, time.monotonic()))
             try:
                 return await rpc.call(method(stub), request)
             except ROUTER_FAULTS as error:
@@ -51,15 +54,16 @@ class Routers:
             finally:
                 self._num_asked[router.address] -= 1
                 self._num_asked += Counter()  # forget those with none
-                self._asked_after.pop(left, None)
+                self._herds.pop(left, None)
         raise fault
 
     def _in_turn(self, left: str) -> Sequence[Registration]:
         """All of them, the first to ask first."""
         routers = self._directory.routers
         if left:
-            asked = self._asked_after.get(left)
-            return sorted(routers, key=lambda r: (r.address != asked, self._num_asked[r.address], _draw(left, r.name)))
+            asked, since = self._herds.get(left, ("", 0.0))
+            herd = asked if time.monotonic() - since < HERD_S else ""
+            return sorted(routers, key=lambda r: (r.address != herd, self._num_asked[r.address], _draw(left, r.name)))
         self._turn = (self._turn + 1) % max(1, len(routers))
         in_turn = [*routers[self._turn :], *routers[: self._turn]]
         return sorted(in_turn, key=lambda router: self._num_asked[router.address])
