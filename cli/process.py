@@ -30,7 +30,8 @@ if sys.argv[2] != "0":
 os.execvp(sys.argv[3], sys.argv[3:])
 """
 
-FIRST_BACKOFF_S = 0.1
+# Long enough for those that relied on a process to have gone on elsewhere, for which they need the processor.
+FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 10.0
 # Where `python -m services.NAME` finds the services, installed or not.
 ROOT = Path(__file__).resolve().parents[1]
