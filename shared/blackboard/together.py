@@ -9,6 +9,10 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError
 
 
+# On one connection; a longer burst takes several, lest the first of it waits for the last.
+MOST = 32
+
+
 class _Run(NamedTuple):
     keys: Sequence[str]
     args: Sequence[str | int]
@@ -31,14 +35,14 @@ class Together:
         """What the script answers. Raises as a call of the script does."""
         run = _Run(keys, args, asyncio.get_running_loop().create_future())
         self._wanted.append(run)
-        if len(self._wanted) == 1:
+        if len(self._wanted) % MOST == 1:
             self._sending.add(task := asyncio.create_task(self._send()))
             task.add_done_callback(self._sending.discard)
         return await run.answer
 
     async def _send(self) -> None:
         """Begins in the next turn, behind whoever else is on the way."""
-        wanted, self._wanted = self._wanted, []
+        wanted, self._wanted = self._wanted[:MOST], self._wanted[MOST:]
         try:
             answers = await self._answers(wanted)
         except Exception as error:

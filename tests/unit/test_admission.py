@@ -25,6 +25,7 @@ from shared.blackboard.admission import (
 )
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Room
+from shared.blackboard.together import MOST
 
 TTL_MS = 60_000
 ONE = Room(sequences=1, tokens=1_000, pages=1_000)
@@ -177,6 +178,11 @@ async def test_so_they_are_by_a_server_that_was_started_anew(world: World) -> No
     await world.reserve("before")
     await world.redis.script_flush()
     assert await asyncio.gather(*(world.reserve(str(number)) for number in range(3))) == [Placed(0)] * 3
+
+
+async def test_a_long_burst_is_served_whole(world: World) -> None:
+    numbers = range(2 * MOST + 1)
+    assert await asyncio.gather(*(world.reserve(str(number)) for number in numbers)) == [Placed(0) for _ in numbers]
 
 
 async def test_a_request_that_is_cancelled_among_others_leaves_them_their_answers(world: World) -> None:
