@@ -8,7 +8,6 @@ from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError
 
-
 # On one connection; a longer burst takes several, lest the first of it waits for the last.
 MOST = 32
 
