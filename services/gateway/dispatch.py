@@ -6,7 +6,6 @@ sampling give equally likely ones (docs/decisions/0028).
 """
 
 import asyncio
-import functools
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -169,11 +168,12 @@ class _Attempt:
     def log(self, what: str, **more: str) -> None:
         """Tell what became of the choice, and at which decode worker.
 
-        Writing a line takes as long as a hop: the call at hand goes out before.
+        Writing a line takes as long as a hop: the call at hand goes out before. The line has the time of now.
         """
-        placed = {"choice": self.route.request_id, "decode": self.request.placement.decode.worker_id}
-        write = functools.partial(log.info, what, extra=placed | more)
-        asyncio.get_running_loop().call_later(LOG_LATER_S, write)
+        if log.isEnabledFor(logging.INFO):
+            placed = {"choice": self.route.request_id, "decode": self.request.placement.decode.worker_id}
+            line = log.makeRecord(log.name, logging.INFO, __file__, 0, what, (), None, extra=placed | more)
+            asyncio.get_running_loop().call_later(LOG_LATER_S, log.handle, line)
 
     def note(self, response: decode_pb2.GenerateResponse) -> None:
         """Remember what the client gets."""
