@@ -29,7 +29,7 @@ def _faults(name: str, row: Mapping[str, Any]) -> list[str]:
     try:
         measured = measures_at(row["metrics_address"])
         return [f"{name}: {fault}" for fault in faults(measured, row["pages"]["total"])]
-    except (OSError, KeyError) as error:  # it ended a moment ago, and its registration lives on; its next start has none
+    except (OSError, KeyError) as error:  # it ended and is registered still, or starts
         return [f"{name} does not answer, or not yet: {error!r}"]
 
 
