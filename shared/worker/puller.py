@@ -14,7 +14,7 @@ from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.store import PageTable
 from shared.engine.transfer.api import RemotePool
 from shared.engine.transfer.pools import PeerPools, Pools, RankPool
-from shared.errors import BadManifest, CorruptPages, Fault, Incompatible, StaleEpoch, TransferFailed
+from shared.errors import BadManifest, CorruptPages, DeadlineExceeded, Fault, Incompatible, StaleEpoch, TransferFailed
 from shared.worker import manifests
 from shared.worker.measures import Measures
 
@@ -31,6 +31,8 @@ CONNECT_MS = 250.0
 CONNECT_LATER_S = 0.5
 # What a token takes is not known before one was computed.
 GUESSED_MS_PER_TOKEN = 0.5
+# A peer that is well answers within this time even where it has to wait for a processor.
+LEAST_PATIENCE_MS = 250.0
 # The reason why a prefix is computed and not pulled, where that is no fault.
 NOT_CONNECTED = "NOT_CONNECTED"
 
@@ -215,11 +217,12 @@ class Puller:
         Returns the tokens gained, which `table.num_tokens` then counts; 0 if the peer has nothing more, or anything
         went wrong: a prefix that cannot be pulled is computed. Returns only when no byte is written any more.
 
-        A short prefix does not wait for a first connection, which takes longer than computing it: the connection is
-        made when that is done, and is there the next time.
+        Nobody waits longer than computing takes for a peer that does not answer, as one that has stopped. A short
+        prefix does not wait for a first connection, which takes longer than computing it: the connection is made when
+        that is done, and is there the next time.
         """
         num_wanted = len(page_hashes) * self._spec.layout.page_size - table.num_tokens
-        if not self.is_connected(ref) and self._is_sooner_computed(num_wanted):
+        if not self.is_connected(ref) and self._computing_ms(num_wanted) < self._connect_ms:
             self._connect_later(ref)
             self._measures.failed_pulls.add(1, {"reason": NOT_CONNECTED})
             return 0
@@ -233,17 +236,26 @@ class Puller:
         table.num_tokens += gained
         return gained
 
-    def _is_sooner_computed(self, num_tokens: int) -> bool:
-        """Whether tokens are computed in less time than connecting takes."""
-        ms_per_token = self._engine.load().prefill_ms_per_token or GUESSED_MS_PER_TOKEN
-        return num_tokens * ms_per_token < self._connect_ms
+    def _computing_ms(self, num_tokens: int) -> float:
+        return num_tokens * (self._engine.load().prefill_ms_per_token or GUESSED_MS_PER_TOKEN)
+
+    async def _acquire(
+        self, ref: kv_pb2.WorkerRef, wanted: kv_pb2.AcquireRequest, patience_s: float
+    ) -> tuple[Source, kv_pb2.AcquireResponse]:
+        """The connection to a peer, and its lease. Raises what both raise, DeadlineExceeded if they take too long."""
+        try:
+            async with asyncio.timeout(patience_s):
+                return await self.source(ref), await rpc.call(self._stub(ref).Acquire, wanted, CALL_TIMEOUT_S)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{ref.worker_id} did not answer for {patience_s:.2f} s") from None
 
     async def _pull(
         self, ref: kv_pb2.WorkerRef, request_id: str, page_hashes: Sequence[bytes], table: PageTable
     ) -> int:
-        source = await self.source(ref)
         wanted = kv_pb2.AcquireRequest(request_id=request_id, epoch=ref.epoch, page_hashes=page_hash.join(page_hashes))
-        answer: kv_pb2.AcquireResponse = await rpc.call(self._stub(ref).Acquire, wanted, CALL_TIMEOUT_S)
+        num_wanted = len(page_hashes) * self._spec.layout.page_size - table.num_tokens
+        patience_s = max(LEAST_PATIENCE_MS, self._connect_ms, self._computing_ms(num_wanted)) / 1000
+        source, answer = await self._acquire(ref, wanted, patience_s)
         if not answer.HasField("lease"):
             return 0
         try:

@@ -121,6 +121,20 @@ async def test_a_short_prefix_is_computed_rather_than_waiting_for_a_first_connec
         await running.idle()
 
 
+async def test_a_peer_that_does_not_answer_is_waited_for_no_longer_than_computing_takes(
+    world: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = await alone(world, PROMPT)
+    q, d = await world.start("q"), await world.start("d")
+    await generate(world, request(PROMPT, q))
+    q.peer.is_silent = True
+    answer = await generate(world, request(PROMPT, d, None, q))
+    assert answer.tokens == expected
+    assert "cannot pull a prefix from q: DEADLINE q did not answer for 0.25 s" in caplog.text
+    for running in (q, d):
+        await running.idle()
+
+
 async def test_a_continued_request_emits_only_what_is_new(world: Fleet) -> None:
     expected = await alone(world, PROMPT)
     p, d = await world.start("p"), await world.start("d")

@@ -105,6 +105,7 @@ class TamperedKv(KvServicer):
 
     tamper_connect: Callable[[kv_pb2.ConnectResponse], None] = staticmethod(lambda answer: None)
     tamper_acquire: Callable[[kv_pb2.AcquireResponse], None] = staticmethod(lambda answer: None)
+    is_silent = False
 
     async def Connect(self, request: kv_pb2.ConnectRequest, context: Any) -> kv_pb2.ConnectResponse:
         answer = await super().Connect(request, context)
@@ -112,6 +113,8 @@ class TamperedKv(KvServicer):
         return answer
 
     async def Acquire(self, request: kv_pb2.AcquireRequest, context: Any) -> kv_pb2.AcquireResponse:
+        if self.is_silent:
+            await asyncio.Event().wait()
         answer = await super().Acquire(request, context)
         self.tamper_acquire(answer)
         return answer
