@@ -12,6 +12,8 @@ from shared.engine.sequence import Sequence
 RANK = attrgetter("rank")
 # To compute so many takes about as long as a step: whoever can have them from another one's pages waits for these.
 SHARED_TOKENS = 128
+# When so many wait for it, the step is not filled up: to look at all who wait would take longer than that saves.
+MOST_PASSED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,15 +193,18 @@ class Scheduler:
         if len(self.running) >= self._max_num_sequences:
             return None
         ahead = takewhile(lambda each: each.request.resumed or not resumed, self.waiting)
-        passed = False
+        lacks, num_passed = False, 0
         for sequence in ahead:
             if self._is_computed_meanwhile(sequence):
-                passed |= bool(sequence.num_pages_missing)
-            elif not sequence.num_pages_missing or (not (passed or self._short) and self._acquire(sequence)):
+                lacks |= bool(sequence.num_pages_missing)
+                num_passed += 1
+                if num_passed == MOST_PASSED:
+                    break
+            elif not sequence.num_pages_missing or (not (lacks or self._short) and self._acquire(sequence)):
                 self._start(sequence)
                 return sequence
             else:
-                self._short = passed = True
+                self._short = True
         return None
 
     def _is_computed_meanwhile(self, sequence: Sequence) -> bool:

@@ -1,6 +1,7 @@
 """Who computes what in which step, and who gets the pages."""
 
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 
@@ -299,3 +300,12 @@ def test_one_that_waits_for_the_same_prompt_keeps_its_turn_for_pages() -> None:
     rig.engine.step()
     rig.engine.step()
     assert rig.batches == [{"ab": 150}, {"ab": 1, "ba": 6, "c": 100}]
+
+
+def test_a_crowd_with_the_same_prompt_computes_it_once() -> None:
+    rig = Rig(num_pages=400, max_step_tokens=400, max_num_sequences=40)
+    for name in permutations("abcd"):  # 24 names of the same sum, hence the same prompt
+        rig.submit("".join(name), 150)
+    rig.finish()
+    assert rig.batches[0] == {"abcd": 150}
+    assert sum(tokens for batch in rig.batches for tokens in batch.values()) == 150 + 23 * 6 + 24 * 3
