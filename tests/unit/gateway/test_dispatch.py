@@ -1,6 +1,7 @@
 """Finding workers: routers come and go, workers fail before and after the first token."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -84,6 +85,25 @@ async def test_a_loss_is_told_for_as_long_as_the_worker_may_be_registered() -> N
     assert [ref.worker_id for ref in losses.recent()] == ["decode-0"]
     now = 2.1
     assert not losses.recent()
+
+
+async def test_a_line_has_the_time_of_what_it_tells_though_it_is_written_later(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    came: list[float] = []
+
+    async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        came.append(time.time())
+        yield tokens(40)
+        yield finished()
+
+    world.decode.script = script
+    caplog.set_level("INFO", "services.gateway.dispatch")
+    await complete(world.core)
+    async with asyncio.timeout(10):
+        while not (lines := [record for record in caplog.records if record.message == "placed"]):
+            await asyncio.sleep(0.001)
+    assert lines[0].created <= came[0]
 
 
 async def test_a_worker_that_is_gone_is_replaced(world: World) -> None:
