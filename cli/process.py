@@ -30,12 +30,16 @@ if sys.argv[2] != "0":
 os.execvp(sys.argv[3], sys.argv[3:])
 """
 
-FIRST_BACKOFF_S = 0.1
+# Long enough for those that relied on a process to have gone on elsewhere, for which they need the processor.
+FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 10.0
 # Where `python -m services.NAME` finds the services, installed or not.
 ROOT = Path(__file__).resolve().parents[1]
-# A process that ran this long was well: its next failure counts as the first.
+# A process that ran this long was well: its next failure counts as the first. One that was made to end, and did not
+# fail by itself, has shown sooner that it can run.
 WELL_AFTER_S = 30.0
+WELL_UNTIL_ENDED_S = 5.0
+MADE_TO_END = (0, -signal.SIGTERM, -signal.SIGKILL)
 # Logs of this many earlier starts are kept beside the current one.
 NUM_OLD_LOGS = 4
 
@@ -120,20 +124,18 @@ class Supervised:
         return []
 
     async def _keep_running(self, ended: asyncio.Task[int]) -> None:
-        backoff_s = self._first_backoff_s
+        backoff_s = 0.0
         while True:
             started = time.monotonic()
-            self.last_exit = _describe(await ended)
+            self.last_exit = _describe(code := await ended)
             self._on_change()
             if self._stopping.is_set():
                 return
             self.died.set()
-            if time.monotonic() - started > WELL_AFTER_S:
-                backoff_s = self._first_backoff_s
+            backoff_s = next_backoff(backoff_s, self._first_backoff_s, time.monotonic() - started, code)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), backoff_s)
                 return
-            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
             ended = await self._spawn()
 
     async def _spawn(self) -> asyncio.Task[int]:
@@ -164,6 +166,12 @@ class Supervised:
         with suppress(ProcessLookupError, PermissionError):  # what it may have started and left
             os.killpg(process.pid, signal.SIGKILL)
         return code
+
+
+def next_backoff(last_s: float, first_s: float, lived_s: float, code: int) -> float:
+    """The wait, behind a wait of `last_s`, before a process is started again that lived so long and ended so."""
+    was_well = lived_s > (WELL_UNTIL_ENDED_S if code in MADE_TO_END else WELL_AFTER_S)
+    return first_s if was_well else min(max(first_s, 2 * last_s), LONGEST_BACKOFF_S)
 
 
 def bound_to_me(command: Sequence[str], nice: int = 0) -> list[str]:

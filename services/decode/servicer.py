@@ -101,7 +101,7 @@ class Generation:
         """
         self._num_cached_here = table.num_tokens
         for prefill, source in self._choices(hashes, table):
-            async with aclosing(self._take_over(prefill, source, table)) as responses:
+            async with aclosing(self._take_over(prefill, source, hashes, table)) as responses:
                 async for response in responses:
                     yield response
         if not self._over:
@@ -124,7 +124,9 @@ class Generation:
             source = placement.decode
         yield placement.second_prefill, source
 
-    async def _take_over(self, prefill: kv_pb2.WorkerRef, source: Source, table: PageTable) -> Responses:
+    async def _take_over(
+        self, prefill: kv_pb2.WorkerRef, source: Source, hashes: Sequence[bytes], table: PageTable
+    ) -> Responses:
         layout = self._worker.engine.spec.layout
         num_held = table.num_tokens // layout.page_size
         handoff = Handoff(self._worker.puller, layout, prefill, table, num_held)
@@ -141,6 +143,8 @@ class Generation:
                     yield self._finished(finished.finish_reason, _stop_token(finished))
                     return
                 await handoff.complete(finished.num_pages, len(self._job.token_ids))
+                # Before its turn in a step comes: others with this prompt may be in that step, too.
+                self._worker.engine.kv.publish(table, 0, hashes)
         except Fault as fault:
             if _is_ours(fault):
                 raise

@@ -6,22 +6,20 @@ sampling give equally likely ones (docs/decisions/0028).
 """
 
 import asyncio
-import functools
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from typing import Any
 
-from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, router_pb2, router_pb2_grpc
+from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, router_pb2
 from services.gateway.directory import Directory
+from services.gateway.losses import Losses
 from services.gateway.meters import Meters
 from services.gateway.request import Choice
+from services.gateway.routers import ROUTER_FAULTS, Routers
 from services.gateway.usage import add_drafts
 from shared import page_hash, rpc
 from shared.errors import (
-    BlackboardLost,
     Cancelled,
     DeadlineExceeded,
     Draining,
@@ -40,8 +38,6 @@ log = logging.getLogger(__name__)
 _WORKER_FAULTS = (WorkerLost, StaleEpoch, Draining, Overloaded, Cancelled)
 # These pass when the worker is back; one that is full will not be emptier in a moment.
 _PASSING_FAULTS = (WorkerLost, StaleEpoch, Draining, Cancelled)
-# Of a router: another one may do better, or this one in a moment.
-_ROUTER_FAULTS = (WorkerLost, Draining, Cancelled, BlackboardLost)
 # Without a token in between.
 MAX_ATTEMPTS = 4
 # While no router answers: time between two tries, unless the blackboard announces one earlier.
@@ -56,9 +52,8 @@ class Dispatcher:
 
     def __init__(self, directory: Directory, channels: rpc.Channels, meters: Meters, recovery_wait_ms: int) -> None:
         self._directory, self._channels, self._meters = directory, channels, meters
+        self._routers, self._losses = Routers(directory, channels), Losses()
         self._recovery_wait_s = recovery_wait_ms / 1000
-        self._turn = 0
-        self._num_asked: Counter[str] = Counter()
         self._clearing: set[asyncio.Task[None]] = set()
 
     async def generate(self, choice: Choice) -> AsyncGenerator[decode_pb2.GenerateResponse, None]:
@@ -82,6 +77,8 @@ class Dispatcher:
                         return
                     raise WorkerLost("the stream ended without its last message")
                 except _WORKER_FAULTS as fault:
+                    if isinstance(fault, WorkerLost):
+                        self._losses.note(attempt.request.placement.decode)
                     attempt.fail(fault)
                     if attempt.complete:
                         yield attempt.end()
@@ -97,7 +94,7 @@ class Dispatcher:
         """Have given back what was reserved for a request that its workers may never have seen."""
         about = router_pb2.WithdrawRequest(request_id=route.request_id, model=route.model, placement=placement)
         with suppress(Fault), rpc.no_deadline(), rpc.deadline(WITHDRAW_S):  # else it lapses
-            await self._ask_routers(lambda router: router.Withdraw, about)
+            await self._routers.ask(lambda router: router.Withdraw, about)
 
     async def settled(self) -> None:
         """Wait until what requests left behind is cleared up, for a moment at most."""
@@ -111,43 +108,24 @@ class Dispatcher:
     async def _route(self, attempt: "_Attempt") -> router_pb2.RouteResponse:
         give_up = time.monotonic() + self._recovery_wait_s
         while True:
+            del attempt.route.lost[:]
+            attempt.route.lost.extend(self._losses.recent())
             try:
-                response: router_pb2.RouteResponse = await self._ask_routers(lambda router: router.Route, attempt.route)
+                response: router_pb2.RouteResponse = await self._routers.ask(
+                    lambda router: router.Route, attempt.route, attempt.left
+                )
             except (NoWorker, ModelNotFound) as fault:  # a router that has just started knows of no model
                 if not attempt.may_recover:
                     raise (attempt.fault or NoWorker(fault.message, param=fault.param)) from None
                 attempt.forgive()
                 left = ROUTER_RETRY_S
-            except _ROUTER_FAULTS as fault:
+            except ROUTER_FAULTS as fault:
                 left = give_up - time.monotonic()
                 if left <= 0:
                     raise NoWorker(f"no router answers: {fault.message}") from None
             else:
                 return response
             await self._directory.changed(min(left, ROUTER_RETRY_S, _time_remaining(left)))
-
-    async def _ask_routers(self, method: Callable[[Any], Any], request: object) -> Any:
-        """Ask one after the other until one answers.
-
-        The one with the fewest calls of ours to answer comes first, of equals a different one each time: one that has
-        stopped holds up those who asked it before that shows, and nobody else.
-        """
-        routers = self._directory.routers
-        self._turn = (self._turn + 1) % max(1, len(routers))
-        in_turn = [*routers[self._turn :], *routers[: self._turn]]
-        fault: Fault = WorkerLost("none is registered")
-        for router in sorted(in_turn, key=lambda router: self._num_asked[router.address]):
-            stub = self._channels.stub(router_pb2_grpc.RouterServiceStub, router.address)
-            self._num_asked[router.address] += 1
-            try:
-                return await rpc.call(method(stub), request)
-            except _ROUTER_FAULTS as error:
-                log.info("router %s does not answer: %s", router.name, error.message)
-                fault = error
-            finally:
-                self._num_asked[router.address] -= 1
-                self._num_asked += Counter()  # forget those with none
-        raise fault
 
 
 def _time_remaining(otherwise: float) -> float:
@@ -166,13 +144,15 @@ class _Attempt:
         self.route.CopyFrom(choice.route)
         self.request.CopyFrom(choice.generate)
         self._token_ids: list[int] = []
-        self._page_size = choice.page_size
+        self._page_size, self._prompt_hashes = choice.page_size, choice.route.page_hashes
         self._cached: dict[str, int] | None = None
         self._used_before, self._used_here = generation_pb2.Usage(), generation_pb2.Usage()
         self.finished = False
         self.unclaimed: decode_pb2.Placement | None = None
         """Where it was sent last, until a message came from there: something may be reserved for it yet."""
         self.fault: Fault | None = None
+        self.left = ""
+        """The incarnation of a worker that failed it last."""
         self.failed: tuple[str, float] | None = None
         """Reason and time of the first fault since the last message; None if there was none."""
         self._passes = True
@@ -188,11 +168,12 @@ class _Attempt:
     def log(self, what: str, **more: str) -> None:
         """Tell what became of the choice, and at which decode worker.
 
-        Writing a line takes as long as a hop: the call at hand goes out before.
+        Writing a line takes as long as a hop: the call at hand goes out before. The line has the time of now.
         """
-        placed = {"choice": self.route.request_id, "decode": self.request.placement.decode.worker_id}
-        write = functools.partial(log.info, what, extra=placed | more)
-        asyncio.get_running_loop().call_later(LOG_LATER_S, write)
+        if log.isEnabledFor(logging.INFO):
+            placed = {"choice": self.route.request_id, "decode": self.request.placement.decode.worker_id}
+            line = log.makeRecord(log.name, logging.INFO, __file__, 0, what, (), None, extra=placed | more)
+            asyncio.get_running_loop().call_later(LOG_LATER_S, log.handle, line)
 
     def note(self, response: decode_pb2.GenerateResponse) -> None:
         """Remember what the client gets."""
@@ -226,9 +207,9 @@ class _Attempt:
         add_drafts(self._used_before, self._used_here)
         self._used_here.Clear()
         self._num_failures += 1
+        self.left = f"{worker} {self.request.placement.decode.epoch}"
         self.failed = self.failed or (fault.reason, time.monotonic())
         if self._num_failures == 1:
-            del self.route.lost[:]
             self._recover_by = time.monotonic() + self._recovery_wait_s
         self._passes = isinstance(fault, _PASSING_FAULTS)
         if self._num_failures >= MAX_ATTEMPTS and not self.may_recover:
@@ -238,14 +219,17 @@ class _Attempt:
         self.route.ClearField("withdrawn")
         if self.unclaimed is not None:
             self.route.withdrawn.CopyFrom(self.unclaimed)
-        token_ids = [*self.request.prompt_token_ids, *self._token_ids]
-        self.route.num_prompt_tokens = len(token_ids)
-        # A worker that drains has the pages of the output, too.
-        self.route.page_hashes = page_hash.join(page_hash.chain(self.request.hash_key, token_ids, self._page_size))
-        if isinstance(fault, WorkerLost):
-            self.route.lost.append(self.request.placement.decode)
+        self.route.num_prompt_tokens = len(self.request.prompt_token_ids) + len(self._token_ids)
+        self.route.page_hashes = self._page_hashes()
         if not isinstance(fault, StaleEpoch):
             self.route.excluded_worker_ids.append(worker)
+
+    def _page_hashes(self) -> bytes:
+        """Those of the prompt, which are known, and of the output behind it: a worker that drains has those, too."""
+        hashes, key, page_size = self._prompt_hashes, self.request.hash_key, self._page_size
+        first = len(hashes) // page_hash.HASH_BYTES * page_size
+        rest = [*self.request.prompt_token_ids[first:], *self._token_ids]
+        return hashes + page_hash.join(page_hash.chain(key, rest, page_size, parent=hashes[-page_hash.HASH_BYTES :]))
 
     @property
     def may_recover(self) -> bool:

@@ -16,6 +16,7 @@ from redis.asyncio.client import PubSub
 from shared.blackboard import keys
 from shared.blackboard.connection import faults
 from shared.blackboard.records import Room
+from shared.blackboard.together import Together
 from shared.errors import BlackboardLost
 
 _SCRIPT = Path(__file__).with_suffix(".lua").read_text()
@@ -95,12 +96,13 @@ Verdict = Placed | Parked | Refused | NoneFits
 
 
 class AdmissionBoard:
-    """All methods are one round trip each and raise BlackboardLost."""
+    """All methods are one round trip each, reservations of one moment one for all, and raise BlackboardLost."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         script = _SCRIPT.replace("'WAITER'", f"'{keys.WAITER}'").replace("'WAKE'", f"'{keys.WAKE}'")
         self._script = redis.register_script(script)
+        self._reservations = Together(redis, self._script)
 
     async def reserve(
         self,
@@ -135,7 +137,7 @@ class AdmissionBoard:
         ]
         workers = [(need.name, need.epoch) for need in needs]
         with faults():
-            return _verdict(await self._script(keys=_keys(ask.model, workers), args=args))
+            return _verdict(await self._reservations.run(_keys(ask.model, workers), args))
 
     async def withdraw(self, ask: Ask, router: str, workers: Iterable[tuple[str, int]]) -> None:
         """Take a request out of the queue, unless another router has it now, and back what these workers (name, epoch)

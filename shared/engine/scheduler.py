@@ -3,12 +3,17 @@
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from operator import attrgetter
 
 from shared.engine.kv.store import KvStore
 from shared.engine.sequence import Sequence
 
 RANK = attrgetter("rank")
+# To compute so many takes about as long as a step: whoever can have them from another one's pages waits for these.
+SHARED_TOKENS = 128
+# When so many wait for it, the step is not filled up: to look at all who wait would take longer than that saves.
+MOST_PASSED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,9 @@ class Scheduler:
     Prompts of resumed sequences, whose clients wait amid an answer, go before all others, also before those that have
     begun, and their steps are not filled up with others, which would only make them longer.
 
+    A prompt that begins as another one of the same step waits for that step, and finds it cached: computed together,
+    the beginning would be computed twice, and both of them, and all others in the step, would wait for it.
+
     Nobody starves: ranks are fixed at arrival, the head of the queue is never overtaken by those who need pages, and of
     those who run, the first by rank always makes progress.
 
@@ -69,6 +77,9 @@ class Scheduler:
         self._num_ahead = num_ahead
         self._short = False
         self._stalled_at: int | None = None
+        self._computing: set[bytes] = (
+            set()
+        )  # hashes of the pages that are computed in this step, and in those in flight
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
@@ -106,6 +117,7 @@ class Scheduler:
         one in flight nothing is planned if somebody would have to give pages for it, or has drafts: they can be
         verified once it is known what they are to follow."""
         num_freed, self._short = self._kv.num_freed(), False
+        self._computing = self._computing if ahead else set()
         self._start_computed()
         generating = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
         decoding = [sequence for sequence in generating if not sequence.awaits_its_last] if ahead else generating
@@ -114,8 +126,9 @@ class Scheduler:
         parts = [_part(sequence, 1) for sequence in decoding if self._grow(sequence)]
         budget = self._max_step_tokens - len(parts)
         for sequence in self._prompts():
-            parts.append(_part(sequence, budget))
-            budget -= parts[-1].num_tokens
+            parts.append(part := _part(sequence, budget))
+            self._computing.update(sequence.hashes[part.start // self._kv.page_size : part.end // self._kv.page_size])
+            budget -= part.num_tokens
             if not budget:
                 break
         self._stalled_at = None if parts or ahead else num_freed
@@ -155,7 +168,7 @@ class Scheduler:
         resumed = [sequence for sequence in begun if sequence.request.resumed]
         yield from resumed
         is_full = bool(resumed)
-        while self.waiting and self.waiting[0].request.resumed and (sequence := self._start_next()):
+        while sequence := self._start_next(resumed=True):
             yield sequence
             is_full = True
         if is_full:
@@ -173,17 +186,34 @@ class Scheduler:
                 if not sequence.num_pages_missing:
                     self._start(sequence)
 
-    def _start_next(self) -> Sequence | None:
-        """Start the first sequence that can. Past one that lacks pages only those go that have all of theirs already:
-        they take nothing from it, and give theirs back the sooner."""
+    def _start_next(self, *, resumed: bool = False) -> Sequence | None:
+        """Start the first sequence that can, if `resumed` of those that are ahead of all others. Past one that lacks
+        pages, or would if it did not wait for another one's, only those go that have all of theirs already: they take
+        nothing from it, and give theirs back the sooner."""
         if len(self.running) >= self._max_num_sequences:
             return None
-        for sequence in self.waiting:
-            if not sequence.num_pages_missing or (not self._short and self._acquire(sequence)):
+        ahead = takewhile(lambda each: each.request.resumed or not resumed, self.waiting)
+        lacks, num_passed = False, 0
+        for sequence in ahead:
+            if self._is_computed_meanwhile(sequence):
+                lacks |= bool(sequence.num_pages_missing)
+                num_passed += 1
+                if num_passed == MOST_PASSED:
+                    break
+            elif not sequence.num_pages_missing or (not (lacks or self._short) and self._acquire(sequence)):
                 self._start(sequence)
                 return sequence
-            self._short = True
+            else:
+                self._short = True
         return None
+
+    def _is_computed_meanwhile(self, sequence: Sequence) -> bool:
+        """Whether enough of what a sequence lacks of its prompt is computed for others in this step."""
+        if sequence.started or not self._computing:
+            return False
+        hashes, page_size = sequence.reusable_hashes, self._kv.page_size
+        first = max(sequence.num_computed // page_size, self._kv.match(hashes))
+        return page_size * sum(1 for _ in takewhile(self._computing.__contains__, hashes[first:])) >= SHARED_TOKENS
 
     def _start(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)

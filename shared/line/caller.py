@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from protos.forebay.v1 import line_pb2, line_pb2_grpc
 from shared import status
-from shared.errors import Cancelled, DeadlineExceeded, Fault, Internal, InvalidRequest, WorkerLost
+from shared.errors import Cancelled, DeadlineExceeded, Fault, Internal, InvalidRequest, Unsupported, WorkerLost
 from shared.line.outbox import LONGEST_BYTES, Outbox
 
 Response = TypeVar("Response")
@@ -99,6 +99,8 @@ class Line:
             await self._talk(self._stub.Open(), outbox)
         except grpc.aio.AioRpcError as error:
             fault = status.fault_of(error)
+            if isinstance(fault, Unsupported):  # of the line, hence of none of the calls: another process may do better
+                fault = WorkerLost("the process at the other end takes no lines (LineService): is it an older version?")
         except asyncio.CancelledError:
             fault = Cancelled("the line was closed")
             raise

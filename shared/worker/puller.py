@@ -14,7 +14,7 @@ from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.store import PageTable
 from shared.engine.transfer.api import RemotePool
 from shared.engine.transfer.pools import PeerPools, Pools, RankPool
-from shared.errors import BadManifest, CorruptPages, Fault, Incompatible, StaleEpoch, TransferFailed
+from shared.errors import BadManifest, CorruptPages, DeadlineExceeded, Fault, Incompatible, StaleEpoch, TransferFailed
 from shared.worker import manifests
 from shared.worker.measures import Measures
 
@@ -26,8 +26,13 @@ CALL_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 10.0
 # Connecting to a peer takes 40 ms alone, and 100 to 450 ms where processors are short.
 CONNECT_MS = 250.0
+# One that nobody waits for is made a little later: it takes tens of ms of a processor, and whoever wants a prefix now
+# is often one of a herd whose worker died.
+CONNECT_LATER_S = 0.5
 # What a token takes is not known before one was computed.
 GUESSED_MS_PER_TOKEN = 0.5
+# A peer that is well answers within this time even where it has to wait for a processor.
+LEAST_PATIENCE_MS = 250.0
 # The reason why a prefix is computed and not pulled, where that is no fault.
 NOT_CONNECTED = "NOT_CONNECTED"
 
@@ -43,7 +48,7 @@ class Source:
 
 class Puller:
     """Connections to the workers that this one reads from, made when first needed, which is taken to last
-    `connect_ms`."""
+    `connect_ms`, or `connect_later_s` after that if nobody waits for it."""
 
     def __init__(
         self,
@@ -52,11 +57,13 @@ class Puller:
         engine: Engine,
         measures: Measures,
         connect_ms: float = CONNECT_MS,
+        connect_later_s: float = CONNECT_LATER_S,
     ) -> None:
         self._channels, self._pools = channels, pools
         self._engine, self._spec, self._measures = engine, engine.spec, measures
-        self._connect_ms = connect_ms
+        self._connect_ms, self._connect_later_s = connect_ms, connect_later_s
         self._sources: dict[str, asyncio.Task[Source]] = {}
+        self._later: dict[str, asyncio.TimerHandle] = {}
         self._farewells: set[asyncio.Task[None]] = set()
 
     async def source(self, ref: kv_pb2.WorkerRef) -> Source:
@@ -79,6 +86,19 @@ class Puller:
             task = self._sources[ref.worker_id] = asyncio.create_task(self._connect(ref))
             task.add_done_callback(_connected)  # so that a failure is nobody's surprise if nobody waits any more
         return task
+
+    def is_connected(self, ref: kv_pb2.WorkerRef) -> bool:
+        """Whether pages of a worker can be read at once."""
+        task = self._sources.get(ref.worker_id)
+        return task is not None and _connected(task) and task.result().epoch >= ref.epoch
+
+    def _connect_later(self, ref: kv_pb2.WorkerRef) -> None:
+        def connect() -> None:
+            del self._later[ref.worker_id]
+            self._attempt(ref)
+
+        if ref.worker_id not in self._later:
+            self._later[ref.worker_id] = asyncio.get_running_loop().call_later(self._connect_later_s, connect)
 
     async def _connect(self, ref: kv_pb2.WorkerRef) -> Source:
         request = kv_pb2.ConnectRequest(compatibility_hash=self._spec.compatibility_hash, epoch=ref.epoch)
@@ -197,11 +217,13 @@ class Puller:
         Returns the tokens gained, which `table.num_tokens` then counts; 0 if the peer has nothing more, or anything
         went wrong: a prefix that cannot be pulled is computed. Returns only when no byte is written any more.
 
-        A short prefix does not wait for a first connection, which takes longer than computing it: the connection is
-        made, and is there the next time.
+        Nobody waits longer than computing takes for a peer that does not answer, as one that has stopped. A short
+        prefix does not wait for a first connection, which takes longer than computing it: the connection is made when
+        that is done, and is there the next time.
         """
         num_wanted = len(page_hashes) * self._spec.layout.page_size - table.num_tokens
-        if not self._attempt(ref).done() and self._is_sooner_computed(num_wanted):
+        if not self.is_connected(ref) and self._computing_ms(num_wanted) < self._connect_ms:
+            self._connect_later(ref)
             self._measures.failed_pulls.add(1, {"reason": NOT_CONNECTED})
             return 0
         try:
@@ -214,17 +236,26 @@ class Puller:
         table.num_tokens += gained
         return gained
 
-    def _is_sooner_computed(self, num_tokens: int) -> bool:
-        """Whether tokens are computed in less time than connecting takes."""
-        ms_per_token = self._engine.load().prefill_ms_per_token or GUESSED_MS_PER_TOKEN
-        return num_tokens * ms_per_token < self._connect_ms
+    def _computing_ms(self, num_tokens: int) -> float:
+        return num_tokens * (self._engine.load().prefill_ms_per_token or GUESSED_MS_PER_TOKEN)
+
+    async def _acquire(
+        self, ref: kv_pb2.WorkerRef, wanted: kv_pb2.AcquireRequest, patience_s: float
+    ) -> tuple[Source, kv_pb2.AcquireResponse]:
+        """The connection to a peer, and its lease. Raises what both raise, DeadlineExceeded if they take too long."""
+        try:
+            async with asyncio.timeout(patience_s):
+                return await self.source(ref), await rpc.call(self._stub(ref).Acquire, wanted, CALL_TIMEOUT_S)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{ref.worker_id} did not answer for {patience_s:.2f} s") from None
 
     async def _pull(
         self, ref: kv_pb2.WorkerRef, request_id: str, page_hashes: Sequence[bytes], table: PageTable
     ) -> int:
-        source = await self.source(ref)
         wanted = kv_pb2.AcquireRequest(request_id=request_id, epoch=ref.epoch, page_hashes=page_hash.join(page_hashes))
-        answer: kv_pb2.AcquireResponse = await rpc.call(self._stub(ref).Acquire, wanted, CALL_TIMEOUT_S)
+        num_wanted = len(page_hashes) * self._spec.layout.page_size - table.num_tokens
+        patience_s = max(LEAST_PATIENCE_MS, self._connect_ms, self._computing_ms(num_wanted)) / 1000
+        source, answer = await self._acquire(ref, wanted, patience_s)
         if not answer.HasField("lease"):
             return 0
         try:
@@ -245,6 +276,8 @@ class Puller:
 
     def close(self) -> None:
         """Disconnect all."""
+        for timer in self._later.values():
+            timer.cancel()
         for worker_id in list(self._sources):
             self.forget(worker_id)
 

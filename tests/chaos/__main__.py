@@ -7,11 +7,12 @@ import sys
 from dataclasses import replace
 
 from bench.provenance import banner
-from tests.chaos.faults import KILL, STOP
+from tests.chaos.faults import END, KILL, STOP
 from tests.chaos.run import Plan, model, sim
 
 # Of the 99th percentile, on the sim engine; docs/recovery.md derives them.
 STALL_LIMITS_S = {KILL: 0.25, STOP: 2.0}
+ROLES = ("decode", "prefill", "gateway", "router", "blackboard")
 SIM = Plan()
 # Computing on two cores: everything takes longer, so everything comes more slowly.
 MODEL = Plan(
@@ -32,7 +33,8 @@ def main() -> int:
     sys.stdout.write(f"{banner('tests.chaos')}\n")
     run, base, limits = (sim, SIM, STALL_LIMITS_S) if options.engine == "sim" else (model, MODEL, {})
     num_requests = options.requests or base.num_requests
-    plan = replace(base, seed=options.seed, num_requests=num_requests, seconds=options.minutes * 60)
+    plan = replace(base, seed=options.seed, num_requests=num_requests, seconds=options.minutes * 60, only=options.only)
+    plan = replace(plan, worker_pause_s=options.every or plan.worker_pause_s)
     report = asyncio.run(run(plan))
     violations = report.violations(limits)
     sys.stdout.write(
@@ -49,7 +51,21 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--engine", choices=("sim", "torch"), default="sim", help="torch computes the default model")
     parser.add_argument("--requests", type=int, default=0, help="end after so many; 0 takes what suits the engine")
     parser.add_argument("--minutes", type=float, default=Plan.seconds / 60, help="end then at the latest")
+    parser.add_argument("--only", type=_fault, metavar="'KIND ROLE'", help="do this alone, such as 'kill decode'")
+    parser.add_argument("--every", type=_pause, metavar="'FROM TO'", help="seconds between two of it, or of workers")
     return parser.parse_args()
+
+
+def _fault(text: str) -> tuple[str, str]:
+    kind, _, role = text.partition(" ")
+    if kind not in (KILL, END, STOP) or role not in ROLES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {KILL}, {END}, {STOP} and one of {', '.join(ROLES)}")
+    return kind, role
+
+
+def _pause(text: str) -> tuple[float, float]:
+    shortest, longest = map(float, text.split())
+    return shortest, longest
 
 
 if __name__ == "__main__":

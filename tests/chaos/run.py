@@ -27,7 +27,8 @@ START_S = 60.0
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything. The run ends after `num_requests` or `seconds`, whichever comes first."""
+    """How much of everything. The run ends after `num_requests` or `seconds`, whichever comes first. `only` is a fault
+    and a role: then nothing else is done, and to nobody else."""
 
     seed: int = 5
     num_requests: int = 10_000
@@ -40,6 +41,7 @@ class Plan:
     other_pause_s: tuple[float, float] = (10.0, 30.0)
     prefill_ms_per_token: float = 0.2
     decode_ms: float = 25.0
+    only: tuple[str, str] | None = None
 
     def flags(self, port: int) -> list[str]:
         """Of `forebay up`."""
@@ -121,12 +123,16 @@ async def run(plan: Plan, cluster: RunningCluster, clients: Clients, twin: Twin)
 
 
 def _hitting(plan: Plan, faults: Faults) -> list[Coroutine[None, None, None]]:
-    """Workers are hit all the time and in every way; what others need is hit now and then."""
+    """Workers are hit all the time and in every way; what others need is hit now and then; or one thing `only`."""
     decode, prefill = (
         [f"{r}-{i}" for i in range(n)] for r, n in (("decode", plan.num_decode), ("prefill", plan.num_prefill))
     )
     workers = [*decode, *decode, *prefill]
     others = ["gateway-0", "gateway-1", "router-0", "router-1", "blackboard"]
+    if plan.only is not None:
+        kind, role = plan.only
+        names = [name for name in (*decode, *prefill, *others) if name.startswith(role)]
+        return [faults.run(names, (kind,), plan.worker_pause_s)]
     return [
         faults.run(workers, (KILL, KILL, END, STOP), plan.worker_pause_s),
         faults.run(others, (KILL,), plan.other_pause_s),

@@ -29,8 +29,8 @@ def _faults(name: str, row: Mapping[str, Any]) -> list[str]:
     try:
         measured = measures_at(row["metrics_address"])
         return [f"{name}: {fault}" for fault in faults(measured, row["pages"]["total"])]
-    except OSError as error:  # it ended a moment ago, and its registration lives on for another
-        return [f"{name} does not answer: {error}"]
+    except (OSError, KeyError) as error:  # it ended and is registered still, or starts
+        return [f"{name} does not answer, or not yet: {error!r}"]
 
 
 def measures_at(address: str) -> dict[str, float]:

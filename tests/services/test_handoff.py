@@ -113,10 +113,24 @@ async def test_a_short_prefix_is_computed_rather_than_waiting_for_a_first_connec
     await generate(world, request(PROMPT, q))
     first = await generate(world, request(PROMPT[:60], d, None, q))
     assert (first.usage.num_cached_transferred, first.usage.num_cached_local) == (0, 0)
-    await d.worker.puller.source(q.ref)  # begun meanwhile
+    await d.comes_true(lambda: d.worker.puller.is_connected(q.ref))  # of itself, a little later
     second = await generate(world, request(PROMPT, d, None, q))
     assert second.tokens == expected
     assert second.usage.num_cached_transferred == 100 - 60
+    for running in (q, d):
+        await running.idle()
+
+
+async def test_a_peer_that_does_not_answer_is_waited_for_no_longer_than_computing_takes(
+    world: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = await alone(world, PROMPT)
+    q, d = await world.start("q"), await world.start("d")
+    await generate(world, request(PROMPT, q))
+    q.peer.is_silent = True
+    answer = await generate(world, request(PROMPT, d, None, q))
+    assert answer.tokens == expected
+    assert "cannot pull a prefix from q: DEADLINE q did not answer for 0.25 s" in caplog.text
     for running in (q, d):
         await running.idle()
 

@@ -3,7 +3,8 @@
 import asyncio
 from contextlib import aclosing
 
-from tests.services.workers import Fleet, Running, generate, prompt, request, stream
+from shared import page_hash
+from tests.services.workers import KEY, MODEL, Fleet, Running, generate, prompt, request, stream
 
 
 async def test_a_sampled_request_gets_the_tokens_of_a_single_worker(
@@ -53,6 +54,17 @@ async def test_pages_that_were_handed_over_can_be_found_on_the_decode_worker(
     again = await generate(world, request(prompt(101), decode))
     assert again.usage.num_cached_local == 100
     assert again.tokens == await world.expected(request(prompt(101), decode))
+
+
+async def test_they_can_be_found_before_their_first_step_there(world: Fleet, prefill: Running, decode: Running) -> None:
+    decode.gate.close()
+    others = asyncio.ensure_future(generate(world, request([3] * 9, decode)))
+    await decode.held_up()
+    handed_over = asyncio.ensure_future(generate(world, request(prompt(101), decode, prefill)))
+    hashes = page_hash.chain(KEY, prompt(101), MODEL.page_size)
+    await decode.comes_true(lambda: decode.worker.engine.kv.match(hashes) == 25)
+    decode.gate.open()
+    await asyncio.gather(others, handed_over)
 
 
 async def test_the_second_turn_of_a_conversation_is_pulled_from_who_generated_the_first(

@@ -105,6 +105,7 @@ class TamperedKv(KvServicer):
 
     tamper_connect: Callable[[kv_pb2.ConnectResponse], None] = staticmethod(lambda answer: None)
     tamper_acquire: Callable[[kv_pb2.AcquireResponse], None] = staticmethod(lambda answer: None)
+    is_silent = False
 
     async def Connect(self, request: kv_pb2.ConnectRequest, context: Any) -> kv_pb2.ConnectResponse:
         answer = await super().Connect(request, context)
@@ -112,6 +113,8 @@ class TamperedKv(KvServicer):
         return answer
 
     async def Acquire(self, request: kv_pb2.AcquireRequest, context: Any) -> kv_pb2.AcquireResponse:
+        if self.is_silent:
+            await asyncio.Event().wait()
         answer = await super().Acquire(request, context)
         self.tamper_acquire(answer)
         return answer
@@ -225,7 +228,7 @@ class Fleet:
         measures, channels = Measures(self.telemetry.meter, engine), rpc.Channels()
         pools = Pools([Member(transport, own_pool(transport, engine.memory, engine.spec.layout))])
         kv_servicer = TamperedKv(identity, engine, pools, checksums=checksums)
-        puller = Puller(channels, pools, engine, measures, connect_ms)
+        puller = Puller(channels, pools, engine, measures, connect_ms, connect_later_s=0.01)
         worker = Worker(identity, Admission(), engine, loop, kv_servicer, puller, channels, measures)
         server = rpc.Server(self.telemetry, SERVICES)
         kv_pb2_grpc.add_KvServiceServicer_to_server(kv_servicer, server.grpc)

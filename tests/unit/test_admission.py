@@ -25,6 +25,7 @@ from shared.blackboard.admission import (
 )
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Room
+from shared.blackboard.together import MOST
 
 TTL_MS = 60_000
 ONE = Room(sequences=1, tokens=1_000, pages=1_000)
@@ -163,6 +164,33 @@ async def test_room_and_promises_of_an_earlier_epoch_do_not_count(world: World) 
     await world.full("d1")
     await world.reserve("a")
     assert await world.reserve("b", (Need("d1", 2, 0, 10),), priority=1) == Placed(0)
+
+
+async def test_requests_of_one_moment_are_served_in_order_on_one_connection(world: World) -> None:
+    await world.report("d1", Room(sequences=3, tokens=1_000, pages=1_000))
+    before = (await world.redis.info("clients"))["connected_clients"]
+    verdicts = await asyncio.gather(*(world.reserve(str(number)) for number in range(5)))
+    assert verdicts == [*[Placed(0)] * 3, Parked(1), Parked(2)]
+    assert (await world.redis.info("clients"))["connected_clients"] == before
+
+
+async def test_so_they_are_by_a_server_that_was_started_anew(world: World) -> None:
+    await world.reserve("before")
+    await world.redis.script_flush()
+    assert await asyncio.gather(*(world.reserve(str(number)) for number in range(3))) == [Placed(0)] * 3
+
+
+async def test_a_long_burst_is_served_whole(world: World) -> None:
+    numbers = range(2 * MOST + 1)
+    assert await asyncio.gather(*(world.reserve(str(number)) for number in numbers)) == [Placed(0) for _ in numbers]
+
+
+async def test_a_request_that_is_cancelled_among_others_leaves_them_their_answers(world: World) -> None:
+    cancelled, other = (asyncio.create_task(world.reserve(name)) for name in "ab")
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    assert await other == Placed(0)
+    assert await world.reserve("c") == Placed(0)
 
 
 async def test_a_partial_list_without_room_changes_nothing(world: World) -> None:

@@ -1,6 +1,7 @@
 """Who computes what in which step, and who gets the pages."""
 
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 
@@ -261,3 +262,50 @@ def test_a_prompt_that_waited_takes_over_what_another_one_computed_meanwhile(rig
     assert output(events, "first") == output(events, "second") == expected
     assert (last(events, "first").num_cached_tokens, last(events, "second").num_cached_tokens) == (0, 64)
     assert sum(batch.get("second", 0) for batch in rig.batches) == 100 - 64 + 3  # and three of its output
+
+
+def test_a_prompt_that_begins_as_another_one_of_its_step_is_computed_once() -> None:
+    rig = Rig(max_step_tokens=400)
+    rig.submit("ab", 150)
+    rig.submit("c", 20)
+    rig.submit("ba", 150)  # the same prompt as the first
+    events = rig.finish()
+    assert rig.batches[:2] == [{"ab": 150, "c": 20}, {"ab": 1, "c": 1, "ba": 6}]
+    assert output(events, "ba") == output(events, "ab")
+    assert last(events, "ba").num_cached_tokens == 144
+
+
+def test_so_is_one_that_comes_while_a_step_with_the_same_prompt_is_in_flight() -> None:
+    rig = Rig(max_step_tokens=400, behind=True)
+    rig.submit("ab", 150)
+    rig.engine.step()
+    rig.submit("ba", 150)
+    rig.finish()
+    assert sum(batch["ba"] for batch in rig.batches if "ba" in batch) < 144
+
+
+def test_a_short_beginning_in_common_is_not_worth_a_step() -> None:
+    rig = Rig(max_step_tokens=400)
+    rig.submit("ab", 100)
+    rig.submit("ba", 100)
+    rig.engine.step()
+    assert rig.batches == [{"ab": 100, "ba": 100}]
+
+
+def test_one_that_waits_for_the_same_prompt_keeps_its_turn_for_pages() -> None:
+    rig = Rig(num_pages=20, max_step_tokens=400)
+    rig.submit("ab", 150)
+    rig.submit("ba", 150)
+    rig.submit("c", 100)
+    rig.engine.step()
+    rig.engine.step()
+    assert rig.batches == [{"ab": 150}, {"ab": 1, "ba": 6, "c": 100}]
+
+
+def test_a_crowd_with_the_same_prompt_computes_it_once() -> None:
+    rig = Rig(num_pages=400, max_step_tokens=400, max_num_sequences=40)
+    for name in permutations("abcd"):  # 24 names of the same sum, hence the same prompt
+        rig.submit("".join(name), 150)
+    rig.finish()
+    assert rig.batches[0] == {"abcd": 150}
+    assert sum(tokens for batch in rig.batches for tokens in batch.values()) == 150 + 23 * 6 + 24 * 3

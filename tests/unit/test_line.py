@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
+import grpc.aio
 import pytest
 
 from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, kv_pb2, kv_pb2_grpc, line_pb2
@@ -180,6 +181,19 @@ async def test_a_callee_that_is_gone_ends_all_calls_and_the_next_call_opens_a_ne
                 await asyncio.sleep(0.05)
             else:
                 break
+
+
+async def test_a_callee_that_takes_no_lines_is_one_that_is_not_there(world: World) -> None:
+    older = grpc.aio.server()
+    kv_pb2_grpc.add_KvServiceServicer_to_server(Kv(), older)
+    address = f"127.0.0.1:{older.add_insecure_port('127.0.0.1:0')}"
+    await older.start()
+    stub = world.channels.stub(kv_pb2_grpc.KvServiceStub, address)
+    try:
+        with pytest.raises(WorkerLost, match="takes no lines"):
+            await rpc.call(stub.Renew, kv_pb2.RenewRequest(), PATIENCE_S)
+    finally:
+        await older.stop(0)
 
 
 async def test_a_caller_that_is_gone_ends_its_calls(world: World) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.process import ProcessSpec, Supervised, rotate
+from cli.process import LONGEST_BACKOFF_S, ProcessSpec, Supervised, next_backoff, rotate
 from shared import gentle_start
 
 DEADLINE_S = 20.0
@@ -95,6 +95,24 @@ async def test_stopping_between_two_starts_starts_nothing(tmp_path: Path) -> Non
     await asyncio.wait_for(process.died.wait(), DEADLINE_S)
     await asyncio.wait_for(process.stop(1), DEADLINE_S)
     assert process.num_starts == 1
+
+
+def test_who_fails_again_and_again_is_started_ever_more_slowly() -> None:
+    waits = [0.0]
+    for _ in range(9):
+        waits.append(next_backoff(waits[-1], 0.1, lived_s=20.0, code=1))
+    assert waits[1:5] == [0.1, 0.2, 0.4, 0.8]
+    assert waits[-1] == LONGEST_BACKOFF_S
+
+
+@pytest.mark.parametrize(("lived_s", "code"), [(31.0, 1), (6.0, -signal.SIGKILL), (6.0, -signal.SIGTERM), (6.0, 0)])
+def test_who_ran_well_until_it_ended_is_started_at_once(lived_s: float, code: int) -> None:
+    assert next_backoff(3.2, 0.1, lived_s, code) == 0.1
+
+
+@pytest.mark.parametrize(("lived_s", "code"), [(6.0, 1), (6.0, -signal.SIGSEGV), (4.0, -signal.SIGKILL)])
+def test_who_did_not_is_waited_for(lived_s: float, code: int) -> None:
+    assert next_backoff(3.2, 0.1, lived_s, code) == 6.4
 
 
 async def test_a_process_takes_its_children_along(make: Make) -> None:

@@ -57,8 +57,8 @@ class RouteRequest(google.protobuf.message.Message):
 
     @property
     def lost(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.forebay.v1.kv_pb2.WorkerRef]:
-        """Workers to which its connection broke or was refused since its last token. The router asks them itself, and places
-        nothing on them until they answer.
+        """Workers to which its gateway's connection broke or was refused a moment ago, whoever's stream that was. The router
+        asks them itself, and places nothing on them until they answer.
         """
 
     def __init__(

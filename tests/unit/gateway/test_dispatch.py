@@ -1,12 +1,14 @@
 """Finding workers: routers come and go, workers fail before and after the first token."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import pytest
 
-from protos.forebay.v1 import decode_pb2
+from protos.forebay.v1 import decode_pb2, kv_pb2
 from services.gateway.core import Core
+from services.gateway.losses import Losses
 from services.gateway.output import Delta
 from services.gateway.request import Caller, Job
 from shared import page_hash, rpc
@@ -67,8 +69,41 @@ async def test_a_router_is_told_of_workers_that_were_lost_and_of_no_others(world
         await world.start_decode(name)
     world.decode.script = failing(WorkerLost("gone"), tokens(40))  # type: ignore[assignment]
     world.decodes["decode-1"].script = failing(Draining("soon gone"), tokens(41))  # type: ignore[assignment]
+    for _ in range(2):
+        await complete(world.core)
+    lost = [[(ref.worker_id, ref.epoch) for ref in request.lost] for request in world.router.requests]
+    assert lost[:4] == [[], *[[("decode-0", 1)]] * 3]  # the last of them is another request's
+
+
+async def test_a_loss_is_told_for_as_long_as_the_worker_may_be_registered() -> None:
+    now = 0.0
+    losses = Losses(lambda: now)
+    worker = kv_pb2.WorkerRef(worker_id="decode-0", epoch=1, address="a")
+    losses.note(worker)
+    worker.Clear()
+    now = 1.9
+    assert [ref.worker_id for ref in losses.recent()] == ["decode-0"]
+    now = 2.1
+    assert not losses.recent()
+
+
+async def test_a_line_has_the_time_of_what_it_tells_though_it_is_written_later(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    came: list[float] = []
+
+    async def script(request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        came.append(time.time())
+        yield tokens(40)
+        yield finished()
+
+    world.decode.script = script
+    caplog.set_level("INFO", "services.gateway.dispatch")
     await complete(world.core)
-    assert [[ref.worker_id for ref in request.lost] for request in world.router.requests] == [[], ["decode-0"], []]
+    async with asyncio.timeout(10):
+        while not (lines := [r for r in caplog.records if r.message == "placed"]):  # noqa: ASYNC110 - a log has no event
+            await asyncio.sleep(0.001)
+    assert lines[0].created <= came[0]
 
 
 async def test_a_worker_that_is_gone_is_replaced(world: World) -> None:
@@ -275,6 +310,31 @@ async def test_a_router_that_stops_answering_holds_up_nobody_who_comes_later(wor
         assert await asyncio.wait_for(complete(world.core), 10) == "hello world"
     stopped.answers.set()
     assert await asyncio.gather(*first) == ["hello world"] * 2
+
+
+async def test_streams_of_a_lost_worker_are_placed_together_by_one_router(world: World) -> None:
+    other, lost = FakeRouter(), asyncio.Event()
+    other.workers = world.router.workers
+    await world.start_router("router-1", other)
+    await world.start_decode("decode-1")
+    await world.directory.update(world.registrations)
+
+    async def until_lost(_: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
+        yield tokens(40)
+        await lost.wait()
+        raise WorkerLost("gone")
+
+    world.decode.script = until_lost
+    streams = [asyncio.create_task(complete(world.core)) for _ in range(6)]
+    async with asyncio.timeout(10):
+        while world.decode.num_running < len(streams):  # noqa: ASYNC110 - each of them says it, together they do not
+            await asyncio.sleep(0.01)
+    asked = [len(router.requests) for router in (world.router, other)]
+    lost.set()
+    await asyncio.gather(*streams)
+    more = [len(router.requests) - before for router, before in zip((world.router, other), asked, strict=True)]
+    assert asked == [3, 3]
+    assert sorted(more) == [0, 6]
 
 
 async def test_a_request_waits_for_a_router_to_come_back(world: World) -> None:
