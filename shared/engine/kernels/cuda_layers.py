@@ -1,0 +1,158 @@
+"""All layers of a decode step of few tokens in one CUDA kernel, `cuda/layers.cuh`, with weights in packed NVFP4.
+
+Its twin is `layers.decoder.DecoderLayer`, layer after layer.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shared.engine.kernels.w4a16 import CHUNK, ROWS, PackedWeight, Weight
+from shared.engine.models.config import DenseConfig
+from shared.engine.models.weights import LayerOf
+
+Pointer, Int = ctypes.c_void_p, ctypes.c_int
+MIN_CAPABILITY = (9, 0)  # the first with copies that complete a signal in shared memory
+HEAD_DIM = 128
+MAX_TOKENS, MAX_SPLITS, MAX_QUERIES = 8, 16, 16
+HELD_COLUMNS, HELD_ROWS, MAX_ENDING = 4096, 2 * ROWS, 256  # a warp's activations; a block's sums; a block's rows
+WARPS, MERGED_FLOATS = 8, 8 * 4 * 132
+CHUNK_BYTES = 16 * (1024 + 128)
+SHARED_BYTES, OTHER_FLOATS = 232_448, 8 * (8 + 16 + 16)
+MAX_DEPTH = 11
+
+
+class Step(ctypes.Structure):
+    """As layers.cuh has it."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("layers", "x", "qkv", "attended", "inner", "parts", "maxima", "sums", "kv")),
+        *((name, Pointer) for name in ("cos", "sin", "slots", "page_ids", "page_starts", "context_lens", "counters")),
+        *((name, ctypes.c_int64) for name in ("page_stride", "layer_stride", "kind_stride", "head_stride")),
+        *((name, Int) for name in ("num_layers", "num_sequences", "width", "hidden", "inner_size")),
+        *((name, Int) for name in ("num_q", "num_kv", "page_size", "splits", "depth")),
+        ("eps", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Where a step's sequences are: slots int32 [T] as `triton_dense.rotate_and_append` takes them, page ids, page
+    starts [S + 1] and context lengths [S] as in `Batch`, all on the device."""
+
+    slots: torch.Tensor
+    page_ids: torch.Tensor
+    page_starts: torch.Tensor
+    context_lens: torch.Tensor
+
+
+class CudaLayers:
+    """The layers of a model, on `num_blocks` multiprocessors. One step at a time: steps share counters."""
+
+    def __init__(
+        self, library: ctypes.CDLL, config: DenseConfig, layers: Sequence[LayerOf[Weight]], num_blocks: int
+    ) -> None:
+        device = layers[0].input_norm.device
+        self._library, self._config, self._num_blocks = library, config, num_blocks
+        self._kept = layers  # whose addresses the table has
+        self._layers = torch.tensor([_addresses(layer) for layer in layers], dtype=torch.int64, device=device)
+        self._counters = torch.zeros(1 + num_blocks, dtype=torch.int32, device=device)
+
+    def takes(self, num_sequences: int, width: int) -> bool:
+        """Whether a step of so many sequences, of `width` tokens each, is one for this kernel."""
+        config = self._config
+        queries = config.num_heads // config.num_kv_heads * width
+        units = num_sequences * config.num_kv_heads
+        return num_sequences * width <= MAX_TOKENS and queries <= MAX_QUERIES and units <= self._num_blocks
+
+    def __call__(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], table: Table, kv: torch.Tensor) -> None:
+        """Take the residual stream x bf16 [T, hidden] through all layers, in place.
+
+        angles cos, sin float32 [T, D/2]; kv [pages, layers, 2, Hkv, page_size, D], to which new keys and values are
+        written.
+        """
+        config, (num_tokens, hidden) = self._config, x.shape
+        num_sequences = len(table.context_lens)
+        num_q, num_kv, inner = config.num_heads, config.num_kv_heads, config.intermediate_size
+        splits = min(MAX_SPLITS, self._num_blocks // (num_sequences * num_kv))
+        qkv, attended, middle = (x.new_empty(num_tokens, n) for n in ((num_q + 2 * num_kv) * HEAD_DIM, num_q * HEAD_DIM, inner))
+        parts = x.new_empty((num_tokens, num_q, splits, HEAD_DIM + 2), dtype=torch.float32)
+        num_found = num_tokens * num_q * splits
+        num_parts = max(MERGED_FLOATS, WARPS * num_tokens * _most_rows(config, self._num_blocks))
+        depth = (SHARED_BYTES - 4 * (OTHER_FLOATS + num_parts)) // (CHUNK_BYTES + 16)
+        found = parts.data_ptr()
+        step = Step(
+            layers=self._layers.data_ptr(), x=x.data_ptr(), qkv=qkv.data_ptr(), attended=attended.data_ptr(),
+            inner=middle.data_ptr(), parts=found, maxima=found + 4 * num_found * HEAD_DIM,
+            sums=found + 4 * num_found * (HEAD_DIM + 1), kv=kv.data_ptr(), cos=angles[0].data_ptr(),
+            sin=angles[1].data_ptr(), slots=table.slots.data_ptr(), page_ids=table.page_ids.data_ptr(),
+            page_starts=table.page_starts.data_ptr(), context_lens=table.context_lens.data_ptr(),
+            counters=self._counters.data_ptr(), num_layers=len(self._layers), num_sequences=num_sequences,
+            width=num_tokens // num_sequences, hidden=hidden, inner_size=inner, num_q=num_q, num_kv=num_kv,
+            page_size=kv.shape[4], splits=splits, depth=min(MAX_DEPTH, depth), eps=config.rms_norm_eps,
+        )  # fmt: skip
+        step.page_stride, step.layer_stride, step.kind_stride, step.head_stride = kv.stride()[:4]
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        error = self._library.forebay_layers(ctypes.byref(step), self._num_blocks, num_parts, stream)
+        if error:
+            raise RuntimeError(f"forebay_layers: {self._library.forebay_error(error).decode()}")
+
+
+def obstacle(config: DenseConfig, layers: Sequence[LayerOf[Weight]], num_blocks: int) -> str | None:
+    """What keeps the kernel from a model's layers, if something does."""
+    matrices = [matrix for layer in layers for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+    if not all(isinstance(matrix, PackedWeight) for matrix in matrices):
+        return "not all matrices are in NVFP4"
+    if config.head_dim != HEAD_DIM:
+        return f"heads are {config.head_dim} wide, not {HEAD_DIM}"
+    if any(size % CHUNK for size in (config.hidden_size, config.intermediate_size)):
+        return f"sizes are no multiples of {CHUNK}"
+    if max(config.hidden_size, config.num_heads * HEAD_DIM) > HELD_COLUMNS:
+        return f"a warp cannot keep more than {HELD_COLUMNS} columns"
+    if _rows(config.hidden_size, num_blocks) > HELD_ROWS or _most_rows(config, num_blocks) > MAX_ENDING:
+        return f"{num_blocks} blocks are too few for the rows"
+    return None
+
+
+def planned_blocks(config: DenseConfig, num_processors: int) -> int:
+    """How many blocks share the rows out most evenly: the fewest of those whose largest share is least."""
+
+    def work(num_blocks: int) -> int:
+        return sum(_rows(rows, num_blocks) * columns for rows, columns in _shapes(config))
+
+    return min(range(1, num_processors + 1), key=work)
+
+
+def _shapes(config: DenseConfig) -> list[tuple[int, int]]:
+    """Rows and columns of a layer's matrices."""
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads * HEAD_DIM
+    return [(heads + 2 * config.num_kv_heads * HEAD_DIM, hidden), (hidden, heads), (2 * inner, hidden), (hidden, inner)]
+
+
+def _rows(rows: int, num_blocks: int) -> int:
+    """A block's share."""
+    return -(-rows // (ROWS * num_blocks)) * ROWS
+
+
+def _most_rows(config: DenseConfig, num_blocks: int) -> int:
+    return max(_rows(rows, num_blocks) for rows, _ in _shapes(config))
+
+
+def _addresses(layer: LayerOf[Weight]) -> list[int]:
+    """As struct Layer has them."""
+    found: list[int] = []
+    for matrix, bias in (
+        (layer.qkv, layer.qkv_bias),
+        (layer.output, layer.output_bias),
+        (layer.gate_up, layer.gate_up_bias),
+        (layer.down, layer.down_bias),
+    ):
+        assert isinstance(matrix, PackedWeight), "the kernel has an obstacle otherwise"
+        found += [_at(matrix.codes), _at(matrix.scales), _at(matrix.factors), _at(bias)]
+    return found + [_at(norm) for norm in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)]
+
+
+def _at(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
