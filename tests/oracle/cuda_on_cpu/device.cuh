@@ -41,6 +41,7 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2
 inline float __expf(float v) { return expf(v); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int by) { return high << by | low >> (32 - by); }
 inline float rsqrtf(float v) { return 1.0f / sqrtf(v); }
+using std::max;
 using std::min;
 
 struct Warp {

@@ -119,48 +119,42 @@ struct Found {
     }
 };
 
-// A block's part of attention.
-struct Split {
-    int sequence, head, index, length, old, first, last;
-    const int* table;
-    __device__ Split(const Step& p) {
-        index = blockIdx.x % p.splits, head = blockIdx.x / p.splits % p.num_kv, sequence = blockIdx.x / p.splits / p.num_kv;
-        length = p.context_lens[sequence], old = length - p.width;
-        const int each = ((old + p.splits - 1) / p.splits + 15) / 16 * 16;
-        first = min(index * each, old), last = min(first + each, old);
-        table = p.page_ids + p.page_starts[sequence];
-    }
-};
-
 __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
     const int group = p.num_q / p.num_kv, num_queries = p.width * group, all_heads = p.num_q + 2 * p.num_kv;
-    if (static_cast<int>(blockIdx.x) >= p.num_sequences * p.num_kv * p.splits) {
+    if (!split.is_there) {
         wait();
         done();
         return;
     }
-    const Split split(p);
     __nv_bfloat16* pages = p.kv + layer_index * p.layer_stride + split.head * p.head_stride;
     const auto place = [&](int page, int token) { return pages + page * p.page_stride + token % p.page_size * HEAD; };
-    const auto load = [&](Quarter (&into)[2], int base, int64_t kind) {
+    const auto load = [&](Quarter (&into)[2], const __nv_bfloat16* const (&from)[2], int64_t kind) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            into[half].clear();
+            if (from[half] != nullptr) into[half].load(from[half] + kind, q);
+        }
+    };
+    const __nv_bfloat16* from[2];
+    const auto find = [&](int base) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int token = base + half * 8 + g;
-            into[half].clear();
-            if (token < split.last) into[half].load(place(split.table[token / p.page_size], token) + kind, q);
+            from[half] = token < split.last ? place(token < WARPS * 16 + split.first ? first_pages[half] : split.table[token / p.page_size], token) : nullptr;
         }
     };
     Quarter keys[2], values[2], queries[2];
     int base = split.first + warp * 16;
     bool has_new = split.index == p.splits - 1 && warp == WARPS - 1;
-    load(keys, base, 0), load(values, base, p.kind_stride);
+    find(base);
+    load(keys, from, 0), load(values, from, p.kind_stride);
     wait();
     const auto row = [&](int token, int of_head) {
         return p.qkv + (static_cast<int64_t>(split.sequence * p.width + token) * all_heads + of_head) * HEAD;
     };
     const auto rotate = [&](Quarter& what, int token, const __nv_bfloat16* norm) {
-        const int64_t angles = static_cast<int64_t>(split.sequence * p.width + token) * (HEAD / 2);
-        what.rotate(p.cos + angles, p.sin + angles, norm, p.eps, q);
+        const int angles = (split.sequence * p.width + token) * (HEAD / 2);
+        what.rotate(shared.cos + angles, shared.sin + angles, norm, p.eps, q);
     };
 #pragma unroll
     for (int side = 0; side < 2; side++) {
@@ -184,9 +178,8 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
                 values[0].load(row(token, p.num_q + p.num_kv + split.head), q);
             }
             rotate(keys[0], token, layer.k_norm);
-            const int slot = p.slots[split.sequence * p.width + token];
-            if (g < p.width && slot >= 0) {
-                __nv_bfloat16* to = place(slot / p.page_size, slot);
+            if (new_slot >= 0) {
+                __nv_bfloat16* to = place(new_slot / p.page_size, new_slot);
                 keys[0].store(to, q), values[0].store(to + p.kind_stride, q);
             }
 #pragma unroll
@@ -194,9 +187,10 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
         }
         const uint4 weights = found.weigh(queries, keys, limits, scale, q);
         base += WARPS * 16;
-        load(keys, base, 0);
+        find(base);
+        load(keys, from, 0);
         found.add(weights, values);
-        load(values, base, p.kind_stride);
+        load(values, from, p.kind_stride);
     }
     // Of all warps.
 #pragma unroll
@@ -269,9 +263,12 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
     done();
 }
 
-__global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(const __grid_constant__ Step p) {
+__global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const __grid_constant__ Step p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    const Shared shared(p.depth);
+    const Shared shared(p);
+    for (int i = threadIdx.x; i < p.num_layers * static_cast<int>(sizeof(Layer) / sizeof(void*)); i += ALL_THREADS)
+        reinterpret_cast<void**>(shared.layers)[i] = reinterpret_cast<void* const*>(p.layers)[i];
+    for (int i = threadIdx.x; i < p.num_sequences * p.width * (HEAD / 2); i += ALL_THREADS) shared.cos[i] = p.cos[i], shared.sin[i] = p.sin[i];
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.depth; i++) signal_init(&shared.full[i], 1), signal_init(&shared.empty[i], WARPS);
         signals_ready();
@@ -279,34 +276,35 @@ __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(const __grid_co
     __syncthreads();
     const int rows[4] = {(p.num_q + 2 * p.num_kv) * HEAD, p.hidden, 2 * p.inner_size, p.hidden};
     const int columns[4] = {p.hidden, p.num_q * HEAD, p.hidden, p.inner_size};
-    if (threadIdx.x == THREADS) {
-        Cursor at;
+    if (threadIdx.x >= THREADS) {
+        Cursor at, behind;
+        int num_brought = 0;
+        for (int i = 0; i < (threadIdx.x == THREADS ? p.num_layers : 0); i++) {
+            const Layer& layer = shared.layers[i];
+            bring(layer.qkv, Share(rows[QKV], columns[QKV]), false, shared, p.depth, at, behind, num_brought);
+            bring(layer.output, Share(rows[OUTPUT], columns[OUTPUT]), false, shared, p.depth, at, behind, num_brought);
+            bring(layer.gate_up, Share(rows[GATE_UP], columns[GATE_UP]), false, shared, p.depth, at, behind, num_brought);
+            bring(layer.down, Share(rows[DOWN], columns[DOWN]), true, shared, p.depth, at, behind, num_brought);
+        }
+    } else {
+        Worker worker(p, shared);
+        worker.begin();
+#pragma unroll 1
         for (int i = 0; i < p.num_layers; i++) {
-            const Layer& layer = p.layers[i];
-            bring(layer.qkv, Share(rows[QKV], columns[QKV]), false, shared, p.depth, at);
-            bring(layer.output, Share(rows[OUTPUT], columns[OUTPUT]), false, shared, p.depth, at);
-            bring(layer.gate_up, Share(rows[GATE_UP], columns[GATE_UP]), false, shared, p.depth, at);
-            bring(layer.down, Share(rows[DOWN], columns[DOWN]), true, shared, p.depth, at);
-        }
-    }
-    if (threadIdx.x >= THREADS) return;
-    Worker worker(p);
-    worker.begin();
+            const Layer& layer = shared.layers[i];
 #pragma unroll 1
-    for (int i = 0; i < p.num_layers; i++) {
-        const Layer& layer = p.layers[i];
-#pragma unroll 1
-        for (int part = QKV; part < DOWN; part++) {
-            const Matrix& matrix = part == QKV ? layer.qkv : part == OUTPUT ? layer.output : layer.gate_up;
-            const __nv_bfloat16* norm = part == QKV ? layer.input_norm : part == OUTPUT ? nullptr : layer.post_norm;
-            if (part == OUTPUT) worker.attend(layer, i);
-            worker.held(static_cast<Part>(part), matrix, part == OUTPUT ? p.attended : p.x, norm, rows[part], columns[part]);
+            for (int part = QKV; part < DOWN; part++) {
+                const Matrix& matrix = part == QKV ? layer.qkv : part == OUTPUT ? layer.output : layer.gate_up;
+                const __nv_bfloat16* norm = part == QKV ? layer.input_norm : part == OUTPUT ? nullptr : layer.post_norm;
+                if (part == OUTPUT) worker.attend(layer, i);
+                worker.held(static_cast<Part>(part), matrix, part == OUTPUT ? p.attended : p.x, norm, rows[part], columns[part]);
+            }
+            worker.flowing(DOWN, layer.down, p.inner, rows[DOWN], columns[DOWN]);
         }
-        worker.flowing(DOWN, layer.down, p.inner, rows[DOWN], columns[DOWN]);
+        // Whoever is last leaves the counters as they were.
+        if (threadIdx.x == 0 && counted(p.counters) == worker.met + gridDim.x - 1)
+            for (int i = 0; i <= p.num_sequences * p.num_kv; i++) p.counters[i] = 0;
     }
-    // Whoever is last leaves the counters as they were.
-    if (threadIdx.x == 0 && counted(p.counters) == worker.met + gridDim.x - 1)
-        for (int i = 0; i <= p.num_sequences * p.num_kv; i++) p.counters[i] = 0;
 #endif
 }
 
