@@ -50,7 +50,7 @@ class Case:
 
 CASES = {
     "many heads": Case(18, 2, 256, False, 11, (0, 70), 1),
-    "drafts": Case(4, 1, 2176, True, 4, (150,), 3),
+    "drafts": Case(4, 1, 2176, True, 9, (150,), 3),
 }
 
 

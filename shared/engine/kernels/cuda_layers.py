@@ -22,7 +22,8 @@ WARPS, MERGED_FLOATS = 8, 8 * 4 * 132
 CHUNK_STEPS, CHUNK_BYTES = 16, 16 * (1024 + 128)
 MAX_SHARED_BYTES = 232_448
 LAYER_BYTES = 20 * 8
-MAX_DEPTH, MIN_DEPTH = 11, 3
+FIXED_BYTES = 4096
+MAX_DEPTH, MIN_DEPTH = 12, 3
 
 
 class Step(ctypes.Structure):
@@ -34,6 +35,7 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("page_stride", "layer_stride", "kind_stride", "head_stride")),
         *((name, Int) for name in ("num_layers", "num_sequences", "width", "hidden", "inner_size")),
         *((name, Int) for name in ("num_q", "num_kv", "page_size", "splits", "depth")),
+        *((name, Int) for name in ("x_stride", "x_at", "parts_at", "angles_at", "layers_at")),
         ("eps", ctypes.c_float),
     )
 
@@ -68,7 +70,7 @@ class CudaLayers:
         units = num_sequences * config.num_kv_heads
         if num_sequences * width > MAX_TOKENS or queries > MAX_QUERIES or units > self._num_blocks:
             return False
-        return _ring(config, num_sequences * width, self._num_blocks)[0] >= MIN_DEPTH
+        return _depth(config, num_sequences * width, self._num_blocks) >= MIN_DEPTH
 
     def __call__(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], table: Table, kv: torch.Tensor) -> None:
         """Take the residual stream x bf16 [T, hidden] through all layers, in place.
@@ -83,7 +85,7 @@ class CudaLayers:
         qkv, attended, middle = (x.new_empty(num_tokens, n) for n in ((num_q + 2 * num_kv) * HEAD_DIM, num_q * HEAD_DIM, inner))
         parts = x.new_empty((num_tokens, num_q, splits, HEAD_DIM + 2), dtype=torch.float32)
         num_found = num_tokens * num_q * splits
-        depth, num_bytes = _ring(config, num_tokens, self._num_blocks)
+        num_parts = max(MERGED_FLOATS, WARPS * num_tokens * _most_rows(config, self._num_blocks))
         found = parts.data_ptr()
         step = Step(
             layers=self._layers.data_ptr(), x=x.data_ptr(), qkv=qkv.data_ptr(), attended=attended.data_ptr(),
@@ -93,11 +95,11 @@ class CudaLayers:
             page_starts=table.page_starts.data_ptr(), context_lens=table.context_lens.data_ptr(),
             counters=self._counters.data_ptr(), num_layers=len(self._layers), num_sequences=num_sequences,
             width=num_tokens // num_sequences, hidden=hidden, inner_size=inner, num_q=num_q, num_kv=num_kv,
-            page_size=kv.shape[4], splits=splits, depth=depth, eps=config.rms_norm_eps,
+            page_size=kv.shape[4], splits=splits, depth=MAX_DEPTH, eps=config.rms_norm_eps,
         )  # fmt: skip
         step.page_stride, step.layer_stride, step.kind_stride, step.head_stride = kv.stride()[:4]
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        error = self._library.forebay_layers(ctypes.byref(step), self._num_blocks, num_bytes, stream)
+        error = self._library.forebay_layers(ctypes.byref(step), self._num_blocks, num_parts, stream)
         if error:
             raise RuntimeError(f"forebay_layers: {self._library.forebay_error(error).decode()}")
 
@@ -113,7 +115,7 @@ def obstacle(config: DenseConfig, layers: Sequence[LayerOf[Weight]], num_blocks:
         return f"sizes are no multiples of {CHUNK}"
     if max(config.hidden_size, config.num_heads * HEAD_DIM) > HELD_COLUMNS:
         return f"a warp cannot keep more than {HELD_COLUMNS} columns"
-    if _ring(config, 1, num_blocks)[0] < MIN_DEPTH:
+    if _depth(config, 1, num_blocks) < MIN_DEPTH:
         return "a multiprocessor's shared memory is too small for them"
     if _rows(config.hidden_size, num_blocks) > HELD_ROWS or _most_rows(config, num_blocks) > MAX_ENDING:
         return f"{num_blocks} blocks are too few for the rows"
@@ -129,15 +131,13 @@ def planned_blocks(config: DenseConfig, num_processors: int) -> int:
     return min(range(1, num_processors + 1), key=work)
 
 
-def _ring(config: DenseConfig, num_tokens: int, num_blocks: int) -> tuple[int, int]:
-    """How many chunks the ring has, and the shared memory of a block in bytes, as struct Shared lays it out."""
+def _depth(config: DenseConfig, num_tokens: int, num_blocks: int) -> int:
+    """About how many chunks the ring would have."""
     columns = max(columns for _, columns in _shapes(config))
     activations = 2 * WARPS * num_tokens * (-(-columns // (CHUNK_STEPS * CHUNK)) * 2 * CHUNK + 8)
     parts = 4 * max(MERGED_FLOATS, WARPS * num_tokens * _most_rows(config, num_blocks))
-    small = 4 * (num_tokens * HEAD_DIM + WARPS * (4 + 16 + 16)) + LAYER_BYTES * config.num_layers
-    others = activations + parts + small
-    depth = min(MAX_DEPTH, (MAX_SHARED_BYTES - others) // (CHUNK_BYTES + 16))
-    return depth, others + depth * (CHUNK_BYTES + 16)
+    others = activations + parts + 4 * num_tokens * HEAD_DIM + LAYER_BYTES * config.num_layers + FIXED_BYTES
+    return min(MAX_DEPTH, (MAX_SHARED_BYTES - others) // CHUNK_BYTES)
 
 
 def _shapes(config: DenseConfig) -> list[tuple[int, int]]:

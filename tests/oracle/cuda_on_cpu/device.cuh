@@ -17,7 +17,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __maxnreg__(...)
+#define __noinline__
 #define __grid_constant__
 #define __shared__ static  // blocks of a cluster would share it: only what is the same in all of them may be such
 
@@ -190,6 +190,7 @@ inline void count(uint32_t* counter) { counted(counter); }
 inline void wait_until(const uint32_t* counter, uint32_t target) {
     while (__atomic_load_n(counter, __ATOMIC_SEQ_CST) < target) std::this_thread::yield();
 }
+inline void expect_soon(const void*) {}
 inline uint4 fresh(const void* at) { return *static_cast<const uint4*>(at); }
 inline float fresh(const float* at) { return *at; }
 inline uint32_t transposed(uint32_t word) {

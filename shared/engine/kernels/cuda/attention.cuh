@@ -68,24 +68,29 @@ struct Quarter {
     }
 };
 
-// What a warp has found for queries g and g + 8: their highest scores, the sums of the weights and the weighted values.
+// What a warp has found for queries g and, of two sides, g + 8: their highest scores, the sums of the weights and the weighted
+// values.
+template <int SIDES>
 struct Found {
-    float best[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, values[16][4] = {};
+    float best[SIDES], total[SIDES] = {}, values[16][SIDES * 2] = {};
 
-    // 16 tokens: those of two halves, of which query g sees `limits[0]` and query g + 8 `limits[1]`.
-    __device__ __forceinline__ uint4 weigh(const Quarter (&queries)[2], const Quarter (&keys)[2], const int (&limits)[2], float scale, int q) {
+    __device__ __forceinline__ Found() {
+        for (int side = 0; side < SIDES; side++) best[side] = -INFINITY;
+    }
+    // 16 tokens: those of two halves, of which a query sees those below its limit. a[half * 2 + side] are the weights.
+    __device__ __forceinline__ void weigh(const Quarter (&queries)[SIDES], const Quarter (&keys)[2], const int (&limits)[SIDES], float scale, int q,
+                                          uint32_t (&a)[4]) {
         float scores[2][4] = {};
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const uint4 a = queries[0].words[i], b = queries[1].words[i], k = keys[half].words[i];
-                const uint32_t first[4] = {a.x, b.x, a.y, b.y}, second[4] = {a.z, b.z, a.w, b.w};
+                const uint4 low = queries[0].words[i], high = SIDES > 1 ? queries[SIDES - 1].words[i] : make_uint4(0, 0, 0, 0), k = keys[half].words[i];
+                const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
                 multiply(scores[half], first, k.x, k.y), multiply(scores[half], second, k.z, k.w);
             }
-        uint4 weights;
 #pragma unroll
-        for (int side = 0; side < 2; side++) {
+        for (int side = 0; side < SIDES; side++) {
             float highest = best[side];
 #pragma unroll
             for (int half = 0; half < 2; half++)
@@ -102,25 +107,33 @@ struct Found {
             for (int n = 0; n < 16; n++) values[n][side * 2] *= old, values[n][side * 2 + 1] *= old;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float a = exp2f(scores[half][side * 2] - safe), b = exp2f(scores[half][side * 2 + 1] - safe);
-                total[side] += a + b;
-                (&weights.x)[half * 2 + side] = both(a, b);
+                const float one = exp2f(scores[half][side * 2] - safe), two = exp2f(scores[half][side * 2 + 1] - safe);
+                total[side] += one + two;
+                a[half * 2 + side] = both(one, two);
             }
         }
-        return weights;
+        if (SIDES == 1) a[1] = a[3] = 0;
     }
-    __device__ __forceinline__ void add(const uint4& weights, const Quarter (&theirs)[2]) {
-        const uint32_t a[4] = {weights.x, weights.y, weights.z, weights.w};
+    __device__ __forceinline__ void add(const uint32_t (&a)[4], const Quarter (&theirs)[2]) {
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
-            for (int j = 0; j < 4; j++)
-                multiply(values[i * 4 + j], a, transposed((&theirs[0].words[i].x)[j]), transposed((&theirs[1].words[i].x)[j]));
+            for (int j = 0; j < 4; j++) {
+                float sums[4] = {};
+                float (&own)[SIDES * 2] = values[i * 4 + j];
+#pragma unroll
+                for (int k = 0; k < SIDES * 2; k++) sums[k] = own[k];
+                multiply(sums, a, transposed((&theirs[0].words[i].x)[j]), transposed((&theirs[1].words[i].x)[j]));
+#pragma unroll
+                for (int k = 0; k < SIDES * 2; k++) own[k] = sums[k];
+            }
     }
 };
 
+template <int SIDES>
 __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
     const int group = p.num_q / p.num_kv, num_queries = p.width * group, all_heads = p.num_q + 2 * p.num_kv;
+    const Split& split = shared.split;
     if (!split.is_there) {
         wait();
         done();
@@ -140,10 +153,10 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int token = base + half * 8 + g;
-            from[half] = token < split.last ? place(token < WARPS * 16 + split.first ? first_pages[half] : split.table[token / p.page_size], token) : nullptr;
+            from[half] = token < split.last ? place(token < WARPS * 16 + split.first ? shared.first_pages[half][thread] : split.table[token / p.page_size], token) : nullptr;
         }
     };
-    Quarter keys[2], values[2], queries[2];
+    Quarter keys[2], values[2], queries[SIDES];
     int base = split.first + warp * 16;
     bool has_new = split.index == p.splits - 1 && warp == WARPS - 1;
     find(base);
@@ -153,21 +166,23 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
         return p.qkv + (static_cast<int64_t>(split.sequence * p.width + token) * all_heads + of_head) * HEAD;
     };
     const auto rotate = [&](Quarter& what, int token, const __nv_bfloat16* norm) {
-        const int angles = (split.sequence * p.width + token) * (HEAD / 2);
-        what.rotate(shared.cos + angles, shared.sin + angles, norm, p.eps, q);
+        const int of = (split.sequence * p.width + token) * (HEAD / 2);
+        what.rotate(angles() + of, angles() + num_tokens * (HEAD / 2) + of, norm, p.eps, q);
     };
 #pragma unroll
-    for (int side = 0; side < 2; side++) {
+    for (int side = 0; side < SIDES; side++) {
         const int query = g + side * 8, token = query < num_queries ? query / group : 0;
         queries[side].clear();
         if (query < num_queries) queries[side].load(row(token, split.head * group + query % group), q);
-        if (side * 8 < num_queries) rotate(queries[side], token, layer.q_norm);
+        rotate(queries[side], token, layer.q_norm);
     }
     const float scale = 1.4426950408889634f * rsqrtf(static_cast<float>(HEAD));  // to base 2
-    Found found;
+    Found<SIDES> found;
 #pragma unroll 1
     for (;;) {
-        int limits[2] = {split.last - base, split.last - base};
+        int limits[SIDES];
+#pragma unroll
+        for (int side = 0; side < SIDES; side++) limits[side] = split.last - base;
         if (base >= split.last) {
             if (!has_new) break;
             has_new = false;
@@ -178,14 +193,16 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
                 values[0].load(row(token, p.num_q + p.num_kv + split.head), q);
             }
             rotate(keys[0], token, layer.k_norm);
+            const int new_slot = g < p.width ? shared.new_slots[g] : -1;
             if (new_slot >= 0) {
                 __nv_bfloat16* to = place(new_slot / p.page_size, new_slot);
                 keys[0].store(to, q), values[0].store(to + p.kind_stride, q);
             }
 #pragma unroll
-            for (int side = 0; side < 2; side++) limits[side] = min(p.width, (g + side * 8) / group + 1);
+            for (int side = 0; side < SIDES; side++) limits[side] = min(p.width, (g + side * 8) / group + 1);
         }
-        const uint4 weights = found.weigh(queries, keys, limits, scale, q);
+        uint32_t weights[4];
+        found.weigh(queries, keys, limits, scale, q, weights);
         base += WARPS * 16;
         find(base);
         load(keys, from, 0);
@@ -194,20 +211,19 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
     }
     // Of all warps.
 #pragma unroll
-    for (int side = 0; side < 2; side++) {
+    for (int side = 0; side < SIDES; side++) {
         float& total = found.total[side];
         total += __shfl_xor_sync(~0u, total, 1), total += __shfl_xor_sync(~0u, total, 2);
-        const int at_query = warp * MAX_QUERIES + g + side * 8;
-        if (q == 0) shared.maxima[at_query] = found.best[side], shared.sums[at_query] = total;
+        if (q == 0) shared.maxima[warp][g + side * 8] = found.best[side], shared.sums[warp][g + side * 8] = total;
     }
     const auto place_of = [&](int query) {  // among the step's queries
         return static_cast<int64_t>(split.sequence * p.width + query / group) * p.num_q + split.head * group + query % group;
     };
 #pragma unroll
-    for (int begin = 0; begin < MAX_QUERIES; begin += MERGED) {
+    for (int begin = 0; begin < SIDES * 8; begin += MERGED) {
         if (begin >= num_queries) break;
         if (g / MERGED == begin % 8 / MERGED) {
-            float* to = shared.parts + (warp * MERGED + g % MERGED) * MERGED_STRIDE + q * 8;
+            float* to = parts() + (warp * MERGED + g % MERGED) * MERGED_STRIDE + q * 8;
 #pragma unroll
             for (int n = 0; n < 16; n++)
 #pragma unroll
@@ -218,13 +234,13 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
         if (query < num_queries) {
             float best = -INFINITY, total = 0, sum[2] = {0, 0};
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) best = fmaxf(best, shared.maxima[w * MAX_QUERIES + query]);
+            for (int w = 0; w < WARPS; w++) best = fmaxf(best, shared.maxima[w][query]);
             const float safe = best == -INFINITY ? 0 : best;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) {
-                const float weight = exp2f(shared.maxima[w * MAX_QUERIES + query] - safe);
-                const float* theirs = shared.parts + (w * MERGED + query - begin) * MERGED_STRIDE + value;
-                total += weight * shared.sums[w * MAX_QUERIES + query];
+                const float weight = exp2f(shared.maxima[w][query] - safe);
+                const float* theirs = parts() + (w * MERGED + query - begin) * MERGED_STRIDE + value;
+                total += weight * shared.sums[w][query];
                 sum[0] += weight * theirs[0], sum[1] += weight * theirs[1];
             }
             const int64_t to = place_of(query) * p.splits + split.index;
@@ -263,46 +279,58 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
     done();
 }
 
+// Neither is a part of the kernel, for whose registers there would be too much that all of them share.
+__noinline__ __device__ void multiply_part(int layer_index, int part, uint32_t met) {
+    Worker worker(met);
+    const Step& p = worker.p;
+    const Layer& layer = worker.layer(layer_index);
+    const int heads = p.num_q * HEAD;
+    const Matrix& matrix = part == QKV ? layer.qkv : part == OUTPUT ? layer.output : part == GATE_UP ? layer.gate_up : layer.down;
+    const __nv_bfloat16* input = part == OUTPUT ? p.attended : part == DOWN ? p.inner : p.x;
+    const __nv_bfloat16* norm = part == QKV ? layer.input_norm : part == GATE_UP ? layer.post_norm : nullptr;
+    const int rows = part == QKV ? heads + 2 * p.num_kv * HEAD : part == GATE_UP ? 2 * p.inner_size : p.hidden;
+    worker.product(static_cast<Part>(part), matrix, input, norm, rows, part == OUTPUT ? heads : part == DOWN ? p.inner_size : p.hidden);
+}
+template <int SIDES>
+__noinline__ __device__ void attend_part(int layer_index, uint32_t met) {
+    Worker worker(met);
+    worker.attend<SIDES>(worker.layer(layer_index), layer_index);
+}
+
 __global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const __grid_constant__ Step p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    const Shared shared(p);
-    for (int i = threadIdx.x; i < p.num_layers * static_cast<int>(sizeof(Layer) / sizeof(void*)); i += ALL_THREADS)
-        reinterpret_cast<void**>(shared.layers)[i] = reinterpret_cast<void* const*>(p.layers)[i];
-    for (int i = threadIdx.x; i < p.num_sequences * p.width * (HEAD / 2); i += ALL_THREADS) shared.cos[i] = p.cos[i], shared.sin[i] = p.sin[i];
+    Shared& shared = Shared::here();
     if (threadIdx.x == 0) {
+        shared.step = p;
         for (int i = 0; i < p.depth; i++) signal_init(&shared.full[i], 1), signal_init(&shared.empty[i], WARPS);
         signals_ready();
     }
     __syncthreads();
-    const int rows[4] = {(p.num_q + 2 * p.num_kv) * HEAD, p.hidden, 2 * p.inner_size, p.hidden};
-    const int columns[4] = {p.hidden, p.num_q * HEAD, p.hidden, p.inner_size};
-    if (threadIdx.x >= THREADS) {
-        Cursor at, behind;
+    const int heads = p.num_q * HEAD, all_heads = heads + 2 * p.num_kv * HEAD;
+    if (threadIdx.x == THREADS) {
+        Cursor at{0, 0}, behind{0, 0};
         int num_brought = 0;
-        for (int i = 0; i < (threadIdx.x == THREADS ? p.num_layers : 0); i++) {
-            const Layer& layer = shared.layers[i];
-            bring(layer.qkv, Share(rows[QKV], columns[QKV]), false, shared, p.depth, at, behind, num_brought);
-            bring(layer.output, Share(rows[OUTPUT], columns[OUTPUT]), false, shared, p.depth, at, behind, num_brought);
-            bring(layer.gate_up, Share(rows[GATE_UP], columns[GATE_UP]), false, shared, p.depth, at, behind, num_brought);
-            bring(layer.down, Share(rows[DOWN], columns[DOWN]), true, shared, p.depth, at, behind, num_brought);
+        for (int i = 0; i < p.num_layers; i++) {
+            const Layer& layer = p.layers[i];
+            bring(layer.qkv, Share(all_heads, p.hidden), p.depth, at, behind, num_brought);
+            bring(layer.output, Share(p.hidden, heads), p.depth, at, behind, num_brought);
+            bring(layer.gate_up, Share(2 * p.inner_size, p.hidden), p.depth, at, behind, num_brought);
+            bring(layer.down, Share(p.hidden, p.inner_size), p.depth, at, behind, num_brought);
         }
-    } else {
-        Worker worker(p, shared);
-        worker.begin();
+    } else if (threadIdx.x < THREADS) {
+        Worker(0).begin();
+        const bool is_narrow = p.width * (p.num_q / p.num_kv) <= 8;
+        uint32_t met = 0;
 #pragma unroll 1
         for (int i = 0; i < p.num_layers; i++) {
-            const Layer& layer = shared.layers[i];
-#pragma unroll 1
-            for (int part = QKV; part < DOWN; part++) {
-                const Matrix& matrix = part == QKV ? layer.qkv : part == OUTPUT ? layer.output : layer.gate_up;
-                const __nv_bfloat16* norm = part == QKV ? layer.input_norm : part == OUTPUT ? nullptr : layer.post_norm;
-                if (part == OUTPUT) worker.attend(layer, i);
-                worker.held(static_cast<Part>(part), matrix, part == OUTPUT ? p.attended : p.x, norm, rows[part], columns[part]);
-            }
-            worker.flowing(DOWN, layer.down, p.inner, rows[DOWN], columns[DOWN]);
+            multiply_part(i, QKV, met);
+            if (is_narrow) attend_part<1>(i, met + gridDim.x);
+            else attend_part<2>(i, met + gridDim.x);
+            for (int part = OUTPUT; part <= DOWN; part++) multiply_part(i, part, met + (part + 1) * gridDim.x);
+            met += 5 * gridDim.x;
         }
         // Whoever is last leaves the counters as they were.
-        if (threadIdx.x == 0 && counted(p.counters) == worker.met + gridDim.x - 1)
+        if (threadIdx.x == 0 && counted(p.counters) == met + gridDim.x - 1)
             for (int i = 0; i <= p.num_sequences * p.num_kv; i++) p.counters[i] = 0;
     }
 #endif

@@ -126,6 +126,7 @@ __device__ __forceinline__ void wait_until(const uint32_t* counter, uint32_t tar
 // What another block has written, so not from L1.
 __device__ __forceinline__ uint4 fresh(const void* at) { return __ldcg(static_cast<const uint4*>(at)); }
 __device__ __forceinline__ float fresh(const float* at) { return __ldcg(at); }
+__device__ __forceinline__ void expect_soon(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 // An 8 by 8 matrix of bf16, of which lane 4 g + q has columns 2 q and 2 q + 1 of row g.
 __device__ __forceinline__ uint32_t transposed(uint32_t word) {
     uint32_t result;

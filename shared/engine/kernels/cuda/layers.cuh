@@ -17,9 +17,7 @@ constexpr int ALL_THREADS = THREADS + 32;                // with the one that co
 constexpr int HEAD = 128;                               // values of a head
 constexpr int CHUNK_STEPS = 16, STEP_BYTES = 1024, STEP_SCALES = 128;  // of one tile, by 128 columns
 constexpr int CHUNK_CODES = CHUNK_STEPS * STEP_BYTES, CHUNK_BYTES = CHUNK_STEPS * (STEP_BYTES + STEP_SCALES);
-constexpr int HELD_CHUNKS = 2;      // of a tile at most, where a warp keeps all activations that it needs
-constexpr int HELD_TILES = 2;       // of a block at most, where it keeps all sums instead
-constexpr int MAX_ROWS = 4, MAX_SPLITS = 16, MAX_QUERIES = 16;
+constexpr int MAX_SHARED_BYTES = 232448, MAX_DEPTH = 12, MAX_ROWS = 4, MAX_SPLITS = 16, MAX_QUERIES = 16;
 constexpr int UNDER_WAY = 3;        // chunks at most: more would only make others wait for memory
 constexpr int GROUP_VALUES = 2 * Packed::COLUMNS, PADDING = 8;  // of a warp's activations, for each chunk; behind all
 constexpr int MERGED = 4, MERGED_STRIDE = HEAD + 4;  // queries whose values a block adds up at once
@@ -48,6 +46,7 @@ struct Step {
     uint32_t* counters;  // zeros: of all blocks; then of those that share a sequence and a head. Zeros afterwards
     int64_t page_stride, layer_stride, kind_stride, head_stride;
     int num_layers, num_sequences, width, hidden, inner_size, num_q, num_kv, page_size, splits, depth;
+    int x_stride, x_at, parts_at, angles_at, layers_at;  // of shared memory, in bytes but for the first; see Shared
     float eps;
 };
 
@@ -61,46 +60,55 @@ struct Share {
     }
 };
 
-// What a block has in shared memory. What is the same in all layers is there from the beginning.
-struct Shared {
-    char* ring;
-    uint64_t *full, *empty;
-    Layer* layers;
-    float *cos, *sin;                // [T, HEAD / 2]
-    float *squares, *maxima, *sums;  // [WARPS][4], [WARPS][16] twice
-    __nv_bfloat16* x;                // [WARPS][T][x_stride]: of each chunk two steps
-    float* parts;
-    int x_stride;
-    __device__ Shared(const Step& p) {
-        const int num_tokens = p.num_sequences * p.width, most = max(max(p.hidden, p.inner_size), p.num_q * HEAD);
-        x_stride = (most + CHUNK_STEPS * Packed::COLUMNS - 1) / (CHUNK_STEPS * Packed::COLUMNS) * GROUP_VALUES + PADDING;
-        ring = reinterpret_cast<char*>(dynamic_shared());
-        x = reinterpret_cast<__nv_bfloat16*>(ring + p.depth * CHUNK_BYTES);
-        full = reinterpret_cast<uint64_t*>(x + WARPS * num_tokens * x_stride), empty = full + p.depth;
-        layers = reinterpret_cast<Layer*>(empty + p.depth);
-        cos = reinterpret_cast<float*>(layers + p.num_layers), sin = cos + num_tokens * (HEAD / 2);
-        squares = sin + num_tokens * (HEAD / 2), maxima = squares + WARPS * MAX_ROWS;
-        sums = maxima + WARPS * MAX_QUERIES, parts = sums + WARPS * MAX_QUERIES;
+// A block's part of attention: a sequence, a head of keys and some of the tokens in its pages.
+struct Split {
+    bool is_there;
+    int sequence, head, index, first, last;
+    const int* table;
+    __device__ void find(const Step& p) {
+        index = blockIdx.x % p.splits, head = blockIdx.x / p.splits % p.num_kv, sequence = blockIdx.x / p.splits / p.num_kv;
+        is_there = sequence < p.num_sequences, first = last = 0;
+        if (!is_there) return;
+        const int old = p.context_lens[sequence] - p.width, each = ((old + p.splits - 1) / p.splits + 15) / 16 * 16;
+        first = min(index * each, old), last = min(first + each, old);
+        table = p.page_ids + p.page_starts[sequence];
     }
 };
 
 // A place in the ring, and how often it has come by.
 struct Cursor {
-    int slot = 0;
-    uint32_t parity = 0;
+    int slot;
+    uint32_t parity;
     __device__ __forceinline__ void advance(int depth) {
         if (++slot == depth) slot = 0, parity ^= 1;
     }
 };
 
-// Copies a block's share of a matrix, tile by tile or, `across`, its tiles side by side. `behind` is UNDER_WAY chunks behind.
-__device__ inline void bring(const Matrix& matrix, const Share& share, bool across, const Shared& shared, int depth, Cursor& at,
-                             Cursor& behind, int& num_brought) {
+// What a block has in shared memory: this at its beginning, then the ring, and behind it what depends on the step: a warp's
+// activations [WARPS][T][x_stride], of each chunk two steps; what is added up; cosines and sines [T, HEAD / 2]; the layers.
+struct Shared {
+    uint64_t full[MAX_DEPTH], empty[MAX_DEPTH];
+    Step step;
+    Split split;
+    Cursor taken[WARPS];   // how far each warp is
+    float kept[THREADS];   // of the residual stream, what each thread adds to
+    int first_pages[2][THREADS], new_slots[8];  // of each lane's first tokens, and where new ones go
+    float squares[WARPS][MAX_ROWS], maxima[WARPS][MAX_QUERIES], sums[WARPS][MAX_QUERIES];
+    __device__ static __forceinline__ Shared& here() { return *reinterpret_cast<Shared*>(dynamic_shared()); }
+    __device__ static __forceinline__ char* at(int place) { return reinterpret_cast<char*>(dynamic_shared()) + place; }
+    __device__ static __forceinline__ char* chunk(int slot);
+};
+constexpr int RING_AT = (sizeof(Shared) + 15) / 16 * 16;
+__device__ __forceinline__ char* Shared::chunk(int slot) { return at(RING_AT + slot * CHUNK_BYTES); }
+
+// Copies a block's share of a matrix, tile after tile. `behind` is UNDER_WAY chunks behind.
+__device__ inline void bring(const Matrix& matrix, const Share& share, int depth, Cursor& at, Cursor& behind, int& num_brought) {
+    Shared& shared = Shared::here();
     for (int i = 0; i < share.count * share.groups; i++) {
-        const int tile = share.first + (across ? i % share.count : i / share.groups), group = across ? i / share.count : i % share.groups;
+        const int tile = share.first + i / share.groups, group = i % share.groups;
         const int steps = min(CHUNK_STEPS, share.steps - group * CHUNK_STEPS);
         const int64_t step = static_cast<int64_t>(tile) * share.steps + group * CHUNK_STEPS;
-        char* to = shared.ring + at.slot * CHUNK_BYTES;
+        char* to = Shared::chunk(at.slot);
         signal_wait(&shared.empty[at.slot], at.parity ^ 1);
         if (num_brought++ >= UNDER_WAY) {
             signal_wait(&shared.full[behind.slot], behind.parity);
@@ -114,11 +122,12 @@ __device__ inline void bring(const Matrix& matrix, const Share& share, bool acro
     }
 }
 
-// The weights of a warp's two steps of a chunk; what is behind a matrix's end is not looked at.
+// The weights of a warp's two steps of a chunk. Behind a matrix's end they are any, but finite.
 struct Taken {
     Packed steps[2];
-    __device__ __forceinline__ Taken(const Shared& shared, int depth, Cursor& at, int warp, int lane) {
-        const char* from = shared.ring + at.slot * CHUNK_BYTES;
+    __device__ __forceinline__ void take(int depth, Cursor& at, int warp, int lane) {
+        Shared& shared = Shared::here();
+        const char* from = Shared::chunk(at.slot);
         signal_wait(&shared.full[at.slot], at.parity);
 #pragma unroll
         for (int u = 0; u < 2; u++) {
@@ -133,15 +142,6 @@ struct Taken {
     }
 };
 
-__device__ __forceinline__ void accumulate(float (&sums)[2][4], const Packed& weights, const uint4 (&x)[4]) {
-#pragma unroll
-    for (int piece = 0; piece < 4; piece++) {
-        uint32_t a[2][4];
-        weights.operands(piece / 2, piece % 2, a);
-        multiply(sums[0], a[0], x[piece].x, x[piece].y), multiply(sums[1], a[1], x[piece].z, x[piece].w);
-    }
-}
-
 // A word of two bf16 times a word of norms, each rounded; adds up the squares of what it was.
 __device__ __forceinline__ uint32_t weighed(uint32_t word, uint32_t norm, float& squares) {
     const float low = __uint_as_float(word << 16), high = __uint_as_float(word & 0xFFFF0000u);
@@ -151,43 +151,42 @@ __device__ __forceinline__ uint32_t weighed(uint32_t word, uint32_t norm, float&
 
 enum Part { QKV, OUTPUT, GATE_UP, DOWN };
 
-// A block's part of attention: a sequence, a head of keys and some of the tokens in its pages.
-struct Split {
-    bool is_there;
-    int sequence, head, index, first, last;
-    const int* table;
-    __device__ Split(const Step& p) : table(nullptr) {
-        index = blockIdx.x % p.splits, head = blockIdx.x / p.splits % p.num_kv, sequence = blockIdx.x / p.splits / p.num_kv;
-        is_there = sequence < p.num_sequences, first = last = 0;
-        if (!is_there) return;
-        const int old = p.context_lens[sequence] - p.width, each = ((old + p.splits - 1) / p.splits + 15) / 16 * 16;
-        first = min(index * each, old), last = min(first + each, old);
-        table = p.page_ids + p.page_starts[sequence];
-    }
-};
-
 // One consumer's view of a step: the warps that multiply.
 struct Worker {
     const Step& p;
-    Shared shared;
+    Shared& shared;
     int thread, warp, lane, g, q, num_tokens;
-    Cursor at;
-    uint32_t met = 0;  // what the blocks' counter is once all are here
-    float kept = 0;    // of the residual stream, what this thread adds to
+    uint32_t met;  // what the blocks' counter is once all are here
 
-    Split split;
-    int first_pages[2] = {0, 0}, new_slot = -1;  // of a lane's first tokens, and where its new one goes
+    __device__ Worker(uint32_t met)
+        : p(Shared::here().step), shared(Shared::here()), thread(threadIdx.x), warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(lane / 4),
+          q(lane % 4), num_tokens(p.num_sequences * p.width), met(met) {}
 
-    __device__ Worker(const Step& p, const Shared& shared)
-        : p(p), shared(shared), thread(threadIdx.x), warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(lane / 4), q(lane % 4),
-          num_tokens(p.num_sequences * p.width), split(p) {
+    // What is the same in all layers.
+    __device__ void begin() {
+        if (thread == 0) shared.split.find(p);
+        if (lane == 0) shared.taken[warp] = {0, 0};
+        for (int i = thread; i < p.num_layers * static_cast<int>(sizeof(Layer) / sizeof(void*)); i += THREADS)
+            reinterpret_cast<void**>(Shared::at(p.layers_at))[i] = reinterpret_cast<void* const*>(p.layers)[i];
+        const int num_angles = num_tokens * (HEAD / 2);
+        for (int i = thread; i < num_angles; i += THREADS) angles()[i] = p.cos[i], angles()[num_angles + i] = p.sin[i];
+        const Share share(p.hidden, p.num_q * HEAD);  // what this thread adds to the residual stream
+        const int rows = share.count * ROWS;
+        if (rows && thread / rows < num_tokens)
+            shared.kept[thread] = __bfloat162float(p.x[static_cast<int64_t>(thread / rows) * p.hidden + share.first * ROWS + thread % rows]);
+        meet<THREADS>();
+        const Split& split = shared.split;
         if (!split.is_there) return;
         for (int half = 0; half < 2; half++) {
             const int token = split.first + warp * 16 + half * 8 + g;
-            if (token < split.last) first_pages[half] = split.table[token / p.page_size];
+            shared.first_pages[half][thread] = token < split.last ? split.table[token / p.page_size] : 0;
         }
-        if (g < p.width) new_slot = p.slots[split.sequence * p.width + g];
+        if (thread < p.width) shared.new_slots[thread] = p.slots[split.sequence * p.width + thread];
+        meet<THREADS>();
     }
+    __device__ __forceinline__ float* angles() const { return reinterpret_cast<float*>(Shared::at(p.angles_at)); }
+    __device__ __forceinline__ float* parts() const { return reinterpret_cast<float*>(Shared::at(p.parts_at)); }
+    __device__ __forceinline__ const Layer& layer(int index) const { return reinterpret_cast<const Layer*>(Shared::at(p.layers_at))[index]; }
 
     __device__ __forceinline__ void wait() const {
         if (thread == 0) wait_until(p.counters, met);
@@ -196,7 +195,6 @@ struct Worker {
     __device__ __forceinline__ void done() {
         meet<THREADS>();
         if (thread == 0) count(p.counters);
-        met += gridDim.x;
     }
 
     // Which of a share's rows and tokens a thread finishes: `row`, and tokens from `token` on. Nothing is done yet with what is
@@ -219,11 +217,12 @@ struct Worker {
         }
     };
 
-    __device__ __forceinline__ void store(const float (&sums)[2][4], int tile, int rows) const {
+    __device__ __forceinline__ void store(const float (&sums)[4][4], int tile, int rows) const {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int n = q * 2 + i % 2;
-            if (n < num_tokens) shared.parts[(warp * num_tokens + n) * rows + tile * ROWS + g + i / 2 * 8] = sums[0][i] + sums[1][i];
+            if (n < num_tokens) parts()[(warp * num_tokens + n) * rows + tile * ROWS + g + i / 2 * 8] =
+                (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
         }
     }
 
@@ -237,7 +236,7 @@ struct Worker {
             if (is_normed) {
                 float total = 0;
 #pragma unroll
-                for (int w = 0; w < WARPS; w++) total += shared.squares[w * MAX_ROWS + n];
+                for (int w = 0; w < WARPS; w++) total += shared.squares[w][n];
                 scale = rsqrtf(total / num_columns + p.eps);
             }
             const int local = is_gated ? end.row / 8 * ROWS + end.row % 8 : end.row;
@@ -245,7 +244,7 @@ struct Worker {
             for (int side = 0; side < 2; side++) {
                 if (side && !is_gated) break;
 #pragma unroll
-                for (int w = 0; w < WARPS; w++) value[side] += shared.parts[(w * num_tokens + n) * rows + local + side * 8];
+                for (int w = 0; w < WARPS; w++) value[side] += parts()[(w * num_tokens + n) * rows + local + side * 8];
                 value[side] = value[side] * scale * (end.factor[side] * Packed::FACTOR) + __bfloat162float(end.bias[side]);
             }
             if (part == QKV) {
@@ -253,15 +252,15 @@ struct Worker {
             } else if (part == GATE_UP) {
                 p.inner[static_cast<int64_t>(n) * p.inner_size + share.first * 8 + end.row] = __float2bfloat16(gated(value[0], value[1]));
             } else {
-                const __nv_bfloat16 sum = __float2bfloat16(kept + value[0]);
-                kept = __bfloat162float(sum);
+                const __nv_bfloat16 sum = __float2bfloat16(shared.kept[thread] + value[0]);
+                shared.kept[thread] = __bfloat162float(sum);
                 p.x[static_cast<int64_t>(n) * p.hidden + share.first * ROWS + end.row] = sum;
             }
         }
         done();
     }
 
-    __device__ __forceinline__ __nv_bfloat16* staged(int token) const { return shared.x + (warp * num_tokens + token) * shared.x_stride; }
+    __device__ __forceinline__ __nv_bfloat16* staged(int token) const { return reinterpret_cast<__nv_bfloat16*>(Shared::at(p.x_at)) + (warp * num_tokens + token) * p.x_stride; }
     // Of a lane's eight columns of a chunk.
     __device__ __forceinline__ int step_of(int group) const { return group * CHUNK_STEPS + lane / 16 * WARPS + warp; }
     __device__ __forceinline__ int column_of(int group) const { return step_of(group) * Packed::COLUMNS + lane % 16 * 8; }
@@ -272,111 +271,83 @@ struct Worker {
         for (int piece = 0; piece < 4; piece++) x[piece] = *reinterpret_cast<const uint4*>(from + Packed::column(0, piece / 2, piece % 2, q));
     }
 
-    // A product whose inputs a warp keeps: tile after tile. `norm`: or none.
-    __device__ void held(Part part, const Matrix& matrix, const __nv_bfloat16* input, const __nv_bfloat16* norm, int num_rows, int num_columns) {
-        const Share share(num_rows, num_columns);
-        const Ending end(matrix, share, num_rows, part == GATE_UP, thread);
-        uint4 weights[HELD_CHUNKS], values[MAX_ROWS][HELD_CHUNKS], x[HELD_CHUNKS * 2][4];
-#pragma unroll
-        for (int group = 0; group < HELD_CHUNKS; group++) {
-            weights[group] = make_uint4(0, 0, 0, 0);
-            if (norm != nullptr && step_of(group) < share.steps) weights[group] = *reinterpret_cast<const uint4*>(norm + column_of(group));
-        }
-        wait();
-#pragma unroll
-        for (int n = 0; n < MAX_ROWS; n++)
-#pragma unroll
-            for (int group = 0; group < HELD_CHUNKS; group++) {
-                values[n][group] = make_uint4(0, 0, 0, 0);
-                if (n < num_tokens && step_of(group) < share.steps)
-                    values[n][group] = fresh(input + static_cast<int64_t>(n) * num_columns + column_of(group));
-            }
-#pragma unroll
-        for (int n = 0; n < MAX_ROWS; n++) {
-            if (n >= num_tokens) break;
+    // Brings a warp's columns of all tokens into shared memory, times a norm's weights where there is one. What lies behind the
+    // last step is zero, so that whatever the ring has there adds nothing.
+    __device__ void stage(const __nv_bfloat16* input, const __nv_bfloat16* norm, const Share& share, int num_columns) const {
+        constexpr int AT_ONCE = 8;
+#pragma unroll 1
+        for (int n = 0; n < num_tokens; n++) {
             float squares = 0;
+#pragma unroll 1
+            for (int base = 0; base < share.groups; base += AT_ONCE) {
+                uint4 values[AT_ONCE], weights[AT_ONCE];
 #pragma unroll
-            for (int group = 0; group < HELD_CHUNKS; group++) {
-                uint4 v = values[n][group];
-                const uint4 w = weights[group];
-                if (norm != nullptr)
-                    v = make_uint4(weighed(v.x, w.x, squares), weighed(v.y, w.y, squares), weighed(v.z, w.z, squares), weighed(v.w, w.w, squares));
-                if (group < share.groups) *reinterpret_cast<uint4*>(staged(n) + group * GROUP_VALUES + lane * 8) = v;
+                for (int i = 0; i < AT_ONCE; i++) {
+                    values[i] = weights[i] = make_uint4(0, 0, 0, 0);
+                    if (step_of(base + i) >= share.steps) continue;
+                    values[i] = fresh(input + static_cast<int64_t>(n) * num_columns + column_of(base + i));
+                    if (norm != nullptr) weights[i] = fresh(norm + column_of(base + i));
+                }
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++) {
+                    if (base + i >= share.groups) break;
+                    uint4 v = values[i];
+                    const uint4 w = weights[i];
+                    if (norm != nullptr)
+                        v = make_uint4(weighed(v.x, w.x, squares), weighed(v.y, w.y, squares), weighed(v.z, w.z, squares), weighed(v.w, w.w, squares));
+                    *reinterpret_cast<uint4*>(staged(n) + (base + i) * GROUP_VALUES + lane * 8) = v;
+                }
             }
             if (norm == nullptr) continue;
             for (int i = 16; i; i /= 2) squares += __shfl_xor_sync(~0u, squares, i);
-            if (lane == 0) shared.squares[warp * MAX_ROWS + n] = squares;
+            if (lane == 0) shared.squares[warp][n] = squares;
         }
         __syncwarp();
-#pragma unroll
-        for (int i = 0; i < HELD_CHUNKS * 2; i++)
-            if (i / 2 < share.groups) operands(x[i], i / 2, i % 2);
-#pragma unroll 1
-        for (int tile = 0; tile < share.count; tile++) {
-            float sums[2][4] = {};
-#pragma unroll
-            for (int j = 0; j < HELD_CHUNKS; j++) {
-                if (j >= share.groups) break;
-                const Taken taken(shared, p.depth, at, warp, lane);
-#pragma unroll
-                for (int u = 0; u < 2; u++)
-                    if ((j * 2 + u) * WARPS + warp < share.steps) accumulate(sums, taken.steps[u], x[j * 2 + u]);
-            }
-            store(sums, tile, share.count * ROWS);
-        }
-        finish(part, end, share, num_rows, num_columns);
     }
 
-    // A product whose sums a warp keeps: all tiles of some columns, then the next columns.
-    __device__ void flowing(Part part, const Matrix& matrix, const __nv_bfloat16* input, int num_rows, int num_columns) {
-        constexpr int AT_ONCE = 8;
+    // A product, tile after tile; the next chunk is taken before this one is multiplied. `norm`: or none.
+    __device__ void product(Part part, const Matrix& matrix, const __nv_bfloat16* input, const __nv_bfloat16* norm, int num_rows, int num_columns) {
         const Share share(num_rows, num_columns);
-        const Ending end(matrix, share, num_rows, false, thread);
-        float sums[HELD_TILES][2][4] = {};
+        const Ending end(matrix, share, num_rows, part == GATE_UP, thread);
+        if (norm != nullptr)
+            for (int group = 0; group < share.groups; group++)
+                if (step_of(group) < share.steps) expect_soon(norm + column_of(group));
         wait();
-#pragma unroll 1
-        for (int n = 0; n < num_tokens; n++)
-#pragma unroll 1
-            for (int base = 0; base < share.groups; base += AT_ONCE) {
-                uint4 values[AT_ONCE];
-#pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) {
-                    values[i] = make_uint4(0, 0, 0, 0);
-                    if (step_of(base + i) < share.steps) values[i] = fresh(input + static_cast<int64_t>(n) * num_columns + column_of(base + i));
-                }
-#pragma unroll
-                for (int i = 0; i < AT_ONCE; i++)
-                    if (base + i < share.groups) *reinterpret_cast<uint4*>(staged(n) + (base + i) * GROUP_VALUES + lane * 8) = values[i];
-            }
-        __syncwarp();
-#pragma unroll 1
-        for (int group = 0; group < share.groups; group++) {
+        stage(input, norm, share, num_columns);
+        const int num_chunks = share.count * share.groups;
+        float sums[4][4] = {};
+        Taken taken;
+        Cursor at = shared.taken[warp];
+        if (num_chunks) taken.take(p.depth, at, warp, lane);
+        int tile = 0, group = 0;
+#pragma unroll 2
+        for (int i = 0; i < num_chunks; i++) {
             uint4 x[2][4];
             operands(x[0], group, 0), operands(x[1], group, 1);
+            const Taken now = taken;
+            if (i + 1 < num_chunks) taken.take(p.depth, at, warp, lane);
 #pragma unroll
-            for (int tile = 0; tile < HELD_TILES; tile++) {
-                if (tile >= share.count) break;
-                const Taken taken(shared, p.depth, at, warp, lane);
+            for (int piece = 0; piece < 4; piece++)
 #pragma unroll
-                for (int u = 0; u < 2; u++)
-                    if (group * CHUNK_STEPS + u * WARPS + warp < share.steps) accumulate(sums[tile], taken.steps[u], x[u]);
-            }
+                for (int u = 0; u < 2; u++) {
+                    uint32_t a[2][4];
+                    now.steps[u].operands(piece / 2, piece % 2, a);
+                    multiply(sums[u * 2], a[0], x[u][piece].x, x[u][piece].y), multiply(sums[u * 2 + 1], a[1], x[u][piece].z, x[u][piece].w);
+                }
+            if (++group < share.groups) continue;
+            store(sums, tile++, share.count * ROWS);
+            group = 0;
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+#pragma unroll
+                for (int k = 0; k < 4; k++) sums[n][k] = 0;
         }
-#pragma unroll
-        for (int tile = 0; tile < HELD_TILES; tile++)
-            if (tile < share.count) store(sums[tile], tile, share.count * ROWS);
+        __syncwarp();
+        if (lane == 0) shared.taken[warp] = at;
         finish(part, end, share, num_rows, num_columns);
     }
 
-    // What the residual stream is before the first layer, for the thread that adds to it.
-    __device__ void begin() {
-        const Share share(p.hidden, p.num_q * HEAD);
-        const int rows = share.count * ROWS;
-        kept = 0;
-        if (rows && thread / rows < num_tokens)
-            kept = __bfloat162float(p.x[static_cast<int64_t>(thread / rows) * p.hidden + share.first * ROWS + thread % rows]);
-    }
-
+    template <int SIDES>
     __device__ void attend(const Layer& layer, int index);
 };
 
