@@ -12,6 +12,7 @@ from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import build as built
 from shared.engine.kernels import build, cuda_layers, w4a16
 from shared.engine.kernels.cuda_layers import CudaLayers, Table
+from shared.engine.kernels.cuda_products import CudaProducts
 from shared.engine.layers import rope
 from shared.engine.layers.decoder import DecoderLayer
 from shared.engine.models.config import DenseConfig, parse
@@ -25,14 +26,14 @@ MATRICES = ("qkv", "output", "gate_up", "down")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def products(tmp_path_factory: pytest.TempPathFactory) -> CudaProducts:
     gxx, path = build.compiler(), tmp_path_factory.mktemp("cuda") / "layers.so"
     if gxx is None:
         pytest.skip("no g++ found")
     folders = ("-I", EMULATION, "-I", build.CUDA_SOURCES)
     flags = ("-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-x", "c++")
     subprocess.run([gxx, *flags, *folders, build.CUDA_SOURCES / "layers.cu", "-o", path], check=True, timeout=120)
-    return ctypes.CDLL(str(path))
+    return CudaProducts(ctypes.CDLL(str(path)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +101,27 @@ def unpacked(packed: LayerOf[w4a16.Weight]) -> LayerOf[torch.Tensor]:
     return LayerOf(**{name: w4a16.unpack(part)[0] if name in MATRICES else _wide(part) for name, part in found.items()})
 
 
+def parts(
+    packed: LayerOf[w4a16.Weight],
+) -> tuple[list[w4a16.Weight], list[torch.Tensor | None], list[torch.Tensor | None]]:
+    return (
+        [getattr(packed, name) for name in MATRICES],
+        [getattr(packed, f"{name}_bias") for name in MATRICES],
+        [packed.input_norm, packed.post_norm, packed.q_norm, packed.k_norm],
+    )
+
+
 def _wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.float()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_layers_equal_their_twin(library: ctypes.CDLL, case: Case) -> None:
+def test_layers_equal_their_twin(products: CudaProducts, case: Case) -> None:
     chance, made = torch.Generator().manual_seed(1), config(case)
     layers = [layer(case, chance) for _ in range(NUM_LAYERS)]
-    assert cuda_layers.obstacle(made, layers, case.num_blocks) is None
-    kernel = CudaLayers(library, made, layers, case.num_blocks)
+    given = [cuda_layers.Layer(*parts(packed)) for packed in layers]
+    assert cuda_layers.obstacle(products, made, given, case.num_blocks) is None
+    kernel = CudaLayers(products, made, given, case.num_blocks)
     assert kernel.takes(len(case.contexts), case.width)
     pages = iter(torch.randperm(NUM_PAGES, generator=chance).tolist())
     items = []

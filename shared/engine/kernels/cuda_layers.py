@@ -9,16 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+from shared.engine.kernels.cuda_products import CudaProducts
 from shared.engine.kernels.w4a16 import CHUNK, ROWS, PackedWeight, Weight
 from shared.engine.models.config import DenseConfig
-from shared.engine.models.weights import LayerOf
 
 Pointer, Int = ctypes.c_void_p, ctypes.c_int
-MIN_CAPABILITY = (9, 0)  # the first with copies that complete a signal in shared memory
 HEAD_DIM = 128
 MAX_TOKENS, MAX_SPLITS, MAX_QUERIES = 4, 16, 16
-HELD_COLUMNS, HELD_ROWS, MAX_ENDING = 4096, 2 * ROWS, 256  # a warp's activations; a block's sums; a block's rows
-WARPS, MERGED_FLOATS = 8, 8 * 4 * 132
+THREADS, WARPS, MERGED_FLOATS = 256, 8, 8 * 4 * 132
 CHUNK_STEPS, CHUNK_BYTES = 16, 16 * (1024 + 128)
 MAX_SHARED_BYTES = 232_448
 LAYER_BYTES = 20 * 8
@@ -51,17 +49,32 @@ class Table:
     context_lens: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What one layer has: matrices and biases of q, k and v together, output, gate and up together (in one tile), and
+    down; norms of the input, behind attention, of queries and of keys. Biases and the last two norms may be None."""
+
+    matrices: Sequence[Weight]
+    biases: Sequence[torch.Tensor | None]
+    norms: Sequence[torch.Tensor | None]
+
+
 class CudaLayers:
-    """The layers of a model, on `num_blocks` multiprocessors. One step at a time: steps share counters."""
+    """The layers of a model. One step at a time: steps share counters. `num_blocks` multiprocessors have a block each."""
 
     def __init__(
-        self, library: ctypes.CDLL, config: DenseConfig, layers: Sequence[LayerOf[Weight]], num_blocks: int
+        self,
+        products: CudaProducts,
+        config: DenseConfig,
+        layers: Sequence[Layer],
+        num_blocks: int | None = None,
     ) -> None:
-        device = layers[0].input_norm.device
-        self._library, self._config, self._num_blocks = library, config, num_blocks
+        device = _device(layers)
+        self._library, self._config = products.library, config
+        self._num_blocks = num_blocks or planned_blocks(config, _num_processors(device))
         self._kept = layers  # whose addresses the table has
         self._layers = torch.tensor([_addresses(layer) for layer in layers], dtype=torch.int64, device=device)
-        self._counters = torch.zeros(1 + num_blocks, dtype=torch.int32, device=device)
+        self._counters = torch.zeros(1 + self._num_blocks, dtype=torch.int32, device=device)
 
     def takes(self, num_sequences: int, width: int) -> bool:
         """Whether a step of so many sequences, of `width` tokens each, is one for this kernel."""
@@ -72,7 +85,9 @@ class CudaLayers:
             return False
         return _depth(config, num_sequences * width, self._num_blocks) >= MIN_DEPTH
 
-    def __call__(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], table: Table, kv: torch.Tensor) -> None:
+    def __call__(
+        self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], table: Table, kv: torch.Tensor
+    ) -> None:
         """Take the residual stream x bf16 [T, hidden] through all layers, in place.
 
         angles cos, sin float32 [T, D/2]; kv [pages, layers, 2, Hkv, page_size, D], to which new keys and values are
@@ -82,7 +97,8 @@ class CudaLayers:
         num_sequences = len(table.context_lens)
         num_q, num_kv, inner = config.num_heads, config.num_kv_heads, config.intermediate_size
         splits = min(MAX_SPLITS, self._num_blocks // (num_sequences * num_kv))
-        qkv, attended, middle = (x.new_empty(num_tokens, n) for n in ((num_q + 2 * num_kv) * HEAD_DIM, num_q * HEAD_DIM, inner))
+        widths = (num_q + 2 * num_kv) * HEAD_DIM, num_q * HEAD_DIM, inner
+        qkv, attended, middle = (x.new_empty(num_tokens, width) for width in widths)
         parts = x.new_empty((num_tokens, num_q, splits, HEAD_DIM + 2), dtype=torch.float32)
         num_found = num_tokens * num_q * splits
         num_parts = max(MERGED_FLOATS, WARPS * num_tokens * _most_rows(config, self._num_blocks))
@@ -99,27 +115,31 @@ class CudaLayers:
         )  # fmt: skip
         step.page_stride, step.layer_stride, step.kind_stride, step.head_stride = kv.stride()[:4]
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        error = self._library.forebay_layers(ctypes.byref(step), self._num_blocks, num_parts, stream)
+        error = self._library.forebay_layers(ctypes.byref(step), self._num_blocks, num_parts, Pointer(stream))
         if error:
             raise RuntimeError(f"forebay_layers: {self._library.forebay_error(error).decode()}")
 
 
-def obstacle(config: DenseConfig, layers: Sequence[LayerOf[Weight]], num_blocks: int) -> str | None:
+def obstacle(
+    products: CudaProducts, config: DenseConfig, layers: Sequence[Layer], num_blocks: int | None = None
+) -> str | None:
     """What keeps the kernel from a model's layers, if something does."""
-    matrices = [matrix for layer in layers for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-    if not all(isinstance(matrix, PackedWeight) for matrix in matrices):
-        return "not all matrices are in NVFP4"
-    if config.head_dim != HEAD_DIM:
-        return f"heads are {config.head_dim} wide, not {HEAD_DIM}"
-    if any(size % CHUNK for size in (config.hidden_size, config.intermediate_size)):
-        return f"sizes are no multiples of {CHUNK}"
-    if max(config.hidden_size, config.num_heads * HEAD_DIM) > HELD_COLUMNS:
-        return f"a warp cannot keep more than {HELD_COLUMNS} columns"
-    if _depth(config, 1, num_blocks) < MIN_DEPTH:
-        return "a multiprocessor's shared memory is too small for them"
-    if _rows(config.hidden_size, num_blocks) > HELD_ROWS or _most_rows(config, num_blocks) > MAX_ENDING:
-        return f"{num_blocks} blocks are too few for the rows"
-    return None
+    if not hasattr(products.library, "forebay_layers"):
+        return "the GPU's compute capability is below 9.0"
+    num_blocks = num_blocks or planned_blocks(config, _num_processors(_device(layers)))
+    is_packed = all(isinstance(matrix, PackedWeight) for layer in layers for matrix in layer.matrices)
+    is_too_long = _rows(config.hidden_size, num_blocks) > THREADS // MAX_TOKENS
+    return _first(
+        (not is_packed, "not all matrices are in NVFP4"),
+        (config.head_dim != HEAD_DIM, f"heads are {config.head_dim} wide, not {HEAD_DIM}"),
+        (bool(config.hidden_size % CHUNK or config.intermediate_size % CHUNK), f"sizes are no multiples of {CHUNK}"),
+        (_depth(config, 1, num_blocks) < MIN_DEPTH, "a multiprocessor's shared memory is too small for them"),
+        (is_too_long or _most_rows(config, num_blocks) > THREADS, f"{num_blocks} blocks are too few for the rows"),
+    )
+
+
+def _first(*found: tuple[bool, str]) -> str | None:
+    return next((reason for is_so, reason in found if is_so), None)
 
 
 def planned_blocks(config: DenseConfig, num_processors: int) -> int:
@@ -140,6 +160,16 @@ def _depth(config: DenseConfig, num_tokens: int, num_blocks: int) -> int:
     return min(MAX_DEPTH, (MAX_SHARED_BYTES - others) // CHUNK_BYTES)
 
 
+def _device(layers: Sequence[Layer]) -> torch.device:
+    norm = layers[0].norms[0]
+    assert norm is not None, "every layer has one"
+    return norm.device
+
+
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _shapes(config: DenseConfig) -> list[tuple[int, int]]:
     """Rows and columns of a layer's matrices."""
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads * HEAD_DIM
@@ -155,18 +185,13 @@ def _most_rows(config: DenseConfig, num_blocks: int) -> int:
     return max(_rows(rows, num_blocks) for rows, _ in _shapes(config))
 
 
-def _addresses(layer: LayerOf[Weight]) -> list[int]:
+def _addresses(layer: Layer) -> list[int]:
     """As struct Layer has them."""
     found: list[int] = []
-    for matrix, bias in (
-        (layer.qkv, layer.qkv_bias),
-        (layer.output, layer.output_bias),
-        (layer.gate_up, layer.gate_up_bias),
-        (layer.down, layer.down_bias),
-    ):
+    for matrix, bias in zip(layer.matrices, layer.biases, strict=True):
         assert isinstance(matrix, PackedWeight), "the kernel has an obstacle otherwise"
         found += [_at(matrix.codes), _at(matrix.scales), _at(matrix.factors), _at(bias)]
-    return found + [_at(norm) for norm in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)]
+    return found + [_at(norm) for norm in layer.norms]
 
 
 def _at(tensor: torch.Tensor | None) -> int:

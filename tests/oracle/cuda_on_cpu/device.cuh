@@ -140,6 +140,7 @@ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     }
     warp.meet.arrive_and_wait();
 }
+inline void multiply_eight(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) { multiply(sum, {a[0], a[1], 0, 0}, b, 0); }
 inline uint4 stream(const uint4* at) { return *at; }
 inline uint32_t stream(const uint32_t* at) { return *at; }
 inline uint32_t times(uint32_t a, uint32_t b) {

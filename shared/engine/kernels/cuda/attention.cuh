@@ -1,6 +1,6 @@
 // Attention within `layers.cuh`: rotating, appending to pages, and the context's splits, whose blocks merge what they found.
 //
-// A block has a sequence, a head of keys and a split. Its warps take 16 tokens of the pages at a time; the new tokens, which
+// A block has a sequence, a head of keys and a split. Its warps take eight tokens of the pages at a time; the new tokens, which
 // are in no page yet, come last, by one warp. Tokens of the first round are under way before their queries are known. A lane
 // takes values that lie side by side, of queries and of keys alike, and values are turned around in registers.
 #pragma once
@@ -77,44 +77,35 @@ struct Found {
     __device__ __forceinline__ Found() {
         for (int side = 0; side < SIDES; side++) best[side] = -INFINITY;
     }
-    // 16 tokens: those of two halves, of which a query sees those below its limit. a[half * 2 + side] are the weights.
-    __device__ __forceinline__ void weigh(const Quarter (&queries)[SIDES], const Quarter (&keys)[2], const int (&limits)[SIDES], float scale, int q,
-                                          uint32_t (&a)[4]) {
-        float scores[2][4] = {};
+    // Eight tokens, of which a query sees those below its limit: two weights for each side.
+    __device__ __forceinline__ void weigh(const Quarter (&queries)[SIDES], const Quarter& keys, const int (&limits)[SIDES], float scale, int q,
+                                          uint32_t (&weights)[2]) {
+        float scores[4] = {};
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const uint4 low = queries[0].words[i], high = SIDES > 1 ? queries[SIDES - 1].words[i] : make_uint4(0, 0, 0, 0), k = keys[half].words[i];
-                const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
-                multiply(scores[half], first, k.x, k.y), multiply(scores[half], second, k.z, k.w);
-            }
+        for (int i = 0; i < 4; i++) {
+            const uint4 low = queries[0].words[i], high = SIDES > 1 ? queries[SIDES - 1].words[i] : make_uint4(0, 0, 0, 0), k = keys.words[i];
+            const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
+            multiply(scores, first, k.x, k.y), multiply(scores, second, k.z, k.w);
+        }
+        weights[1] = 0;
 #pragma unroll
         for (int side = 0; side < SIDES; side++) {
             float highest = best[side];
 #pragma unroll
-            for (int half = 0; half < 2; half++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    float& score = scores[half][side * 2 + i];
-                    score = half * 8 + q * 2 + i < limits[side] ? score * scale : -INFINITY;
-                    highest = fmaxf(highest, score);
-                }
+            for (int i = 0; i < 2; i++) {
+                float& score = scores[side * 2 + i];
+                score = q * 2 + i < limits[side] ? score * scale : -INFINITY;
+                highest = fmaxf(highest, score);
+            }
             highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1)), highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
             const float safe = highest == -INFINITY ? 0 : highest, old = exp2f(best[side] - safe);
-            best[side] = highest, total[side] *= old;
+            const float one = exp2f(scores[side * 2] - safe), two = exp2f(scores[side * 2 + 1] - safe);
+            best[side] = highest, total[side] = total[side] * old + (one + two), weights[side] = both(one, two);
 #pragma unroll
             for (int n = 0; n < 16; n++) values[n][side * 2] *= old, values[n][side * 2 + 1] *= old;
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float one = exp2f(scores[half][side * 2] - safe), two = exp2f(scores[half][side * 2 + 1] - safe);
-                total[side] += one + two;
-                a[half * 2 + side] = both(one, two);
-            }
         }
-        if (SIDES == 1) a[1] = a[3] = 0;
     }
-    __device__ __forceinline__ void add(const uint32_t (&a)[4], const Quarter (&theirs)[2]) {
+    __device__ __forceinline__ void add(const uint32_t (&weights)[2], const Quarter& theirs) {
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -123,7 +114,7 @@ struct Found {
                 float (&own)[SIDES * 2] = values[i * 4 + j];
 #pragma unroll
                 for (int k = 0; k < SIDES * 2; k++) sums[k] = own[k];
-                multiply(sums, a, transposed((&theirs[0].words[i].x)[j]), transposed((&theirs[1].words[i].x)[j]));
+                multiply_eight(sums, weights, transposed((&theirs.words[i].x)[j]));
 #pragma unroll
                 for (int k = 0; k < SIDES * 2; k++) own[k] = sums[k];
             }
@@ -141,26 +132,20 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
     }
     __nv_bfloat16* pages = p.kv + layer_index * p.layer_stride + split.head * p.head_stride;
     const auto place = [&](int page, int token) { return pages + page * p.page_stride + token % p.page_size * HEAD; };
-    const auto load = [&](Quarter (&into)[2], const __nv_bfloat16* const (&from)[2], int64_t kind) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            into[half].clear();
-            if (from[half] != nullptr) into[half].load(from[half] + kind, q);
-        }
+    const auto load = [&](Quarter& into, const __nv_bfloat16* from) {
+        into.clear();
+        if (from != nullptr) into.load(from, q);
     };
-    const __nv_bfloat16* from[2];
-    const auto find = [&](int base) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int token = base + half * 8 + g;
-            from[half] = token < split.last ? place(token < WARPS * 16 + split.first ? shared.first_pages[half][thread] : split.table[token / p.page_size], token) : nullptr;
-        }
+    const auto found_at = [&](int base) -> const __nv_bfloat16* {
+        const int token = base + g;
+        if (token >= split.last) return nullptr;
+        return place(base < split.first + WARPS * TOKENS ? shared.first_pages[thread] : split.table[token / p.page_size], token);
     };
-    Quarter keys[2], values[2], queries[SIDES];
-    int base = split.first + warp * 16;
+    Quarter keys, values, queries[SIDES];
+    int base = split.first + warp * TOKENS;
     bool has_new = split.index == p.splits - 1 && warp == WARPS - 1;
-    find(base);
-    load(keys, from, 0), load(values, from, p.kind_stride);
+    const __nv_bfloat16* from = found_at(base);
+    load(keys, from), load(values, from == nullptr ? nullptr : from + p.kind_stride);
     wait();
     const auto row = [&](int token, int of_head) {
         return p.qkv + (static_cast<int64_t>(split.sequence * p.width + token) * all_heads + of_head) * HEAD;
@@ -187,27 +172,26 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
             if (!has_new) break;
             has_new = false;
             const int token = g < p.width ? g : 0;
-            keys[0].clear(), values[0].clear(), keys[1].clear(), values[1].clear();
+            keys.clear(), values.clear();
             if (g < p.width) {
-                keys[0].load(row(token, p.num_q + split.head), q);
-                values[0].load(row(token, p.num_q + p.num_kv + split.head), q);
+                keys.load(row(token, p.num_q + split.head), q);
+                values.load(row(token, p.num_q + p.num_kv + split.head), q);
             }
-            rotate(keys[0], token, layer.k_norm);
+            rotate(keys, token, layer.k_norm);
             const int new_slot = g < p.width ? shared.new_slots[g] : -1;
             if (new_slot >= 0) {
                 __nv_bfloat16* to = place(new_slot / p.page_size, new_slot);
-                keys[0].store(to, q), values[0].store(to + p.kind_stride, q);
+                keys.store(to, q), values.store(to + p.kind_stride, q);
             }
 #pragma unroll
             for (int side = 0; side < SIDES; side++) limits[side] = min(p.width, (g + side * 8) / group + 1);
         }
-        uint32_t weights[4];
+        uint32_t weights[2];
         found.weigh(queries, keys, limits, scale, q, weights);
-        base += WARPS * 16;
-        find(base);
-        load(keys, from, 0);
+        base += WARPS * TOKENS, from = found_at(base);
+        load(keys, from);
         found.add(weights, values);
-        load(values, from, p.kind_stride);
+        load(values, from == nullptr ? nullptr : from + p.kind_stride);
     }
     // Of all warps.
 #pragma unroll

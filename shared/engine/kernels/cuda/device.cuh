@@ -14,6 +14,12 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4]
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same with half as many columns of a, and rows of b.
+__device__ __forceinline__ void multiply_eight(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
 __device__ __forceinline__ uint4 stream(const uint4* at) {  // weights: read once
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -84,17 +90,20 @@ __device__ __forceinline__ void signal_arrive(uint64_t* signal) {
 __device__ __forceinline__ void signal_expect(uint64_t* signal, uint32_t bytes) {  // and arrive
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(in_shared(signal)), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ bool signal_tried(uint64_t* signal, uint32_t parity) {
-    uint32_t done;
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done) : "r"(in_shared(signal)), "r"(parity) : "memory");
-    return done;
-}
 __device__ __forceinline__ void signal_wait(uint64_t* signal, uint32_t parity) {
-    if (signal_tried(signal, parity)) return;
-    const long long start = clock64();
-    while (!signal_tried(signal, parity))
-        if (clock64() - start > LONGEST_WAIT) __trap();
+    asm volatile(
+        "{.reg .pred done, late; .reg .u64 start, now;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\n"
+        "mov.u64 start, %%clock64;\n"
+        "AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\n"
+        "mov.u64 now, %%clock64;\n"
+        "sub.u64 now, now, start;\n"
+        "setp.gt.u64 late, now, %2;\n"
+        "@late trap;\n"
+        "bra AGAIN;\n"
+        "DONE: }" ::"r"(in_shared(signal)), "r"(parity), "n"(LONGEST_WAIT) : "memory");
 }
 // To shared memory, of bytes that are read once; all sixteen bytes apart.
 __device__ __forceinline__ void copy_ahead(void* to, const void* from, uint32_t bytes, uint64_t* signal) {

@@ -18,8 +18,9 @@ constexpr int HEAD = 128;                               // values of a head
 constexpr int CHUNK_STEPS = 16, STEP_BYTES = 1024, STEP_SCALES = 128;  // of one tile, by 128 columns
 constexpr int CHUNK_CODES = CHUNK_STEPS * STEP_BYTES, CHUNK_BYTES = CHUNK_STEPS * (STEP_BYTES + STEP_SCALES);
 constexpr int MAX_SHARED_BYTES = 232448, MAX_DEPTH = 12, MAX_ROWS = 4, MAX_SPLITS = 16, MAX_QUERIES = 16;
-constexpr int UNDER_WAY = 3;        // chunks at most: more would only make others wait for memory
+constexpr int UNDER_WAY = 2;        // chunks at most: more would only make others wait for memory
 constexpr int GROUP_VALUES = 2 * Packed::COLUMNS, PADDING = 8;  // of a warp's activations, for each chunk; behind all
+constexpr int TOKENS = 8;           // that a warp attends to at once
 constexpr int MERGED = 4, MERGED_STRIDE = HEAD + 4;  // queries whose values a block adds up at once
 
 struct Matrix {
@@ -69,7 +70,7 @@ struct Split {
         index = blockIdx.x % p.splits, head = blockIdx.x / p.splits % p.num_kv, sequence = blockIdx.x / p.splits / p.num_kv;
         is_there = sequence < p.num_sequences, first = last = 0;
         if (!is_there) return;
-        const int old = p.context_lens[sequence] - p.width, each = ((old + p.splits - 1) / p.splits + 15) / 16 * 16;
+        const int old = p.context_lens[sequence] - p.width, each = ((old + p.splits - 1) / p.splits + TOKENS - 1) / TOKENS * TOKENS;
         first = min(index * each, old), last = min(first + each, old);
         table = p.page_ids + p.page_starts[sequence];
     }
@@ -92,7 +93,7 @@ struct Shared {
     Split split;
     Cursor taken[WARPS];   // how far each warp is
     float kept[THREADS];   // of the residual stream, what each thread adds to
-    int first_pages[2][THREADS], new_slots[8];  // of each lane's first tokens, and where new ones go
+    int first_pages[THREADS], new_slots[8];  // of each lane's first tokens, and where new ones go
     float squares[WARPS][MAX_ROWS], maxima[WARPS][MAX_QUERIES], sums[WARPS][MAX_QUERIES];
     __device__ static __forceinline__ Shared& here() { return *reinterpret_cast<Shared*>(dynamic_shared()); }
     __device__ static __forceinline__ char* at(int place) { return reinterpret_cast<char*>(dynamic_shared()) + place; }
@@ -177,10 +178,8 @@ struct Worker {
         meet<THREADS>();
         const Split& split = shared.split;
         if (!split.is_there) return;
-        for (int half = 0; half < 2; half++) {
-            const int token = split.first + warp * 16 + half * 8 + g;
-            shared.first_pages[half][thread] = token < split.last ? split.table[token / p.page_size] : 0;
-        }
+        const int token = split.first + warp * TOKENS + g;
+        shared.first_pages[thread] = token < split.last ? split.table[token / p.page_size] : 0;
         if (thread < p.width) shared.new_slots[thread] = p.slots[split.sequence * p.width + thread];
         meet<THREADS>();
     }
@@ -217,13 +216,11 @@ struct Worker {
         }
     };
 
-    __device__ __forceinline__ void store(const float (&sums)[4][4], int tile, int rows) const {
+    // A tile's sums of tokens 2 q and 2 q + 1, rows g and g + 8.
+    __device__ __forceinline__ void store(const float (&sums)[4][4], float* to, int rows) const {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int n = q * 2 + i % 2;
-            if (n < num_tokens) parts()[(warp * num_tokens + n) * rows + tile * ROWS + g + i / 2 * 8] =
-                (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
-        }
+        for (int i = 0; i < 4; i++)
+            if (q * 2 + i % 2 < num_tokens) to[i % 2 * rows + i / 2 * 8] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
     }
 
     // Adds up what all warps have found, and writes it.
@@ -264,13 +261,6 @@ struct Worker {
     // Of a lane's eight columns of a chunk.
     __device__ __forceinline__ int step_of(int group) const { return group * CHUNK_STEPS + lane / 16 * WARPS + warp; }
     __device__ __forceinline__ int column_of(int group) const { return step_of(group) * Packed::COLUMNS + lane % 16 * 8; }
-    // What the tensor cores take of a token's staged columns. Lanes beyond the tokens bring some, and what comes of it is not used.
-    __device__ __forceinline__ void operands(uint4 (&x)[4], int group, int u) const {
-        const __nv_bfloat16* from = staged(g < num_tokens ? g : 0) + group * GROUP_VALUES + u * Packed::COLUMNS;
-#pragma unroll
-        for (int piece = 0; piece < 4; piece++) x[piece] = *reinterpret_cast<const uint4*>(from + Packed::column(0, piece / 2, piece % 2, q));
-    }
-
     // Brings a warp's columns of all tokens into shared memory, times a norm's weights where there is one. What lies behind the
     // last step is zero, so that whatever the ring has there adds nothing.
     __device__ void stage(const __nv_bfloat16* input, const __nv_bfloat16* norm, const Share& share, int num_columns) const {
@@ -318,14 +308,22 @@ struct Worker {
         float sums[4][4] = {};
         Taken taken;
         Cursor at = shared.taken[warp];
-        if (num_chunks) taken.take(p.depth, at, warp, lane);
-        int tile = 0, group = 0;
+        const int depth = p.depth, rows = share.count * ROWS;
+        // What the tensor cores take of a token's columns. Lanes beyond the tokens bring some, and what comes of it is not used.
+        const __nv_bfloat16* own = staged(g < num_tokens ? g : 0) + Packed::column(0, 0, 0, q);
+        float* to = parts() + (warp * num_tokens + q * 2) * rows + g;
+        if (num_chunks) taken.take(depth, at, warp, lane);
+        int group = 0;
 #pragma unroll 2
         for (int i = 0; i < num_chunks; i++) {
             uint4 x[2][4];
-            operands(x[0], group, 0), operands(x[1], group, 1);
+#pragma unroll
+            for (int u = 0; u < 2; u++)
+#pragma unroll
+                for (int piece = 0; piece < 4; piece++)
+                    x[u][piece] = *reinterpret_cast<const uint4*>(own + group * GROUP_VALUES + Packed::column(u, piece / 2, piece % 2, 0));
             const Taken now = taken;
-            if (i + 1 < num_chunks) taken.take(p.depth, at, warp, lane);
+            if (i + 1 < num_chunks) taken.take(depth, at, warp, lane);
 #pragma unroll
             for (int piece = 0; piece < 4; piece++)
 #pragma unroll
@@ -335,8 +333,8 @@ struct Worker {
                     multiply(sums[u * 2], a[0], x[u][piece].x, x[u][piece].y), multiply(sums[u * 2 + 1], a[1], x[u][piece].z, x[u][piece].w);
                 }
             if (++group < share.groups) continue;
-            store(sums, tile++, share.count * ROWS);
-            group = 0;
+            store(sums, to, rows);
+            to += ROWS, group = 0;
 #pragma unroll
             for (int n = 0; n < 4; n++)
 #pragma unroll
