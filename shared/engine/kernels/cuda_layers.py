@@ -20,7 +20,7 @@ THREADS, WARPS, MERGED_FLOATS = 256, 8, 8 * 4 * 132
 CHUNK_STEPS, CHUNK_BYTES = 16, 16 * (1024 + 128)
 MAX_SHARED_BYTES = 232_448
 LAYER_BYTES = 20 * 8
-FIXED_BYTES = 4096
+FIXED_BYTES = 8192
 MAX_DEPTH, MIN_DEPTH = 12, 3
 
 
@@ -128,13 +128,15 @@ def obstacle(
         return "the GPU's compute capability is below 9.0"
     num_blocks = num_blocks or planned_blocks(config, _num_processors(_device(layers)))
     is_packed = all(isinstance(matrix, PackedWeight) for layer in layers for matrix in layer.matrices)
-    is_too_long = _rows(config.hidden_size, num_blocks) > THREADS // MAX_TOKENS
+    # Each thread finishes a row, of gate and up two, and of the residual stream one token of it.
+    qkv, hidden, gate_up, _ = (_rows(rows, num_blocks) for rows, _ in _shapes(config))
+    has_room = max(qkv, gate_up // 2) <= THREADS and hidden <= THREADS // MAX_TOKENS
     return _first(
         (not is_packed, "not all matrices are in NVFP4"),
         (config.head_dim != HEAD_DIM, f"heads are {config.head_dim} wide, not {HEAD_DIM}"),
         (bool(config.hidden_size % CHUNK or config.intermediate_size % CHUNK), f"sizes are no multiples of {CHUNK}"),
         (_depth(config, 1, num_blocks) < MIN_DEPTH, "a multiprocessor's shared memory is too small for them"),
-        (is_too_long or _most_rows(config, num_blocks) > THREADS, f"{num_blocks} blocks are too few for the rows"),
+        (not has_room, f"{num_blocks} blocks are too few for the rows"),
     )
 
 

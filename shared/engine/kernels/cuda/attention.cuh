@@ -154,6 +154,13 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
         const int of = (split.sequence * p.width + token) * (HEAD / 2);
         what.rotate(angles() + of, angles() + num_tokens * (HEAD / 2) + of, norm, p.eps, q);
     };
+    const auto load_new = [&] {
+        keys.clear(), values.clear();
+        if (g >= p.width) return;
+        keys.load(row(g, p.num_q + split.head), q), values.load(row(g, p.num_q + p.num_kv + split.head), q);
+    };
+    const bool at_once = has_new && base >= split.last;  // without waiting for queries first
+    if (at_once) load_new();
 #pragma unroll
     for (int side = 0; side < SIDES; side++) {
         const int query = g + side * 8, token = query < num_queries ? query / group : 0;
@@ -171,13 +178,8 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
         if (base >= split.last) {
             if (!has_new) break;
             has_new = false;
-            const int token = g < p.width ? g : 0;
-            keys.clear(), values.clear();
-            if (g < p.width) {
-                keys.load(row(token, p.num_q + split.head), q);
-                values.load(row(token, p.num_q + p.num_kv + split.head), q);
-            }
-            rotate(keys, token, layer.k_norm);
+            if (!at_once) load_new();
+            rotate(keys, g < p.width ? g : 0, layer.k_norm);
             const int new_slot = g < p.width ? shared.new_slots[g] : -1;
             if (new_slot >= 0) {
                 __nv_bfloat16* to = place(new_slot / p.page_size, new_slot);
@@ -268,12 +270,10 @@ __noinline__ __device__ void multiply_part(int layer_index, int part, uint32_t m
     Worker worker(met);
     const Step& p = worker.p;
     const Layer& layer = worker.layer(layer_index);
-    const int heads = p.num_q * HEAD;
     const Matrix& matrix = part == QKV ? layer.qkv : part == OUTPUT ? layer.output : part == GATE_UP ? layer.gate_up : layer.down;
     const __nv_bfloat16* input = part == OUTPUT ? p.attended : part == DOWN ? p.inner : p.x;
     const __nv_bfloat16* norm = part == QKV ? layer.input_norm : part == GATE_UP ? layer.post_norm : nullptr;
-    const int rows = part == QKV ? heads + 2 * p.num_kv * HEAD : part == GATE_UP ? 2 * p.inner_size : p.hidden;
-    worker.product(static_cast<Part>(part), matrix, input, norm, rows, part == OUTPUT ? heads : part == DOWN ? p.inner_size : p.hidden);
+    worker.product(part, matrix, input, norm);
 }
 template <int SIDES>
 __noinline__ __device__ void attend_part(int layer_index, uint32_t met) {
@@ -285,21 +285,24 @@ __global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const __grid_con
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     Shared& shared = Shared::here();
     if (threadIdx.x == 0) {
+        const int heads = p.num_q * HEAD;
         shared.step = p;
+        shared.split.find(p);
+        shared.shares[QKV].find(heads + 2 * p.num_kv * HEAD, p.hidden), shared.shares[OUTPUT].find(p.hidden, heads);
+        shared.shares[GATE_UP].find(2 * p.inner_size, p.hidden), shared.shares[DOWN].find(p.hidden, p.inner_size);
         for (int i = 0; i < p.depth; i++) signal_init(&shared.full[i], 1), signal_init(&shared.empty[i], WARPS);
         signals_ready();
     }
     __syncthreads();
-    const int heads = p.num_q * HEAD, all_heads = heads + 2 * p.num_kv * HEAD;
     if (threadIdx.x == THREADS) {
         Cursor at{0, 0}, behind{0, 0};
         int num_brought = 0;
         for (int i = 0; i < p.num_layers; i++) {
             const Layer& layer = p.layers[i];
-            bring(layer.qkv, Share(all_heads, p.hidden), p.depth, at, behind, num_brought);
-            bring(layer.output, Share(p.hidden, heads), p.depth, at, behind, num_brought);
-            bring(layer.gate_up, Share(2 * p.inner_size, p.hidden), p.depth, at, behind, num_brought);
-            bring(layer.down, Share(p.hidden, p.inner_size), p.depth, at, behind, num_brought);
+            bring(layer.qkv, shared.shares[QKV], p.depth, at, behind, num_brought);
+            bring(layer.output, shared.shares[OUTPUT], p.depth, at, behind, num_brought);
+            bring(layer.gate_up, shared.shares[GATE_UP], p.depth, at, behind, num_brought);
+            bring(layer.down, shared.shares[DOWN], p.depth, at, behind, num_brought);
         }
     } else if (threadIdx.x < THREADS) {
         Worker(0).begin();

@@ -20,6 +20,7 @@ constexpr int CHUNK_CODES = CHUNK_STEPS * STEP_BYTES, CHUNK_BYTES = CHUNK_STEPS 
 constexpr int MAX_SHARED_BYTES = 232448, MAX_DEPTH = 12, MAX_ROWS = 4, MAX_SPLITS = 16, MAX_QUERIES = 16;
 constexpr int UNDER_WAY = 2;        // chunks at most: more would only make others wait for memory
 constexpr int GROUP_VALUES = 2 * Packed::COLUMNS, PADDING = 8;  // of a warp's activations, for each chunk; behind all
+constexpr int NOBODYS = MAX_ROWS << 16;
 constexpr int TOKENS = 8;           // that a warp attends to at once
 constexpr int MERGED = 4, MERGED_STRIDE = HEAD + 4;  // queries whose values a block adds up at once
 
@@ -51,10 +52,14 @@ struct Step {
     float eps;
 };
 
+enum Part { QKV, OUTPUT, GATE_UP, DOWN };
+constexpr int NUM_PARTS = 4;
+
 // Which tiles a block has of a matrix, and how they come through the ring.
 struct Share {
-    int first, count, steps, groups;
-    __device__ Share(int num_rows, int num_columns) {
+    int num_rows, num_columns, first, count, steps, groups;
+    __device__ void find(int rows, int columns) {
+        num_rows = rows, num_columns = columns;
         const int tiles = num_rows / ROWS, each = (tiles + gridDim.x - 1) / gridDim.x;
         first = min(static_cast<int>(blockIdx.x) * each, tiles), count = min(each, tiles - first);
         steps = num_columns / Packed::COLUMNS, groups = (steps + CHUNK_STEPS - 1) / CHUNK_STEPS;
@@ -90,9 +95,11 @@ struct Cursor {
 struct Shared {
     uint64_t full[MAX_DEPTH], empty[MAX_DEPTH];
     Step step;
+    Share shares[NUM_PARTS];
     Split split;
     Cursor taken[WARPS];   // how far each warp is
     float kept[THREADS];   // of the residual stream, what each thread adds to
+    int places[NUM_PARTS][THREADS];          // which row and token each thread finishes first, or NOBODYS
     int first_pages[THREADS], new_slots[8];  // of each lane's first tokens, and where new ones go
     float squares[WARPS][MAX_ROWS], maxima[WARPS][MAX_QUERIES], sums[WARPS][MAX_QUERIES];
     __device__ static __forceinline__ Shared& here() { return *reinterpret_cast<Shared*>(dynamic_shared()); }
@@ -123,10 +130,10 @@ __device__ inline void bring(const Matrix& matrix, const Share& share, int depth
     }
 }
 
-// The weights of a warp's two steps of a chunk. Behind a matrix's end they are any, but finite.
+// The weights of a warp's two steps of a chunk. What lies behind its `num_steps` are any codes, made finite by their scales.
 struct Taken {
     Packed steps[2];
-    __device__ __forceinline__ void take(int depth, Cursor& at, int warp, int lane) {
+    __device__ __forceinline__ void take(int num_steps, int depth, Cursor& at, int warp, int lane) {
         Shared& shared = Shared::here();
         const char* from = Shared::chunk(at.slot);
         signal_wait(&shared.full[at.slot], at.parity);
@@ -135,7 +142,8 @@ struct Taken {
             const int step = u * WARPS + warp;
             const uint4* codes = reinterpret_cast<const uint4*>(from + step * STEP_BYTES) + lane;
             steps[u].codes[0] = codes[0], steps[u].codes[1] = codes[32];
-            steps[u].scales = reinterpret_cast<const uint32_t*>(from + CHUNK_CODES + step * STEP_SCALES)[lane];
+            const uint32_t scales = reinterpret_cast<const uint32_t*>(from + CHUNK_CODES + step * STEP_SCALES)[lane];
+            steps[u].scales = step < num_steps ? scales : 0;
         }
         __syncwarp();
         if (lane == 0) signal_arrive(&shared.empty[at.slot]);
@@ -150,8 +158,6 @@ __device__ __forceinline__ uint32_t weighed(uint32_t word, uint32_t norm, float&
     return times(word, norm);
 }
 
-enum Part { QKV, OUTPUT, GATE_UP, DOWN };
-
 // One consumer's view of a step: the warps that multiply.
 struct Worker {
     const Step& p;
@@ -165,16 +171,18 @@ struct Worker {
 
     // What is the same in all layers.
     __device__ void begin() {
-        if (thread == 0) shared.split.find(p);
+        for (int part = 0; part < NUM_PARTS; part++) {
+            const Share& share = shared.shares[part];
+            const int rows = share.count * (part == GATE_UP ? ROWS / 2 : ROWS);
+            shared.places[part][thread] = rows && thread < THREADS / rows * rows ? thread % rows | thread / rows << 16 : NOBODYS;
+        }
         if (lane == 0) shared.taken[warp] = {0, 0};
         for (int i = thread; i < p.num_layers * static_cast<int>(sizeof(Layer) / sizeof(void*)); i += THREADS)
             reinterpret_cast<void**>(Shared::at(p.layers_at))[i] = reinterpret_cast<void* const*>(p.layers)[i];
         const int num_angles = num_tokens * (HEAD / 2);
         for (int i = thread; i < num_angles; i += THREADS) angles()[i] = p.cos[i], angles()[num_angles + i] = p.sin[i];
-        const Share share(p.hidden, p.num_q * HEAD);  // what this thread adds to the residual stream
-        const int rows = share.count * ROWS;
-        if (rows && thread / rows < num_tokens)
-            shared.kept[thread] = __bfloat162float(p.x[static_cast<int64_t>(thread / rows) * p.hidden + share.first * ROWS + thread % rows]);
+        const int row = shared.places[OUTPUT][thread] & 0xFFFF, of = shared.places[OUTPUT][thread] >> 16;
+        if (of < num_tokens) shared.kept[thread] = __bfloat162float(p.x[static_cast<int64_t>(of) * p.hidden + shared.shares[OUTPUT].first * ROWS + row]);
         meet<THREADS>();
         const Split& split = shared.split;
         if (!split.is_there) return;
@@ -199,20 +207,18 @@ struct Worker {
     // Which of a share's rows and tokens a thread finishes: `row`, and tokens from `token` on. Nothing is done yet with what is
     // loaded, so that nobody waits for it.
     struct Ending {
-        int rows, row, token, stride;
+        int row, token;
         float factor[2];
         __nv_bfloat16 bias[2];
-        __device__ Ending(const Matrix& matrix, const Share& share, int num_rows, bool is_gated, int thread) {
-            rows = share.count * (is_gated ? ROWS / 2 : ROWS);
-            factor[0] = factor[1] = 0, bias[0] = bias[1] = __float2bfloat16(0), row = stride = 0, token = MAX_ROWS;
-            if (rows == 0 || thread >= THREADS / rows * rows) return;
-            row = thread % rows, token = thread / rows, stride = THREADS / rows;
-            const int of_all = share.first * (is_gated ? ROWS / 2 : ROWS) + row;
+        __device__ Ending(const Matrix& matrix, const Share& share, int place, bool is_gated) : row(place & 0xFFFF), token(place >> 16) {
+            factor[0] = factor[1] = 0, bias[0] = bias[1] = __float2bfloat16(0);
+            if (place == NOBODYS) return;
+            const int of_all = share.first * (is_gated ? ROWS / 2 : ROWS) + row, half = share.num_rows / 2;
             factor[0] = matrix.factors[of_all];
-            if (is_gated) factor[1] = matrix.factors[of_all + num_rows / 2];
+            if (is_gated) factor[1] = matrix.factors[of_all + half];
             if (matrix.bias == nullptr) return;
             bias[0] = matrix.bias[of_all];
-            if (is_gated) bias[1] = matrix.bias[of_all + num_rows / 2];
+            if (is_gated) bias[1] = matrix.bias[of_all + half];
         }
     };
 
@@ -224,17 +230,17 @@ struct Worker {
     }
 
     // Adds up what all warps have found, and writes it.
-    __device__ void finish(Part part, const Ending& end, const Share& share, int num_rows, int num_columns) {
+    __device__ void finish(int part, const Ending& end, const Share& share) {
         const bool is_gated = part == GATE_UP, is_normed = part == QKV || part == GATE_UP;
-        const int rows = share.count * ROWS;
+        const int rows = share.count * ROWS, stride = rows ? THREADS / (is_gated ? rows / 2 : rows) : 1;
         meet<THREADS>();
-        for (int n = end.token; n < num_tokens; n += end.stride) {
+        for (int n = end.token; n < num_tokens; n += stride) {
             float scale = 1, value[2] = {0, 0};
             if (is_normed) {
                 float total = 0;
 #pragma unroll
                 for (int w = 0; w < WARPS; w++) total += shared.squares[w][n];
-                scale = rsqrtf(total / num_columns + p.eps);
+                scale = rsqrtf(total / share.num_columns + p.eps);
             }
             const int local = is_gated ? end.row / 8 * ROWS + end.row % 8 : end.row;
 #pragma unroll
@@ -245,7 +251,7 @@ struct Worker {
                 value[side] = value[side] * scale * (end.factor[side] * Packed::FACTOR) + __bfloat162float(end.bias[side]);
             }
             if (part == QKV) {
-                p.qkv[static_cast<int64_t>(n) * num_rows + share.first * ROWS + end.row] = __float2bfloat16(value[0]);
+                p.qkv[static_cast<int64_t>(n) * share.num_rows + share.first * ROWS + end.row] = __float2bfloat16(value[0]);
             } else if (part == GATE_UP) {
                 p.inner[static_cast<int64_t>(n) * p.inner_size + share.first * 8 + end.row] = __float2bfloat16(gated(value[0], value[1]));
             } else {
@@ -257,53 +263,58 @@ struct Worker {
         done();
     }
 
-    __device__ __forceinline__ __nv_bfloat16* staged(int token) const { return reinterpret_cast<__nv_bfloat16*>(Shared::at(p.x_at)) + (warp * num_tokens + token) * p.x_stride; }
+    __device__ __forceinline__ __nv_bfloat16* staged(int token) const {
+        return reinterpret_cast<__nv_bfloat16*>(Shared::at(p.x_at)) + (warp * num_tokens + token) * p.x_stride;
+    }
     // Of a lane's eight columns of a chunk.
     __device__ __forceinline__ int step_of(int group) const { return group * CHUNK_STEPS + lane / 16 * WARPS + warp; }
     __device__ __forceinline__ int column_of(int group) const { return step_of(group) * Packed::COLUMNS + lane % 16 * 8; }
-    // Brings a warp's columns of all tokens into shared memory, times a norm's weights where there is one. What lies behind the
-    // last step is zero, so that whatever the ring has there adds nothing.
-    __device__ void stage(const __nv_bfloat16* input, const __nv_bfloat16* norm, const Share& share, int num_columns) const {
+    // Brings a warp's columns of all tokens into shared memory, times a norm's weights where there is one, and adds up squares.
+    // What lies behind the last step is zero.
+    __device__ void stage(const __nv_bfloat16* input, const __nv_bfloat16* norm, const Share& share, float (&squares)[MAX_ROWS]) const {
         constexpr int AT_ONCE = 8;
+        int n = 0, group = 0;
 #pragma unroll 1
-        for (int n = 0; n < num_tokens; n++) {
-            float squares = 0;
-#pragma unroll 1
-            for (int base = 0; base < share.groups; base += AT_ONCE) {
-                uint4 values[AT_ONCE], weights[AT_ONCE];
+        while (n < num_tokens) {
+            uint4 values[AT_ONCE], weights[AT_ONCE];
+            const int first = n, first_group = group;
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) {
-                    values[i] = weights[i] = make_uint4(0, 0, 0, 0);
-                    if (step_of(base + i) >= share.steps) continue;
-                    values[i] = fresh(input + static_cast<int64_t>(n) * num_columns + column_of(base + i));
-                    if (norm != nullptr) weights[i] = fresh(norm + column_of(base + i));
+            for (int i = 0; i < AT_ONCE; i++) {
+                values[i] = weights[i] = make_uint4(0, 0, 0, 0);
+                if (n < num_tokens && step_of(group) < share.steps) {
+                    values[i] = fresh(input + static_cast<int64_t>(n) * share.num_columns + column_of(group));
+                    if (norm != nullptr) weights[i] = fresh(norm + column_of(group));
                 }
-#pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) {
-                    if (base + i >= share.groups) break;
-                    uint4 v = values[i];
-                    const uint4 w = weights[i];
-                    if (norm != nullptr)
-                        v = make_uint4(weighed(v.x, w.x, squares), weighed(v.y, w.y, squares), weighed(v.z, w.z, squares), weighed(v.w, w.w, squares));
-                    *reinterpret_cast<uint4*>(staged(n) + (base + i) * GROUP_VALUES + lane * 8) = v;
-                }
+                if (++group == share.groups) group = 0, n++;
             }
-            if (norm == nullptr) continue;
-            for (int i = 16; i; i /= 2) squares += __shfl_xor_sync(~0u, squares, i);
-            if (lane == 0) shared.squares[warp][n] = squares;
+            n = first, group = first_group;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                uint4 v = values[i];
+                const uint4 w = weights[i];
+                if (norm != nullptr) {
+                    float sum = 0;
+                    v = make_uint4(weighed(v.x, w.x, sum), weighed(v.y, w.y, sum), weighed(v.z, w.z, sum), weighed(v.w, w.w, sum));
+#pragma unroll
+                    for (int of = 0; of < MAX_ROWS; of++) squares[of] += n == of ? sum : 0;
+                }
+                if (n < num_tokens) *reinterpret_cast<uint4*>(staged(n) + group * GROUP_VALUES + lane * 8) = v;
+                if (++group == share.groups) group = 0, n++;
+            }
         }
         __syncwarp();
     }
 
     // A product, tile after tile; the next chunk is taken before this one is multiplied. `norm`: or none.
-    __device__ void product(Part part, const Matrix& matrix, const __nv_bfloat16* input, const __nv_bfloat16* norm, int num_rows, int num_columns) {
-        const Share share(num_rows, num_columns);
-        const Ending end(matrix, share, num_rows, part == GATE_UP, thread);
+    __device__ void product(int part, const Matrix& matrix, const __nv_bfloat16* input, const __nv_bfloat16* norm) {
+        const Share share = shared.shares[part];
+        const Ending end(matrix, share, shared.places[part][thread], part == GATE_UP);
         if (norm != nullptr)
             for (int group = 0; group < share.groups; group++)
                 if (step_of(group) < share.steps) expect_soon(norm + column_of(group));
         wait();
-        stage(input, norm, share, num_columns);
+        float squares[MAX_ROWS] = {};
+        stage(input, norm, share, squares);
         const int num_chunks = share.count * share.groups;
         float sums[4][4] = {};
         Taken taken;
@@ -312,7 +323,7 @@ struct Worker {
         // What the tensor cores take of a token's columns. Lanes beyond the tokens bring some, and what comes of it is not used.
         const __nv_bfloat16* own = staged(g < num_tokens ? g : 0) + Packed::column(0, 0, 0, q);
         float* to = parts() + (warp * num_tokens + q * 2) * rows + g;
-        if (num_chunks) taken.take(depth, at, warp, lane);
+        if (num_chunks) taken.take(share.steps, depth, at, warp, lane);
         int group = 0;
 #pragma unroll 2
         for (int i = 0; i < num_chunks; i++) {
@@ -323,7 +334,8 @@ struct Worker {
                 for (int piece = 0; piece < 4; piece++)
                     x[u][piece] = *reinterpret_cast<const uint4*>(own + group * GROUP_VALUES + Packed::column(u, piece / 2, piece % 2, 0));
             const Taken now = taken;
-            if (i + 1 < num_chunks) taken.take(depth, at, warp, lane);
+            const int next_group = group + 1 < share.groups ? group + 1 : 0;
+            if (i + 1 < num_chunks) taken.take(share.steps - next_group * CHUNK_STEPS, depth, at, warp, lane);
 #pragma unroll
             for (int piece = 0; piece < 4; piece++)
 #pragma unroll
@@ -332,9 +344,9 @@ struct Worker {
                     now.steps[u].operands(piece / 2, piece % 2, a);
                     multiply(sums[u * 2], a[0], x[u][piece].x, x[u][piece].y), multiply(sums[u * 2 + 1], a[1], x[u][piece].z, x[u][piece].w);
                 }
-            if (++group < share.groups) continue;
+            if ((group = next_group)) continue;
             store(sums, to, rows);
-            to += ROWS, group = 0;
+            to += ROWS;
 #pragma unroll
             for (int n = 0; n < 4; n++)
 #pragma unroll
@@ -342,7 +354,14 @@ struct Worker {
         }
         __syncwarp();
         if (lane == 0) shared.taken[warp] = at;
-        finish(part, end, share, num_rows, num_columns);
+        if (norm != nullptr) {
+#pragma unroll
+            for (int n = 0; n < MAX_ROWS; n++) {
+                for (int i = 16; i; i /= 2) squares[n] += __shfl_xor_sync(~0u, squares[n], i);
+                if (lane == 0) shared.squares[warp][n] = squares[n];
+            }
+        }
+        finish(part, end, share);
     }
 
     template <int SIDES>
