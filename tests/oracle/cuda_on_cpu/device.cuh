@@ -185,6 +185,7 @@ inline void copy_ahead(void* to, const void* from, uint32_t bytes, uint64_t* at)
     memcpy(to, from, bytes);
     signal_change(at, 0, -static_cast<int>(bytes));
 }
+inline void copies_follow() {}
 template <int THREADS_MEETING> void meet() { my_block->some_meet.arrive_and_wait(); }
 inline uint32_t counted(uint32_t* counter) { return atomicAdd(counter, 1u); }
 inline void count(uint32_t* counter) { counted(counter); }

@@ -293,6 +293,10 @@ __global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const __grid_con
         for (int i = 0; i < p.depth; i++) signal_init(&shared.full[i], 1), signal_init(&shared.empty[i], WARPS);
         signals_ready();
     }
+    // Scales that no chunk brings, where a matrix's last is a short one, must not make codes infinite.
+    for (int i = threadIdx.x; i < p.depth * CHUNK_STEPS * STEP_SCALES / 4; i += ALL_THREADS)
+        reinterpret_cast<uint32_t*>(Shared::chunk(i / (CHUNK_STEPS * STEP_SCALES / 4)) + CHUNK_CODES)[i % (CHUNK_STEPS * STEP_SCALES / 4)] = 0;
+    copies_follow();
     __syncthreads();
     if (threadIdx.x == THREADS) {
         Cursor at{0, 0}, behind{0, 0};

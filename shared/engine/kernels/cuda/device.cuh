@@ -112,6 +112,8 @@ __device__ __forceinline__ void copy_ahead(void* to, const void* from, uint32_t 
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(in_shared(to)),
                  "l"(from), "r"(bytes), "r"(in_shared(signal)), "l"(policy) : "memory");
 }
+// Into what has been written just now.
+__device__ __forceinline__ void copies_follow() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 template <int THREADS_MEETING>
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS_MEETING) : "memory"); }
 

@@ -20,6 +20,7 @@ constexpr int CHUNK_CODES = CHUNK_STEPS * STEP_BYTES, CHUNK_BYTES = CHUNK_STEPS 
 constexpr int MAX_SHARED_BYTES = 232448, MAX_DEPTH = 12, MAX_ROWS = 4, MAX_SPLITS = 16, MAX_QUERIES = 16;
 constexpr int UNDER_WAY = 2;        // chunks at most: more would only make others wait for memory
 constexpr int GROUP_VALUES = 2 * Packed::COLUMNS, PADDING = 8;  // of a warp's activations, for each chunk; behind all
+constexpr int FEW = 2, AT_ONCE = 8;  // chunks, of which a warp stages all tokens at once, or one token
 constexpr int NOBODYS = MAX_ROWS << 16;
 constexpr int TOKENS = 8;           // that a warp attends to at once
 constexpr int MERGED = 4, MERGED_STRIDE = HEAD + 4;  // queries whose values a block adds up at once
@@ -130,10 +131,10 @@ __device__ inline void bring(const Matrix& matrix, const Share& share, int depth
     }
 }
 
-// The weights of a warp's two steps of a chunk. What lies behind its `num_steps` are any codes, made finite by their scales.
+// The weights of a warp's two steps of a chunk. What lies behind a matrix's end is what was there before, and finite.
 struct Taken {
     Packed steps[2];
-    __device__ __forceinline__ void take(int num_steps, int depth, Cursor& at, int warp, int lane) {
+    __device__ __forceinline__ void take(int depth, Cursor& at, int warp, int lane) {
         Shared& shared = Shared::here();
         const char* from = Shared::chunk(at.slot);
         signal_wait(&shared.full[at.slot], at.parity);
@@ -142,8 +143,7 @@ struct Taken {
             const int step = u * WARPS + warp;
             const uint4* codes = reinterpret_cast<const uint4*>(from + step * STEP_BYTES) + lane;
             steps[u].codes[0] = codes[0], steps[u].codes[1] = codes[32];
-            const uint32_t scales = reinterpret_cast<const uint32_t*>(from + CHUNK_CODES + step * STEP_SCALES)[lane];
-            steps[u].scales = step < num_steps ? scales : 0;
+            steps[u].scales = reinterpret_cast<const uint32_t*>(from + CHUNK_CODES + step * STEP_SCALES)[lane];
         }
         __syncwarp();
         if (lane == 0) signal_arrive(&shared.empty[at.slot]);
@@ -269,40 +269,38 @@ struct Worker {
     // Of a lane's eight columns of a chunk.
     __device__ __forceinline__ int step_of(int group) const { return group * CHUNK_STEPS + lane / 16 * WARPS + warp; }
     __device__ __forceinline__ int column_of(int group) const { return step_of(group) * Packed::COLUMNS + lane % 16 * 8; }
-    // Brings a warp's columns of all tokens into shared memory, times a norm's weights where there is one, and adds up squares.
-    // What lies behind the last step is zero.
-    __device__ void stage(const __nv_bfloat16* input, const __nv_bfloat16* norm, const Share& share, float (&squares)[MAX_ROWS]) const {
-        constexpr int AT_ONCE = 8;
-        int n = 0, group = 0;
-#pragma unroll 1
-        while (n < num_tokens) {
-            uint4 values[AT_ONCE], weights[AT_ONCE];
-            const int first = n, first_group = group;
+    // Brings a warp's columns of N tokens and G chunks into shared memory, times a norm's weights where there is one, and adds up
+    // squares. What lies behind the last step is zero.
+    template <int N, int G>
+    __device__ __forceinline__ void stage(int token, int group, const __nv_bfloat16* input, const __nv_bfloat16* norm, const Share& share,
+                                          float (&squares)[MAX_ROWS]) const {
+        uint4 values[N][G], weights[G];
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                values[i] = weights[i] = make_uint4(0, 0, 0, 0);
-                if (n < num_tokens && step_of(group) < share.steps) {
-                    values[i] = fresh(input + static_cast<int64_t>(n) * share.num_columns + column_of(group));
-                    if (norm != nullptr) weights[i] = fresh(norm + column_of(group));
-                }
-                if (++group == share.groups) group = 0, n++;
-            }
-            n = first, group = first_group;
+        for (int i = 0; i < G; i++) {
+            weights[i] = make_uint4(0, 0, 0, 0);
+            if (norm != nullptr && step_of(group + i) < share.steps) weights[i] = fresh(norm + column_of(group + i));
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                uint4 v = values[i];
-                const uint4 w = weights[i];
-                if (norm != nullptr) {
-                    float sum = 0;
-                    v = make_uint4(weighed(v.x, w.x, sum), weighed(v.y, w.y, sum), weighed(v.z, w.z, sum), weighed(v.w, w.w, sum));
-#pragma unroll
-                    for (int of = 0; of < MAX_ROWS; of++) squares[of] += n == of ? sum : 0;
-                }
-                if (n < num_tokens) *reinterpret_cast<uint4*>(staged(n) + group * GROUP_VALUES + lane * 8) = v;
-                if (++group == share.groups) group = 0, n++;
+            for (int n = 0; n < N; n++) {
+                values[n][i] = make_uint4(0, 0, 0, 0);
+                if (token + n < num_tokens && step_of(group + i) < share.steps)
+                    values[n][i] = fresh(input + static_cast<int64_t>(token + n) * share.num_columns + column_of(group + i));
             }
         }
-        __syncwarp();
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            if (token + n >= num_tokens) break;
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < G; i++) {
+                if (group + i >= share.groups) break;
+                uint4 v = values[n][i];
+                const uint4 w = weights[i];
+                if (norm != nullptr) v = make_uint4(weighed(v.x, w.x, sum), weighed(v.y, w.y, sum), weighed(v.z, w.z, sum), weighed(v.w, w.w, sum));
+                *reinterpret_cast<uint4*>(staged(token + n) + (group + i) * GROUP_VALUES + lane * 8) = v;
+            }
+#pragma unroll
+            for (int of = 0; of < MAX_ROWS; of++) squares[of] += token + n == of ? sum : 0;
+        }
     }
 
     // A product, tile after tile; the next chunk is taken before this one is multiplied. `norm`: or none.
@@ -314,7 +312,23 @@ struct Worker {
                 if (step_of(group) < share.steps) expect_soon(norm + column_of(group));
         wait();
         float squares[MAX_ROWS] = {};
-        stage(input, norm, share, squares);
+        if (share.groups <= FEW) {
+            stage<MAX_ROWS, FEW>(0, 0, input, norm, share, squares);
+        } else {
+#pragma unroll 1
+            for (int n = 0; n < num_tokens; n++)
+#pragma unroll 1
+                for (int group = 0; group < share.groups; group += AT_ONCE) stage<1, AT_ONCE>(n, group, input, norm, share, squares);
+        }
+        __syncwarp();
+        if (norm != nullptr) {
+#pragma unroll
+            for (int n = 0; n < MAX_ROWS; n++) {
+                if (n >= num_tokens) break;
+                for (int i = 16; i; i /= 2) squares[n] += __shfl_xor_sync(~0u, squares[n], i);
+                if (lane == 0) shared.squares[warp][n] = squares[n];
+            }
+        }
         const int num_chunks = share.count * share.groups;
         float sums[4][4] = {};
         Taken taken;
@@ -323,7 +337,7 @@ struct Worker {
         // What the tensor cores take of a token's columns. Lanes beyond the tokens bring some, and what comes of it is not used.
         const __nv_bfloat16* own = staged(g < num_tokens ? g : 0) + Packed::column(0, 0, 0, q);
         float* to = parts() + (warp * num_tokens + q * 2) * rows + g;
-        if (num_chunks) taken.take(share.steps, depth, at, warp, lane);
+        if (num_chunks) taken.take(depth, at, warp, lane);
         int group = 0;
 #pragma unroll 2
         for (int i = 0; i < num_chunks; i++) {
@@ -334,8 +348,7 @@ struct Worker {
                 for (int piece = 0; piece < 4; piece++)
                     x[u][piece] = *reinterpret_cast<const uint4*>(own + group * GROUP_VALUES + Packed::column(u, piece / 2, piece % 2, 0));
             const Taken now = taken;
-            const int next_group = group + 1 < share.groups ? group + 1 : 0;
-            if (i + 1 < num_chunks) taken.take(share.steps - next_group * CHUNK_STEPS, depth, at, warp, lane);
+            if (i + 1 < num_chunks) taken.take(depth, at, warp, lane);
 #pragma unroll
             for (int piece = 0; piece < 4; piece++)
 #pragma unroll
@@ -344,9 +357,9 @@ struct Worker {
                     now.steps[u].operands(piece / 2, piece % 2, a);
                     multiply(sums[u * 2], a[0], x[u][piece].x, x[u][piece].y), multiply(sums[u * 2 + 1], a[1], x[u][piece].z, x[u][piece].w);
                 }
-            if ((group = next_group)) continue;
+            if (++group < share.groups) continue;
             store(sums, to, rows);
-            to += ROWS;
+            to += ROWS, group = 0;
 #pragma unroll
             for (int n = 0; n < 4; n++)
 #pragma unroll
@@ -354,13 +367,6 @@ struct Worker {
         }
         __syncwarp();
         if (lane == 0) shared.taken[warp] = at;
-        if (norm != nullptr) {
-#pragma unroll
-            for (int n = 0; n < MAX_ROWS; n++) {
-                for (int i = 16; i; i /= 2) squares[n] += __shfl_xor_sync(~0u, squares[n], i);
-                if (lane == 0) shared.squares[warp][n] = squares[n];
-            }
-        }
         finish(part, end, share);
     }
 
