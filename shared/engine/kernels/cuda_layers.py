@@ -16,7 +16,7 @@ from shared.engine.models.config import DenseConfig
 Pointer, Int = ctypes.c_void_p, ctypes.c_int
 HEAD_DIM = 128
 MAX_TOKENS, MAX_SPLITS, MAX_QUERIES = 4, 16, 16
-THREADS, WARPS, MERGED_FLOATS = 256, 8, 8 * 4 * 132
+THREADS, WARPS, MERGED_BYTES = 256, 8, 4 * 8 * 4 * 132
 CHUNK_STEPS, CHUNK_BYTES = 16, 16 * (1024 + 128)
 MAX_SHARED_BYTES = 232_448
 LAYER_BYTES = 20 * 8
@@ -60,7 +60,7 @@ class Layer:
 
 
 class CudaLayers:
-    """The layers of a model. One step at a time: steps share counters. `num_blocks` multiprocessors have a block each."""
+    """The layers of a model, on `num_blocks` multiprocessors. One step at a time: steps share counters."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class CudaLayers:
         qkv, attended, middle = (x.new_empty(num_tokens, width) for width in widths)
         parts = x.new_empty((num_tokens, num_q, splits, HEAD_DIM + 2), dtype=torch.float32)
         num_found = num_tokens * num_q * splits
-        num_parts = max(MERGED_FLOATS, WARPS * num_tokens * _most_rows(config, self._num_blocks))
+        num_parts = WARPS * num_tokens * _most_rows(config, self._num_blocks)
         found = parts.data_ptr()
         step = Step(
             layers=self._layers.data_ptr(), x=x.data_ptr(), qkv=qkv.data_ptr(), attended=attended.data_ptr(),
@@ -157,7 +157,8 @@ def _depth(config: DenseConfig, num_tokens: int, num_blocks: int) -> int:
     """About how many chunks the ring would have."""
     columns = max(columns for _, columns in _shapes(config))
     activations = 2 * WARPS * num_tokens * (-(-columns // (CHUNK_STEPS * CHUNK)) * 2 * CHUNK + 8)
-    parts = 4 * max(MERGED_FLOATS, WARPS * num_tokens * _most_rows(config, num_blocks))
+    activations = max(activations, MERGED_BYTES)
+    parts = 4 * WARPS * num_tokens * _most_rows(config, num_blocks)
     others = activations + parts + 4 * num_tokens * HEAD_DIM + LAYER_BYTES * config.num_layers + FIXED_BYTES
     return min(MAX_DEPTH, (MAX_SHARED_BYTES - others) // CHUNK_BYTES)
 

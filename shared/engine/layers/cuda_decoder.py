@@ -85,7 +85,7 @@ class CudaDecoder:
         suits = products is not None and all(map(_is_fusible, matrices))
         is_packed = any(isinstance(matrix, PackedWeight) for matrix in matrices)
         self._max_fused = (cuda_products.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
-        self._whole = _whole(config, self._fusible, products, group)
+        self._whole = layers_at_once(config, self._fusible, products, group)
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._paged: PagedAttention | None = None
 
@@ -227,7 +227,7 @@ class CudaDecoder:
         return self._products.linear(x, weight, bias)
 
 
-def _whole(
+def layers_at_once(
     config: DenseConfig, layers: Sequence[LayerOf[Weight]], products: CudaProducts | None, group: Group
 ) -> CudaLayers | None:
     """All layers as one kernel, where that can be."""

@@ -1,8 +1,8 @@
 // Attention within `layers.cuh`: rotating, appending to pages, and the context's splits, whose blocks merge what they found.
 //
-// A block has a sequence, a head of keys and a split. Its warps take eight tokens of the pages at a time; the new tokens, which
-// are in no page yet, come last, by one warp. Tokens of the first round are under way before their queries are known. A lane
-// takes values that lie side by side, of queries and of keys alike, and values are turned around in registers.
+// A block has a sequence, a head of keys and a split. Its warps take eight tokens at a time. Those in pages are under way before
+// the first queries are known; new ones are rotated, and written to their pages, by who attends to them. A lane takes values
+// that lie side by side, of queries and of keys alike, and values are turned around in registers.
 #pragma once
 #include "layers.cuh"
 
@@ -132,35 +132,33 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
     }
     __nv_bfloat16* pages = p.kv + layer_index * p.layer_stride + split.head * p.head_stride;
     const auto place = [&](int page, int token) { return pages + page * p.page_stride + token % p.page_size * HEAD; };
-    const auto load = [&](Quarter& into, const __nv_bfloat16* from) {
-        into.clear();
-        if (from != nullptr) into.load(from, q);
-    };
-    const auto found_at = [&](int base) -> const __nv_bfloat16* {
-        const int token = base + g;
-        if (token >= split.last) return nullptr;
-        return place(base < split.first + WARPS * TOKENS ? shared.first_pages[thread] : split.table[token / p.page_size], token);
-    };
-    Quarter keys, values, queries[SIDES];
-    int base = split.first + warp * TOKENS;
-    bool has_new = split.index == p.splits - 1 && warp == WARPS - 1;
-    const __nv_bfloat16* from = found_at(base);
-    load(keys, from), load(values, from == nullptr ? nullptr : from + p.kind_stride);
-    wait();
     const auto row = [&](int token, int of_head) {
         return p.qkv + (static_cast<int64_t>(split.sequence * p.width + token) * all_heads + of_head) * HEAD;
     };
+    const __nv_bfloat16 *key, *value;  // of a lane's token
+    const auto find = [&](int base) {
+        const int token = base + g;
+        key = value = nullptr;
+        if (token >= split.last) return;
+        if (token < split.old) {
+            key = place(base < split.first + WARPS * TOKENS ? shared.first_pages[thread] : split.table[token / p.page_size], token);
+            value = key + p.kind_stride;
+        } else {
+            key = row(token - split.old, p.num_q + split.head), value = key + p.num_kv * HEAD;
+        }
+    };
+    Quarter keys, values, queries[SIDES];
+    int base = split.first + warp * TOKENS;
+    find(base);
+    keys.clear(), values.clear();
+    const bool is_early = base + g < split.old;
+    if (key != nullptr && is_early) keys.load(key, q), values.load(value, q);
+    wait();
+    if (key != nullptr && !is_early) keys.load(key, q), values.load(value, q);
     const auto rotate = [&](Quarter& what, int token, const __nv_bfloat16* norm) {
         const int of = (split.sequence * p.width + token) * (HEAD / 2);
         what.rotate(angles() + of, angles() + num_tokens * (HEAD / 2) + of, norm, p.eps, q);
     };
-    const auto load_new = [&] {
-        keys.clear(), values.clear();
-        if (g >= p.width) return;
-        keys.load(row(g, p.num_q + split.head), q), values.load(row(g, p.num_q + p.num_kv + split.head), q);
-    };
-    const bool at_once = has_new && base >= split.last;  // without waiting for queries first
-    if (at_once) load_new();
 #pragma unroll
     for (int side = 0; side < SIDES; side++) {
         const int query = g + side * 8, token = query < num_queries ? query / group : 0;
@@ -171,31 +169,33 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
     const float scale = 1.4426950408889634f * rsqrtf(static_cast<float>(HEAD));  // to base 2
     Found<SIDES> found;
 #pragma unroll 1
-    for (;;) {
-        int limits[SIDES];
-#pragma unroll
-        for (int side = 0; side < SIDES; side++) limits[side] = split.last - base;
-        if (base >= split.last) {
-            if (!has_new) break;
-            has_new = false;
-            if (!at_once) load_new();
-            rotate(keys, g < p.width ? g : 0, layer.k_norm);
-            const int new_slot = g < p.width ? shared.new_slots[g] : -1;
-            if (new_slot >= 0) {
-                __nv_bfloat16* to = place(new_slot / p.page_size, new_slot);
+    for (; base < split.last; base += WARPS * TOKENS) {
+        const int token = base + g;
+        if (base + TOKENS > split.old) {  // there are new ones
+            Quarter turned = keys;
+            const bool is_new = token >= split.old && token < split.last;
+            rotate(turned, is_new ? token - split.old : 0, layer.k_norm);
+            const int slot = is_new ? shared.new_slots[token - split.old] : -1;
+            if (is_new) keys = turned;
+            if (slot >= 0) {
+                __nv_bfloat16* to = place(slot / p.page_size, slot);
                 keys.store(to, q), values.store(to + p.kind_stride, q);
             }
-#pragma unroll
-            for (int side = 0; side < SIDES; side++) limits[side] = min(p.width, (g + side * 8) / group + 1);
         }
+        int limits[SIDES];
+#pragma unroll
+        for (int side = 0; side < SIDES; side++) limits[side] = min(split.last, split.old + (g + side * 8) / group + 1) - base;
         uint32_t weights[2];
         found.weigh(queries, keys, limits, scale, q, weights);
-        base += WARPS * TOKENS, from = found_at(base);
-        load(keys, from);
+        find(base + WARPS * TOKENS);
+        keys.clear();
+        if (key != nullptr) keys.load(key, q);
         found.add(weights, values);
-        load(values, from == nullptr ? nullptr : from + p.kind_stride);
+        values.clear();
+        if (value != nullptr) values.load(value, q);
     }
     // Of all warps.
+    float* merged = merging();
 #pragma unroll
     for (int side = 0; side < SIDES; side++) {
         float& total = found.total[side];
@@ -209,7 +209,7 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
     for (int begin = 0; begin < SIDES * 8; begin += MERGED) {
         if (begin >= num_queries) break;
         if (g / MERGED == begin % 8 / MERGED) {
-            float* to = parts() + (warp * MERGED + g % MERGED) * MERGED_STRIDE + q * 8;
+            float* to = merged + (warp * MERGED + g % MERGED) * MERGED_STRIDE + q * 8;
 #pragma unroll
             for (int n = 0; n < 16; n++)
 #pragma unroll
@@ -225,7 +225,7 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
 #pragma unroll
             for (int w = 0; w < WARPS; w++) {
                 const float weight = exp2f(shared.maxima[w][query] - safe);
-                const float* theirs = parts() + (w * MERGED + query - begin) * MERGED_STRIDE + value;
+                const float* theirs = merged + (w * MERGED + query - begin) * MERGED_STRIDE + value;
                 total += weight * shared.sums[w][query];
                 sum[0] += weight * theirs[0], sum[1] += weight * theirs[1];
             }

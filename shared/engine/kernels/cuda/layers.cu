@@ -14,7 +14,7 @@ int forebay_layers(Step* p, int num_blocks, int num_parts, void* stream) {
     const int num_tokens = p->num_sequences * p->width, most = std::max(std::max(p->hidden, p->inner_size), p->num_q * HEAD);
     const int columns = CHUNK_STEPS * Packed::COLUMNS, layers = p->num_layers * static_cast<int>(sizeof(Layer));
     p->x_stride = (most + columns - 1) / columns * GROUP_VALUES + PADDING;
-    const int x_bytes = WARPS * num_tokens * p->x_stride * 2, parts_bytes = num_parts * 4, angles_bytes = num_tokens * HEAD * 4;
+    const int x_bytes = std::max(WARPS * num_tokens * p->x_stride * 2, MERGED_BYTES), parts_bytes = num_parts * 4, angles_bytes = num_tokens * HEAD * 4;
     const int others = RING_AT + x_bytes + parts_bytes + angles_bytes + layers;
     p->depth = std::min(p->depth, (MAX_SHARED_BYTES - others) / CHUNK_BYTES);
     if (p->depth < UNDER_WAY) return cudaErrorInvalidValue;

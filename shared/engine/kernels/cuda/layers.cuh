@@ -21,9 +21,9 @@ constexpr int MAX_SHARED_BYTES = 232448, MAX_DEPTH = 12, MAX_ROWS = 4, MAX_SPLIT
 constexpr int UNDER_WAY = 2;        // chunks at most: more would only make others wait for memory
 constexpr int GROUP_VALUES = 2 * Packed::COLUMNS, PADDING = 8;  // of a warp's activations, for each chunk; behind all
 constexpr int FEW = 2, AT_ONCE = 8;  // chunks, of which a warp stages all tokens at once, or one token
-constexpr int NOBODYS = MAX_ROWS << 16;
+constexpr int NOBODYS = MAX_ROWS << 8;
 constexpr int TOKENS = 8;           // that a warp attends to at once
-constexpr int MERGED = 4, MERGED_STRIDE = HEAD + 4;  // queries whose values a block adds up at once
+constexpr int MERGED = 4, MERGED_STRIDE = HEAD + 4, MERGED_BYTES = WARPS * MERGED * MERGED_STRIDE * 4;  // queries whose values a block adds up at once
 
 struct Matrix {
     const void* codes;
@@ -67,17 +67,17 @@ struct Share {
     }
 };
 
-// A block's part of attention: a sequence, a head of keys and some of the tokens in its pages.
+// A block's part of attention: a sequence, a head of keys and some of its tokens, of which the first `old` are in pages.
 struct Split {
     bool is_there;
-    int sequence, head, index, first, last;
+    int sequence, head, index, old, first, last;
     const int* table;
     __device__ void find(const Step& p) {
         index = blockIdx.x % p.splits, head = blockIdx.x / p.splits % p.num_kv, sequence = blockIdx.x / p.splits / p.num_kv;
-        is_there = sequence < p.num_sequences, first = last = 0;
+        is_there = sequence < p.num_sequences, old = first = last = 0;
         if (!is_there) return;
-        const int old = p.context_lens[sequence] - p.width, each = ((old + p.splits - 1) / p.splits + TOKENS - 1) / TOKENS * TOKENS;
-        first = min(index * each, old), last = min(first + each, old);
+        const int length = p.context_lens[sequence], each = ((length + p.splits - 1) / p.splits + TOKENS - 1) / TOKENS * TOKENS;
+        old = length - p.width, first = min(index * each, length), last = min(first + each, length);
         table = p.page_ids + p.page_starts[sequence];
     }
 };
@@ -92,7 +92,7 @@ struct Cursor {
 };
 
 // What a block has in shared memory: this at its beginning, then the ring, and behind it what depends on the step: a warp's
-// activations [WARPS][T][x_stride], of each chunk two steps; what is added up; cosines and sines [T, HEAD / 2]; the layers.
+// activations [WARPS][T][x_stride], of each chunk two steps, or of attention what a block adds up; a product's sums; cosines and sines [T, HEAD / 2]; the layers.
 struct Shared {
     uint64_t full[MAX_DEPTH], empty[MAX_DEPTH];
     Step step;
@@ -100,7 +100,7 @@ struct Shared {
     Split split;
     Cursor taken[WARPS];   // how far each warp is
     float kept[THREADS];   // of the residual stream, what each thread adds to
-    int places[NUM_PARTS][THREADS];          // which row and token each thread finishes first, or NOBODYS
+    uint16_t places[NUM_PARTS][THREADS];     // which row and token each thread finishes first, or NOBODYS
     int first_pages[THREADS], new_slots[8];  // of each lane's first tokens, and where new ones go
     float squares[WARPS][MAX_ROWS], maxima[WARPS][MAX_QUERIES], sums[WARPS][MAX_QUERIES];
     __device__ static __forceinline__ Shared& here() { return *reinterpret_cast<Shared*>(dynamic_shared()); }
@@ -174,24 +174,25 @@ struct Worker {
         for (int part = 0; part < NUM_PARTS; part++) {
             const Share& share = shared.shares[part];
             const int rows = share.count * (part == GATE_UP ? ROWS / 2 : ROWS);
-            shared.places[part][thread] = rows && thread < THREADS / rows * rows ? thread % rows | thread / rows << 16 : NOBODYS;
+            shared.places[part][thread] = rows && thread < THREADS / rows * rows ? thread % rows | thread / rows << 8 : NOBODYS;
         }
         if (lane == 0) shared.taken[warp] = {0, 0};
         for (int i = thread; i < p.num_layers * static_cast<int>(sizeof(Layer) / sizeof(void*)); i += THREADS)
             reinterpret_cast<void**>(Shared::at(p.layers_at))[i] = reinterpret_cast<void* const*>(p.layers)[i];
         const int num_angles = num_tokens * (HEAD / 2);
         for (int i = thread; i < num_angles; i += THREADS) angles()[i] = p.cos[i], angles()[num_angles + i] = p.sin[i];
-        const int row = shared.places[OUTPUT][thread] & 0xFFFF, of = shared.places[OUTPUT][thread] >> 16;
+        const int row = shared.places[OUTPUT][thread] & 255, of = shared.places[OUTPUT][thread] >> 8;
         if (of < num_tokens) shared.kept[thread] = __bfloat162float(p.x[static_cast<int64_t>(of) * p.hidden + shared.shares[OUTPUT].first * ROWS + row]);
         meet<THREADS>();
         const Split& split = shared.split;
         if (!split.is_there) return;
         const int token = split.first + warp * TOKENS + g;
-        shared.first_pages[thread] = token < split.last ? split.table[token / p.page_size] : 0;
+        shared.first_pages[thread] = token < min(split.last, split.old) ? split.table[token / p.page_size] : 0;
         if (thread < p.width) shared.new_slots[thread] = p.slots[split.sequence * p.width + thread];
         meet<THREADS>();
     }
     __device__ __forceinline__ float* angles() const { return reinterpret_cast<float*>(Shared::at(p.angles_at)); }
+    __device__ __forceinline__ float* merging() const { return reinterpret_cast<float*>(Shared::at(p.x_at)); }
     __device__ __forceinline__ float* parts() const { return reinterpret_cast<float*>(Shared::at(p.parts_at)); }
     __device__ __forceinline__ const Layer& layer(int index) const { return reinterpret_cast<const Layer*>(Shared::at(p.layers_at))[index]; }
 
@@ -210,7 +211,7 @@ struct Worker {
         int row, token;
         float factor[2];
         __nv_bfloat16 bias[2];
-        __device__ Ending(const Matrix& matrix, const Share& share, int place, bool is_gated) : row(place & 0xFFFF), token(place >> 16) {
+        __device__ Ending(const Matrix& matrix, const Share& share, int place, bool is_gated) : row(place & 255), token(place >> 8) {
             factor[0] = factor[1] = 0, bias[0] = bias[1] = __float2bfloat16(0);
             if (place == NOBODYS) return;
             const int of_all = share.first * (is_gated ? ROWS / 2 : ROWS) + row, half = share.num_rows / 2;
