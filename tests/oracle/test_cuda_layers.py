@@ -64,6 +64,7 @@ GPU_CASES = {
     "one of a long context": Case(8, 2, 256, True, None, (5000,), 1),
     "sequences": Case(18, 2, 4352, True, None, (0, 70, 1, 300), 1, hidden=2304),
     "drafts": Case(32, 8, 4352, True, None, (500,), 4, hidden=2304),
+    "wide": Case(8, 2, 512, True, None, (100, 20), 1, hidden=4224),
     "drafts of two": Case(16, 2, 1152, False, None, (60, 300), 2, hidden=1152),
 }
 

@@ -14,19 +14,7 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-pthread", "-shared", "-fPIC")
 CUDA_SOURCES = Path(__file__).parent / "cuda"
-CUDA_FLAGS = (
-    "-std=c++20",
-    "-O3",
-    "-I",
-    str(CUDA_SOURCES),
-    "-shared",
-    "-Xcompiler",
-    "-fPIC",
-    "-cudart",
-    "static",
-    "-t",
-    "2",
-)
+CUDA_FLAGS = ("-std=c++20", "-O3", "-t=2", "-I", str(CUDA_SOURCES), "-shared", "-Xcompiler", "-fPIC", "-cudart=static")
 MIN_CAPABILITY = (8, 0)  # the first with bf16 on its tensor cores
 LAYERS_CAPABILITY = (9, 0)  # the first with copies that complete a signal in shared memory
 ARCH_SPECIFIC = 9  # capabilities from here on have instructions of their own

@@ -1,4 +1,4 @@
-"""All layers of a decode step of few tokens in one CUDA kernel, `cuda/layers.cuh`, with weights in packed NVFP4.
+"""All layers of a decode step of few tokens in one CUDA kernel, `cuda/layers.cu`, with weights in packed NVFP4.
 
 Its twin is `layers.decoder.DecoderLayer`, layer after layer.
 """
@@ -25,7 +25,7 @@ MAX_DEPTH, MIN_DEPTH = 12, 3
 
 
 class Step(ctypes.Structure):
-    """As layers.cuh has it."""
+    """As step.cuh has it. What is of shared memory the library fills in."""
 
     _fields_ = (
         *((name, Pointer) for name in ("layers", "x", "qkv", "attended", "inner", "parts", "maxima", "sums", "kv")),

@@ -137,9 +137,9 @@ class CudaDecoder:
             return triton_paged.attend(q, pages, ids, starts, lengths, num_done)
 
         def logits() -> torch.Tensor:
-            if self._products is not None and self._whole is not None and self._whole.takes(size, width):
-                return self._at_once(self._products, self._whole, rows, Table(rows[2], ids, starts, lengths), kv)
             if self._products is not None and num_rows <= self._max_fused:
+                if self._whole is not None and self._whole.takes(size, width):
+                    return self._at_once(self._products, self._whole, rows, Table(rows[2], ids, starts, lengths), kv)
                 return self._group.join(self._fused(self._products, rows, attend, kv))
             return self._group.join(self._product(self._hidden(rows, attend, kv), self._head))
 

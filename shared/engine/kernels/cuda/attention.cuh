@@ -1,10 +1,10 @@
-// Attention within `layers.cuh`: rotating, appending to pages, and the context's splits, whose blocks merge what they found.
+// Attention of `layers.cu`: rotating, appending to pages, and the context's splits, whose blocks merge what they found.
 //
 // A block has a sequence, a head of keys and a split. Its warps take eight tokens at a time. Those in pages are under way before
 // the first queries are known; new ones are rotated, and written to their pages, by who attends to them. A lane takes values
 // that lie side by side, of queries and of keys alike, and values are turned around in registers.
 #pragma once
-#include "layers.cuh"
+#include "worker.cuh"
 
 namespace forebay {
 
@@ -263,68 +263,6 @@ __device__ inline void Worker::attend(const Layer& layer, int layer_index) {
         p.attended[to * HEAD + i % HEAD] = __float2bfloat16(sum / total);
     }
     done();
-}
-
-// Neither is a part of the kernel, for whose registers there would be too much that all of them share.
-__noinline__ __device__ void multiply_part(int layer_index, int part, uint32_t met) {
-    Worker worker(met);
-    const Step& p = worker.p;
-    const Layer& layer = worker.layer(layer_index);
-    const Matrix& matrix = part == QKV ? layer.qkv : part == OUTPUT ? layer.output : part == GATE_UP ? layer.gate_up : layer.down;
-    const __nv_bfloat16* input = part == OUTPUT ? p.attended : part == DOWN ? p.inner : p.x;
-    const __nv_bfloat16* norm = part == QKV ? layer.input_norm : part == GATE_UP ? layer.post_norm : nullptr;
-    worker.product(part, matrix, input, norm);
-}
-template <int SIDES>
-__noinline__ __device__ void attend_part(int layer_index, uint32_t met) {
-    Worker worker(met);
-    worker.attend<SIDES>(worker.layer(layer_index), layer_index);
-}
-
-__global__ void __launch_bounds__(ALL_THREADS, 1) decode_layers(const __grid_constant__ Step p) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    Shared& shared = Shared::here();
-    if (threadIdx.x == 0) {
-        const int heads = p.num_q * HEAD;
-        shared.step = p;
-        shared.split.find(p);
-        shared.shares[QKV].find(heads + 2 * p.num_kv * HEAD, p.hidden), shared.shares[OUTPUT].find(p.hidden, heads);
-        shared.shares[GATE_UP].find(2 * p.inner_size, p.hidden), shared.shares[DOWN].find(p.hidden, p.inner_size);
-        for (int i = 0; i < p.depth; i++) signal_init(&shared.full[i], 1), signal_init(&shared.empty[i], WARPS);
-        signals_ready();
-    }
-    // Scales that no chunk brings, where a matrix's last is a short one, must not make codes infinite.
-    for (int i = threadIdx.x; i < p.depth * CHUNK_STEPS * STEP_SCALES / 4; i += ALL_THREADS)
-        reinterpret_cast<uint32_t*>(Shared::chunk(i / (CHUNK_STEPS * STEP_SCALES / 4)) + CHUNK_CODES)[i % (CHUNK_STEPS * STEP_SCALES / 4)] = 0;
-    copies_follow();
-    __syncthreads();
-    if (threadIdx.x == THREADS) {
-        Cursor at{0, 0}, behind{0, 0};
-        int num_brought = 0;
-        for (int i = 0; i < p.num_layers; i++) {
-            const Layer& layer = p.layers[i];
-            bring(layer.qkv, shared.shares[QKV], p.depth, at, behind, num_brought);
-            bring(layer.output, shared.shares[OUTPUT], p.depth, at, behind, num_brought);
-            bring(layer.gate_up, shared.shares[GATE_UP], p.depth, at, behind, num_brought);
-            bring(layer.down, shared.shares[DOWN], p.depth, at, behind, num_brought);
-        }
-    } else if (threadIdx.x < THREADS) {
-        Worker(0).begin();
-        const bool is_narrow = p.width * (p.num_q / p.num_kv) <= 8;
-        uint32_t met = 0;
-#pragma unroll 1
-        for (int i = 0; i < p.num_layers; i++) {
-            multiply_part(i, QKV, met);
-            if (is_narrow) attend_part<1>(i, met + gridDim.x);
-            else attend_part<2>(i, met + gridDim.x);
-            for (int part = OUTPUT; part <= DOWN; part++) multiply_part(i, part, met + (part + 1) * gridDim.x);
-            met += 5 * gridDim.x;
-        }
-        // Whoever is last leaves the counters as they were.
-        if (threadIdx.x == 0 && counted(p.counters) == met + gridDim.x - 1)
-            for (int i = 0; i <= p.num_sequences * p.num_kv; i++) p.counters[i] = 0;
-    }
-#endif
 }
 
 }  // namespace forebay
