@@ -82,7 +82,8 @@ template <class T> T atomicAdd(T* at, T value) { return __atomic_fetch_add(at, v
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 using cudaStream_t = void*;
 enum { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount,
+       cudaDevAttrMaxSharedMemoryPerBlockOptin };
 struct cudaLaunchAttribute {
     int id;
     struct { int programmaticStreamSerializationAllowed, cooperative; dim3 clusterDim; } val;
@@ -98,7 +99,7 @@ template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel, int, int) { ret
 inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
 // A GPU of compute capability 9 with one multiprocessor, so that blocks have several groups of rows each.
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : 9;
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 232448 : 9;
     return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "as told"; }

@@ -82,6 +82,13 @@ using forebay::Step;
 
 extern "C" {
 
+// Whether a block of the current device can have as much shared memory as a step takes.
+int forebay_layers_fit() {
+    int device = 0, num_bytes = 0;
+    if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&num_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return 0;
+    return num_bytes >= forebay::MAX_SHARED_BYTES;
+}
+
 // Lays a block's shared memory out, with as long a ring as fits, and runs a step; `num_parts` floats are added up at once.
 // Returns a cudaError_t.
 int forebay_layers(Step* p, int num_blocks, int num_parts, void* stream) {
