@@ -129,12 +129,12 @@ def obstacle(
     if not products.library.forebay_layers_fit():
         return "a block has too little shared memory there"
     num_blocks = num_blocks or planned_blocks(config, _num_processors(_device(layers)))
-    packed = [layer.matrices for layer in layers if all(isinstance(matrix, PackedWeight) for matrix in layer.matrices)]
+    is_packed = all(isinstance(matrix, PackedWeight) for layer in layers for matrix in layer.matrices)
     # Each thread finishes a row, of gate and up two, and of the residual stream one token of it.
     qkv, hidden, gate_up, _ = (_rows(rows, num_blocks) for rows, _ in _shapes(config))
     has_room = max(qkv, gate_up // 2) <= THREADS and hidden <= THREADS // MAX_TOKENS
     return _first(
-        (len(packed) < len(layers), "not all matrices are in NVFP4"),
+        (not is_packed, "not all matrices are in NVFP4"),
         (config.head_dim != HEAD_DIM, f"heads are {config.head_dim} wide, not {HEAD_DIM}"),
         (bool(config.hidden_size % CHUNK or config.intermediate_size % CHUNK), f"sizes are no multiples of {CHUNK}"),
         (_depth(config, 1, num_blocks) < MIN_DEPTH, "a multiprocessor's shared memory is too small for them"),
