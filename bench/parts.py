@@ -4,23 +4,25 @@
 
 Kernels of a step begin while those before them end, so what a part of it costs shows when it is left out. Each figure
 is the median of graphs of a step, replayed one behind the other, so without a host; tokens are not chosen. Products are
-those of `kernels.cuda_products`, for 64 sequences at most.
+those of `kernels.cuda_products`, for 64 sequences at most; beside them all layers at once, where a kernel has them so.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from bench import provenance, shapes
+from bench import provenance, replays, shapes
 from shared.engine.kernels import triton_dense, triton_paged, w4a16
+from shared.engine.kernels.cuda_layers import Table
 from shared.engine.kernels.cuda_products import CudaProducts, Residual
 from shared.engine.layers import rope
+from shared.engine.layers.cuda_decoder import layers_at_once
 from shared.engine.models.config import DenseConfig, parse
 from shared.engine.models.weights import LayerOf
+from shared.engine.parallel.group import Alone
 from shared.engine.parallel.partition import Shard
 
 ALL = ("products", "attention", "rotating", "head")
@@ -32,6 +34,7 @@ TABLE = {
     "attention alone": ("attention",),
     "none of them": (),
 }
+AT_ONCE = {"at once": True, "at once, without the head": False}
 REPLAYS, REPEATS = 10, 5
 
 
@@ -56,15 +59,38 @@ def made(config: DenseConfig, device: torch.device, packed: bool, num_pages: int
     return Model(config, products, weights.embedding(), weights.packed_head(), layers, kv)
 
 
-def step(model: Model, num_sequences: int, context: int, parts: tuple[str, ...]) -> Callable[[], object]:
-    """As `CudaDecoder` computes it; what is left out has its place taken by numbers made beforehand."""
-    config, products, device = model.config, model.products, model.kv.device
-    num_pages = -(-context // shapes.PAGE_SIZE)
+def table(model: Model, num_sequences: int, context: int) -> Table:
+    """One new token of each sequence."""
+    num_pages, device = -(-context // shapes.PAGE_SIZE), model.kv.device
     ids = torch.arange(num_sequences * num_pages, dtype=torch.int32, device=device)
     starts = (torch.arange(num_sequences + 1, device=device) * num_pages).int()
     lengths = torch.full((num_sequences,), context, dtype=torch.int32, device=device)
+    return Table(starts[:-1] * shapes.PAGE_SIZE + lengths - 1, ids, starts, lengths)
+
+
+def at_once(model: Model, num_sequences: int, context: int, with_head: bool) -> Callable[[], object] | None:
+    """As `step`, of everything, but for the head perhaps; None where the kernel does not serve."""
+    layers, config = layers_at_once(model.config, model.layers, model.products, Alone()), model.config
+    if layers is None or not layers.takes(num_sequences, 1):
+        return None
+    given, tokens = table(model, num_sequences, context), torch.arange(num_sequences, device=model.kv.device)
+    frequencies = rope.inverse_frequencies(config).to(model.kv.device)
+
+    def run() -> object:
+        x, angles = F.embedding(tokens, model.embedding), rope.table(frequencies, given.context_lens - 1)
+        layers(x, angles, given, model.kv)
+        normed = model.products.begun(x, model.layers[0].input_norm, config.rms_norm_eps)
+        return model.products.normed_linear(normed, model.head) if with_head else normed
+
+    return run
+
+
+def step(model: Model, num_sequences: int, context: int, parts: tuple[str, ...]) -> Callable[[], object]:
+    """As `CudaDecoder` computes it; what is left out has its place taken by numbers made beforehand."""
+    config, products, device = model.config, model.products, model.kv.device
+    where = table(model, num_sequences, context)
+    slots, ids, starts, lengths = where.slots, where.page_ids, where.page_starts, where.context_lens
     positions, tokens = lengths - 1, torch.arange(num_sequences, dtype=torch.int32, device=device)
-    slots = starts[:-1] * shapes.PAGE_SIZE + positions
     num_done = triton_paged.counters(num_sequences, config.num_kv_heads, device)
     frequencies, eps, norms = rope.inverse_frequencies(config).to(device), config.rms_norm_eps, (None, None)
     width, heads = config.num_heads * config.head_dim, config.num_heads + 2 * config.num_kv_heads
@@ -92,21 +118,7 @@ def step(model: Model, num_sequences: int, context: int, parts: tuple[str, ...])
 
 def milliseconds(work: Callable[[], object]) -> float:
     """Of one of several replays."""
-    work()  # compiles what is compiled at first use
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = work()
-    times = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / REPLAYS)
-    del kept
-    return float(statistics.median(times))
+    return replays.milliseconds(work, replays=REPLAYS, repeats=REPEATS)
 
 
 def main() -> None:
@@ -121,11 +133,13 @@ def main() -> None:
     num_pages = max(args.sequences) * -(-args.context // shapes.PAGE_SIZE)
     model = made(config, device, args.weights == "nvfp4", num_pages)
     print(f"{torch.cuda.get_device_name(0)}, {args.weights}, context {args.context:,}; ms\n")
-    print(f"| sequences | {' | '.join(TABLE)} |\n|{'---|' * (1 + len(TABLE))}")
+    print(f"| sequences | {' | '.join((*TABLE, *AT_ONCE))} |\n|{'---|' * (1 + len(TABLE) + len(AT_ONCE))}")
     with torch.inference_mode():
         for size in args.sequences:
-            times = [milliseconds(step(model, size, args.context, parts)) for parts in TABLE.values()]
-            print(f"| {size} | {' | '.join(f'{time_ms:.3f}' for time_ms in times)} |", flush=True)
+            works = [step(model, size, args.context, parts) for parts in TABLE.values()]
+            whole = [at_once(model, size, args.context, with_head) for with_head in AT_ONCE.values()]
+            times = ["" if work is None else f"{milliseconds(work):.3f}" for work in (*works, *whole)]
+            print(f"| {size} | {' | '.join(times)} |", flush=True)
 
 
 if __name__ == "__main__":

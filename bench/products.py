@@ -9,7 +9,6 @@ sum over 4 GiB reaches, and torch's product with bf16 weights. The best cuts bel
 import argparse
 import ctypes
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bench import provenance
+from bench import provenance, replays
 from bench.bandwidth import read_bandwidth
 from bench.shapes import library_for, random_packed
 from shared.engine.kernels import cuda_products, w4a16
@@ -26,25 +25,12 @@ from shared.engine.kernels.cuda_products import CudaProducts, Plan
 SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
 ROTATED_BYTES = 320 << 20
 EIGHTS = (1, 2, 4, 8)
+REPEATS = 7
 
 
 def microseconds(works: Sequence[Callable[[], object]]) -> float:
     """Of one of them, captured one behind the other."""
-    for work in works[:2]:
-        work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for work in works:
-            work()
-    times = []
-    for _ in range(7):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(works))
-    return float(statistics.median(times))
+    return replays.milliseconds(lambda: [work() for work in works], replays=1, repeats=REPEATS) * 1e3 / len(works)
 
 
 def plans(num_tokens: int, rows: int) -> Iterator[Plan]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, ProcessGroupNCCL, Store  # type: ignore[attr-defined]
 
-from bench import provenance, shapes
+from bench import provenance, replays, shapes
 from shared.engine.api import SampledToken, SamplingParams
 from shared.engine.executor import TorchExecutor
 from shared.engine.models.config import parse
@@ -123,24 +123,13 @@ def _group(rank: int, num_ranks: int, store: Store, peers: bool) -> DistributedG
 
 def _us(work: Callable[[], object]) -> float:
     """Of one in a graph of many, median of several times."""
-    for _ in range(3):
+    many = partial(_often, work)
+    return replays.milliseconds(many, replays=REPLAYS, repeats=TIMES) * 1e3 / SUMS_A_GRAPH
+
+
+def _often(work: Callable[[], object]) -> None:
+    for _ in range(SUMS_A_GRAPH):
         work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(SUMS_A_GRAPH):
-            work()
-    times = list[float]()
-    for _ in range(TIMES):
-        graph.replay()  # ranks meet here
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / REPLAYS / SUMS_A_GRAPH)
-    return statistics.median(times)
 
 
 def _steps(rank: int, args: argparse.Namespace, store: Store, say: Callable[[str], None]) -> None:

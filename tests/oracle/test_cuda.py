@@ -149,6 +149,7 @@ def test_steps_of_every_kind_equal_the_twin(both: Both) -> None:
         [item(0, 42, 1), item(12, 51, 1), item(24, 6, 1)],
         [item(0, 43, 3), item(12, 52, 3)],  # verification
         [item(0, 46, 1)],
+        [item(0, 47, 4)],
     ):
         assert_close(*both.logits(step))
     assert_close(*(kv.float() for kv in both.kv))
@@ -163,6 +164,7 @@ def test_decoding_and_verifying_equal_the_twin_whatever_ran_before(both: Both) -
         [item(0, 42, 1)],
         [item(12, 51, 3), item(0, 43, 3)],
         [item(page, 44, 1) for page in range(0, 48, 12)] * 2,
+        [item(24, 151, 2)],
     )
     for step in steps * 3:
         assert_close(*both.logits(step))

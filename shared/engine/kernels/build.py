@@ -14,8 +14,9 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-pthread", "-shared", "-fPIC")
 CUDA_SOURCES = Path(__file__).parent / "cuda"
-CUDA_FLAGS = ("-std=c++20", "-O3", "-I", str(CUDA_SOURCES), "-shared", "-Xcompiler", "-fPIC", "-cudart", "static")
+CUDA_FLAGS = ("-std=c++20", "-O3", "-t=2", "-I", str(CUDA_SOURCES), "-shared", "-Xcompiler", "-fPIC", "-cudart=static")
 MIN_CAPABILITY = (8, 0)  # the first with bf16 on its tensor cores
+LAYERS_CAPABILITY = (9, 0)  # the first with copies that complete a signal in shared memory
 ARCH_SPECIFIC = 9  # capabilities from here on have instructions of their own
 TIMEOUT_S = 300
 
@@ -42,9 +43,10 @@ def cuda_library(cache_dir: Path, nvcc: str | None, capability: tuple[int, int])
         raise BuildError(f"the GPU's compute capability is {capability[0]}.{capability[1]}, and 8.0 is needed")
     arch = f"{capability[0]}{capability[1]}{'a' * (capability[0] >= ARCH_SPECIFIC)}"
     flags = (*CUDA_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}")
+    sources = ("products.cu", "layers.cu") if capability >= LAYERS_CAPABILITY else ("products.cu",)
     path = cache_dir / f"products-{arch}-{_key(nvcc, flags, CUDA_SOURCES)}.so"
     if not path.exists():
-        _compile((nvcc, *flags, str(CUDA_SOURCES / "products.cu")), path)
+        _compile((nvcc, *flags, *(str(CUDA_SOURCES / source) for source in sources)), path)
     return path
 
 

@@ -69,7 +69,7 @@ class CudaProducts:
     (packed, tokens, rows, columns)."""
 
     def __init__(self, library: ctypes.CDLL, plan: Callable[[bool, int, int, int], Plan] | None = None) -> None:
-        self._library, self._plan = library, plan or planned
+        self.library, self._plan = library, plan or planned
 
     def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [M, K] times W' [M, N], plus `bias`."""
@@ -139,9 +139,9 @@ class CudaProducts:
         self._call("forebay_product", ctypes.byref(product), *sizes, _stream(x))
 
     def _call(self, name: str, *arguments: object) -> None:
-        error = getattr(self._library, name)(*arguments)
+        error = getattr(self.library, name)(*arguments)
         if error:
-            raise RuntimeError(f"{name}: {self._library.forebay_error(error).decode()}")
+            raise RuntimeError(f"{name}: {self.library.forebay_error(error).decode()}")
 
 
 def suits(weight: Weight) -> bool:

@@ -3,7 +3,8 @@
 A step whose sequences all compute equally many tokens (decode: one; verification of drafts: one more than there are
 drafts) is replayed as a graph, padded to the next size; other steps, prefill above all, are launched kernel by kernel.
 Of few tokens a layer is six kernels, each of which begins while the one before it ends: norms, gates and residuals are
-parts of the products (`kernels.cuda_products`). Matrices in NVFP4 stay packed; many tokens have them dequantized.
+parts of the products (`kernels.cuda_products`). Of very few, with NVFP4, all layers are one kernel where it can be had
+(`kernels.cuda_layers`). Matrices in NVFP4 stay packed; many tokens have them dequantized.
 
 Of several ranks each has its share of heads, MLP and vocabulary. What ends a block is summed over them by a kernel of
 its own then, which takes the residual and the next norm over from the product.
@@ -19,9 +20,11 @@ from tqdm import tqdm
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
-from shared.engine.kernels import cuda_products, triton_dense, triton_paged, w4a4
+from shared.engine.kernels import cuda_layers, cuda_products, triton_dense, triton_paged, w4a4
+from shared.engine.kernels.cuda_layers import CudaLayers, Table
 from shared.engine.kernels.cuda_products import CudaProducts, Normed, Residual
 from shared.engine.kernels.flashinfer_paged import PagedAttention, PagedShape
+from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.kernels.w4a16 import PackedWeight, Weight
 from shared.engine.layers import captured, rope
 from shared.engine.layers.vocabulary import Embedding
@@ -86,6 +89,7 @@ class CudaDecoder:
         suits = products is not None and all(map(_is_fusible, matrices))
         is_packed = any(isinstance(matrix, PackedWeight) for matrix in matrices)
         self._max_fused = (cuda_products.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
+        self._whole = layers_at_once(config, self._fusible, products, group)
         self._graphs: dict[tuple[int, int], Graph] = {}
         self.recorder = captured.Recorder(device)
         self._paged: PagedAttention | None = None
@@ -141,6 +145,8 @@ class CudaDecoder:
 
         def logits() -> torch.Tensor:
             if self._products is not None and num_rows <= self._max_fused:
+                if self._whole is not None and self._whole.takes(size, width):
+                    return self._at_once(self._products, self._whole, rows, Table(rows[2], ids, starts, lengths), kv)
                 return self._group.join(self._fused(self._products, rows, attend, kv))
             return self._group.join(self._product(self._hidden(rows, attend, kv), self._head))
 
@@ -179,6 +185,16 @@ class CudaDecoder:
             normed = self._added(products, inner, layer.down, Residual(x, next_norm), layer.down_bias)
         return products.normed_linear(normed, self._head)
 
+    def _at_once(
+        self, products: CudaProducts, layers: CudaLayers, rows: torch.Tensor, table: Table, kv: torch.Tensor
+    ) -> torch.Tensor:
+        """As `_fused`, of very few tokens."""
+        token_ids, positions, _ = rows
+        assert not isinstance(self._head, w4a4.Weight), "all layers are at once only where it is none"
+        x, angles = self._embedding(token_ids), rope.table(self._frequencies, positions)
+        layers(x, angles, table, kv)
+        return products.normed_linear(products.begun(x, self._norm, self._config.rms_norm_eps), self._head)
+
     def _rotated(
         self,
         qkv: torch.Tensor,
@@ -216,6 +232,28 @@ class CudaDecoder:
             return self._fp4.linear(x, weight, bias)
         assert self._products is not None, "nothing is packed without it"
         return self._products.linear(x, weight, bias)
+
+
+def layers_at_once(
+    config: DenseConfig, layers: Sequence[LayerOf[Weight]], products: CudaProducts | None, group: Group
+) -> CudaLayers | None:
+    """All layers as one kernel, where that can be."""
+    if products is None or not layers:
+        return None
+    given = [
+        cuda_layers.Layer(
+            (w.qkv, w.output, w.gate_up, w.down),
+            (w.qkv_bias, w.output_bias, w.gate_up_bias, w.down_bias),
+            (w.input_norm, w.post_norm, w.q_norm, w.k_norm),
+        )
+        for w in layers
+    ]
+    obstacle = "ranks meet between products" if group.num_ranks > 1 else cuda_layers.obstacle(products, config, given)
+    found: Sequence[Candidate[CudaLayers | None]] = (
+        Candidate("one kernel for all layers", obstacle, None if obstacle else CudaLayers(products, config, given)),
+        Candidate("a kernel for each product", None, None),
+    )
+    return choose(found, "auto").built
 
 
 def _head(weights: DenseWeights, embedding: torch.Tensor, group: Group, *, is_packed: bool, is_fp4: bool) -> Matrix:

@@ -1,5 +1,5 @@
-// The part of CUDA that the kernels use, in C++: a thread for each lane, the blocks of a cluster side by side, clusters one
-// after the other. It is slow and exact, and says nothing of speed or of races within a warp.
+// The part of CUDA that the kernels use, in C++: a thread for each lane, the blocks of a cluster or of a cooperative launch
+// side by side, clusters one after the other. It is slow and exact, and says nothing of speed or of races within a warp.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <barrier>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -16,6 +17,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __noinline__
 #define __grid_constant__
 #define __shared__ static  // blocks of a cluster would share it: only what is the same in all of them may be such
 
@@ -39,6 +41,7 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2
 inline float __expf(float v) { return expf(v); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int by) { return high << by | low >> (32 - by); }
 inline float rsqrtf(float v) { return 1.0f / sqrtf(v); }
+using std::max;
 using std::min;
 
 struct Warp {
@@ -46,10 +49,10 @@ struct Warp {
     uint32_t words[32][6];
 };
 struct Block {
-    std::barrier<> meet;
+    std::barrier<> meet, some_meet;
     std::vector<Warp> warps;
     std::vector<float> memory;
-    Block(int threads, size_t bytes) : meet(threads), warps(threads / 32), memory(bytes / 4 + 1, NAN) {}
+    Block(int threads, size_t bytes) : meet(threads), some_meet(std::max(1, threads - 32)), warps(threads / 32), memory(bytes / 4 + 1, NAN) {}
 };
 struct Blocks {
     std::barrier<> meet;
@@ -63,6 +66,7 @@ inline thread_local int my_rank;
 inline Warp& my_warp() { return my_block->warps[threadIdx.x / 32]; }
 
 inline void __syncthreads() { my_block->meet.arrive_and_wait(); }
+inline void __syncwarp() { my_warp().meet.arrive_and_wait(); }
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
     Warp& warp = my_warp();
     const int lane = threadIdx.x % 32;
@@ -77,11 +81,12 @@ template <class T> T atomicAdd(T* at, T value) { return __atomic_fetch_add(at, v
 // The host's side --------------------------------------------------------------------------------------------------------
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 using cudaStream_t = void*;
-enum { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
+enum { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount,
+       cudaDevAttrMaxSharedMemoryPerBlockOptin };
 struct cudaLaunchAttribute {
     int id;
-    struct { int programmaticStreamSerializationAllowed; dim3 clusterDim; } val;
+    struct { int programmaticStreamSerializationAllowed, cooperative; dim3 clusterDim; } val;
 };
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
@@ -94,14 +99,15 @@ template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel, int, int) { ret
 inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
 // A GPU of compute capability 9 with one multiprocessor, so that blocks have several groups of rows each.
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : 9;
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 232448 : 9;
     return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "as told"; }
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
-    const int size = config->numAttrs > 1 ? config->attrs[1].val.clusterDim.x : 1, threads = config->blockDim.x;
+    const bool whole = config->numAttrs && config->attrs[0].id == cudaLaunchAttributeCooperative;
+    const int size = whole ? config->gridDim.x : config->numAttrs > 1 ? config->attrs[1].val.clusterDim.x : 1, threads = config->blockDim.x;
     for (unsigned y = 0; y < config->gridDim.y; y++)
         for (unsigned x = 0; x < config->gridDim.x; x += size) {
             Blocks cluster(threads * size);
@@ -135,6 +141,7 @@ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     }
     warp.meet.arrive_and_wait();
 }
+inline void multiply_eight(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) { multiply(sum, {a[0], a[1], 0, 0}, b, 0); }
 inline uint4 stream(const uint4* at) { return *at; }
 inline uint32_t stream(const uint32_t* at) { return *at; }
 inline uint32_t times(uint32_t a, uint32_t b) {
@@ -152,5 +159,52 @@ struct Cluster {
         return my_cluster->blocks[rank]->memory.data() + (mine - my_block->memory.data());
     }
 };
+
+// A signal's word: arrivals still to come, how many there are each time, bytes still to come (of a copy, none: it is made at
+// once), and whether its turn is an odd one.
+inline std::mutex signals;
+struct Signal { uint16_t pending, arrivals; int32_t bytes : 31; uint32_t parity : 1; };
+inline void signal_change(uint64_t* at, int arrivals, int bytes) {
+    const std::lock_guard<std::mutex> lock(signals);
+    Signal& signal = *reinterpret_cast<Signal*>(at);
+    signal.pending -= arrivals, signal.bytes += bytes;
+    if (signal.pending == 0 && signal.bytes == 0) signal.pending = signal.arrivals, signal.parity ^= 1;
+}
+inline void signal_init(uint64_t* at, int arrivals) {
+    *reinterpret_cast<Signal*>(at) = {static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0, 0};
+}
+inline void signals_ready() {}
+inline void signal_arrive(uint64_t* at) { signal_change(at, 1, 0); }
+inline void signal_expect(uint64_t* at, uint32_t bytes) { signal_change(at, 1, bytes); }
+inline void signal_wait(uint64_t* at, uint32_t parity) {
+    for (;; std::this_thread::yield()) {
+        const std::lock_guard<std::mutex> lock(signals);
+        if (reinterpret_cast<Signal*>(at)->parity != parity) return;
+    }
+}
+inline void copy_ahead(void* to, const void* from, uint32_t bytes, uint64_t* at) {
+    memcpy(to, from, bytes);
+    signal_change(at, 0, -static_cast<int>(bytes));
+}
+inline void copies_follow() {}
+template <int THREADS_MEETING> void meet() { my_block->some_meet.arrive_and_wait(); }
+inline uint32_t counted(uint32_t* counter) { return atomicAdd(counter, 1u); }
+inline void count(uint32_t* counter) { counted(counter); }
+inline void wait_until(const uint32_t* counter, uint32_t target) {
+    while (__atomic_load_n(counter, __ATOMIC_SEQ_CST) < target) std::this_thread::yield();
+}
+inline void expect_soon(const void*) {}
+inline uint4 fresh(const void* at) { return *static_cast<const uint4*>(at); }
+inline float fresh(const float* at) { return *at; }
+inline uint32_t transposed(uint32_t word) {
+    Warp& warp = my_warp();
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    warp.words[lane][0] = word;
+    warp.meet.arrive_and_wait();
+    const auto half = [&](int row) { return warp.words[row * 4 + g / 2][0] >> (g % 2 * 16) & 0xFFFF; };
+    const uint32_t result = half(q * 2) | half(q * 2 + 1) << 16;
+    warp.meet.arrive_and_wait();
+    return result;
+}
 
 }  // namespace forebay

@@ -14,6 +14,12 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4]
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same with half as many columns of a, and rows of b.
+__device__ __forceinline__ void multiply_eight(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
 __device__ __forceinline__ uint4 stream(const uint4* at) {  // weights: read once
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -66,5 +72,78 @@ __device__ __forceinline__ float* dynamic_shared() {
     extern __shared__ float memory[];
     return memory;
 }
+
+// What one kernel needs that stays on all multiprocessors for a whole step: copies that go on by themselves, signals in shared memory
+// that they complete, and counters by which blocks wait for one another. Whoever waits for seconds ends in an error.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr long long LONGEST_WAIT = 8'000'000'000;  // in cycles: some seconds
+
+__device__ __forceinline__ uint32_t in_shared(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+
+__device__ __forceinline__ void signal_init(uint64_t* signal, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(in_shared(signal)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void signals_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void signal_arrive(uint64_t* signal) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(in_shared(signal)) : "memory");
+}
+__device__ __forceinline__ void signal_expect(uint64_t* signal, uint32_t bytes) {  // and arrive
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(in_shared(signal)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void signal_wait(uint64_t* signal, uint32_t parity) {
+    asm volatile(
+        "{.reg .pred done, late; .reg .u64 start, now;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\n"
+        "mov.u64 start, %%clock64;\n"
+        "AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\n"
+        "mov.u64 now, %%clock64;\n"
+        "sub.u64 now, now, start;\n"
+        "setp.gt.u64 late, now, %2;\n"
+        "@late trap;\n"
+        "bra AGAIN;\n"
+        "DONE: }" ::"r"(in_shared(signal)), "r"(parity), "n"(LONGEST_WAIT) : "memory");
+}
+// To shared memory, of bytes that are read once; all sixteen bytes apart.
+__device__ __forceinline__ void copy_ahead(void* to, const void* from, uint32_t bytes, uint64_t* signal) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(in_shared(to)),
+                 "l"(from), "r"(bytes), "r"(in_shared(signal)), "l"(policy) : "memory");
+}
+// Into what has been written just now.
+__device__ __forceinline__ void copies_follow() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+template <int THREADS_MEETING>
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS_MEETING) : "memory"); }
+
+__device__ __forceinline__ void count(uint32_t* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ uint32_t counted(uint32_t* counter) {  // what it was
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+__device__ __forceinline__ void wait_until(const uint32_t* counter, uint32_t target) {
+    const long long start = clock64();
+    for (;;) {
+        uint32_t now;
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+        if (now >= target) return;
+        if (clock64() - start > LONGEST_WAIT) __trap();
+    }
+}
+// What another block has written, so not from L1.
+__device__ __forceinline__ uint4 fresh(const void* at) { return __ldcg(static_cast<const uint4*>(at)); }
+__device__ __forceinline__ float fresh(const float* at) { return __ldcg(at); }
+__device__ __forceinline__ void expect_soon(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+// An 8 by 8 matrix of bf16, of which lane 4 g + q has columns 2 q and 2 q + 1 of row g.
+__device__ __forceinline__ uint32_t transposed(uint32_t word) {
+    uint32_t result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(word));
+    return result;
+}
+#endif
 
 }  // namespace forebay
