@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from shared.engine.kernels import build, cuda_mixture
-from shared.engine.kernels.cuda_mixture import CudaMixtures
 from shared.engine.kernels.experts import FACTOR, Experts, SharedExpert
 from shared.engine.kernels.gluon_state import KeyNorm
 from shared.engine.kv.layout import KvLayout
@@ -19,7 +17,6 @@ from shared.engine.models.glm_mtp_cuda import GlmMtpOnCuda
 from shared.engine.models.glm_weights import MlpWeights, MtpWeights
 from shared.engine.parallel.group import added
 from shared.engine.parallel.partition import Shard, of_glm
-from shared.models.store import default_cache
 
 FIELDS = {
     "vocab_size": 154_880,
@@ -180,15 +177,8 @@ class Rank:
     group: Counted
 
 
-def mixtures(device: torch.device) -> CudaMixtures:
-    """The kernel of whole mixtures."""
-    capability = torch.cuda.get_device_capability(device)
-    path = build.cuda_library(default_cache() / "kernels", build.cuda_compiler(), capability, "mixture")
-    return cuda_mixture.on(device, cuda_mixture.load(path))
-
-
-def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool, in_one: bool) -> Rank:
-    """Make one; with `in_one` a mixture is one kernel."""
+def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool) -> Rank:
+    """Make one."""
     weights, group = RandomLayers(config, num_ranks, device), Counted(num_ranks)
     layers = [weights.layer(index) for index in range(config.num_layers)]
     drafting_layer, joining = weights.drafting_layer(), weights.joining()
@@ -196,6 +186,6 @@ def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool, 
     memory = DeviceMemory(KV_TOKENS // PAGE_SIZE, layout.page_bytes, device)
     for part in memory.bytes.view(torch.bfloat16).split(256):
         part.normal_(generator=torch.Generator(device).manual_seed(1))
-    decoder = CudaGlm(weights.config, weights.ends(), layers, group, mixtures(device) if in_one else None, pdl=pdl)
+    decoder = CudaGlm(weights.config, weights.ends(), layers, group, pdl=pdl)
     drafts = GlmMtpOnCuda(decoder, drafting_layer, joining)
     return Rank(decoder, layers, drafting_layer, drafts, memory, layout, group)

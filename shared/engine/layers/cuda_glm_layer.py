@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from shared.engine.kernels import (
-    cuda_mixture,
     gluon_experts,
     gluon_rows,
     gluon_state,
@@ -23,7 +22,6 @@ from shared.engine.kernels import (
     triton_route,
     w4a4,
 )
-from shared.engine.kernels.cuda_mixture import CudaMixtures, Routing
 from shared.engine.kernels.experts import Experts, SharedExpert
 from shared.engine.kernels.gluon_rows import MAX_ROWS, Norm
 from shared.engine.kernels.gluon_state import KeyNorm, Rows
@@ -85,8 +83,7 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class Step:
     """What all layers of a step share. No row sees more than `capacity` tokens. With `pdl` kernels start before those
-    in front have ended, which is faster; without, a profile says what each takes. With `mixtures` one kernel computes
-    those of few rows that it suits."""
+    in front have ended, which is faster; without, a profile says what each takes."""
 
     config: GlmConfig
     group: Group
@@ -94,7 +91,6 @@ class Step:
     selected: Selected
     capacity: int
     pdl: bool = True
-    mixtures: CudaMixtures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +152,6 @@ def forward(
     delta = step.group.sum(_attend(low, layer.attention, state, step))
     norm = Norm(layer.post_norm, step.config.rms_norm_eps, delta)
     if isinstance(layer.mlp, Mixture):
-        routing, experts = in_one(layer.mlp, step.config), layer.mlp.experts
-        few = step.mixtures is not None and len(x) <= step.mixtures.max_tokens
-        if step.mixtures is not None and few and routing is not None and isinstance(experts, Experts):
-            x, mixed = step.mixtures(x, delta, norm.gain, norm.eps, routing, experts, layer.mlp.shared)
-            return x, step.group.sum(mixed)
         logits, x, normed = product(x, layer.mlp.router, norm)
         return x, step.group.sum(_mix(logits, normed, layer.mlp, step))
     inner, x, _ = product(x, layer.mlp.gate_up, norm)
@@ -232,16 +223,6 @@ def _select(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, ste
         triton_index.select(
             q[block], head_weights[block], keys, own, selected, step.capacity, first=first, pdl=step.pdl
         )
-
-
-def in_one(weights: Mixture, config: GlmConfig) -> Routing | None:
-    """How tokens choose, of a mixture that one kernel can compute."""
-    routing = Routing(
-        weights.router, weights.correction_bias, config.num_experts_per_token, config.routed_scaling_factor,
-        config.normalize_top_k,
-    )  # fmt: skip
-    experts = weights.experts
-    return routing if isinstance(experts, Experts) and cuda_mixture.suits(routing, experts, weights.shared) else None
 
 
 def _mix(logits: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step) -> torch.Tensor:

@@ -1,25 +1,20 @@
 """GLM-5, 5.1 and 5.2 on a GPU."""
 
-import logging
-
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from shared.engine.batch import Batch
-from shared.engine.kernels import build, cuda_mixture, w4a4
-from shared.engine.kernels.cuda_mixture import CudaMixtures
+from shared.engine.kernels import w4a4
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import cuda_glm_layer
 from shared.engine.layers.cuda_glm import CudaGlm, Ends
-from shared.engine.layers.cuda_glm_layer import Layer, Mixture
+from shared.engine.layers.cuda_glm_layer import Layer
 from shared.engine.models.api import DraftLayer, Placement
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_layout import INDEX_KEYS, LATENTS, layout
 from shared.engine.models.glm_mtp_cuda import GlmMtpOnCuda
 from shared.engine.models.glm_weights import GlmWeights, MlpWeights
-
-log = logging.getLogger(__name__)
 
 
 class GlmOnCuda:
@@ -35,10 +30,7 @@ class GlmOnCuda:
         self._config, self._group = config, placement.group
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
         read = [read_layer(weights, index, fp4) for index in layers]
-        ends = read_ends(weights, config.vocab_size, placement)
-        mixed = [layer.mlp for layer in read if isinstance(layer.mlp, Mixture)]
-        mixtures = _mixtures(placement) if any(cuda_glm_layer.in_one(one, config) for one in mixed) else None
-        self._decoder = CudaGlm(weights.config, ends, read, placement.group, mixtures)
+        self._decoder = CudaGlm(weights.config, read_ends(weights, config.vocab_size, placement), read, placement.group)
         self.draft_layer: DraftLayer | None = None
         if weights.has_mtp:
             self.draft_layer = GlmMtpOnCuda(self._decoder, read_layer(weights, config.num_layers), weights.mtp())
@@ -55,17 +47,6 @@ class GlmOnCuda:
         """Logits float32 [R, vocab_size or more] of the sampled rows; see `models.api.Model`."""
         logits, _ = self._decoder(batch, pool, layout, (LATENTS, INDEX_KEYS))
         return self._group.join(logits) if len(logits) else logits
-
-
-def _mixtures(placement: Placement) -> CudaMixtures | None:
-    """Kernels for whole mixtures of few tokens; without them a mixture is four kernels."""
-    capability = torch.cuda.get_device_capability(placement.device)
-    try:
-        path = build.cuda_library(placement.cache_dir / "kernels", build.cuda_compiler(), capability, "mixture")
-        return cuda_mixture.on(placement.device, cuda_mixture.load(path))
-    except (build.BuildError, OSError) as error:
-        log.warning("computing mixtures without our CUDA kernel for them: %s", error)
-        return None
 
 
 def read_layer(weights: GlmWeights, index: int, fp4: w4a4.Products | None = None) -> Layer:
