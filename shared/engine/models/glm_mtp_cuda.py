@@ -60,6 +60,7 @@ class GlmMtpOnCuda:
         self._embedding_norm, self._state_norm, self._output_norm = own.embedding_norm, own.state_norm, own.output_norm
         self._of_embedding, self._of_state = (half.contiguous() for half in own.join.chunk(2, dim=1))
         self._graphs: dict[tuple[int, int, bool, int], Graph] = {}
+        self._states: tuple[torch.Tensor, tuple[State, State]] | None = None  # of the pool that was there last
 
     def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the sampled rows, and the model's states [T, hidden] behind its last norm."""
@@ -86,7 +87,9 @@ class GlmMtpOnCuda:
         self, batch: Batch, states: torch.Tensor, kept: Selected | None, pool: torch.Tensor, layout: KvLayout
     ) -> DraftStep:
         num_drafting, most = len(batch.sampled_rows), int(batch.context_lens.max())
-        state = self._state(pool, layout, selects=kept is None)
+        if self._states is None or self._states[0] is not pool:
+            self._states = pool, self._views(pool, layout)
+        state = self._states[1][kept is None]
         fits = batch.num_tokens <= GRAPH_ROWS[-1] and num_drafting <= NUM_DRAFTING[-1]
         if not fits or len(batch.page_ids) >= MAX_GRAPH_PAGES:
             rows = cuda_glm.on_device(batch, layout.page_size, states.device)
@@ -151,13 +154,14 @@ class GlmMtpOnCuda:
             m, carried = m[given.drafting], [part[given.drafting] for part in carried]
         return DraftStep(cuda_glm_layer.logits(m, ends.head, pdl=decoder.pdl), m, carried)
 
-    def _state(self, pool: torch.Tensor, layout: KvLayout, *, selects: bool) -> State:
+    def _views(self, pool: torch.Tensor, layout: KvLayout) -> tuple[State, State]:
+        """The layer's state where it keeps a selection, and where it selects."""
         config = self._decoder.config
         sizes = ((MTP_LATENTS, config.latent_dim), (MTP_INDEX_KEYS, config.index_head_dim))
         latents, keys = (
             view.state_view(pool, view.state_class(layout, name), (layout.page_size, size)) for name, size in sizes
         )
-        return State(latents, keys if selects else None, selects)
+        return State(latents, None, False), State(latents, keys, True)
 
     def _joined(self, logits: torch.Tensor) -> torch.Tensor:
         return self._decoder.group.join(logits) if len(logits) else logits

@@ -86,8 +86,17 @@ class BatchedSampler(Sampler):
 
     def launch(self, rows: torch.Tensor, items: Sequence[BatchItem], before: torch.Tensor | None = None) -> Choice:
         """Begin to choose. `before` [..] are the tokens on the device that awaited ones stand for."""
-        logits = rows[:, : self._vocab_size]
-        asked = [up_to(item, number) for item in items for number in range(1 + item.num_drafts)]
+        logits, asked = rows[:, : self._vocab_size], _asked(items)
+        tokens = self._chosen(logits, asked, before)
+        counts = {row: item.sampling.num_logprobs for row, item in enumerate(asked)}
+        wanted = {row: count for row, count in counts.items() if count is not None}
+        return Choice(items, tokens, Logprobs(logits, tokens, wanted) if wanted else None)
+
+    def tokens(self, rows: torch.Tensor, items: Sequence[BatchItem]) -> torch.Tensor:
+        """What `launch` chooses, int64 [R], which stays on the device."""
+        return self._chosen(rows[:, : self._vocab_size], _asked(items), None)
+
+    def _chosen(self, logits: torch.Tensor, asked: Sequence[BatchItem], before: torch.Tensor | None) -> torch.Tensor:
         changed = adjusted(logits, asked, [self._stops_forbidden(item) for item in asked], before)
         tokens = changed.argmax(dim=-1)  # of equals the first, which has the lowest id
         drawing = [row for row, item in enumerate(asked) if item.sampling.temperature >= MIN_TEMPERATURE]
@@ -96,9 +105,12 @@ class BatchedSampler(Sampler):
         elif drawing:
             chosen = put(drawing, torch.int64, tokens.device)
             tokens[chosen] = _draw(changed[chosen], tokens[chosen], [asked[row] for row in drawing])
-        counts = {row: item.sampling.num_logprobs for row, item in enumerate(asked)}
-        wanted = {row: count for row, count in counts.items() if count is not None}
-        return Choice(items, tokens, Logprobs(logits, tokens, wanted) if wanted else None)
+        return tokens
+
+
+def _asked(items: Sequence[BatchItem]) -> list[BatchItem]:
+    """An item for each row."""
+    return [up_to(item, number) for item in items for number in range(1 + item.num_drafts)]
 
 
 def _draw(logits: torch.Tensor, best: torch.Tensor, asked: Sequence[BatchItem]) -> torch.Tensor:

@@ -15,13 +15,13 @@ from shared.engine.api import BatchItem, Chosen, SampledToken, awaited
 from shared.engine.batch import build
 from shared.engine.kv.layout import KvLayout
 from shared.engine.models.api import DraftLayer
-from shared.engine.pinned import put
-from shared.engine.sampling.batched import BatchedSampler, Choice
+from shared.engine.pinned import Fetched, put
+from shared.engine.sampling.batched import BatchedSampler
 from shared.engine.sampling.sampler import Sampler
 
 Tokens = tuple[SampledToken, ...] | None
-# Which of their drafts was chosen for which sequences, on its way to the host.
-Late = tuple[int, Sequence["_Run"], Choice]
+# Which of their drafts was chosen for which sequences, int64 on the device.
+Late = tuple[int, Sequence["_Run"], torch.Tensor]
 AWAITED = -1
 
 
@@ -57,9 +57,7 @@ class MtpDrafter:
                 following = [runs[s].item(place) for s, place in zip(asking, going_on, strict=True)]
                 batch = build(following, self._layout.page_size).resolved(drafted)
                 step = self.layer.advance(batch, step, going_on, pool, self._layout)
-        for number, drafting, choice in late:
-            for run, (token,) in zip(drafting, choice.collect(), strict=True):
-                run.drafts[number] = token.token_id
+        _tell(late)
         return [
             None if chosen is None else Chosen(chosen, tuple(runs[s].drafts) if s in runs else ())
             for s, chosen in enumerate(tokens)
@@ -69,9 +67,8 @@ class MtpDrafter:
         """Choose the `number`-th draft of each, int64 [runs]; if the host does not hear of them yet, `late` says so."""
         views = [run.view() for run in runs]
         if isinstance(self._sampler, BatchedSampler) and not any(view.sampling.has_penalties for view in views):
-            choice = self._sampler.launch(logits, views)
-            late.append((number, runs, choice))
-            tokens, known = choice.tokens, [AWAITED] * len(runs)
+            tokens, known = self._sampler.tokens(logits, views), [AWAITED] * len(runs)
+            late.append((number, runs, tokens))
         else:
             known = self._sampler.propose(logits, views, number)
             tokens = torch.tensor(known)
@@ -106,6 +103,16 @@ class _Run:
     def item(self, place: int) -> BatchItem:
         """The layer's next token, one position on: the last draft, which stands at `place` of those chosen with it."""
         return replace(self._item, token_ids=(awaited(place),), start=self._end + len(self.drafts) - 1)
+
+
+def _tell(late: Sequence[Late]) -> None:
+    """Wait for all drafts that the host has not heard of, and tell it."""
+    if not late:
+        return
+    token_ids = iter(Fetched(torch.cat([tokens for _, _, tokens in late])).wait().tolist())
+    for number, runs, _ in late:
+        for run in runs:
+            run.drafts[number] = next(token_ids)
 
 
 def _follow(item: BatchItem, chosen: Tokens) -> BatchItem:
