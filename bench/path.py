@@ -1,189 +1,174 @@
-"""What the four-service path costs beside the bare engine, with the default model, in one run.
+"""What the four-service path costs beside the bare engine, with the default model, request by request in turns.
 
-    python -m bench.path [--repeats 7]
+    python -m bench.path [--rounds 30] [--beside CHECKOUT] [--worker-flags "--speculation off"]
 
-First the bare engine in this process, then a cluster of one prefill and one decode worker, over REST with streaming:
-time until the cluster is healthy, time to first token of prompts of 64 (prefilled on the decode worker), 512 (handed
-over) and 512 tokens whose prefix is cached, time per token at batch 1, 8 streams together, and of a handed-over prompt
-of 1,500 tokens the time that reading its pages took.
+The bare engine is in this process, the services are a cluster of one prefill and one decode worker, asked over REST
+with streaming; both have as many threads as the machine has cores, and get the same prompts with the same settings.
+While one answers the other has nothing to do. Each round asks both, in an order of chance, for the outputs of a prompt
+of 64 tokens (prefilled on the decode worker, which routers are told to do; left alone they may hand it over), of one of
+512 (handed over), and of the latter again (its prefix is cached). With `--beside` a cluster of another checkout of this
+repository takes its turns, too.
+
+Printed are medians, the median of what the path adds in each pair with its 95 % interval, whether prompts went the way
+that they should, and what each process costs when nobody asks. Drafts are off unless the flags, which are the bare
+engine's, too, say otherwise: how many are made depends on what was measured before, so a token would not be the same
+work on both sides. `--loads` measures more of the cluster alone: 8 streams together, and of a handed-over prompt of
+1,500 tokens the time that reading its pages took.
 """
 
 import argparse
 import asyncio
-import json
-import random
 import re
 import statistics
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlsplit
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from random import Random
 
 import httpx
+import uvloop
 
-from bench import provenance
+from bench import provenance, turns
+from bench.asked import Asked, Cluster, bare_engine
 from cli import background
+from cli.background import Background
+from cli.process import ROOT
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Role
-from shared.engine.api import EngineRequest, SamplingParams, TokensSampled
-from shared.engine.loop import EngineLoop
-from shared.worker.assembly import assemble
-from shared.worker.config import WorkerConfig
 
 NUM_TOKENS = 64
-PAUSE_S = 0.2
+PAUSE_S = 0.15
+# What a cluster does behind a request, its index and its leases, has an end before this.
+IDLE_AFTER_S, IDLE_S = 0.5, 4.0
+BARE, OURS = "bare engine", "four services"
+ROUTER_FLAGS = ("--router-flags", "--local-prefill-max-tokens 64")
+
+Found = dict[str, dict[str, list[float]]]
+"""Milliseconds by figure and by who was asked, round by round."""
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One request: seconds to the first token, and from token to token after it."""
+async def measure(asked: dict[str, Asked], num_rounds: int, chance: Random) -> Found:
+    """Ask everybody, in turns."""
+    found: Found = defaultdict(lambda: defaultdict(list))
 
-    first_s: float
-    each_s: float
+    async def one(name: str, figure: str, prompt: Sequence[int], num_tokens: int) -> None:
+        await asyncio.sleep(PAUSE_S)
+        took = await asked[name].ask(prompt, num_tokens)
+        found[figure][name].append(took.first_ms)
+        if num_tokens == NUM_TOKENS:
+            found["each token, batch 1"][name].append(took.each_ms)
 
-
-def prompts(length: int, count: int, seed: int) -> list[list[int]]:
-    chance = random.Random(seed)
-    return [chance.choices(range(100, 40_000), k=length) for _ in range(count)]
-
-
-def best_and_median(values: Sequence[float], unit: float = 1e3) -> str:
-    return f"{statistics.median(values) * unit:.1f} ms (best {min(values) * unit:.1f})"
-
-
-class Bare:
-    """The engine in this process."""
-
-    def __init__(self, loop: EngineLoop) -> None:
-        self._loop = loop
-
-    async def ask(self, prompt: list[int], num_tokens: int = NUM_TOKENS) -> Timing:
-        sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-        started, times = time.perf_counter(), []
-        async for event in self._loop.generate(EngineRequest("bare", tuple(prompt), sampling, hash_key=b"bench")):
-            if isinstance(event, TokensSampled):
-                times.append(time.perf_counter())
-        return Timing(times[0] - started, (times[-1] - times[0]) / max(1, len(times) - 1))
+    for _ in range(num_rounds):
+        short, long = _prompt(chance, 64), _prompt(chance, 512)
+        for figure, prompt, num_tokens in (
+            ("first token of 64", short, NUM_TOKENS),
+            ("first token of 512", long, 2),
+            ("first token of 512, prefix cached", long, 1),
+        ):
+            ways = {name: partial(one, name, figure, prompt, num_tokens) for name in asked}
+            await turns.in_turns(ways, chance)
+    return found
 
 
-class Cluster:
-    """The four services over REST.
-
-    HTTP is written out here: httpx adds 1.7 ms of its own to a first token and aiohttp 1.0, and neither is the path.
-    """
-
-    def __init__(self, url: str, model: str) -> None:
-        self._address, self._model = urlsplit(url), model
-
-    async def ask(self, prompt: list[int], num_tokens: int = NUM_TOKENS) -> Timing:
-        body: dict[str, Any] = {"model": self._model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0}
-        content = json.dumps(body | {"stream": True, "ignore_eos": True, "return_token_ids": True}).encode()
-        reader, writer = await asyncio.open_connection(self._address.hostname, self._address.port)
-        head = "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nConnection: close\r\nContent-Type: application/json\r\n"
-        started, times = time.perf_counter(), []
-        try:
-            writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-            async for line in reader:
-                if line.startswith(b"data: {") and json.loads(line[6:])["choices"][0].get("token_ids"):
-                    times.append(time.perf_counter())
-        finally:
-            writer.close()
-        return Timing(times[0] - started, (times[-1] - times[0]) / max(1, len(times) - 1))
+def report(found: Found, names: Sequence[str]) -> None:
+    """Print the table of medians and of what is added."""
+    print(f"| ms, median (best) | {' | '.join(names)} |{' added by the path (95 %) |' * (len(names) - 1)}")
+    print("|---" * (2 * len(names)) + "|")
+    for figure, by_name in found.items():
+        cells = [f"{statistics.median(by_name[name]):.1f} ({min(by_name[name]):.1f})" for name in names]
+        cells += [str(turns.difference(by_name[names[0]], by_name[name])) for name in names[1:]]
+        print(f"| {figure} | {' | '.join(cells)} |")
+    for older, newer in zip(names[2:], names[1:], strict=False):
+        told = [f"{figure} {turns.difference(each[older], each[newer])}" for figure, each in found.items()]
+        print(f"\n{newer} beside {older}, ms: {'; '.join(told)}")
 
 
-@asynccontextmanager
-async def bare_engine() -> AsyncGenerator[Bare, None]:
-    config = WorkerConfig.load([])
-    loop = EngineLoop(assemble(config).engine)
-    loop.start()
-    try:
-        yield Bare(loop)
-    finally:
-        await loop.stop()
-
-
-async def measure(what: Bare | Cluster, repeats: int, seed: int) -> dict[str, list[float]]:
-    """Seconds by name of figure."""
-    await what.ask(prompts(64, 1, seed)[0])
-    figures: dict[str, list[float]] = {"each": []}
-    for length in (64, 512):
-        asked = prompts(length, repeats, seed + length)
-        timings = [await alone(what, prompt) for prompt in asked]
-        figures[f"first {length}"] = [timing.first_s for timing in timings]
-        figures["each"] += [timing.each_s for timing in timings if length == 64]
-    figures["first 512 cached"] = [(await alone(what, prompt, 1)).first_s for prompt in asked]
-    return figures
-
-
-async def alone(what: Bare | Cluster, prompt: list[int], num_tokens: int = NUM_TOKENS) -> Timing:
-    """Ask when nothing is left to do for the request before: its spans, counts and page hashes have been told."""
-    await asyncio.sleep(PAUSE_S)
-    return await what.ask(prompt, num_tokens)
-
-
-async def streams_per_s(cluster: Cluster, num_streams: int) -> float:
-    asked = prompts(32, num_streams, 77)
-    started = time.perf_counter()
-    await asyncio.gather(*(cluster.ask(prompt, 128) for prompt in asked))
-    return num_streams * 128 / (time.perf_counter() - started)
-
-
-async def transfer_s(redis_url: str) -> float:
-    """Seconds that decode workers have spent reading pages."""
+async def reads(redis_url: str) -> tuple[int, float]:
+    """How often decode workers have read pages, and the seconds that it took."""
     board = Blackboard(redis_url)
     try:
         workers = await board.processes(Role.DECODE)
     finally:
         await board.close()
     async with httpx.AsyncClient() as http:
-        texts = [(await http.get(f"http://{worker.metrics_address}/metrics")).text for worker in workers]
-    found = [re.search(r"^forebay_transfer_seconds_sum(?:{.*})? (\S+)$", text, re.MULTILINE) for text in texts]
-    return sum(float(match.group(1)) for match in found if match)
+        text = "\n".join([(await http.get(f"http://{worker.metrics_address}/metrics")).text for worker in workers])
+    sums = [
+        sum(map(float, re.findall(rf"^forebay_transfer_seconds_{what}(?:{{.*}})? (\S+)$", text, re.MULTILINE)))
+        for what in ("count", "sum")
+    ]
+    return int(sums[0]), sums[1]
 
 
-async def long_handoff(cluster: Cluster, redis_url: str, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds to first token of 1,500-token prompts, and of reading their pages."""
-    firsts, reads = [], []
-    for prompt in prompts(1500, repeats, 99):
-        before = await transfer_s(redis_url)
-        firsts.append((await cluster.ask(prompt, 2)).first_s)
-        reads.append(await transfer_s(redis_url) - before)
-    return firsts, reads
+async def idle_shares(running: Background) -> dict[str, float]:
+    """What each process takes of a core while nobody asks, right after a request, in percent by role."""
+    await asyncio.sleep(IDLE_AFTER_S)
+    before = background.cpu_s(running)
+    await asyncio.sleep(IDLE_S)
+    return {role: (after - before[role]) * 100 / IDLE_S for role, after in background.cpu_s(running).items()}
 
 
-def report(bare: dict[str, list[float]], ours: dict[str, list[float]]) -> None:
-    print("| | bare engine | four services | added, median |\n|---|---|---|---|")
-    names = {"first 64": "first token of 64", "first 512": "first token of 512", "each": "each token, batch 1"}
-    names["first 512 cached"] = "first token of 512, prefix cached"
-    for key, name in names.items():
-        added = (statistics.median(ours[key]) - statistics.median(bare[key])) * 1e3
-        print(f"| {name} | {best_and_median(bare[key])} | {best_and_median(ours[key])} | {added:+.1f} ms |")
+async def loads(cluster: Cluster, running: Background, chance: Random, num_rounds: int = 7) -> None:
+    """Print what 8 streams get together, and what handing over 1,500 tokens takes."""
+    asked = [_prompt(chance, 32) for _ in range(8)]
+    started_s = time.perf_counter()
+    await asyncio.gather(*(cluster.ask(prompt, 128) for prompt in asked))
+    print(f"\n8 streams: {len(asked) * 128 / (time.perf_counter() - started_s):.0f} tokens/s together")
+    firsts, took = list[float](), list[float]()
+    for _ in range(num_rounds):
+        before = await reads(running.run.redis_url)
+        firsts.append((await cluster.ask(_prompt(chance, 1500), 2)).first_ms)
+        await asyncio.sleep(PAUSE_S)
+        took.append(((await reads(running.run.redis_url))[1] - before[1]) * 1e3)
+    first, read = statistics.median(firsts), statistics.median(took)
+    print(f"1,500 tokens handed over: first token after {first:.0f} ms, {read:.0f} ms of them reading pages,")
+    print(f"{read / first:.1%}, most of it behind the computation")
 
 
-async def main() -> None:
+def _prompt(chance: Random, length: int) -> list[int]:
+    return chance.choices(range(100, 40_000), k=length)
+
+
+async def run(args: argparse.Namespace, checkouts: dict[str, Path]) -> None:
+    """Measure and print."""
+    chance, flags = Random(args.seed), args.worker_flags
+    async with bare_engine(flags.split()) as bare:
+        with ExitStack() as stack:
+            started_s, running = time.perf_counter(), dict[str, Background]()
+            for name, root in checkouts.items():
+                cluster = background.cluster("--worker-flags", flags, *ROUTER_FLAGS, root=root)
+                running[name] = stack.enter_context(cluster)
+            print(f"healthy after {(time.perf_counter() - started_s) / len(running):.1f} s\n")
+            clusters = {name: Cluster(one) for name, one in running.items()}
+            asked: dict[str, Asked] = {BARE: bare, **clusters}
+            await measure(asked, 2, chance)
+            before = {name: await reads(one.run.redis_url) for name, one in running.items()}
+            report(await measure(asked, args.rounds, chance), list(asked))
+            for name, one in running.items():
+                count = (await reads(one.run.redis_url))[0] - before[name][0]
+                print(f"\n{name}: {count} of {args.rounds} prompts of 512 were handed over")
+                await clusters[name].ask(_prompt(chance, 512), 2)
+                shares = ", ".join(f"{role} {share:.1f}" for role, share in (await idle_shares(one)).items())
+                print(f"then, with nothing to do, % of a core: {shares}")
+            if args.loads:
+                await loads(clusters[OURS], running[OURS], chance)
+
+
+def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    repeats = parser.parse_args().repeats
-    print(provenance.banner("bench.path"))
-    async with bare_engine() as bare:
-        bare_figures = await measure(bare, repeats, seed=1)
-    started = time.perf_counter()
-    with background.cluster() as running:
-        up_s = time.perf_counter() - started
-        cluster = Cluster(running.run.url, running.run.model)
-        report(bare_figures, await measure(cluster, repeats, seed=1))
-        rate = await streams_per_s(cluster, 8)
-        firsts, reads = await long_handoff(cluster, running.run.redis_url, repeats)
-    share, each_s = statistics.median(reads) / statistics.median(firsts), statistics.median(bare_figures["each"])
-    print(f"\nhealthy after {up_s:.1f} s; decode at batch 1: {1 / each_s:.0f} tokens/s bare")
-    print(f"8 streams: {rate:.0f} tokens/s together")
-    print(
-        f"1,500 tokens handed over: first token {best_and_median(firsts)}, of it reading pages {best_and_median(reads)}"
-    )
-    print(f"reading pages is {share:.1%} of the time to first token, most of it behind the computation")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--beside", help="another checkout, whose cluster takes turns, too")
+    parser.add_argument("--worker-flags", default="--speculation off", help="of both workers and the bare engine")
+    parser.add_argument("--loads", action="store_true", help="measure 8 streams and 1,500 tokens, too")
+    args = parser.parse_args()
+    print(provenance.banner("bench.path"), flush=True)
+    checkouts = {OURS: ROOT} | ({"beside": Path(args.beside).resolve()} if args.beside else {})
+    uvloop.run(run(args, checkouts))
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

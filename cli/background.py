@@ -1,5 +1,6 @@
 """`forebay up` in a process of its own, for as long as something else needs a cluster: a benchmark, a test."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 from cli import state
@@ -29,14 +31,15 @@ class Background:
 
 
 @contextmanager
-def cluster(*flags: str, start_deadline_s: float = START_DEADLINE_S) -> Iterator[Background]:
-    """A cluster started by `forebay up FLAGS` on ports of its own; stopped as by Ctrl-C afterwards.
+def cluster(*flags: str, start_deadline_s: float = START_DEADLINE_S, root: Path = ROOT) -> Iterator[Background]:
+    """A cluster started by `forebay up FLAGS` on ports of its own; stopped as by Ctrl-C afterwards. Its code is that of
+    the checkout at `root`.
 
     Raises StartFailed if it does not come up, RuntimeError if it did not end well.
     """
     with tempfile.TemporaryFile() as output:
         command = [sys.executable, "-m", "cli.main", "up", "--port", "0", *flags]
-        supervisor = subprocess.Popen(bound_to_me(command), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        supervisor = subprocess.Popen(bound_to_me(command), cwd=root, stdout=output, stderr=subprocess.STDOUT)
         try:
             yield Background(supervisor, _wait_until_ready(supervisor, output, start_deadline_s))
         finally:
@@ -47,6 +50,16 @@ def cluster(*flags: str, start_deadline_s: float = START_DEADLINE_S) -> Iterator
                 supervisor.kill()
         if code != 0:
             raise RuntimeError(f"forebay up ended with {code}:\n{_text(output)}")
+
+
+def cpu_s(running: Background) -> dict[str, float]:
+    """CPU time by role so far, user and system (proc(5), fields 14 and 15 of stat)."""
+    spent: dict[str, float] = {}
+    for process in running.run.processes:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        spent[process.role] = spent.get(process.role, 0.0) + seconds
+    return spent
 
 
 def _wait_until_ready(supervisor: "subprocess.Popen[bytes]", output: IO[bytes], deadline_s: float) -> RunState:

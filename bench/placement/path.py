@@ -1,15 +1,13 @@
 """The path alone: what gateway and router cost for text prompts, before workers that take no time."""
 
 import asyncio
-import os
 import random
 import time
-from pathlib import Path
 from statistics import median
 
 from bench.placement.client import Client
 from bench.serve.measures import ttft_ms
-from cli.background import Background, cluster
+from cli.background import Background, cluster, cpu_s
 from shared.models import store
 from shared.models.catalogue import DEFAULT_MODEL
 
@@ -62,10 +60,10 @@ def measure(num_requests: int, concurrencies: list[int], seed: int) -> None:
 def _row(running: Background, concurrency: int, num_requests: int, seed: int) -> str:
     chance = random.Random(f"path {concurrency} {seed}")
     prompts = [prompt(chance, 512) for _ in range(num_requests)]
-    before, own, started = _cpu_s(running), time.process_time(), time.perf_counter()
+    before, own, started = cpu_s(running), time.process_time(), time.perf_counter()
     num_failed = asyncio.run(_all(Client(running.run.url, running.run.model), prompts, concurrency))
     wall_s, own = time.perf_counter() - started, time.process_time() - own
-    spent = {role: (after - before[role]) * 1000 / num_requests for role, after in _cpu_s(running).items()}
+    spent = {role: (after - before[role]) * 1000 / num_requests for role, after in cpu_s(running).items()}
     workers = spent["decode"] + spent.get("prefill", 0.0)
     failed = f" ({num_failed} failed)" if num_failed else ""
     return (
@@ -97,13 +95,3 @@ async def _added_ms(client: Client, num_tokens: int, seed: int, repeats: int = 2
             raise RuntimeError(answer.fault)
         added.append(ttft_ms(answer) - answer.num_input * MS_PER_TOKEN)
     return added
-
-
-def _cpu_s(running: Background) -> dict[str, float]:
-    """CPU time by role so far, user and system (proc(5), fields 14 and 15 of stat)."""
-    spent: dict[str, float] = {}
-    for process in running.run.processes:
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        spent[process.role] = spent.get(process.role, 0.0) + seconds
-    return spent

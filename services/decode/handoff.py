@@ -50,6 +50,15 @@ class Handoff:
                 self._puller.give_up(self._prefill, self._lease)
 
     def announce(self, ready: prefill_pb2.PagesReady) -> None:
+        """Pages that can be read, and are. Raises as `accept`."""
+        self.accept(ready)
+        self.read(ready)
+
+    def read(self, ready: prefill_pb2.PagesReady) -> None:
+        """Begin to read pages that were accepted."""
+        self._announced.put_nowait(ready)
+
+    def accept(self, ready: prefill_pb2.PagesReady) -> None:
         """Pages that can be read. Raises BadManifest if they are not the next ones, complete, under the one lease, and
         the fault that ended the reading of earlier ones.
         """
@@ -67,7 +76,6 @@ class Handoff:
         self._page_ids.update(ready.manifest.page_ids)
         if self._next_page > len(self._table.page_ids):
             raise BadManifest(f"the prompt has {len(self._table.page_ids)} pages, not {self._next_page}")
-        self._announced.put_nowait(ready)
 
     async def complete(self, num_pages: int, num_tokens: int) -> None:
         """Finish reading and make the first `num_tokens` tokens of the table count.

@@ -1,5 +1,6 @@
 """DecodeService: generates tokens, behind a prefill of its own or of another worker."""
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
@@ -32,6 +33,9 @@ Responses = AsyncGenerator[decode_pb2.GenerateResponse, None]
 NO_TIME_S = 0.05
 # A rest of a prompt as short as this is computed here: another handoff would cost about as much.
 REST_TOKENS = 128
+# A first token is this far ahead of the READ of the last pages, which copies in memory for some 10 ms: whoever is to
+# pass the token on is woken on the processor of who sent it, and would come behind the READ there.
+TOKEN_AHEAD_S = 0.001
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -142,6 +146,9 @@ class Generation:
                     self._over = True
                     yield self._finished(finished.finish_reason, _stop_token(finished))
                     return
+                if finished.HasField("last_pages"):
+                    await asyncio.sleep(TOKEN_AHEAD_S)
+                    handoff.read(finished.last_pages)
                 await handoff.complete(finished.num_pages, len(self._job.token_ids))
                 # Before its turn in a step comes: others with this prompt may be in that step, too.
                 self._worker.engine.kv.publish(table, 0, hashes)
@@ -252,13 +259,14 @@ class Generation:
 
 
 async def _announce(events: AsyncIterator[Any], handoff: Handoff) -> prefill_pb2.PrefillFinished:
-    """Pass on what the prefill worker says, to its last message; the end of its stream says nothing more."""
+    """Pass on what the prefill worker says, up to its last message; the end of its stream says nothing more. The pages
+    in that message are left for when the token beside them is out."""
     async for event in events:
         finished: prefill_pb2.PrefillFinished = event.finished
         if event.HasField("pages_ready"):
             handoff.announce(event.pages_ready)
         elif finished.HasField("last_pages"):
-            handoff.announce(finished.last_pages)
+            handoff.accept(finished.last_pages)
         if event.HasField("finished"):
             return finished
     raise BadManifest("the prefill worker ended its stream without a token")

@@ -117,6 +117,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         if ready := handed.ready(self._worker.engine.spec.layout, event):
             self._worker.engine.kv.widen(ready.lease.lease_id, ready.manifest.page_ids)
             await self._worker.kv_servicer.seal(ready.manifest)
+            self._worker.kv_servicer.serve()
         return ready
 
 

@@ -59,6 +59,7 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
         except BaseException:
             self._kv.release(lease_id)
             raise
+        self.serve()
         return kv_pb2.AcquireResponse(lease=self.lease(lease_id), manifest=manifest)
 
     async def Renew(self, request: kv_pb2.RenewRequest, _context: Any) -> kv_pb2.RenewResponse:
@@ -66,6 +67,7 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
         self._identity.require(request.epoch)
         if not self._kv.renew(request.lease_id):
             raise StaleEpoch(f"lease {request.lease_id} has ended")
+        self.serve()
         return kv_pb2.RenewResponse(lease=self.lease(request.lease_id))
 
     async def Release(self, request: kv_pb2.ReleaseRequest, _context: Any) -> kv_pb2.ReleaseResponse:
@@ -77,8 +79,7 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
         return kv_pb2.ReleaseResponse(status=status)
 
     def lease(self, lease_id: int) -> kv_pb2.Lease:
-        """A lease that was just given or renewed, as a message; its pages can be read from now on."""
-        self.serve()
+        """A lease that was just given or renewed, as a message."""
         return kv_pb2.Lease(lease_id=lease_id, epoch=self._identity.epoch, ttl_ms=self._kv.lease_ttl_ms)
 
     async def seal(self, manifest: kv_pb2.Manifest) -> None:
@@ -87,5 +88,5 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
             manifest.page_checksums.extend(await self._pools.checksums(manifest.page_ids))
 
     def serve(self) -> None:
-        """Answer READs for as long as a lease given now would last."""
+        """Answer READs, of which one may come at any moment, for as long as a lease given now would last."""
         self._pools.serve(self._kv.lease_ttl_ms / 1000)

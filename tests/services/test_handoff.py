@@ -46,6 +46,19 @@ async def test_a_request_may_end_with_its_first_token(max_tokens: int, world: Fl
     await d.idle()
 
 
+async def test_pages_are_not_read_for_an_output_that_ends_with_its_first_token(world: Fleet) -> None:
+    p, d = await world.start("p"), await world.start("d")
+    read: list[int] = []
+    d.transport.arrived = read.extend
+    one_step = PROMPT[:20]
+    await generate(world, request(one_step, d, p, max_tokens=1))
+    await p.idle()
+    assert (await d.idle()).cached == 0
+    assert read == []
+    await generate(world, request(one_step, d, p, max_tokens=2))
+    assert len(read) == 5
+
+
 async def test_a_stop_token_ends_a_request_on_either_side(world: Fleet) -> None:
     tokens = await alone(world, PROMPT)
     p, d = await world.start("p"), await world.start("d")

@@ -47,7 +47,8 @@ class Transport(Protocol):
 
     def serve(self, seconds: float) -> None:
         """Answer peers' connects and reads for this long from now, or a few seconds after the last call that asked for
-        more than 0: a peer may be connecting. Each call replaces the one before.
+        more than 0: a peer may be connecting. Each call replaces the one before, and one that asks for more than 0 says
+        that a peer may come at any moment; when none does for a while, answers may take some 20 ms.
 
         Not every path is truly one-sided: where there is no shared memory the owner's CPU takes part in a READ. So an
         owner serves while a lease of its own lives, and sleeps otherwise.

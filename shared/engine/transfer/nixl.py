@@ -59,8 +59,8 @@ class NixlTransport:
         now = time.monotonic()
         if seconds > 0:
             self._linger_until = now + LINGER_S
-        self._thread.serve_until = max(now + seconds, self._linger_until)
-        self._thread.call(lambda: None)
+        until_s = max(now + seconds, self._linger_until)
+        self._thread.call(partial(self._thread.lookout.serve, until_s, expects=seconds > 0))
 
     async def connect(self, pool: RemotePool, timeout_s: float, slices: Slices | None = None) -> Link:
         """See `Transport.connect`. Reads the head of the pool once, which also completes UCX's connection."""

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shared.engine.transfer.lookout import Lookout
 from shared.engine.transfer.nixl_link import Link, Read
 from shared.errors import DeadlineExceeded, Fault, TransferFailed
 
@@ -26,12 +27,12 @@ NICS = Path("/sys/class/infiniband")
 
 
 class NixlThread(threading.Thread):
-    """`server` is the agent that peers read from; it is polled until `serve_until` (time.monotonic)."""
+    """`server` is the agent that peers read from; `lookout` says when to look for them."""
 
     def __init__(self) -> None:
         super().__init__(name="nixl", daemon=True)
         self.server: Any = None
-        self.serve_until = 0.0
+        self.lookout = Lookout()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._reads: list[Read] = []
         self._parked: list[Link] = []
@@ -107,14 +108,16 @@ class NixlThread(threading.Thread):
         if self._reads:
             self._delay = min(self._delay * 1.5, LAST_DELAY_S)
             return self._delay
-        return LAST_DELAY_S if time.monotonic() < self.serve_until else None
+        return self.lookout.pause_s()
 
     def _poll(self) -> None:
-        if self.server is not None and time.monotonic() < self.serve_until:
+        if self.server is not None and self.lookout.pause_s() is not None:
+            started_s = time.thread_time()
             try:
                 self.server.get_new_notifs()
             except Exception as error:
                 log.debug("a reader went away: %s", error)
+            self.lookout.looked(time.thread_time() - started_s)
         for read in list(self._reads):
             if not read.done.done():
                 self._settle(read, *_state(read))
