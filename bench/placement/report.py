@@ -27,6 +27,25 @@ def _row(name: str, one: Figures) -> str:
     )
 
 
+def plot_frontier(rows: Mapping[str, Figures], title: str, path: Path) -> None:
+    """What first tokens cost in time per token, a point for each configuration, as a PNG."""
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    axis.scatter([one.ttft_p90 for one in rows.values()], [one.tpot_p90 for one in rows.values()])
+    for name, one in rows.items():
+        axis.annotate(name, (one.ttft_p90, one.tpot_p90), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axis.set_xlabel("TTFT p90, ms")
+    axis.set_ylabel("TPOT p90, ms")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.set_title(title)
+    drawn.savefig(path)
+    pyplot.close(drawn)
+
+
 def plot(rows: Mapping[str, Figures], title: str, path: Path) -> None:
     """Bars of hit rate, TTFT p90 and TPOT p90, as a PNG."""
     mpl.use("Agg")
