@@ -34,9 +34,9 @@ def plot_frontier(rows: Mapping[str, Figures], title: str, path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
-    axis.scatter([one.ttft_p90 for one in rows.values()], [one.tpot_p90 for one in rows.values()])
-    for name, one in rows.items():
-        axis.annotate(name, (one.ttft_p90, one.tpot_p90), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    for number, (name, one) in enumerate(rows.items()):
+        axis.scatter(one.ttft_p90, one.tpot_p90, label=name, color=f"C{number % 10}", marker="os^"[number // 10 % 3])
+    axis.legend()
     axis.set_xlabel("TTFT p90, ms")
     axis.set_ylabel("TPOT p90, ms")
     axis.set_xlim(left=0)
