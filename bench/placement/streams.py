@@ -129,7 +129,7 @@ def _bind(pid: int | None, cores: str) -> None:
 
 
 async def _row(client: Client, load: Load) -> str:
-    ended, chance = asyncio.Event(), random.Random(f"streams {load.seed} {load.long_output}")
+    ended, chance = asyncio.Event(), random.Random(f"streams {load}")
     streams = [asyncio.create_task(_stream(client, load, number, ended)) for number in range(load.num_streams)]
     begin_s = time.perf_counter()
     window, firsts = (
@@ -167,7 +167,7 @@ async def _long(client: Client, prompt: tuple[int, ...], output_tokens: int) -> 
 
 async def _stream(client: Client, load: Load, number: int, ended: asyncio.Event) -> list[Answer]:
     """One stream after the other until the end."""
-    chance, answers = random.Random(f"stream {number} {load.seed}"), []
+    chance, answers = random.Random(f"stream {number} {load}"), []
     while not ended.is_set():
         answers.append((await client.ask(token_ids(chance, 32), load.stream_tokens)).answer)
         if answers[-1].fault:
