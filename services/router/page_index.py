@@ -99,7 +99,8 @@ class PageIndex:
 
     def _look_anew(self) -> None:
         """Views of what was replaced, for those who take single numbers out of it."""
-        self._masks_view, self._directory_view = self._masks.reshape(-1).data, self._directory.data
+        self._masks_view, self._directory_view = self._masks.reshape(-1).data.cast("B"), self._directory.data
+        self._mask_bytes = SLOTS_PER_WORD // 8 * self.num_words
         self._shift_bits = int(self._shift)
 
     # Changes ----------------------------------------------------------------------------------------------------------
@@ -247,11 +248,8 @@ class PageIndex:
             row = bucket * BUCKET_ROWS + held.index(wanted)
             if self._highs_view[row] != high:  # half of its hash is another page's
                 return int.from_bytes(self.masks(np.array([[low, high]], np.uint64)).tobytes(), sys.byteorder)
-            if self.num_words == 1:
-                return int(self._masks_view[row])
-            first_word = row * self.num_words
-            parts = self._masks_view[first_word : first_word + self.num_words].tolist()
-            return sum(part << SLOTS_PER_WORD * place for place, part in enumerate(parts))
+            mask = self._masks_view[row * self._mask_bytes : (row + 1) * self._mask_bytes]
+            return int.from_bytes(mask, sys.byteorder)
         return 0
 
     def _lengths_of(self, ends: list[tuple[int, int]]) -> Ints:

@@ -83,11 +83,10 @@ class Ranked(Sequence[Candidate]):
 def rank(query: Query, table: Table, weights: Weights) -> Ranked:
     """Every placement, the best first, whether there is room for it or not. Raises NoWorker or ContextTooLong."""
     scored = costs(query, table, weights)
-    totals = scored.totals.reshape(-1)
     if weights.policy == "cost":
-        ranked = by_cost(query, scored, totals, weights)
+        ranked = by_cost(query, scored, weights)
     else:
-        ranked = Ranked(scored, rival_order(weights.policy, query, table, scored, totals))
+        ranked = Ranked(scored, rival_order(weights.policy, query, table, scored, scored.totals.reshape(-1)))
     if not len(ranked.numbers(1)):
         raise nobody(query, table)
     return ranked
@@ -98,22 +97,20 @@ def place(query: Query, table: Table, weights: Weights) -> Candidate:
     return rank(query, table, weights)[0]
 
 
-def by_cost(query: Query, scored: Costs, totals: Floats, weights: Weights) -> Ranked:
+def by_cost(query: Query, scored: Costs, weights: Weights) -> Ranked:
     """The cheapest first, and none that is a longer detour than may be made. Those that may be chosen at once, and a
     few more, are put in order at once."""
-    lowest = float(totals.min(initial=np.inf))
+    totals = scored.totals.reshape(-1)
+    lowest, likely = _bounds(scored.totals)
     highest = min(lowest + weights.max_detour_ms, sys.float_info.max)
-    tied = np.flatnonzero(totals <= min(lowest + weights.tie_ms, highest))
-    if (count := max(FEW, len(tied))) >= len(totals):
-        first = np.argsort(totals, kind="stable")
-    else:
-        few = np.argpartition(totals, count)[:count]
-        few.sort()
-        first = few.take(totals.take(few).argsort(kind="stable"))
-    if len(first) and totals[first[-1]] > highest:
-        first = first[: np.searchsorted(totals.take(first), highest, side="right")]
-    if len(tied) > 1:
-        first[: len(tied)] = spread(query, scored.table, tied)
+    few = np.flatnonzero(totals <= max(likely, lowest + weights.tie_ms))
+    costs_ms = totals.take(few)
+    order = costs_ms.argsort(kind="stable")
+    ends = costs_ms.take(order).searchsorted((min(lowest + weights.tie_ms, highest), highest), side="right")
+    num_tied, num_first = ends.tolist()
+    first = few.take(order[:num_first])
+    if num_tied > 1:
+        first[:num_tied] = spread(query, scored.table, first[:num_tied])
 
     def rest() -> Ints:
         others = totals <= highest
@@ -122,6 +119,16 @@ def by_cost(query: Query, scored: Costs, totals: Floats, weights: Weights) -> Ra
         return order[others[order]]
 
     return Ranked(scored, first, rest)
+
+
+def _bounds(totals: Floats) -> tuple[float, float]:
+    """The lowest cost of all, and one that a few placements do not exceed: of rows or columns, whichever are more, the
+    lowest of each is one of them."""
+    if totals.size <= FEW * FEW:
+        return float(totals.min(initial=np.inf)), np.inf
+    lowest = totals.min(axis=int(totals.shape[0] > totals.shape[1]))
+    lowest.sort()
+    return float(lowest[0]), float(lowest[FEW - 1])
 
 
 def spread(query: Query, table: Table, tied: Ints) -> Ints:

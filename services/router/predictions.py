@@ -84,18 +84,21 @@ class Predictions:
         """Leading pages that each worker has [workers], or is going to: `runs` itself if no prediction says more."""
         self.forget(now)
         known = self._known(page_hashes) if self._spans else []
-        raised, seen = runs, set[Incarnation]()
+        # Who has a later mark has the first, for no shorter time.
+        sought = {worker for _, spans in known[:1] for worker, (begin, end) in spans.items() if begin <= now < end}
+        raised = runs
         for at, spans in reversed(known):
-            for worker, (begin, end) in spans.items():
-                if worker in seen or not begin <= now < end:
+            for worker in sought.intersection(spans):
+                begin, end = spans[worker]
+                if not begin <= now < end:
                     continue
-                seen.add(worker)
+                sought.discard(worker)
                 row = row_of.get(worker)
                 if row is not None and raised[row] <= at:
                     raised = runs.copy() if raised is runs else raised
                     raised[row] = at + 1
-            if len(seen) == len(known[0][1]):
-                break  # who has a later mark has the first
+            if not sought:
+                break
         return raised
 
     def _known(self, page_hashes: bytes) -> list[tuple[int, dict[Incarnation, tuple[float, float]]]]:

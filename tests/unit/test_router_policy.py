@@ -369,6 +369,19 @@ def test_what_is_left_of_a_ranking_goes_on_where_its_beginning_ended() -> None:
     assert [*all_of_them[:2], *all_of_them[2:]] == list(all_of_them)
 
 
+@pytest.mark.parametrize(("num_prefill", "num_decode"), [(40, 3), (3, 100), (30, 30), (300, 1), (0, 300)])
+def test_in_large_fleets_the_first_few_are_those_that_a_sorted_list_begins_with(
+    num_prefill: int, num_decode: int
+) -> None:
+    fleet = [worker(f"{role}{number}", queue_ms=float(37 * number % 1_009), decoding=number % 7)
+             for role, count in (("p", num_prefill), ("d", num_decode)) for number in range(count)]  # fmt: skip
+    table = Table.of(fleet, replace(WEIGHTS, tie_ms=0.0))
+    found = policy.rank(query(), table, replace(WEIGHTS, tie_ms=0.0))
+    first = [found.scored.totals.reshape(-1)[number] for number in found.numbers(6)]
+    assert first == sorted(found.scored.totals.reshape(-1))[:6]
+    assert sorted(found.numbers().tolist()) == list(range((num_prefill + 1) * num_decode))
+
+
 # Detours --------------------------------------------------------------------------------------------------------------
 
 BUSY = [worker("d1"), worker("d2", queue_ms=100.0), worker("d3", queue_ms=400.0)]
