@@ -2,8 +2,9 @@
 
     python -m bench.routing [--pages 1000] [--workers 16 64] [--index-pages 1000000] [--seconds 2]
 
-Half of the workers prefill, half decode. Each prompt is new and begins with what some conversation had: four workers
-have different parts of it cached, so that its pages lie cold and scattered among the million. `lookup` finds prefixes,
+Half of the workers prefill, half decode. Each prompt is new and begins with half or more of what some conversation had:
+four workers have different parts of it cached, so that its pages lie cold and scattered among the million; how it ends
+nobody has. 2,000 of them are asked in turn, two of each conversation or so. `lookup` finds prefixes,
 `policy` weighs placements; `inside` is all that the router does between reading a request and having its answer, with a
 board that promises room without being asked, and `decision` the same with the reservation in Valkey, one round trip.
 `over gRPC` includes a client in the same process. `refused`: no worker has room, so that all placements are offered,
@@ -120,7 +121,9 @@ class Prompts:
 
     def __iter__(self) -> Iterator[router_pb2.RouteRequest]:
         while True:
-            hashes = self._chance.choice(self._conversations)
+            begun = self._chance.choice(self._conversations)
+            kept = self._chance.randrange(self._num_pages // 2, self._num_pages) * HASH_BYTES
+            hashes = begun[:kept] + self._chance.randbytes(len(begun) - kept)
             yield router_pb2.RouteRequest(
                 request_id="r", model="m", page_hashes=hashes, num_prompt_tokens=self._num_pages * PAGE_SIZE
             )
@@ -151,7 +154,7 @@ async def measure(num_workers: int, args: argparse.Namespace) -> None:
     steady()
     with embedded_valkey() as url:
         board = Blackboard(url)
-        asked = itertools.cycle(list(itertools.islice(prompts, 1_000)))
+        asked = itertools.cycle(list(itertools.islice(prompts, 2_000)))
         await time_parts(mirror, fleet, asked, args.seconds)
         for name, redis in (("inside", AdmissionBoard(cast("Any", Promising()))), ("decision", board.admission)):
             print(f"  {name:10} {await repeat(servicer(redis).Route, asked, args.seconds)}")

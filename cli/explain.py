@@ -39,7 +39,9 @@ def explain(
         answer = asyncio.run(ask(redis or (run.redis_url if run else ""), asked))
     except Fault as fault:
         fail(fault.message)
-    Console().print(_table(answer))
+    console = Console()
+    console.print(_table(answer))
+    console.print(_rooms(answer))
     typer.echo(answer.summary)
 
 
@@ -106,6 +108,18 @@ def _request(card: ModelCard, asked: Asked, ids: list[int]) -> router_pb2.RouteR
         max_tokens=asked.max_tokens,
         tenant=asked.tenant,
     )
+
+
+def _rooms(answer: router_pb2.ExplainResponse) -> Table:
+    """What workers have, are promised, and can have: the cheapest placement whose workers have room is taken."""
+    table = Table("room on", "sequences", "prompt tokens", "pages", "", box=None, pad_edge=False)
+    for room in answer.rooms:
+        amounts = [
+            f"{getattr(room.used, name)} + {getattr(room.promised, name)} of {getattr(room.limits, name)}"
+            for name in ("sequences", "tokens", "pages")
+        ]
+        table.add_row(room.worker_id, *amounts, "" if room.limits.sequences else "has not reported yet")
+    return table
 
 
 def _table(answer: router_pb2.ExplainResponse) -> Table:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cli import plan, state
 from cli.state import ProcessState, RunState
+from shared.blackboard.admission import Account
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Registration, Role
 from shared.errors import BlackboardLost
@@ -29,6 +30,7 @@ COLUMNS = (
     "free/cached/leased/held",
     "running",
     "waiting",
+    "promised",
     "report s",
     "restarts",
 )
@@ -36,10 +38,12 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the blackboard shows: processes, how old their reports are by name, and lengths of queues by model."""
+    """What the blackboard shows: processes, how old their reports are and what room workers have by name, and lengths
+    of queues by model."""
 
     registrations: list[Registration]
     ages_ms: dict[str, float]
+    rooms: dict[str, Account]
     queues: dict[str, int]
 
 
@@ -56,10 +60,10 @@ def status(
         seen = asyncio.run(_look(run.redis_url if run else redis))
     except BlackboardLost as fault:
         typer.secho(fault.message, fg="red", err=True)
-        seen = Seen([], {}, {})
+        seen = Seen([], {}, {}, {})
         if run is None:
             raise typer.Exit(1) from None
-    rows = join(run, seen.registrations, seen.ages_ms)
+    rows = join(run, seen.registrations, seen.ages_ms, seen.rooms)
     if as_json:
         about = run.model_dump(include={"url", "model", "redis_url", "supervisor_pid"}) if run else {"redis_url": redis}
         typer.echo(json.dumps(about | {"queues": seen.queues, "processes": rows}, indent=2))
@@ -72,13 +76,19 @@ def status(
 
 
 def join(
-    run: RunState | None, registrations: list[Registration], ages_ms: Mapping[str, float] = MappingProxyType({})
+    run: RunState | None,
+    registrations: list[Registration],
+    ages_ms: Mapping[str, float] = MappingProxyType({}),
+    rooms: Mapping[str, Account] = MappingProxyType({}),
 ) -> list[Row]:
     """One row for each process that is supervised or registered, in the supervisor's order."""
     known = {process.name: process for process in (run.processes if run else [])}
     registered = {entry.name: entry for entry in registrations}
     names = dict.fromkeys([*known, *registered])
     rows = [_row(name, known.get(name), registered.get(name), ages_ms.get(name)) for name in names]
+    for row in rows:
+        room = rooms.get(row["name"]) if row["epoch"] else None
+        row["room"] = room and {kind: amounts.model_dump() for kind, amounts in asdict(room).items()}
     if run:
         for row in rows:
             if row["role"] == plan.BLACKBOARD:
@@ -121,7 +131,10 @@ async def _look(redis_url: str) -> Seen:
         registrations = await board.processes(*Role)
         models = sorted({entry.card.model for entry in registrations if entry.card})
         lengths = await board.admission.num_queued(models)
-        return Seen(registrations, await board.ages_ms(*Role), dict(zip(models, lengths, strict=True)))
+        workers = [(entry.name, entry.epoch) for entry in registrations if entry.card]
+        accounts = await board.admission.accounts(workers)
+        rooms = {name: account for (name, _), account in zip(workers, accounts, strict=True)}
+        return Seen(registrations, await board.ages_ms(*Role), rooms, dict(zip(models, lengths, strict=True)))
     finally:
         await board.close()
 
@@ -135,6 +148,7 @@ def _table(rows: list[Row]) -> Table:
         pids = " ".join(str(pid) for pid in (row["pid"], *row["rank_pids"]) if pid)
         cells = [row["name"], row["state"], pids, address, row["epoch"], shown]
         cells += [load["num_running"], load["num_waiting"]] if load else ["", ""]
+        cells += [row["room"]["promised"]["sequences"] if row["room"] else ""]
         cells += ["" if age_ms is None else f"{age_ms / 1000:.1f}", row["num_restarts"]]
         table.add_row(*("" if cell is None else str(cell) for cell in cells))
     return table

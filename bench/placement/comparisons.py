@@ -1,5 +1,6 @@
 """Which fleets hold which conversations."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ Hold = Callable[[Fleet, Sequence[Conversation]], Run]
 """Holds conversations with a fleet: of processes, or in virtual time."""
 POLICIES = ("cost", "prefix", "least-loaded", "round-robin", "random")
 SHAPES = ("long prompts", "long answers", "agents in turns")
+DETOURS_MS = (math.inf, 3_000.0, 2_000.0, 1_500.0, 1_250.0, 1_000.0, 700.0, 500.0, 250.0)
 NUM_WORKERS = 4
 NEVER = 1_000_000_000
 
@@ -40,7 +42,7 @@ SPLIT = fleet(num_pages=4_096, prefill_ms=0.6, decode_ms=20, sequence_ms=0.1)
 
 def compare(
     hold: Hold, title: str, fleets: Iterable[tuple[str, Fleet]], conversations: Sequence[Conversation], out: Path
-) -> None:
+) -> dict[str, Figures]:
     """Run each fleet, print what it did as soon as it is known, and plot them all."""
     rows: dict[str, Figures] = {}
     print(f"\n## {title}: {len(conversations)} conversations", flush=True)
@@ -49,6 +51,7 @@ def compare(
         print(report.table({name: rows[name]}).splitlines()[2], flush=True)
     print(report.table(rows), flush=True)
     report.plot(rows, title, out / f"{title.replace(' ', '-').replace(',', '')}.png")
+    return rows
 
 
 def with_policies(names: Sequence[str], fleet: Fleet) -> Iterator[tuple[str, Fleet]]:
@@ -75,6 +78,16 @@ def with_splits() -> Iterator[tuple[str, Fleet]]:
     always = f"{SPLIT.router_flags} --local-prefill-max-tokens 0 --remote-prefill-min-tokens 1"
     yield "always", replace(half, router_flags=always)
     yield "conditional", half
+
+
+def with_detours(limits_ms: Sequence[float]) -> Iterator[tuple[str, Fleet]]:
+    """Aggregated, always disaggregated, by cost, and by cost with all of a stall's time counted and shorter and shorter
+    detours: a request would rather wait for the placement that stalls nobody."""
+    fleets = dict(with_splits())
+    yield from fleets.items()
+    for limit_ms in limits_ms:
+        flags = f"{SPLIT.router_flags} --stall-weight 1 --max-detour-ms {limit_ms:g}"
+        yield f"up to {limit_ms:g} ms", replace(fleets["conditional"], router_flags=flags)
 
 
 def on_agents(rate: float, duration_s: float, seed: int) -> list[Conversation]:

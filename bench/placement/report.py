@@ -27,6 +27,25 @@ def _row(name: str, one: Figures) -> str:
     )
 
 
+def plot_frontier(rows: Mapping[str, Figures], title: str, path: Path) -> None:
+    """What first tokens cost in time per token, a point for each configuration, as a PNG."""
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    for number, (name, one) in enumerate(rows.items()):
+        axis.scatter(one.ttft_p90, one.tpot_p90, label=name, color=f"C{number % 10}", marker="os^"[number // 10 % 3])
+    axis.legend()
+    axis.set_xlabel("TTFT p90, ms")
+    axis.set_ylabel("TPOT p90, ms")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.set_title(title)
+    drawn.savefig(path)
+    pyplot.close(drawn)
+
+
 def plot(rows: Mapping[str, Figures], title: str, path: Path) -> None:
     """Bars of hit rate, TTFT p90 and TPOT p90, as a PNG."""
     mpl.use("Agg")

@@ -2,10 +2,12 @@
 
 On CPUs each worker has a core, on GPUs (`--gpus 2`) a GPU of its own. Three fleets hold the same load: two workers
 that do both; one for prefill and one for decode, always used so; the same two, used by cost. A worker of two ranks on
-both GPUs can be added.
+both GPUs can be added. Gateway, router, blackboard and this client run on the same cores: where one of two workers
+decodes alone they keep off its core, as they would in a cluster of more machines.
 """
 
 import asyncio
+import os
 import random
 import subprocess
 import time
@@ -53,7 +55,8 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """What to start: `gpus` of 0 pins workers to cores. Flags are those of all workers, and of routers."""
+    """What to start: `gpus` of 0 pins workers to cores, where each computes with one thread. Flags are those of all
+    workers, and of routers."""
 
     model: str = ""
     gpus: int = 0
@@ -66,7 +69,8 @@ class Fleet:
         return [
             *(("--model", self.model) if self.model else ()),
             *(text for name, count in counts.items() for text in (f"--{name}", str(count))),
-            *("--worker-flags", self.worker_flags, "--router-flags", f"{self.router_flags} {router_flags}"),
+            *("--worker-flags", f"{self.worker_flags} {'' if self.gpus else '--num-threads 1'}"),
+            *("--router-flags", f"{self.router_flags} {router_flags}"),
         ]
 
 
@@ -93,7 +97,9 @@ class Window:
 
 def measure(fleet: Fleet, loads: Sequence[Load], names: Sequence[str], explained: bool) -> None:
     """Print a row for each fleet and load, as soon as it is known; `explained` by what its router believes."""
+    cores = os.sched_getaffinity(0)
     for name in names:
+        os.sched_setaffinity(0, cores)
         started = time.perf_counter()
         with cluster(*fleet.flags(*FLEETS[name])) as running:
             print(f"\n{name}: up after {time.perf_counter() - started:.1f} s\n{HEAD}")
@@ -106,10 +112,20 @@ def measure(fleet: Fleet, loads: Sequence[Load], names: Sequence[str], explained
 
 
 def pin(running: Background) -> None:
-    """Each worker, with all its threads, to a core of its own."""
+    """Each worker, with all its threads, to a core of its own; all others to those where prompts are computed."""
     workers = [process for process in running.run.processes if process.role in ("prefill", "decode")]
+    computing = []
     for core, worker in enumerate(sorted(workers, key=lambda process: process.name)):
-        subprocess.run(["taskset", "-a", "-p", "-c", str(core), str(worker.pid)], check=True, capture_output=True)
+        _bind(worker.pid, str(core))
+        if worker.role == "prefill" or len({each.role for each in workers}) == 1:
+            computing.append(str(core))
+    others = [process.pid for process in running.run.processes if process not in workers]
+    for pid in (*others, os.getpid()):
+        _bind(pid, ",".join(computing))
+
+
+def _bind(pid: int | None, cores: str) -> None:
+    subprocess.run(["taskset", "-a", "-p", "-c", cores, str(pid)], check=True, capture_output=True)
 
 
 async def _held(running: Background, load: Load, explained: bool) -> str:
@@ -128,7 +144,7 @@ async def _held(running: Background, load: Load, explained: bool) -> str:
 
 
 async def _row(client: Client, load: Load) -> str:
-    ended, chance = asyncio.Event(), random.Random(f"streams {load.seed} {load.long_output}")
+    ended, chance = asyncio.Event(), random.Random(f"streams {load}")
     streams = [asyncio.create_task(_stream(client, load, number, ended)) for number in range(load.num_streams)]
     begin_s = time.perf_counter()
     window, firsts = (
@@ -166,7 +182,7 @@ async def _long(client: Client, prompt: tuple[int, ...], output_tokens: int) -> 
 
 async def _stream(client: Client, load: Load, number: int, ended: asyncio.Event) -> list[Answer]:
     """One stream after the other until the end."""
-    chance, answers = random.Random(f"stream {number} {load.seed}"), []
+    chance, answers = random.Random(f"stream {number} {load}"), []
     while not ended.is_set():
         answers.append((await client.ask(token_ids(chance, 32), load.stream_tokens)).answer)
         if answers[-1].fault:

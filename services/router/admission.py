@@ -11,8 +11,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from shared import rpc
 from shared.blackboard.admission import (
     ASSUMED_OUTPUT_TOKENS,
     LEASE_MS,
+    Account,
     AdmissionBoard,
     Ask,
     Need,
@@ -96,43 +97,60 @@ class Admission:
 
         While nobody waits here the best one is recorded before the blackboard has answered: it will almost certainly
         be chosen, and requests of a burst must see each other.
-        Raises Overloaded (with retry_after_ms), DeadlineExceeded, and what `rank` raises.
+        Raises Overloaded (with retry_after_ms), DeadlineExceeded, and what `rank` raises. Whoever leaves by an
+        exception leaves nothing behind on the blackboard.
         """
         ask = self._ask(request)
-        async with self._waiting(ask) as waiter:
-            ends = None if ask.remaining_ms is None else time.monotonic() + ask.remaining_ms / 1000
-            while True:
-                waiter.woken.clear()
-                ranked = await rank()
-                best = ranked[0]
-                is_expected = not self._num_parked[ask.model]
-                if is_expected:
-                    record(best)
-                if not can_reserve and waiter.parked_at is None:
+        waiter = self._waiters[ask.request_id] = _Waiter(ask)
+        try:
+            return await self._placed(waiter, query, rank, record, can_reserve)
+        except Draining:
+            raise  # its place is kept for the next router
+        except BaseException:
+            if waiter.call is not None:
+                self._spawn(self._withdraw(waiter.call, waiter))
+            raise
+        finally:
+            if waiter.parked_at is not None:
+                self._num_parked[ask.model] -= 1
+            if self._waiters.get(ask.request_id) is waiter:
+                del self._waiters[ask.request_id]
+
+    async def _placed(self, waiter: _Waiter, query: Query, rank: Rank, record: Record, can_reserve: bool) -> Candidate:
+        ask = waiter.ask
+        ends = None if ask.remaining_ms is None else time.monotonic() + ask.remaining_ms / 1000
+        while True:
+            waiter.woken.clear()
+            ranked = await rank()
+            best = ranked[0]
+            is_expected = not self._num_parked[ask.model]
+            if is_expected:
+                record(best)
+            if not can_reserve and waiter.parked_at is None:
+                self._unreserved.add(1)
+                return best
+            try:
+                verdict = await self._reserve(waiter, query, ranked)
+            except BlackboardLost as fault:
+                if waiter.parked_at is None or not await _wait(waiter.woken, LOST_WAIT_S):
+                    log.warning("placed without a reservation: %s", fault.message)
                     self._unreserved.add(1)
                     return best
-                try:
-                    verdict = await self._reserve(waiter, query, ranked)
-                except BlackboardLost as fault:
-                    if waiter.parked_at is None or not await _wait(waiter.woken, LOST_WAIT_S):
-                        log.warning("placed without a reservation: %s", fault.message)
-                        self._unreserved.add(1)
-                        return best
-                    continue
-                if isinstance(verdict, Placed):
-                    chosen = ranked[verdict.index] if verdict.index else best
-                    if verdict.index or not is_expected:
-                        record(chosen)
-                    self._note_placed(waiter)
-                    return chosen
-                if isinstance(verdict, Refused):
-                    raise self._refusal(ask, verdict)
-                if self._draining:
-                    raise Draining("this router is shutting down; the request keeps its place in the queue")
-                self._park(waiter)
-                if not await _wait(waiter.woken, None if ends is None else ends - time.monotonic()):
-                    self._refusals.add(1, {"reason": DeadlineExceeded.reason})
-                    raise DeadlineExceeded("the deadline passed while the request waited for room on a worker")
+                continue
+            if isinstance(verdict, Placed):
+                chosen = ranked[verdict.index] if verdict.index else best
+                if verdict.index or not is_expected:
+                    record(chosen)
+                self._note_placed(waiter)
+                return chosen
+            if isinstance(verdict, Refused):
+                raise self._refusal(ask, verdict)
+            if self._draining:
+                raise Draining("this router is shutting down; the request keeps its place in the queue")
+            self._park(waiter)
+            if not await _wait(waiter.woken, None if ends is None else ends - time.monotonic()):
+                self._refusals.add(1, {"reason": DeadlineExceeded.reason})
+                raise DeadlineExceeded("the deadline passed while the request waited for room on a worker")
 
     def _park(self, waiter: _Waiter) -> None:
         if waiter.parked_at is None:
@@ -157,10 +175,10 @@ class Admission:
         """Ask the blackboard for the first placements; only if none of them has room, for all."""
         verdict = await self._call(waiter, query, ranked, FIRST_PAIRS)
         if isinstance(verdict, NoneFits):
-            verdict = await self._call(waiter, query, ranked, len(ranked))
+            verdict = await self._call(waiter, query, ranked, None)
         return verdict
 
-    async def _call(self, waiter: _Waiter, query: Query, ranked: Ranked, count: int) -> Verdict:
+    async def _call(self, waiter: _Waiter, query: Query, ranked: Ranked, count: int | None) -> Verdict:
         """Should the caller be cancelled meanwhile, the answer is still known afterwards."""
         waiter.needs, pairs = offer(query, ranked, count)
         waiter.call = asyncio.ensure_future(
@@ -170,28 +188,10 @@ class Admission:
                 pairs,
                 router=self._router,
                 max_queued=self._limits.max_queued,
-                is_partial=count < len(ranked),
+                is_partial=count is not None and len(ranked.numbers(count + 1)) > count,
             )
         )
         return await asyncio.shield(waiter.call)
-
-    @asynccontextmanager
-    async def _waiting(self, ask: Ask) -> AsyncIterator[_Waiter]:
-        """Can be woken inside. Whoever leaves by an exception leaves nothing behind on the blackboard."""
-        waiter = self._waiters[ask.request_id] = _Waiter(ask)
-        try:
-            yield waiter
-        except Draining:
-            raise  # its place is kept for the next router
-        except BaseException:
-            if waiter.call is not None:
-                self._spawn(self._withdraw(waiter.call, waiter))
-            raise
-        finally:
-            if waiter.parked_at is not None:
-                self._num_parked[ask.model] -= 1
-            if self._waiters.get(ask.request_id) is waiter:
-                del self._waiters[ask.request_id]
 
     async def _withdraw(self, call: asyncio.Future[Verdict], waiter: _Waiter) -> None:
         with suppress(BlackboardLost):  # then the promise lapses, and the queue is gone or passes over a router's
@@ -258,6 +258,14 @@ class Admission:
             return (await self._board.num_queued([model]))[0]
         except BlackboardLost:
             return 0
+
+    async def accounts(self, workers: Sequence[tuple[str, int]]) -> dict[str, Account]:
+        """Room on workers (name, epoch) by name; none while Redis is away."""
+        try:
+            accounts = await self._board.accounts(workers)
+        except BlackboardLost:
+            return {}
+        return {name: account for (name, _), account in zip(workers, accounts, strict=True)}
 
     # Reporting --------------------------------------------------------------------------------------------------------
 

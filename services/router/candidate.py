@@ -1,6 +1,8 @@
 """What the policy weighs: a query, workers as the router sees them, and candidates with their costs."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from shared.blackboard.records import ModelCard, Registration, Role
 
@@ -28,6 +30,7 @@ class Weights:
     stall_weight: float = 0.2
     eviction_weight: float = 0.1
     tie_ms: float = 1.0
+    max_detour_ms: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +79,11 @@ class Candidate:
     decode: Worker | None
     prefill: Worker | None
     source: Worker | None
-    terms: Terms
+    explained: Callable[[], Terms] = field(default=tuple, compare=False, repr=False)
+    """Its terms are put together when somebody asks for them."""
     num_cached_tokens: int = 0
-    num_computed_tokens: int = 0
+    prefill_ms: float = 0.0
+    """What computing the prompt takes the worker that does."""
     rejection: str = ""
     second_prefill: Worker | None = None
     expected_ms: float = 0.0
@@ -88,7 +93,12 @@ class Candidate:
     def rejected(worker: Worker, reason: str) -> "Candidate":
         """A worker that can take no part at all."""
         is_decode = worker.role is Role.DECODE
-        return Candidate(worker if is_decode else None, None if is_decode else worker, None, (), rejection=reason)
+        return Candidate(worker if is_decode else None, None if is_decode else worker, None, rejection=reason)
+
+    @property
+    def terms(self) -> Terms:
+        """The parts of its cost."""
+        return self.explained()
 
     @property
     def cost_ms(self) -> float:

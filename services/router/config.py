@@ -1,5 +1,7 @@
 """Configuration of the router."""
 
+import math
+
 from pydantic import Field
 
 from services.router.admission import Limits
@@ -53,6 +55,12 @@ class RouterConfig(ServiceConfig):
         0.1, ge=0, description="Weight of the time to recompute the pages that must be evicted."
     )
     tie_ms: float = Field(1.0, ge=0, description="Costs that differ by no more than this are equal.")
+    max_detour_ms: float = Field(
+        math.inf,
+        ge=0,
+        description="A placement that costs more than the cheapest by this is not taken where that has no room: the "
+        "request waits. Low: smooth answers, late first tokens.",
+    )
 
     max_queued: int = Field(
         1_024, ge=0, description="Requests of a model that may wait in its queue when all workers are full."

@@ -16,32 +16,39 @@ either
   stale         how much older the reports are than they should be
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from services.router.candidate import Query, Terms, Weights
 from services.router.page_index import Ints
-from services.router.table import NOBODY, Facts, Floats, Table
+from services.router.table import Bools, Facts, Floats, Table
 
 
-@dataclass(frozen=True, slots=True)
-class Computing:
+class Computing(NamedTuple):
     """Computing the prompt on each worker [workers]."""
 
     queue: Floats
     prefill: Floats
     pull: Floats
-    source: Ints
-    num_cached: Floats
     num_computed: Floats
+    pulls: Bools | None
+    """Who pulls a prefix from a peer; None: nobody does."""
+    sources: Ints
+    """The peer's row [workers], or one for all [1]."""
+
+    def source(self, row: int) -> int | None:
+        """The peer from which a worker pulls."""
+        if self.pulls is None or not self.pulls[row]:
+            return None
+        return int(self.sources[row if len(self.sources) > 1 else 0])
 
 
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """Every placement of a request, inf where it cannot be: `local` [decodes], and `remote` [prefills, decodes], in the
-    order of the facts' rows of these roles. Terms are [workers], but for `transfer` [prefills, decodes]."""
+class Costs(NamedTuple):
+    """Every placement of a request, inf where it cannot be: `totals` [1 + prefills, decodes], first those on one
+    worker, in the order of the facts' rows of these roles. Terms are [workers], but `exposed` [prefills, decodes]."""
 
+    num_tokens: int
     table: Table
     computing: Computing
     prompt_kv: Floats
@@ -49,21 +56,32 @@ class Costs:
     load: Floats
     kv: Floats
     stall: Floats
-    transfer: Floats
-    local: Floats
-    remote: Floats
+    exposed: Floats
+    handoff_ms: float
+    totals: Floats
+
+    @property
+    def local(self) -> Floats:
+        """Placements on one worker [decodes]."""
+        alone: Floats = self.totals[0]
+        return alone
+
+    @property
+    def remote(self) -> Floats:
+        """Pairs [prefills, decodes]."""
+        return self.totals[1:]
 
     def local_terms(self, decode: int) -> Terms:
         """Parts of the cost of prefill and decode on one worker, the one that has number `decode` of those."""
-        row = int(self.table.facts.decodes[decode])
+        row = self.table.facts.decodes[decode]
         return (*self._computing_terms(row), ("stall", float(self.stall[row])), *self._decode_terms(row))
 
     def remote_terms(self, prefill: int, decode: int) -> Terms:
         """Parts of the cost of a pair."""
-        first, second = int(self.table.facts.prefills[prefill]), int(self.table.facts.decodes[decode])
+        first, second = self.table.facts.prefills[prefill], self.table.facts.decodes[decode]
         behind = (
             ("decode_queue", float(self.table.queue_ms[second])),
-            ("transfer", float(self.transfer[prefill, decode])),
+            ("transfer", float(self.exposed[prefill, decode]) + self.handoff_ms),
         )
         before = (*self._computing_terms(first), self._stale(first), ("kv", float(self.prompt_kv[first])))
         return _sum((*before, *self._decode_terms(second), *behind))
@@ -91,52 +109,58 @@ class Costs:
 
 def costs(query: Query, table: Table, weights: Weights) -> Costs:
     """Every placement's cost."""
-    facts, num_tokens, cached = table.facts, query.num_prompt_tokens, table.num_cached_tokens(query)
-    computing = _computing(query, table, cached, weights)
-    running, output = table.num_decoding, facts.output_tokens
-    if query.max_tokens:
-        output = np.minimum(output, query.max_tokens)
-    decode = output * facts.token_ms
-    load = output * facts.sequence_ms * (weights.load_weight * running)
+    facts, running, num_tokens = table.facts, table.num_decoding, query.num_prompt_tokens
+    cached = table.num_cached_tokens(query)
+    uncached = num_tokens - cached
+    computing = _computing(query, table, cached, uncached, weights)
+    output = facts.output(query.max_tokens)
     prompt_kv = kv = facts.zeros
     if num_tokens + facts.most_output > facts.room_tokens:
         prompt_kv = _pressure(table, cached, num_tokens, weights)
-        kv = _pressure(table, cached, num_tokens + output, weights)
-    stall = np.maximum(running, weights.min_stalled) * (weights.stall_weight * computing.prefill)
-    compute = computing.queue + computing.prefill + computing.pull
-    generate = decode + load + kv + table.stale_ms
-    transfer = _transfer(query, table, computing, cached, weights)
-    local, remote = _totals(
-        compute + stall + generate, compute + prompt_kv + table.stale_ms, generate + table.queue_ms, transfer, facts
-    )
-    _bar(query, table, num_tokens - cached, local, remote, weights)
-    return Costs(table, computing, prompt_kv, decode, load, kv, stall, transfer, local, remote)
+        kv = _pressure(table, cached, num_tokens + output.num_tokens, weights)
+    load = output.share_ms * running
+    stall = np.maximum(running, weights.min_stalled) * computing.prefill
+    stall *= weights.stall_weight
+    compute, generate = computing.queue + computing.prefill, output.decode_ms + load
+    if computing.pulls is not None:
+        compute += computing.pull
+    if kv is not facts.zeros:
+        generate += kv
+    if table.stale_ms is not facts.zeros:
+        generate += table.stale_ms
+    totals = np.empty((1 + len(facts.prefills), len(facts.decodes)))
+    totals[0] = (compute + stall + generate)[facts.of_decodes]
+    exposed = _exposed(query, table, computing, uncached, weights)
+    compute += weights.handoff_ms
+    if prompt_kv is not facts.zeros:
+        compute += prompt_kv
+    if table.stale_ms is not facts.zeros:
+        compute += table.stale_ms
+    generate += table.queue_ms
+    np.add(exposed, compute[facts.of_prefills, None], out=totals[1:])
+    totals[1:] += generate[facts.of_decodes]
+    _bar(query, table, uncached[facts.of_decodes], totals, weights)
+    terms = (prompt_kv, output.decode_ms, load, kv, stall, exposed)
+    return Costs(num_tokens, table, computing, *terms, weights.handoff_ms, totals)
 
 
-def _totals(alone: Floats, before: Floats, behind: Floats, transfer: Floats, facts: Facts) -> tuple[Floats, Floats]:
-    """Costs of workers alone [decodes], and of pairs [prefills, decodes]."""
-    pairs = before.take(facts.prefills)[:, None] + behind.take(facts.decodes) + transfer
-    return alone.take(facts.decodes), pairs
-
-
-def _bar(query: Query, table: Table, uncached: Floats, local: Floats, remote: Floats, weights: Weights) -> None:
-    """Make placements that may not be infinitely dear."""
-    facts = table.facts
+def _bar(query: Query, table: Table, uncached: Floats, totals: Floats, weights: Weights) -> None:
+    """Make placements that may not be infinitely dear. What is `uncached` on decode workers [decodes]."""
+    facts, local, remote = table.facts, totals[0], totals[1:]
     if query.excluded or query.num_prompt_tokens > facts.least_max_tokens:
         fit = table.fit(query)
-        local[~fit.take(facts.decodes)] = np.inf
-        remote[~fit.take(facts.prefills)] = np.inf
-        remote[:, ~fit.take(facts.decodes)] = np.inf
+        totals[:, ~fit[facts.of_decodes]] = np.inf
+        remote[~fit[facts.of_prefills]] = np.inf
     if facts.match is not None:
         remote[~facts.match] = np.inf
     if uncached.min(initial=np.inf) <= weights.local_prefill_max_tokens:
-        remote[:, uncached.take(facts.decodes) <= weights.local_prefill_max_tokens] = np.inf
+        remote[:, uncached <= weights.local_prefill_max_tokens] = np.inf
     if weights.remote_prefill_min_tokens:
-        long = uncached.take(facts.decodes) >= weights.remote_prefill_min_tokens
+        long = uncached >= weights.remote_prefill_min_tokens
         local[long & np.isfinite(remote).any(axis=0)] = np.inf
 
 
-def _computing(query: Query, table: Table, cached: Floats, weights: Weights) -> Computing:
+def _computing(query: Query, table: Table, cached: Floats, uncached: Floats, weights: Weights) -> Computing:
     """Computing the prompt on each worker, with a prefix pulled from a peer where that is cheaper.
 
     The longest prefix of all is the only one worth a look: reading a token costs the same wherever it is.
@@ -147,19 +171,13 @@ def _computing(query: Query, table: Table, cached: Floats, weights: Weights) -> 
     gain = longest - cached
     pulls = gain >= weights.min_pull_tokens
     if not np.count_nonzero(pulls):
-        return Computing(table.queue_ms, alone, facts.zeros, facts.nobody, cached, num_tokens - cached)
-    pull = weights.handoff_ms + gain * facts.read_ms
-    helped = prefill_ms(facts, longest, num_tokens)
+        return Computing(table.queue_ms, alone, facts.zeros, uncached, None, sources)
+    pull, helped = gain * facts.read_ms, prefill_ms(facts, longest, num_tokens)
+    pull += weights.handoff_ms
     pulls &= pull + helped < alone
-    reached = np.where(pulls, longest, cached)
-    return Computing(
-        table.queue_ms,
-        np.where(pulls, helped, alone),
-        pull * pulls,
-        np.where(pulls, sources, NOBODY),
-        reached,
-        num_tokens - reached,
-    )
+    pull *= pulls
+    prefill, computed = np.where(pulls, helped, alone), np.where(pulls, num_tokens - longest, uncached)
+    return Computing(table.queue_ms, prefill, pull, computed, pulls, sources)
 
 
 def prefill_ms(facts: Facts, start: Floats, end: float) -> Floats:
@@ -186,7 +204,7 @@ def _longest(query: Query, table: Table, cached: Floats) -> tuple[Ints, Floats]:
     return sources, stored.take(sources)
 
 
-def _transfer(query: Query, table: Table, computing: Computing, cached: Floats, weights: Weights) -> Floats:
+def _exposed(query: Query, table: Table, computing: Computing, uncached: Floats, weights: Weights) -> Floats:
     """Time for which reading pages [prefills, decodes] goes on with nothing left to compute.
 
     Pages of a chunk are read while the next one is computed: exposed is the reading of the last chunk, or all that
@@ -195,10 +213,10 @@ def _transfer(query: Query, table: Table, computing: Computing, cached: Floats, 
     facts, num_tokens = table.facts, float(query.num_prompt_tokens)
     last = np.minimum(computing.num_computed, weights.chunk_tokens)
     hidden_ms = computing.prefill - prefill_ms(facts, num_tokens - last, num_tokens)
-    lacking, read_ms = (num_tokens - cached).take(facts.decodes), facts.read_ms.take(facts.decodes)
-    last_ms = np.minimum(lacking, last.take(facts.prefills)[:, None]) * read_ms
-    exposed: Floats = np.maximum(last_ms, lacking * read_ms - hidden_ms.take(facts.prefills)[:, None])
-    return weights.handoff_ms + exposed
+    read_ms = facts.read_ms[facts.of_decodes]
+    reading_ms = uncached[facts.of_decodes] * read_ms
+    last_ms = np.minimum(last[facts.of_prefills, None] * read_ms, reading_ms)
+    return np.maximum(last_ms, reading_ms - hidden_ms[facts.of_prefills, None], out=last_ms)
 
 
 def _pressure(table: Table, cached: Floats, num_tokens: Floats | int, weights: Weights) -> Floats:

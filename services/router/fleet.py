@@ -59,18 +59,19 @@ class Roster:
         self.facts = Facts([Worker(member.registration, member.card) for member in members], weights)
         self.row_of = {incarnation: row for row, incarnation in enumerate(self.incarnations)}
         self.reported_at = np.array([member.reported_at for member in members])
-        self.busy_until = np.array([member.busy_until for member in members])
+        self.oldest_report = min((member.reported_at for member in members), default=0.0)
+        self.busy_until_ms = np.array([1000 * member.busy_until for member in members])
         self.last_placed = np.array([member.last_placed for member in members], np.int64)
         loads = [member.registration.load for member in members]
         running = [max(load.num_inside, load.num_running + load.num_waiting) for load in loads]
         unreported = [member.num_unreported for member in members]
-        self.num_decoding = np.array(running, np.int64) + np.array(unreported, np.int64)
+        self.num_decoding = np.array(running, np.float64) + np.array(unreported, np.float64)
 
     def changed(self, member: Member, num_decoding: int) -> None:
         """A member's clock and order have changed, and it has so many sequences more."""
         if (row := self.row_of.get((member.registration.name, member.registration.epoch))) is None:
             return  # it is doubted
-        self.busy_until[row], self.last_placed[row] = member.busy_until, member.last_placed
+        self.busy_until_ms[row], self.last_placed[row] = 1000 * member.busy_until, member.last_placed
         self.num_decoding[row] += num_decoding
 
 
@@ -225,15 +226,18 @@ class Fleet:
                 member.num_arrived -= 1
             elif member.num_unreported:
                 self._changes(member, -1)
-        fresh_s = FRESH_HEARTBEATS * self._heartbeat_s
+        fresh_since = now - FRESH_HEARTBEATS * self._heartbeat_s
+        stale_ms, queue_ms = roster.facts.zeros, roster.busy_until_ms - 1000 * now
+        if roster.oldest_report < fresh_since:
+            stale_ms = np.maximum(0.0, 1000 * (fresh_since - roster.reported_at))
         return Table(
             roster.facts,
             num_stored_pages if num_expected_pages is None else num_expected_pages,
             num_stored_pages,
-            queue_ms=np.maximum(0.0, 1000 * (roster.busy_until - now)),
-            num_decoding=roster.num_decoding.copy(),
-            stale_ms=np.maximum(0.0, 1000 * (now - fresh_s - roster.reported_at)),
-            last_placed=roster.last_placed.copy(),
+            queue_ms=np.maximum(queue_ms, 0.0, out=queue_ms),
+            num_decoding=roster.num_decoding,
+            stale_ms=stale_ms,
+            last_placed=roster.last_placed,
         )
 
     def note(self, computing: Incarnation, decode: Incarnation, prefill_ms: float) -> float:

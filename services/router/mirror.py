@@ -92,6 +92,7 @@ class Mirror:
         self._asked: Sequence[Incarnation] | None = None
         self._asked_slots: Ints = np.empty(0, np.int64)
         """The slots of the workers that were asked for last: they seldom change."""
+        self._is_any_unknown = False
 
     @property
     def num_pages(self) -> int:
@@ -215,5 +216,8 @@ class Mirror:
         if self._asked is not workers:
             slots = [copy.slot if (copy := self._copies.get(worker)) else -1 for worker in workers]
             self._asked, self._asked_slots = workers, np.array(slots, np.int64)
+            self._is_any_unknown = -1 in slots
         lengths = self._index.runs(keys_of(page_hashes))
-        return np.append(lengths, 0).take(self._asked_slots, mode="wrap")
+        if self._is_any_unknown:
+            lengths = np.append(lengths, 0)  # who is not tracked has slot -1, the last one
+        return lengths.take(self._asked_slots)

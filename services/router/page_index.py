@@ -14,7 +14,9 @@ within the segment, half of them in the new one. So the table grows by one segme
 anew, and never exists twice. Address space is reserved for all it may ever hold; memory is used as rows are written.
 """
 
+import struct
 import sys
+from bisect import bisect_right
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +27,7 @@ Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
 
 BUCKET_ROWS = 8  # `_find` takes positions apart by shifts of 3 and 4 bits
+BUCKET_BYTES = 8 * BUCKET_ROWS
 SEGMENT_BUCKETS = 512
 SEGMENT_ROWS = BUCKET_ROWS * SEGMENT_BUCKETS
 SLOTS_PER_WORD = 64
@@ -37,10 +40,13 @@ MAX_DIRECTORY = 64
 # looks at some pages at once, and then at all between two that differ.
 MAX_BISECTIONS = 64
 FIRST_PROBES = 48
+# First pages of so many prompts are remembered with the places where runs ended.
+MAX_REMEMBERED = 4_096
 
 SECOND_SHIFT = 9  # bits of the low word that place the first bucket; those behind it place the second
 _BUCKET_BITS, _BUCKET_MASK = np.uint64(SECOND_SHIFT), np.uint64(SEGMENT_BUCKETS - 1)
 _ONE = np.uint64(1)
+_bucket_of = struct.Struct(f"{BUCKET_ROWS}Q").unpack_from
 
 
 def keys_of(page_hashes: bytes) -> Keys:
@@ -70,6 +76,7 @@ class PageIndex:
         self._highs: Words = np.zeros(num_rows, np.uint64)
         self._masks: Words = np.zeros((num_rows, num_words), np.uint64)
         self._lows_view, self._highs_view = self._lows.reshape(-1).data, self._highs.data
+        self._remembered: dict[int, list[int]] = {}
         self._look_anew()
 
     @property
@@ -92,7 +99,8 @@ class PageIndex:
 
     def _look_anew(self) -> None:
         """Views of what was replaced, for those who take single numbers out of it."""
-        self._masks_view, self._directory_view = self._masks.reshape(-1).data, self._directory.data
+        self._masks_view, self._directory_view = self._masks.reshape(-1).data.cast("B"), self._directory.data
+        self._mask_bytes = SLOTS_PER_WORD // 8 * self.num_words
         self._shift_bits = int(self._shift)
 
     # Changes ----------------------------------------------------------------------------------------------------------
@@ -197,9 +205,11 @@ class PageIndex:
         """After how many pages runs end, and of which slots (bits); None if they are many.
 
         Plain integers, for most prefixes end in a few places: some 20 probes of 2 us, where one call of numpy on cold
-        arrays takes several.
+        arrays takes several. Prompts that begin with one page are mostly continued alike, so pages are looked at first
+        where runs ended last time: as long as nothing has changed these are two probes for each end, not ten.
         """
         words, last = keys.reshape(-1).data, len(keys) - 1
+        likely = self._remembered.get(words[0], [])
         have = self._mask_of(words[0], words[1])
         kept = have & self._mask_of(words[2 * last], words[2 * last + 1]) if have else 0
         ends, spans, num_left = [(len(keys), kept)], [(0, have, last, kept)], MAX_BISECTIONS
@@ -213,29 +223,33 @@ class PageIndex:
             if not num_left:
                 return None
             num_left -= 1
-            middle = (near + far) // 2
+            place = bisect_right(likely, near)
+            middle = likely[place] if place < len(likely) and likely[place] < far else (near + far) // 2
             between = have & self._mask_of(words[2 * middle], words[2 * middle + 1])
             spans.append((near, have, middle, between))
             spans.append((middle, between, far, kept & between))
+        self._remember(words[0], ends)
         return ends
+
+    def _remember(self, first: int, ends: list[tuple[int, int]]) -> None:
+        """The pages on both sides of each end, for prompts with this first page (its low word)."""
+        if len(self._remembered) >= MAX_REMEMBERED:
+            self._remembered.clear()
+        self._remembered[first] = sorted({page for length, _ in ends for page in (length - 1, length)})
 
     def _mask_of(self, low: int, high: int) -> int:
         """The slots that have one page, as `masks`, in one number."""
         first, wanted = self._directory_view[high >> self._shift_bits] * SEGMENT_BUCKETS, low or 1
         second = (low + (low >> SECOND_SHIFT | 1)) % SEGMENT_BUCKETS
         for bucket in (first + low % SEGMENT_BUCKETS, first + second):
-            row = bucket * BUCKET_ROWS
-            held = self._lows_view[row : row + BUCKET_ROWS].tolist()
+            held = _bucket_of(self._lows_view, bucket * BUCKET_BYTES)
             if wanted not in held:
                 continue
-            row += held.index(wanted)
+            row = bucket * BUCKET_ROWS + held.index(wanted)
             if self._highs_view[row] != high:  # half of its hash is another page's
                 return int.from_bytes(self.masks(np.array([[low, high]], np.uint64)).tobytes(), sys.byteorder)
-            if self.num_words == 1:
-                return int(self._masks_view[row])
-            first_word = row * self.num_words
-            parts = self._masks_view[first_word : first_word + self.num_words].tolist()
-            return sum(part << SLOTS_PER_WORD * place for place, part in enumerate(parts))
+            mask = self._masks_view[row * self._mask_bytes : (row + 1) * self._mask_bytes]
+            return int.from_bytes(mask, sys.byteorder)
         return 0
 
     def _lengths_of(self, ends: list[tuple[int, int]]) -> Ints:

@@ -48,10 +48,10 @@ class Placements:
         if chosen.computing is None or chosen.decode is None:
             return
         computing, decode = _incarnation(chosen.computing), _incarnation(chosen.decode)
-        prefill_ms, marked = dict(chosen.terms)["prefill"], marks(page_hashes)
-        self._note(computing, decode, prefill_ms, marked)
+        placed = computing, decode, chosen.prefill_ms, marks(page_hashes)
+        self._note(*placed)
         if len(self._untold) < MAX_UNTOLD:
-            self._untold.append((computing, decode, prefill_ms, marked))
+            self._untold.append(placed)
             self._any_untold.set()
 
     def hear(self, placed: Placement) -> None:
@@ -63,9 +63,7 @@ class Placements:
         computed_at = self._fleet.note(computing, decode, prefill_ms)
         # Who computes does so in order, and will have the pages when the next prompt's turn comes; who only decodes
         # does not wait for them.
-        self._predictions.add(marked, computing, now, computed_at, now)
-        if decode != computing:
-            self._predictions.add(marked, decode, computed_at, computed_at, now)
+        self._predictions.add(marked, {decode: computed_at, computing: now}, computed_at, now)
 
     # Between routers --------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,11 @@ within `tie_ms` of the lowest are equal; a rendezvous hash of the prompt's first
 agree and prompts that begin alike meet on one worker before any index says so.
 """
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import overload
 
 import numpy as np
@@ -14,7 +18,7 @@ from services.router.candidate import Candidate, Query, Weights, Worker
 from services.router.cost import Costs, costs
 from services.router.page_index import Ints
 from services.router.rivals import rival_order
-from services.router.table import NOBODY, Floats, Table, hash64
+from services.router.table import Floats, Table, hash64
 from shared.blackboard.records import Role
 from shared.errors import ContextTooLong, Fault, NoWorker
 
@@ -50,18 +54,18 @@ class Ranked(Sequence[Candidate]):
     """Placements in order, the best first; each is made an object when it is looked at, and those behind the first few
     are put in order when somebody wants them."""
 
-    def __init__(self, scored: Costs, first: Ints, num_possible: int, rest: Callable[[], Ints]) -> None:
+    def __init__(self, scored: Costs, first: Ints, rest: Callable[[], Ints] | None = None) -> None:
         self.scored = scored
-        self._order, self._num_possible, self._rest = first, num_possible, rest
+        self._order, self._rest = first, rest
 
     def __len__(self) -> int:
-        return self._num_possible
+        return len(self.numbers())
 
-    def numbers(self, stop: int) -> Ints:
-        """Numbers of the first placements, at most `stop`: those on one worker by its place among decode workers, then
-        the pairs, prefill workers outside."""
-        if len(self._order) < min(stop, self._num_possible):
-            self._order = np.concatenate((self._order, self._rest()))
+    def numbers(self, stop: int | None = None) -> Ints:
+        """Numbers of all placements, or of the first `stop`: those on one worker by its place among decode workers,
+        then the pairs, prefill workers outside."""
+        if self._rest and (stop is None or stop > len(self._order)):
+            self._order, self._rest = np.concatenate((self._order, self._rest())), None
         return self._order[:stop]
 
     @overload
@@ -71,21 +75,19 @@ class Ranked(Sequence[Candidate]):
     def __getitem__(self, place: int | slice) -> "Candidate | Sequence[Candidate]":
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
-        if not 0 <= place < len(self):
+        if not 0 <= place < len(numbers := self.numbers(place + 1)):
             raise IndexError(place)
-        return candidate(self.scored, int(self.numbers(place + 1)[place]))
+        return candidate(self.scored, int(numbers[place]))
 
 
 def rank(query: Query, table: Table, weights: Weights) -> Ranked:
     """Every placement, the best first, whether there is room for it or not. Raises NoWorker or ContextTooLong."""
     scored = costs(query, table, weights)
-    totals = np.concatenate((scored.local, scored.remote.reshape(-1)))
     if weights.policy == "cost":
-        ranked = by_cost(query, scored, totals, weights.tie_ms)
+        ranked = by_cost(query, scored, weights)
     else:
-        order = rival_order(weights.policy, query, table, scored, totals)
-        ranked = Ranked(scored, order, len(order), lambda: order[:0])
-    if not len(ranked):
+        ranked = Ranked(scored, rival_order(weights.policy, query, table, scored, scored.totals.reshape(-1)))
+    if not len(ranked.numbers(1)):
         raise nobody(query, table)
     return ranked
 
@@ -95,24 +97,38 @@ def place(query: Query, table: Table, weights: Weights) -> Candidate:
     return rank(query, table, weights)[0]
 
 
-def by_cost(query: Query, scored: Costs, totals: Floats, tie_ms: float) -> Ranked:
-    """The cheapest first. Those that may be chosen at once, and a few more, are put in order at once."""
-    num_possible = int(np.count_nonzero(totals < np.inf))
-    num_tied = int(np.count_nonzero(totals <= totals.min() + tie_ms)) if num_possible else 0
-    count = min(max(FEW, num_tied), num_possible)
-    few = np.argpartition(totals, count - 1)[:count] if 0 < count < num_possible else np.arange(len(totals))
-    few.sort()
-    first = few.take(totals.take(few).argsort(kind="stable")[:count])
+def by_cost(query: Query, scored: Costs, weights: Weights) -> Ranked:
+    """The cheapest first, and none that is a longer detour than may be made. Those that may be chosen at once, and a
+    few more, are put in order at once."""
+    totals = scored.totals.reshape(-1)
+    lowest, likely = _bounds(scored.totals)
+    highest = min(lowest + weights.max_detour_ms, sys.float_info.max)
+    few = np.flatnonzero(totals <= max(likely, lowest + weights.tie_ms))
+    costs_ms = totals.take(few)
+    order = costs_ms.argsort(kind="stable")
+    ends = costs_ms.take(order).searchsorted((min(lowest + weights.tie_ms, highest), highest), side="right")
+    num_tied, num_first = ends.tolist()
+    first = few.take(order[:num_first])
     if num_tied > 1:
         first[:num_tied] = spread(query, scored.table, first[:num_tied])
 
     def rest() -> Ints:
-        others = np.ones(len(totals), np.bool_)
+        others = totals <= highest
         others[first] = False  # equal ones are on both sides
-        order = np.argsort(totals, kind="stable")[:num_possible]
+        order = np.argsort(totals, kind="stable")
         return order[others[order]]
 
-    return Ranked(scored, first, num_possible, rest)
+    return Ranked(scored, first, rest)
+
+
+def _bounds(totals: Floats) -> tuple[float, float]:
+    """The lowest cost of all, and one that a few placements do not exceed: of rows or columns, whichever are more, the
+    lowest of each is one of them."""
+    if totals.size <= FEW * FEW:
+        return float(totals.min(initial=np.inf)), np.inf
+    lowest = totals.min(axis=int(totals.shape[0] > totals.shape[1]))
+    lowest.sort()
+    return float(lowest[0]), float(lowest[FEW - 1])
 
 
 def spread(query: Query, table: Table, tied: Ints) -> Ints:
@@ -121,8 +137,8 @@ def spread(query: Query, table: Table, tied: Ints) -> Ints:
     facts = table.facts
     prefill, decode = np.divmod(tied, len(facts.decodes))
     ranks = _mixed(facts.salts ^ np.uint64(hash64(query.affinity)))
-    ranks[NOBODY] = 0  # those on one worker are equal in their prefill worker
-    return tied[np.lexsort((ranks.take(facts.decodes.take(decode)), ranks.take(facts.prefill_of.take(prefill))))]
+    ranks[-1] = 0  # those on one worker are equal in their prefill worker
+    return tied[np.lexsort((ranks[facts.of_decodes][decode], ranks.take(facts.prefill_of.take(prefill))))]
 
 
 def _mixed(
@@ -136,17 +152,17 @@ def _mixed(
 
 def candidate(scored: Costs, number: int) -> Candidate:
     """Placement `number`, as `Ranked.numbers` counts them."""
-    table, facts, computing = scored.table, scored.table.facts, scored.computing
+    facts, computing = scored.table.facts, scored.computing
     prefill, decode = divmod(number, len(facts.decodes))
-    row = int(facts.prefills[prefill - 1] if prefill else facts.decodes[decode])
-    source = int(computing.source[row])
+    row = facts.prefills[prefill - 1] if prefill else facts.decodes[decode]
+    source = computing.source(row)
     return Candidate(
-        decode=table.worker(int(facts.decodes[decode])),
-        prefill=table.worker(row) if prefill else None,
-        source=None if source == NOBODY else table.worker(source),
-        terms=scored.remote_terms(prefill - 1, decode) if prefill else scored.local_terms(decode),
-        num_cached_tokens=int(computing.num_cached[row]),
-        num_computed_tokens=int(computing.num_computed[row]),
+        decode=facts.workers[facts.decodes[decode]],
+        prefill=facts.workers[row] if prefill else None,
+        source=None if source is None else facts.workers[source],
+        explained=partial(scored.remote_terms, prefill - 1, decode) if prefill else partial(scored.local_terms, decode),
+        num_cached_tokens=scored.num_tokens - int(computing.num_computed[row]),
+        prefill_ms=float(computing.prefill[row]),
         second_prefill=_second_prefill(scored, prefill - 1, decode) if prefill else None,
         expected_ms=scored.expected_ms(row),
     )
@@ -154,10 +170,10 @@ def candidate(scored: Costs, number: int) -> Candidate:
 
 def _second_prefill(scored: Costs, first: int, decode: int) -> Worker | None:
     """Who would compute the prompt the cheapest should the chosen prefill worker fail."""
-    others = scored.remote[:, decode].copy()
+    others, facts = scored.remote[:, decode].copy(), scored.table.facts
     others[first] = np.inf
     second = int(others.argmin())
-    return scored.table.worker(int(scored.table.facts.prefills[second])) if np.isfinite(others[second]) else None
+    return facts.workers[facts.prefills[second]] if others[second] < np.inf else None
 
 
 def nobody(query: Query, table: Table) -> Fault:
@@ -178,10 +194,14 @@ def explain(query: Query, table: Table, weights: Weights) -> list[Candidate]:
     """Every candidate with its terms: what `place` would choose first, then the others in order, the rejected ones
     last."""
     try:
-        possible = list(rank(query, table, weights))
+        possible = list(rank(query, table, replace(weights, max_detour_ms=math.inf)))
     except Fault:
         possible = []
-    return possible + list(_rejected(query, table, weights))
+    highest = min((one.cost_ms for one in possible), default=math.inf)
+    highest += weights.max_detour_ms if weights.policy == "cost" else math.inf
+    detour = f"over max_detour_ms: rather than take this the request waits for {highest:.1f} ms or less"
+    offered = [one if one.cost_ms <= highest else replace(one, rejection=detour) for one in possible]
+    return offered + list(_rejected(query, table, weights))
 
 
 def _rejected(query: Query, table: Table, weights: Weights) -> Iterator[Candidate]:
@@ -200,8 +220,8 @@ def _rejected(query: Query, table: Table, weights: Weights) -> Iterator[Candidat
     for decode in (worker for worker in fit if worker.role is Role.DECODE):
         at = decodes[decode.name]
         if np.isinf(scored.local[at]):
-            yield Candidate(decode, None, None, (), rejection="over remote_prefill_min_tokens: prefilled elsewhere")
+            yield Candidate(decode, None, None, rejection="over remote_prefill_min_tokens: prefilled elsewhere")
         for prefill in (worker for worker in fit if worker.role is Role.PREFILL):
             if np.isinf(scored.remote[prefills[prefill.name], at]):
                 reason = "compatibility hashes differ" if prefill.group != decode.group else "little to compute"
-                yield Candidate(decode, prefill, None, (), rejection=reason)
+                yield Candidate(decode, prefill, None, rejection=reason)

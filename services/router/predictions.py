@@ -44,32 +44,39 @@ class Predictions:
 
     def __init__(self) -> None:
         self._spans: dict[bytes, dict[Incarnation, tuple[float, float]]] = {}
-        self._ends: list[tuple[float, int, Sequence[bytes]]] = []
+        self._ends: list[tuple[float, int, Sequence[bytes], Sequence[Incarnation]]] = []
         self._num_added = 0
 
     def __len__(self) -> int:
         return len(self._spans)
 
-    def add(self, marked: Sequence[bytes], worker: Incarnation, begin: float, computed_at: float, now: float) -> None:
-        """From `begin` on a worker counts as having a prompt with these marks, which it will have at `computed_at`."""
+    def add(self, marked: Sequence[bytes], begins: Mapping[Incarnation, float], computed_at: float, now: float) -> None:
+        """Each worker counts from its time on as having a prompt with these marks, which is computed at
+        `computed_at`."""
         end = computed_at + GRACE_S
         self.forget(now)
         if end > now + MAX_AHEAD_S or len(self._spans) + len(marked) > MAX_MARKS:
             return
+        added = {worker: (begin, end) for worker, begin in begins.items()}
         for mark in marked:
-            spans = self._spans.setdefault(mark, {})
-            earlier = spans.get(worker)
-            spans[worker] = (begin, end) if earlier is None else (min(begin, earlier[0]), max(end, earlier[1]))
+            if (spans := self._spans.get(mark)) is None:
+                self._spans[mark] = added.copy()
+                continue
+            for worker, span in added.items():
+                earlier = spans.get(worker)
+                spans[worker] = (min(span[0], earlier[0]), max(end, earlier[1])) if earlier else span
         self._num_added += 1
-        heapq.heappush(self._ends, (end, self._num_added, marked))
+        heapq.heappush(self._ends, (end, self._num_added, marked, tuple(added)))
 
     def forget(self, now: float) -> None:
         """Drop what is over."""
         while self._ends and self._ends[0][0] <= now:
-            for mark in heapq.heappop(self._ends)[2]:
+            _, _, marked, workers = heapq.heappop(self._ends)
+            for mark in marked:
                 spans = self._spans.get(mark, {})
-                for worker in [worker for worker, (_, end) in spans.items() if end <= now]:
-                    del spans[worker]
+                for worker in workers:
+                    if worker in spans and spans[worker][1] <= now:
+                        del spans[worker]
                 if not spans:
                     self._spans.pop(mark, None)
 
@@ -77,18 +84,21 @@ class Predictions:
         """Leading pages that each worker has [workers], or is going to: `runs` itself if no prediction says more."""
         self.forget(now)
         known = self._known(page_hashes) if self._spans else []
-        raised, seen = runs, set[Incarnation]()
+        # Who has a later mark has the first, for no shorter time.
+        sought = {worker for _, spans in known[:1] for worker, (begin, end) in spans.items() if begin <= now < end}
+        raised = runs
         for at, spans in reversed(known):
-            for worker, (begin, end) in spans.items():
-                if worker in seen or not begin <= now < end:
+            for worker in sought.intersection(spans):
+                begin, end = spans[worker]
+                if not begin <= now < end:
                     continue
-                seen.add(worker)
+                sought.discard(worker)
                 row = row_of.get(worker)
                 if row is not None and raised[row] <= at:
                     raised = runs.copy() if raised is runs else raised
                     raised[row] = at + 1
-            if len(seen) == len(known[0][1]):
-                break  # who has a later mark has the first
+            if not sought:
+                break
         return raised
 
     def _known(self, page_hashes: bytes) -> list[tuple[int, dict[Incarnation, tuple[float, float]]]]:

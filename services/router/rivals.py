@@ -23,8 +23,8 @@ def rival_order(name: str, query: Query, table: Table, scored: Costs, totals: Fl
     facts, possible = table.facts, np.flatnonzero(np.isfinite(totals))
     liking = RIVALS[name](query, table, scored)
     prefill, decode = np.divmod(possible, len(facts.decodes) or 1)
-    of_prefills = np.append(np.inf, liking.take(facts.prefills))
-    return possible[np.lexsort((liking.take(facts.decodes)[decode], of_prefills[prefill]))]
+    of_prefills = np.append(np.inf, liking[facts.of_prefills])
+    return possible[np.lexsort((liking[facts.of_decodes][decode], of_prefills[prefill]))]
 
 
 def at_random(query: Query, table: Table, scored: Costs) -> Floats:  # noqa: ARG001 - all policies are called alike

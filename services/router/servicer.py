@@ -15,6 +15,7 @@ from services.router.mirror import Mirror
 from services.router.placements import Placements
 from services.router.table import Table
 from shared import rpc
+from shared.blackboard.admission import Account
 from shared.errors import BlackboardLost, DeadlineExceeded, Fault, InvalidRequest, ModelNotFound, NoWorker
 from shared.page_hash import HASH_BYTES
 from shared.telemetry import Telemetry
@@ -81,7 +82,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         if num_queued:
             summary += f"; {num_queued} {'request waits' if num_queued == 1 else 'requests wait'} in the queue"
         shown = [_candidate(candidate) for candidate in candidates]
-        return router_pb2.ExplainResponse(candidates=shown, summary=summary, num_queued=num_queued)
+        accounts = await self._admission.accounts(self._fleet.roster(query.model).incarnations)
+        rooms = [_room(name, account) for name, account in accounts.items()]
+        return router_pb2.ExplainResponse(candidates=shown, summary=summary, num_queued=num_queued, rooms=rooms)
 
     async def Withdraw(
         self,
@@ -174,6 +177,13 @@ def _ref(worker: Worker | None) -> kv_pb2.WorkerRef | None:
     if worker is None:
         return None
     return kv_pb2.WorkerRef(worker_id=worker.name, epoch=worker.registration.epoch, address=worker.registration.address)
+
+
+def _room(name: str, account: Account) -> router_pb2.WorkerRoom:
+    limits, used, promised = (
+        router_pb2.Amounts(**room.model_dump()) for room in (account.limits, account.used, account.promised)
+    )
+    return router_pb2.WorkerRoom(worker_id=name, limits=limits, used=used, promised=promised)
 
 
 def _candidate(candidate: Candidate) -> router_pb2.Candidate:

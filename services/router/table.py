@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,15 @@ Bools = NDArray[np.bool_]
 MAX_CALIBRATION = 2.0
 # From here on, of 1, a worker knows its rates.
 KNOWN = 0.5
-NOBODY = -1
-"""In the place of a worker's row."""
+
+
+class Output(NamedTuple):
+    """Generating an output on each worker [workers]: its tokens, the time that they take on a worker that is idle, and
+    what they take longer for, or take from, each sequence that runs there."""
+
+    num_tokens: Floats
+    decode_ms: Floats
+    share_ms: Floats
 
 
 class Facts:
@@ -32,14 +40,15 @@ class Facts:
         self.group: Ints = np.array([groups.index(w.group) for w in workers], np.int64)
         self.rows_of_group: list[Ints] = [np.flatnonzero(self.group == group) for group in range(len(groups))]
         is_decode = np.array([w.role is Role.DECODE for w in workers], np.bool_)
-        self.decodes: Ints = np.flatnonzero(is_decode)
-        self.prefills: Ints = np.flatnonzero(~is_decode)
-        self.prefill_of: Ints = np.append(len(workers), self.prefills)
+        self.decodes, self.prefills = np.flatnonzero(is_decode).tolist(), np.flatnonzero(~is_decode).tolist()
+        """Their rows, in the order in which placements count them."""
+        self.of_decodes, self.of_prefills = _rows(self.decodes), _rows(self.prefills)
+        """The same, to take their part of a column."""
+        self.prefill_of: Ints = np.array([len(workers), *self.prefills], np.int64)
         """Rows of prefill workers as placements count them: first nobody, in the row behind all workers."""
-        self.match: Bools | None = None
+        match = self.group[self.of_prefills][:, None] == self.group[self.of_decodes][None, :]
+        self.match: Bools | None = match if self.num_groups > 1 else None
         """Who can exchange pages [prefills, decodes]; None: all of them."""
-        if self.num_groups > 1:
-            self.match = self.group[self.prefills][:, None] == self.group[self.decodes][None, :]
         self.drains: Bools = np.array([w.registration.draining for w in workers], np.bool_)
         self.page_size = _column([card.page_size for card in cards])
         self.free_pages, self.cached_pages = _column([p.free for p in pages]), _column([p.cached for p in pages])
@@ -68,14 +77,22 @@ class Facts:
             _column([load.decode_ms_per_sequence for load in loads]), weights.min_sequence_share * self.step_ms
         )
         self.token_ms = self.step_ms + self.sequence_ms
-        default = weights.transfer_gb_per_s * 1e6
-        rates = _column([load.transfer_bytes_per_ms or default for load in loads])
+        rates = _column([load.transfer_bytes_per_ms or weights.transfer_gb_per_s * 1e6 for load in loads])
         self.read_ms = _column([card.kv_bytes_per_token for card in cards]) / rates
         self.output_tokens = _column([load.output_tokens or weights.output_tokens for load in loads])
         self.most_output = float(self.output_tokens.max(initial=0.0))
-        self.zeros, self.nobody = np.zeros(len(workers)), np.full(len(workers), NOBODY)
-        for constant in (self.zeros, self.nobody):
-            constant.flags.writeable = False
+        self._load_weight = weights.load_weight
+        self._outputs: dict[int, Output] = {}
+        self.zeros = np.zeros(len(workers))
+        self.zeros.flags.writeable = False
+
+    def output(self, max_tokens: int) -> Output:
+        """An output of at most so many tokens; 0: as many as usual. Few numbers are asked for within a heartbeat."""
+        if (found := self._outputs.get(max_tokens)) is None:
+            num_tokens = np.minimum(self.output_tokens, max_tokens or np.inf)
+            share_ms = self._load_weight * num_tokens * self.sequence_ms
+            found = self._outputs[max_tokens] = Output(num_tokens, num_tokens * self.token_ms, share_ms)
+        return found
 
     def _believed(self, measured: Floats, known: Floats, default: float) -> Floats:
         """What a token of a prompt takes on each: as measured where that is `known` [workers], from 0 to 1; where it
@@ -118,9 +135,10 @@ class Table:
     num_stored_pages: Ints
     """At this moment: what a peer can read."""
     queue_ms: Floats
-    num_decoding: Ints
+    num_decoding: Floats
+    """The roster's own array, as is `last_placed`: true until the next placement."""
     stale_ms: Floats
-    """How much older than they should be the facts are."""
+    """How much older than they should be the facts are; the facts' own zeros if none is."""
     last_placed: Ints
     """Which of the router's placements was the last on it."""
 
@@ -133,7 +151,7 @@ class Table:
             pages,
             pages,
             _column([worker.queue_ms for worker in workers]),
-            np.array([worker.num_decoding for worker in workers], np.int64),
+            _column([worker.num_decoding for worker in workers]),
             _column([worker.stale_ms for worker in workers]),
             np.zeros(len(workers), np.int64),
         )
@@ -187,3 +205,9 @@ def hash64(data: bytes) -> int:
 
 def _column(values: Sequence[float]) -> Floats:
     return np.array(values, np.float64)
+
+
+def _rows(rows: Sequence[int]) -> slice | Ints:
+    """An index for these rows; a slice where they stand together, which takes a tenth of the time."""
+    together = slice(rows[0], rows[-1] + 1) if rows else slice(0)
+    return together if len(range(together.stop)[together]) == len(rows) else np.array(rows, np.int64)

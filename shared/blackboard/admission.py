@@ -27,6 +27,8 @@ PROMISE_MS = 5_000
 # Pages are kept for at most so many tokens of an output that has not begun.
 ASSUMED_OUTPUT_TOKENS = 256
 LEASE_MS = 2_000
+# Before the names of a room's fields: of limits, of what is used, and of promises.
+_KINDS = ("max_", "", "promised_")
 
 
 class Need(NamedTuple):
@@ -93,6 +95,16 @@ class NoneFits:
 
 
 Verdict = Placed | Parked | Refused | NoneFits
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What a worker can have at once and what it has, as it reports, and what was promised to requests that are on
+    their way to it. Zeros before the first report."""
+
+    limits: Room
+    used: Room
+    promised: Room
 
 
 class AdmissionBoard:
@@ -172,6 +184,15 @@ class AdmissionBoard:
         with faults():
             return [int(length) for length in await pipeline.execute()]
 
+    async def accounts(self, workers: Iterable[tuple[str, int]]) -> list[Account]:
+        """Room on each of these workers (name, epoch), with promises that lapsed a moment ago perhaps."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for name, epoch in workers:
+            pipeline.hmget(keys.room(name, epoch), [kind + amount for kind in _KINDS for amount in Room.model_fields])
+        with faults():
+            found = await pipeline.execute()
+        return [_account([int(amount or 0) for amount in amounts]) for amounts in found]
+
     @asynccontextmanager
     async def wakes(self, router: str) -> AsyncIterator["Wakes"]:
         """Listen for requests of a router that may have room now, while inside."""
@@ -204,8 +225,19 @@ class Wakes:
 
 
 def _keys(model: str, workers: Iterable[tuple[str, int]]) -> list[str]:
-    rooms = (key for name, epoch in workers for key in (keys.room(name, epoch), keys.promises(name, epoch)))
-    return [*keys.admission(model), *rooms]
+    named = keys.admission(model)
+    for name, epoch in workers:
+        named += (keys.room(name, epoch), keys.promises(name, epoch))
+    return named
+
+
+def _account(amounts: Sequence[int]) -> Account:
+    limits, used, promised = (amounts[at : at + 3] for at in (0, 3, 6))
+    return Account(_room(limits), _room(used), _room(promised))
+
+
+def _room(amounts: Sequence[int]) -> Room:
+    return Room(sequences=amounts[0], tokens=amounts[1], pages=amounts[2])
 
 
 def _verdict(answer: Sequence[bytes | int]) -> Verdict:

@@ -98,6 +98,42 @@ def test_runs_of_few_and_of_many_are_counted_to_the_page(num_slots: int, num_wor
     assert runs(index, pages) == expected
 
 
+def test_runs_are_counted_to_the_page_wherever_they_ended_last_time() -> None:
+    chance, pages, index = random.Random(0), hashes(400), PageIndex(1_000)
+    lengths = [0] * 8
+    for _ in range(300):
+        slot = chance.randrange(8)
+        length = chance.randrange(401)
+        add(index, pages[lengths[slot] : length], slot)
+        discard(index, pages[length : lengths[slot]], slot)
+        lengths[slot] = length
+        asked = chance.randrange(1, 401)
+        assert runs(index, pages[:asked])[:8] == [min(length, asked) for length in lengths]
+
+
+class Counted(PageIndex):
+    """Counts the pages it looks at one by one."""
+
+    num_probes = 0
+
+    def _mask_of(self, low: int, high: int) -> int:
+        self.num_probes += 1
+        return super()._mask_of(low, high)
+
+
+def test_a_prompt_that_goes_on_from_one_asked_for_before_takes_few_probes() -> None:
+    pages, index = hashes(1_000), Counted(2_000)
+    for slot, length in enumerate((1_000, 700, 300, 48)):
+        add(index, pages[:length], slot)
+    num_probes = []
+    for asked in (pages[:900], pages[:900] + hashes(100, seed=1)):
+        index.num_probes = 0
+        assert runs(index, asked)[:4] == [900, 700, 300, 48]
+        num_probes.append(index.num_probes)
+    assert num_probes[0] > 20
+    assert num_probes[1] <= 2 + 2 * 4
+
+
 def test_runs_are_right_where_pages_share_half_of_their_hash_and_where_it_is_zero() -> None:
     pages = [bytes(8) + bytes([number]) * 8 for number in range(6)]
     index = PageIndex(100)

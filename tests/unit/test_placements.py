@@ -78,14 +78,14 @@ def expected(predictions: Predictions, pages: bytes, now: float = 0.0) -> list[i
 
 def test_a_predicted_prompt_counts_as_cached_on_its_worker_alone() -> None:
     predictions = Predictions()
-    predictions.add(marks(prompt(37)), D1, 0.0, 1.0, 0.0)
+    predictions.add(marks(prompt(37)), {D1: 0.0}, 1.0, 0.0)
     assert expected(predictions, prompt(37)) == [37, 0]
     assert expected(predictions, prompt(37, seed=1)) == [0, 0]
 
 
 def test_prompts_that_begin_alike_share_what_they_share_up_to_a_mark() -> None:
     predictions = Predictions()
-    predictions.add(marks(prompt(20) + prompt(20, seed=1)), D1, 0.0, 1.0, 0.0)
+    predictions.add(marks(prompt(20) + prompt(20, seed=1)), {D1: 0.0}, 1.0, 0.0)
     assert expected(predictions, prompt(20) + prompt(9, seed=2)) == [16, 0]
     assert expected(predictions, prompt(12)) == [8, 0]
     assert expected(predictions, prompt(20) + prompt(15, seed=1)) == [32, 0]
@@ -93,13 +93,13 @@ def test_prompts_that_begin_alike_share_what_they_share_up_to_a_mark() -> None:
 
 def test_what_the_index_knows_is_never_lowered() -> None:
     predictions = Predictions()
-    predictions.add(marks(prompt(16)), D1, 0.0, 1.0, 0.0)
+    predictions.add(marks(prompt(16)), {D1: 0.0}, 1.0, 0.0)
     assert list(predictions.raise_runs(np.array([30, 3]), prompt(40), ROWS, 0.0)) == [30, 3]
 
 
 def test_a_prediction_holds_from_its_beginning_until_the_index_must_have_told() -> None:
     predictions = Predictions()
-    predictions.add(marks(prompt(16)), D1, 0.5, 1.0, 0.0)
+    predictions.add(marks(prompt(16)), {D1: 0.5}, 1.0, 0.0)
     times = (0.4, 0.5, 1.0 + GRACE_S - 0.1, 1.0 + GRACE_S)
     assert [expected(predictions, prompt(16), now)[0] for now in times] == [0, 16, 16, 0]
 
@@ -107,7 +107,7 @@ def test_a_prediction_holds_from_its_beginning_until_the_index_must_have_told() 
 def test_nothing_is_left_of_predictions_that_are_over() -> None:
     predictions = Predictions()
     for number in range(100):
-        predictions.add(marks(prompt(5) + prompt(50, seed=number)), D1, 0.0, number / 10, 0.0)
+        predictions.add(marks(prompt(5) + prompt(50, seed=number)), {D1: 0.0}, number / 10, 0.0)
     assert len(predictions) > 100
     predictions.forget(10.0 + GRACE_S)
     assert len(predictions) == 0
@@ -115,14 +115,14 @@ def test_nothing_is_left_of_predictions_that_are_over() -> None:
 
 def test_a_later_prediction_of_the_same_pages_outlives_the_earlier_one() -> None:
     predictions = Predictions()
-    predictions.add(marks(prompt(16)), D1, 0.0, 1.0, 0.0)
-    predictions.add(marks(prompt(16)), D1, 0.0, 5.0, 0.0)
+    predictions.add(marks(prompt(16)), {D1: 0.0}, 1.0, 0.0)
+    predictions.add(marks(prompt(16)), {D1: 0.0}, 5.0, 0.0)
     assert expected(predictions, prompt(16), 1.0 + GRACE_S) == [16, 0]
 
 
 def test_what_lies_too_far_ahead_is_not_predicted() -> None:
     predictions = Predictions()
-    predictions.add(marks(prompt(16)), D1, 0.0, MAX_AHEAD_S, 0.0)
+    predictions.add(marks(prompt(16)), {D1: 0.0}, MAX_AHEAD_S, 0.0)
     assert expected(predictions, prompt(16)) == [0, 0]
 
 

@@ -128,6 +128,15 @@ async def test_a_request_whose_router_was_gone_for_long_loses_its_place(router: 
     assert (await waiting).placement.decode.worker_id == "d1"
 
 
+async def test_explaining_shows_what_workers_have_and_what_is_reserved(router: Router) -> None:
+    await has(router, Room(pages=3))
+    placed = await router.route()
+    room = next(room for room in (await router.explain()).rooms if room.worker_id == placed.placement.decode.worker_id)
+    assert (room.used.sequences, room.used.pages, room.promised.sequences) == (0, 3, 1)
+    assert room.promised.pages > 0
+    assert room.limits.sequences > 0
+
+
 async def test_explaining_shows_how_many_wait(router: Router) -> None:
     waiting = ask(router, "a")
     await queued(router, 1)

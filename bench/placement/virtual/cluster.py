@@ -140,7 +140,7 @@ class VirtualCluster:
             await turn.wait()
 
     def _promise(self, job: Job, query: Query, ranked: policy.Ranked) -> int | None:
-        needs, pairs = offer(query, ranked, len(ranked))
+        needs, pairs = offer(query, ranked)
         for place, pair in enumerate(pairs):
             named = [needs[pair.decode]]
             if pair.prefill is not None:

@@ -230,6 +230,69 @@ class Candidate(google.protobuf.message.Message):
 global___Candidate = Candidate
 
 @typing.final
+class Amounts(google.protobuf.message.Message):
+    """Sequences, prompt tokens yet to compute, and pages."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCES_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    PAGES_FIELD_NUMBER: builtins.int
+    sequences: builtins.int
+    """Sequences."""
+    tokens: builtins.int
+    """Prompt tokens."""
+    pages: builtins.int
+    """Pages."""
+    def __init__(
+        self,
+        *,
+        sequences: builtins.int = ...,
+        tokens: builtins.int = ...,
+        pages: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["pages", b"pages", "sequences", b"sequences", "tokens", b"tokens"]) -> None: ...
+
+global___Amounts = Amounts
+
+@typing.final
+class WorkerRoom(google.protobuf.message.Message):
+    """Room on a worker: a placement is taken only if all of its workers have enough."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: builtins.int
+    LIMITS_FIELD_NUMBER: builtins.int
+    USED_FIELD_NUMBER: builtins.int
+    PROMISED_FIELD_NUMBER: builtins.int
+    worker_id: builtins.str
+    """The worker."""
+    @property
+    def limits(self) -> global___Amounts:
+        """What it can have at once; zeros before its first report."""
+
+    @property
+    def used(self) -> global___Amounts:
+        """What it has, as it reports."""
+
+    @property
+    def promised(self) -> global___Amounts:
+        """What is reserved for requests that are on their way to it."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: builtins.str = ...,
+        limits: global___Amounts | None = ...,
+        used: global___Amounts | None = ...,
+        promised: global___Amounts | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["limits", b"limits", "promised", b"promised", "used", b"used"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["limits", b"limits", "promised", b"promised", "used", b"used", "worker_id", b"worker_id"]) -> None: ...
+
+global___WorkerRoom = WorkerRoom
+
+@typing.final
 class ExplainResponse(google.protobuf.message.Message):
     """All candidates, the cheapest first and the rejected ones last."""
 
@@ -238,6 +301,7 @@ class ExplainResponse(google.protobuf.message.Message):
     CANDIDATES_FIELD_NUMBER: builtins.int
     SUMMARY_FIELD_NUMBER: builtins.int
     NUM_QUEUED_FIELD_NUMBER: builtins.int
+    ROOMS_FIELD_NUMBER: builtins.int
     summary: builtins.str
     """What Route would answer, in words."""
     num_queued: builtins.int
@@ -246,13 +310,18 @@ class ExplainResponse(google.protobuf.message.Message):
     def candidates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Candidate]:
         """The candidates."""
 
+    @property
+    def rooms(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___WorkerRoom]:
+        """Room on the model's workers at this moment; none while Redis is away."""
+
     def __init__(
         self,
         *,
         candidates: collections.abc.Iterable[global___Candidate] | None = ...,
         summary: builtins.str = ...,
         num_queued: builtins.int = ...,
+        rooms: collections.abc.Iterable[global___WorkerRoom] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "num_queued", b"num_queued", "summary", b"summary"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "num_queued", b"num_queued", "rooms", b"rooms", "summary", b"summary"]) -> None: ...
 
 global___ExplainResponse = ExplainResponse
