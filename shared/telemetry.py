@@ -79,8 +79,11 @@ class Telemetry:
         return span
 
     def serve_metrics(self, host: str, port: int) -> int:
-        """Answer Prometheus at http://host:port/metrics from a thread; return the port."""
-        server, _ = start_http_server(port, addr=host, registry=self.registry)
+        """Answer Prometheus at http://host:port/metrics from a thread; return the port. Raises OSError."""
+        try:
+            server, _ = start_http_server(port, addr=host, registry=self.registry)
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port} for metrics: {error.strerror}") from error
         return int(server.server_port)
 
     def close(self) -> None:

@@ -8,8 +8,6 @@ import signal
 import socket
 from functools import partial
 
-import uvloop
-
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from services.router.admission import Admission
 from services.router.config import RouterConfig
@@ -19,7 +17,7 @@ from services.router.mirror import Mirror
 from services.router.mirror_feed import MirrorFeed
 from services.router.placements import Placements
 from services.router.servicer import RouterServicer
-from shared import gentle_start, rpc, telemetry
+from shared import entry, gentle_start, rpc, telemetry
 from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import Registration, Role
@@ -138,4 +136,4 @@ def _register(
 
 
 if __name__ == "__main__":
-    uvloop.run(main(RouterConfig.load()))
+    entry.run(main(RouterConfig.load()))
