@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from services.gateway import chat, completion, output, siblings
+from services.gateway import chat, completion, output, siblings, tokens
 from services.gateway.directory import Directory
 from services.gateway.dispatch import Dispatcher
 from services.gateway.fields import Fields
@@ -13,6 +13,7 @@ from services.gateway.merge import merge
 from services.gateway.meters import Meters
 from services.gateway.output import Delta
 from services.gateway.request import Caller, Job
+from services.gateway.tokens import Tokens
 from shared.errors import Draining
 
 
@@ -38,6 +39,14 @@ class Core:
     async def complete(self, raw: Mapping[str, Any], caller: Caller) -> Job:
         """Prompts to continue. Raises faults of the request."""
         return await completion.job(raw, caller, self.directory.model(_model(raw)), self._max_choices)
+
+    async def tokenize(self, raw: Mapping[str, Any]) -> Tokens:
+        """What a prompt or a conversation is to the model. Raises faults of the request."""
+        return await tokens.tokenize(raw, self.directory.model(_model(raw)))
+
+    async def detokenize(self, raw: Mapping[str, Any]) -> str:
+        """The text of tokens. Raises faults of the request."""
+        return await tokens.detokenize(raw, self.directory.model(_model(raw)))
 
     def run(self, job: Job) -> AsyncGenerator[Delta, None]:
         """The outputs of a job. Raises any Fault. Leaving the iterator early cancels the job everywhere."""
