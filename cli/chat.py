@@ -8,7 +8,7 @@ import httpx
 import typer
 from rich.console import Console
 
-from cli.target import client, fail, model_names, url_of
+from cli.target import GatewayUrl, client, fail, model_names, url_of
 
 TIMEOUT_S = 120.0
 Message = dict[str, str]
@@ -16,7 +16,7 @@ Message = dict[str, str]
 
 def chat(
     prompt: Annotated[str, typer.Argument(help="Say this and leave after the answer.")] = "",
-    url: Annotated[str, typer.Option(help="Gateway; default: the cluster on this machine.")] = "",
+    url: GatewayUrl = "",
     model: Annotated[str, typer.Option(help="Model; default: the first that is served.")] = "",
     system: Annotated[str, typer.Option(help="System message.")] = "",
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.7,
@@ -57,7 +57,7 @@ def _answer(http: httpx.Client, options: dict[str, Any], messages: list[Message]
     except KeyboardInterrupt:
         pass
     except httpx.HTTPError as error:
-        fail(f"the answer broke off: {error}")
+        fail(f"the answer broke off: {error}" if parts else str(error))
     typer.echo()
     return "".join(parts)
 

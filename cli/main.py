@@ -1,5 +1,8 @@
 """The command line: `forebay COMMAND`."""
 
+from importlib import metadata
+from typing import Annotated
+
 import typer
 
 from cli import bench, evaluate
@@ -17,8 +20,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Forebay serves large language models through separate prefill and decode workers.",
 )
+
+
+@app.callback()
+def main(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=lambda wanted: wanted and _show_version(), help="Show it and exit.")
+    ] = False,
+) -> None:
+    """Forebay serves large language models through separate prefill and decode workers."""
+
+
+def _show_version() -> None:
+    typer.echo(f"forebay {metadata.version('forebay')}")
+    raise typer.Exit
+
+
 for command in (up, status, chat, models, explain, inspect, make_tiny, quantize):
     app.command()(command)
 app.add_typer(bench.app, name="bench")

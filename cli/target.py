@@ -1,23 +1,42 @@
 """Which cluster a command talks to: the one it was told, else the one that runs on this machine."""
 
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import httpx
 import typer
 
 from cli import state
+from shared import config
 from shared.models.store import default_cache
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT_S = 5.0
 
 
+def _redis(url: str) -> str:
+    try:
+        return url and config.checked_redis_url(url)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}") from None
+
+
+RedisUrl = Annotated[
+    str, typer.Option("--redis", metavar="URL", callback=_redis, help="Blackboard of another cluster, by its URL.")
+]
+GatewayUrl = Annotated[
+    str,
+    typer.Option("--url", metavar="URL", help="Gateway, as http://HOST:PORT; default: the cluster on this machine."),
+]
+
+
 def url_of(given: str) -> str:
     """The URL of the gateway to talk to."""
     if given:
-        return given.rstrip("/")
+        return (given if "://" in given else f"http://{given}").rstrip("/").removesuffix("/v1")
     run = state.find(default_cache())
-    return run.url if run and run.url else DEFAULT_URL
+    if run and not run.url:
+        fail("the cluster on this machine is still being started; `forebay status` shows how far it is")
+    return run.url if run else DEFAULT_URL
 
 
 def client(url: str, timeout_s: float) -> httpx.Client:

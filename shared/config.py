@@ -15,7 +15,8 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, NoDecode,
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
-def _redis_url(url: str) -> str:
+def checked_redis_url(url: str) -> str:
+    """The URL of a blackboard as given. Raises ValueError."""
     if not url.startswith(_REDIS_SCHEMES):
         raise ValueError("must be like redis://HOST:PORT/0 (or rediss://, unix://)")
     return url
@@ -58,7 +59,7 @@ class ServiceConfig(BaseSettings):
     host: str = Field("127.0.0.1", description="Interface to listen on, and the host that others are told to use.")
     port: int = Field(0, ge=0, le=65535, description="Port of the gRPC server; 0 takes a free one.")
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of the Prometheus endpoint; 0 takes a free one.")
-    redis_url: Annotated[str, AfterValidator(_redis_url)] = Field(
+    redis_url: Annotated[str, AfterValidator(checked_redis_url)] = Field(
         "redis://127.0.0.1:6379/0", description="Redis, or any server with its protocol."
     )
     name: str = Field("", description="Stable name of this process; empty makes one from role and host.")
