@@ -1,6 +1,5 @@
 """The command line: `forebay COMMAND`."""
 
-from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -14,6 +13,7 @@ from cli.models import models
 from cli.quantize import quantize
 from cli.status import status
 from cli.up import up
+from shared.version import version
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,7 +33,7 @@ def main(
 
 
 def _show_version() -> None:
-    typer.echo(f"forebay {metadata.version('forebay')}")
+    typer.echo(f"forebay {version()}")
     raise typer.Exit
 
 

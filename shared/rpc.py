@@ -302,7 +302,9 @@ class _Begin:
         remaining = context.time_remaining()
         _deadline.set(None if remaining is None else time.monotonic() + remaining)
         telemetry.request_id.set(str(self._metadata.get(REQUEST_ID_KEY, "")))
-        return self._telemetry.begin(self._method, self._metadata)
+        service, _, method = self._method.removeprefix("/").partition("/")
+        about = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
+        return self._telemetry.begin(f"{service}/{method}", self._metadata, about)
 
 
 def _guard_unary(handler: Any, begin: _Begin) -> Any:
@@ -311,7 +313,7 @@ def _guard_unary(handler: Any, begin: _Begin) -> Any:
         try:
             return await handler(request, context)
         except Exception as error:
-            await _refuse(context, error, span)
+            await _refuse(context, error)
         finally:
             span.end()
 
@@ -328,14 +330,14 @@ def _guard_stream(handler: Any, begin: _Begin) -> Any:
                 async for response in responses:
                     await context.write(response)
         except Exception as error:
-            await _refuse(context, error, span)
+            await _refuse(context, error)
         finally:
             span.end()
 
     return guarded
 
 
-async def _refuse(context: Any, error: Exception, span: trace.Span) -> NoReturn:
+async def _refuse(context: Any, error: Exception) -> NoReturn:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, Fault):
@@ -346,8 +348,7 @@ async def _refuse(context: Any, error: Exception, span: trace.Span) -> NoReturn:
     else:
         log.error("defect in a handler", exc_info=error)
         fault = Internal("internal error; the log of the process has the details")
-    span.set_status(trace.StatusCode.ERROR, fault.message)
-    span.set_attribute("forebay.fault", fault.reason)
+    telemetry.failed(fault)
     code, details = grpc.StatusCode[fault.grpc_status], status.write(fault)
     await context.abort(code, fault.message, trailing_metadata=((status.DETAILS_KEY, details),))
     raise AssertionError("abort returned")

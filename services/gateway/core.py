@@ -22,7 +22,8 @@ class Core:
 
     def __init__(self, directory: Directory, dispatcher: Dispatcher, meters: Meters, max_choices: int) -> None:
         self.directory = directory
-        self._dispatcher, self._meters, self._max_choices = dispatcher, meters, max_choices
+        self.meters = meters
+        self._dispatcher, self._max_choices = dispatcher, max_choices
         self._num_running, self._draining = 0, False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -52,7 +53,7 @@ class Core:
         """The outputs of a job. Raises any Fault. Leaving the iterator early cancels the job everywhere."""
         starts = siblings.starts(job.choices, job.options.n, self._dispatcher.generate)
         streams = [output.deltas(job, choice, start) for choice, start in zip(job.choices, starts, strict=True)]
-        return self._meters.measure(job, streams[0] if len(streams) == 1 else merge(streams))
+        return self.meters.measure(job, streams[0] if len(streams) == 1 else merge(streams))
 
     @contextmanager
     def admitted(self) -> Iterator[None]:

@@ -4,7 +4,6 @@ import logging
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from services.gateway.rest_errors import HttpFault, response_of
 from shared import telemetry
 from shared.errors import Fault, Internal, InvalidRequest
 from shared.telemetry import Telemetry
+from shared.version import version
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class Rest:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in self._routes else "other"
+                self._core.meters.responded(path, message["status"])
                 message["headers"] = [*message["headers"], header]
             await send(message)
 
@@ -149,7 +151,7 @@ class Rest:
         return _json({"prompt": await self._core.detokenize(await read_object(request, self._max_body_bytes))})
 
     async def _version(self, _request: Request) -> Response:
-        return _json({"version": metadata.version("forebay")})
+        return _json({"version": version()})
 
     async def _health(self, _request: Request) -> Response:
         problem = "draining" if self._core.draining else self._core.directory.problem()
@@ -187,11 +189,13 @@ class _Served(Response):
         self._answer, self._core, self._telemetry, self._request = answer, core, telemetry, request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        span = self._telemetry.begin(f"POST {scope['path']}", self._request.headers)
+        about = {"http.request.method": "POST", "http.route": scope["path"], "forebay.model": self._answer.model}
+        span = self._telemetry.begin(f"POST {scope['path']}", self._request.headers, about)
         try:
             with self._core.admitted():
                 await self._answer(scope, receive, send)
         except Fault as fault:
+            telemetry.failed(fault)
             await response_of(fault)(scope, receive, send)
         finally:
             span.end()

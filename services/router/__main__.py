@@ -65,12 +65,14 @@ async def serve(
     if (epoch := await _epoch(config, name, board, feed, ended)) is not None:
         steady()
         await server.set_serving(True)
+        log.info("serving at %s:%d", config.host, port)
         heartbeat = _register(config, name, epoch, board, port, metrics_port, ended)
         await gentle_start.over()
         await ended.wait()
         await heartbeat.stop()
     admission.drain()
     await server.stop(config.drain_grace_ms / 1000)
+    log.info("drained")
     await admission.settled()
     for task in watching:
         task.cancel()
