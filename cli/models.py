@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli import state
-from cli.target import GatewayUrl, client, model_names, url_of
+from cli.target import ApiKey, GatewayUrl, client, model_names, url_of
 from shared.models import store
 
 TIMEOUT_S = 10.0
@@ -13,12 +13,13 @@ WIDTH = 1_000
 
 def models(
     url: GatewayUrl = "",
+    api_key: ApiKey = "",
 ) -> None:
     """List the models that are served now and those that `forebay up --model` knows by name."""
     run = state.find(store.default_cache())
     served: set[str] = set()
     if url or (run and run.url):
-        with client(url_of(url), TIMEOUT_S) as http:
+        with client(url_of(url), TIMEOUT_S, api_key) as http:
             served = set(model_names(http))
     table = Table("model", "served", "size", "path", box=None, pad_edge=False)
     known = {entry.name: entry for entry in store.entries()}

@@ -6,6 +6,7 @@ import httpx
 import typer
 
 from cli import state
+from services.gateway.api_keys import bearer
 from shared import config
 from shared.models.store import default_cache
 
@@ -27,6 +28,16 @@ GatewayUrl = Annotated[
     str,
     typer.Option("--url", metavar="URL", help="Gateway, as http://HOST:PORT; default: the cluster on this machine."),
 ]
+ApiKey = Annotated[
+    str,
+    typer.Option(
+        "--api-key",
+        metavar="KEY",
+        envvar="FOREBAY_API_KEY",
+        help="For a gateway that asks for one.",
+        show_default=False,
+    ),
+]
 
 
 def url_of(given: str) -> str:
@@ -39,15 +50,18 @@ def url_of(given: str) -> str:
     return run.url if run else DEFAULT_URL
 
 
-def client(url: str, timeout_s: float) -> httpx.Client:
+def client(url: str, timeout_s: float, api_key: str = "") -> httpx.Client:
     """A client that waits at most `timeout_s` for each part of an answer."""
-    return httpx.Client(base_url=url, timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S), trust_env=False)
+    timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
+    return httpx.Client(base_url=url, timeout=timeout, headers=bearer(api_key), trust_env=False)
 
 
 def model_names(http: httpx.Client) -> list[str]:
     """The models that the cluster serves; ends the command with a message if it cannot be asked."""
     try:
         answer = http.get("/v1/models")
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            fail(f"{http.base_url} asks for an API key: --api-key, or FOREBAY_API_KEY in the environment")
         answer.raise_for_status()
     except httpx.HTTPError as error:
         fail(f"no answer from {http.base_url}: {error}; is a cluster up? `forebay up` starts one")

@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from shared.errors import Unauthenticated
 
 
+def bearer(entries: str) -> dict[str, str]:
+    """The headers that a client sends whose user has these entries (KEY or KEY=TENANT, the first counts), or none."""
+    key = entries.split(",", maxsplit=1)[0].partition("=")[0].strip()
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 class ApiKeys:
     """Keys as configured, each KEY or KEY=TENANT; without any, everybody may come and say whose request it is."""
 
