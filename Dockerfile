@@ -8,8 +8,10 @@ ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CAC
 WORKDIR /forebay
 RUN echo 'forebay:x:10001:10001::/home/forebay:/bin/sh' >> /etc/passwd && \
     install --directory --owner 10001 --group 10001 /home/forebay /cache
-# What is installed depends on these alone: a change of code rebuilds no dependency.
-COPY pyproject.toml README.md LICENSE ./
+# What is installed depends on these alone: a change of code or of words rebuilds no dependency. The package wants some
+# README.md; the true one comes with the code.
+COPY pyproject.toml LICENSE ./
+RUN touch README.md
 COPY deploy/install deploy/container-start deploy/
 
 FROM base AS gateway-environment

@@ -8,7 +8,7 @@ import httpx
 import typer
 from rich.console import Console
 
-from cli.target import client, fail, model_names, url_of
+from cli.target import ApiKey, GatewayUrl, client, fail, model_names, url_of
 
 TIMEOUT_S = 120.0
 Message = dict[str, str]
@@ -16,14 +16,15 @@ Message = dict[str, str]
 
 def chat(
     prompt: Annotated[str, typer.Argument(help="Say this and leave after the answer.")] = "",
-    url: Annotated[str, typer.Option(help="Gateway; default: the cluster on this machine.")] = "",
+    url: GatewayUrl = "",
+    api_key: ApiKey = "",
     model: Annotated[str, typer.Option(help="Model; default: the first that is served.")] = "",
     system: Annotated[str, typer.Option(help="System message.")] = "",
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
 ) -> None:
     """Talk to the model; an empty line or Ctrl-D leaves, Ctrl-C ends an answer early."""
-    with client(url_of(url), TIMEOUT_S) as http:
+    with client(url_of(url), TIMEOUT_S, api_key) as http:
         names = model_names(http)
         if not names:
             fail("the cluster serves no model yet; `forebay status` shows its processes")
@@ -57,7 +58,7 @@ def _answer(http: httpx.Client, options: dict[str, Any], messages: list[Message]
     except KeyboardInterrupt:
         pass
     except httpx.HTTPError as error:
-        fail(f"the answer broke off: {error}")
+        fail(f"the answer broke off: {error}" if parts else str(error))
     typer.echo()
     return "".join(parts)
 

@@ -166,10 +166,10 @@ def _refuse_taken_ports(options: ClusterOptions) -> None:
 async def _lists_a_model(url: str) -> bool:
     async with httpx.AsyncClient(timeout=HEALTH_TIMEOUT_MS / 1000, trust_env=False) as client:
         try:
-            answer = await client.get(f"{url}/v1/models")
+            answer = await client.get(f"{url}/health")  # which asks for no API key
         except httpx.TransportError:
             return False
-    return answer.is_success and bool(answer.json()["data"])
+    return answer.is_success and bool(answer.json()["models"])
 
 
 def _report(process: Supervised, reason: str) -> str:

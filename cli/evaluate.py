@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cli.target import client, fail, model_names, url_of
+from cli.target import GatewayUrl, client, fail, model_names, url_of
 from shared.errors import Fault
 
 app = typer.Typer(no_args_is_help=True, help="Measure the quality of models.")
@@ -51,7 +51,7 @@ def quant(  # noqa: PLR0913, PLR0917 - a flag each
 
 @app.command()
 def bfcl(  # noqa: PLR0913, PLR0917 - a flag each
-    url: Annotated[str, typer.Option(help="Gateway; default: the cluster on this machine.")] = "",
+    url: GatewayUrl = "",
     model: Annotated[str, typer.Option(help="Model; default: the first that is served.")] = "",
     python: Annotated[Path, typer.Option(help="Python of an environment that has bfcl-eval.")] = Path(sys.executable),
     out: Annotated[Path, typer.Option(help="Where answers and scores are kept.")] = Path("bfcl-run"),

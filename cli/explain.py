@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli import state
-from cli.target import fail
+from cli.target import RedisUrl, fail
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from services.gateway import text_model
 from shared import page_hash, rpc
@@ -28,9 +28,10 @@ def explain(
     tenant: Annotated[str, typer.Option(help="Whose cache to look in.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     ids: Annotated[bool, typer.Option("--ids", help="The prompt is token ids, with spaces or commas between.")] = False,
-    redis: Annotated[str, typer.Option(metavar="URL", help="Blackboard of a cluster on other machines.")] = "",
+    redis: RedisUrl = "",
 ) -> None:
-    """Show every placement of a prompt with its cost in milliseconds; nothing is computed or reserved."""
+    """Show every placement of a prompt with its cost in milliseconds, and what that is made of; nothing is computed or
+    reserved. docs/placement.md explains the terms."""
     run = state.find(default_cache())
     if not redis and run is None:
         fail("no cluster runs on this machine; start one with `forebay up`")
@@ -123,12 +124,13 @@ def _rooms(answer: router_pb2.ExplainResponse) -> Table:
 
 
 def _table(answer: router_pb2.ExplainResponse) -> Table:
-    names = list(dict.fromkeys(term.name for candidate in answer.candidates for term in candidate.terms))
-    table = Table("prefill", "decode", "cost ms", "cached", *names, "", box=None, pad_edge=False)
+    """A row for each candidate; terms that are nothing are left out."""
+    table = Table("cost ms", "cached", "prefill", "decode", "made of, in ms", box=None, pad_edge=False)
     for candidate in answer.candidates:
-        terms = {term.name: f"{term.cost_ms:.1f}" for term in candidate.terms}
         placement = candidate.placement
-        prefill = placement.prefill.worker_id if placement.HasField("prefill") else "(decode worker)"
-        facts = [prefill, placement.decode.worker_id, f"{candidate.cost_ms:.1f}", str(candidate.num_cached_tokens)]
-        table.add_row(*facts, *(terms.get(name, "") for name in names), candidate.rejection)
+        prefill = placement.prefill.worker_id if placement.HasField("prefill") else "there too"
+        terms = sorted(candidate.terms, key=lambda term: -term.cost_ms)
+        made_of = ", ".join(f"{term.name} {term.cost_ms:.1f}" for term in terms if round(term.cost_ms, 1))
+        facts = [f"{candidate.cost_ms:.1f}", str(candidate.num_cached_tokens), prefill, placement.decode.worker_id]
+        table.add_row(*facts, candidate.rejection or made_of)
     return table

@@ -11,7 +11,9 @@ from shared.models.catalogue import DEFAULT_MODEL
 
 
 def make_tiny(
-    kind: Annotated[str, typer.Argument(help="glm-5.2, or glm-5.2-even, which can be quantized.")],
+    kind: Annotated[
+        str, typer.Argument(help="glm-5.2; glm-5.2-even, which can be quantized; glm-5.2-tiles, whose experts fit FP4.")
+    ],
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.")] = 0,
     tokenizer: Annotated[

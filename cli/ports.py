@@ -4,9 +4,12 @@ import socket
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on now."""
+    """A port that nobody listens on now. Raises OSError if `host` is not this machine's."""
     with socket.socket() as probe:
-        probe.bind((host, 0))
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}: {error.strerror}") from error
         return int(probe.getsockname()[1])
 
 

@@ -69,8 +69,13 @@ class RunDirectory:
 
 def find(cache: Path) -> RunState | None:
     """The cluster that runs on this machine, the newest if there are several; None if there is none."""
-    states = [state for path in _runs(cache) if (state := read(cache, int(path.name))) and _lives(state.supervisor_pid)]
-    return max(states, key=lambda state: state.started_unix_ms, default=None)
+    return max(running(cache), key=lambda state: state.started_unix_ms, default=None)
+
+
+def running(cache: Path) -> list[RunState]:
+    """All clusters of this machine."""
+    states = [read(cache, int(path.name)) for path in _runs(cache)]
+    return [state for state in states if state and _lives(state.supervisor_pid)]
 
 
 def read(cache: Path, supervisor_pid: int) -> RunState | None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cli import plan, state
 from cli.state import ProcessState, RunState
+from cli.target import RedisUrl
 from shared.blackboard.admission import Account
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Registration, Role
@@ -49,9 +50,13 @@ class Seen:
 
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    redis: Annotated[str, typer.Option(metavar="URL", help="Blackboard of a cluster on other machines.")] = "",
+    redis: RedisUrl = "",
 ) -> None:
-    """Show every process of the cluster."""
+    """Show every process of the cluster: where it listens, what it works on, how often it was started again.
+
+    Pages of KV are free, cached (kept for their hashes), leased (being read by a peer) or held by sequences; "report"
+    is the age of a process's last registration.
+    """
     run = None if redis else state.find(default_cache())
     if run is None and not redis:
         typer.secho("no cluster runs on this machine; start one with `forebay up`", fg="red", err=True)
@@ -70,9 +75,18 @@ def status(
     else:
         console = Console()
         console.width = console.width if console.is_terminal else FILE_WIDTH
+        if run:
+            console.print(_headline(run), soft_wrap=True, highlight=False)
         console.print(_table(rows))
         for model, length in seen.queues.items():
             console.print(f"{length} requests wait for room on workers of {model}")
+
+
+def _headline(run: RunState) -> str:
+    serves = f"{run.url} serves {run.model}" if run.url else f"{run.model} is being started"
+    others = [other for other in state.running(default_cache()) if other.supervisor_pid != run.supervisor_pid]
+    known = [f"{other.url or other.model} (--redis {other.redis_url})" for other in others]
+    return f"{serves}; forebay up is process {run.supervisor_pid}" + "".join(f"\nalso here: {one}" for one in known)
 
 
 def join(

@@ -6,13 +6,14 @@ import shlex
 import signal
 import sys
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from cli.cluster import Cluster, StartFailed
 from cli.plan import ClusterOptions
 from cli.state import RunDirectory
+from cli.target import RedisUrl
 from shared.errors import Fault
 from shared.models import store
 from shared.models.catalogue import DEFAULT_MODEL
@@ -29,12 +30,14 @@ def up(  # noqa: PLR0913, PLR0917 - one argument a flag
     routers: Annotated[int, typer.Option(min=1, help="Routers.")] = 1,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the first gateway; 0: any.")] = 8000,
     host: Annotated[str, typer.Option(help="Interface that everything listens on.")] = "127.0.0.1",
-    engine: Annotated[str, typer.Option(help="torch computes; sim only pretends to.")] = "torch",
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    kv_dtype: Annotated[str, typer.Option(help="Form of KV: auto takes dtype's; bfloat16, float32, fp8.")] = "auto",
+    engine: Annotated[Literal["torch", "sim"], typer.Option(help="torch computes; sim only pretends to.")] = "torch",
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and activations.")] = "bfloat16",
+    kv_dtype: Annotated[
+        Literal["auto", "bfloat16", "float32", "fp8"], typer.Option(help="Form of KV; auto takes dtype's.")
+    ] = "auto",
     tp: Annotated[int, typer.Option(min=1, help="Ranks (processes) of each worker, which share the model out.")] = 1,
     gpus: Annotated[int, typer.Option(min=0, help="Share out so many GPUs to the workers' ranks in turn.")] = 0,
-    redis: Annotated[str, typer.Option(metavar="URL", help="Redis to use instead of an embedded Valkey.")] = "",
+    redis: RedisUrl = "",
     grace: Annotated[float, typer.Option(min=0, help="Seconds that running requests have to end at Ctrl-C.")] = 10.0,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds to come up in.")] = START_DEADLINE_S,
     gateway_flags: Annotated[str, typer.Option(help="More flags for gateways, in one string.")] = "",
@@ -42,7 +45,12 @@ def up(  # noqa: PLR0913, PLR0917 - one argument a flag
     worker_flags: Annotated[str, typer.Option(help="More flags for workers, in one string.")] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what all processes log.")] = False,
 ) -> None:
-    """Start a cluster on this machine and run it until Ctrl-C."""
+    """Start a cluster on this machine and run it until Ctrl-C.
+
+    A process that dies is started again. The flags of each service, which --gateway-flags, --router-flags and
+    --worker-flags pass on, are listed by `python -m services.gateway --help`, and so for router, prefill and decode.
+    With --redis it uses that Redis instead of an embedded Valkey.
+    """
     if 0 < gpus < tp:
         raise typer.BadParameter(f"{tp} ranks need a GPU each, and there are to be {gpus}", param_hint="--gpus")
     options = ClusterOptions(
@@ -85,6 +93,7 @@ async def run(options: ClusterOptions, deadline_s: float, verbose: bool) -> None
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, on_signal)
+    typer.echo(f"starting {_census(options)}; their logs are in {directory.path}", err=True)
     try:
         starting = asyncio.create_task(cluster.start(os.getpid(), deadline_s))
         if await _first(starting, stop):
@@ -125,6 +134,12 @@ def _with_model(options: ClusterOptions) -> ClusterOptions:
     if options.engine == SIM:
         return options
     return replace(options, model=str(store.resolve(options.model)))
+
+
+def _census(options: ClusterOptions) -> str:
+    counts = {"gateways": options.num_gateways, "routers": options.num_routers}
+    counts |= {"prefill workers": options.num_prefill, "decode workers": options.num_decode}
+    return ", ".join(f"{number} {role if number > 1 else role[:-1]}" for role, number in counts.items() if number)
 
 
 def _echo(name: str, line: str) -> None:

@@ -2,6 +2,7 @@
 
     Fault                       an error with a reason that a client may see
     ├── InvalidRequest          the request itself is wrong
+    ├── Unauthenticated         the caller may not come in: no valid API key
     ├── ModelNotFound           nobody serves the model
     ├── ContextTooLong          prompt and output do not fit the context
     ├── NoWorker                no fitting worker is there
@@ -46,6 +47,10 @@ class Fault(Exception):
 
 class InvalidRequest(Fault):
     reason, grpc_status, http_status = "INVALID_REQUEST", "INVALID_ARGUMENT", 400
+
+
+class Unauthenticated(Fault):
+    reason, grpc_status, http_status = "UNAUTHENTICATED", "UNAUTHENTICATED", 401
 
 
 class ModelNotFound(Fault):

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -72,6 +73,7 @@ OPEN = f"/{LINE.full_name}/Open"
 Response = TypeVar("Response")
 
 _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+_metadata: ContextVar[Mapping[str, Any]] = ContextVar("metadata", default=MappingProxyType({}))
 
 
 # Deadlines ------------------------------------------------------------------------------------------------------------
@@ -237,11 +239,13 @@ class Server:
         reflection.enable_server_reflection(names, self.grpc)
 
     async def start(self, host: str, port: int, *, serving: bool = True) -> int:
-        """Listen, healthy unless that has to wait; return the port. Raises OSError if it is taken."""
+        """Listen, healthy unless that has to wait; return the port. Raises OSError if it cannot."""
         try:
             bound = self.grpc.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {host}:{port}") from error
+            raise OSError(
+                f"cannot listen on {host}:{port}; is the port taken, or the host another machine's?"
+            ) from error
         await self.grpc.start()
         await self.set_serving(serving)
         return bound
@@ -256,6 +260,11 @@ class Server:
         """Take no new calls, give the running ones `grace_s` seconds, then cancel them."""
         await self.set_serving(False)
         await asyncio.gather(self._lines.stop(grace_s), self.grpc.stop(grace_s))
+
+
+def metadata(key: str) -> str:
+    """What the call at hand brought under a key; empty if nothing."""
+    return str(_metadata.get().get(key, ""))
 
 
 class _Interceptor(grpc.aio.ServerInterceptor):
@@ -288,11 +297,14 @@ class _Begin:
         self._telemetry, self._method, self._metadata = telemetry, method, metadata
 
     def __call__(self, context: Any) -> trace.Span:
-        """Set deadline, request id and trace context of this task; return the call's span."""
+        """Set deadline, metadata, request id and trace context of this task; return the call's span."""
+        _metadata.set(self._metadata)
         remaining = context.time_remaining()
         _deadline.set(None if remaining is None else time.monotonic() + remaining)
         telemetry.request_id.set(str(self._metadata.get(REQUEST_ID_KEY, "")))
-        return self._telemetry.begin(self._method, self._metadata)
+        service, _, method = self._method.removeprefix("/").partition("/")
+        about = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
+        return self._telemetry.begin(f"{service}/{method}", self._metadata, about)
 
 
 def _guard_unary(handler: Any, begin: _Begin) -> Any:
@@ -301,7 +313,7 @@ def _guard_unary(handler: Any, begin: _Begin) -> Any:
         try:
             return await handler(request, context)
         except Exception as error:
-            await _refuse(context, error, span)
+            await _refuse(context, error)
         finally:
             span.end()
 
@@ -318,14 +330,14 @@ def _guard_stream(handler: Any, begin: _Begin) -> Any:
                 async for response in responses:
                     await context.write(response)
         except Exception as error:
-            await _refuse(context, error, span)
+            await _refuse(context, error)
         finally:
             span.end()
 
     return guarded
 
 
-async def _refuse(context: Any, error: Exception, span: trace.Span) -> NoReturn:
+async def _refuse(context: Any, error: Exception) -> NoReturn:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, Fault):
@@ -336,8 +348,7 @@ async def _refuse(context: Any, error: Exception, span: trace.Span) -> NoReturn:
     else:
         log.error("defect in a handler", exc_info=error)
         fault = Internal("internal error; the log of the process has the details")
-    span.set_status(trace.StatusCode.ERROR, fault.message)
-    span.set_attribute("forebay.fault", fault.reason)
+    telemetry.failed(fault)
     code, details = grpc.StatusCode[fault.grpc_status], status.write(fault)
     await context.abort(code, fault.message, trailing_metadata=((status.DETAILS_KEY, details),))
     raise AssertionError("abort returned")

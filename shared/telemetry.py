@@ -17,10 +17,12 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider, sampling
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Tracer
-from prometheus_client import CollectorRegistry, Metric, start_http_server
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector, start_http_server
 from pythonjsonlogger.json import JsonFormatter
 
+from shared.errors import Fault
 from shared.instruments import Meter
+from shared.version import version
 
 TRACE_PARENT = "traceparent"
 
@@ -51,7 +53,8 @@ class Telemetry:
     """The tracer, the meter and the metrics registry of one process."""
 
     def __init__(self, role: str, name: str, traces: str = "none") -> None:
-        resource = Resource.create({"service.name": f"forebay-{role}", "service.instance.id": name})
+        about = {"service.name": f"forebay-{role}", "service.instance.id": name, "service.version": version()}
+        resource = Resource.create(about)
         exporter = _exporter(traces)
         self._records = exporter is not None
         sampler = sampling.ALWAYS_OFF if exporter is None else sampling.DEFAULT_ON
@@ -59,12 +62,13 @@ class Telemetry:
         if exporter is not None:
             self._tracers.add_span_processor(BatchSpanProcessor(exporter))
         self.registry = _Registry()
+        ProcessCollector(registry=self.registry)  # memory, processor time, open files
         reader = PrometheusMetricReader(scope_info_enabled=False, registry=self.registry)
         self._meters = MeterProvider(resource=resource, metric_readers=[reader], shutdown_on_exit=False)
         self.tracer: Tracer = self._tracers.get_tracer("forebay")
         self.meter = self.registry.meter = Meter(self._meters.get_meter("forebay"))
 
-    def begin(self, name: str, headers: Mapping[str, str]) -> Span:
+    def begin(self, name: str, headers: Mapping[str, str], attributes: Mapping[str, str] | None = None) -> Span:
         """The span of a call that came with these headers, for its task to work in; the caller ends it.
 
         Where nobody reads spans there is none, and a caller's trace is passed on as it came.
@@ -74,13 +78,17 @@ class Telemetry:
         parent = propagate.extract(headers)
         span = trace.get_current_span(parent)
         if self._records:
-            span = self.tracer.start_span(name, parent, SpanKind.SERVER)
+            about = {"forebay.request_id": request_id.get()} | dict(attributes or {})
+            span = self.tracer.start_span(name, parent, SpanKind.SERVER, about)
         context.attach(trace.set_span_in_context(span, parent))
         return span
 
     def serve_metrics(self, host: str, port: int) -> int:
-        """Answer Prometheus at http://host:port/metrics from a thread; return the port."""
-        server, _ = start_http_server(port, addr=host, registry=self.registry)
+        """Answer Prometheus at http://host:port/metrics from a thread; return the port. Raises OSError."""
+        try:
+            server, _ = start_http_server(port, addr=host, registry=self.registry)
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port} for metrics: {error.strerror}") from error
         return int(server.server_port)
 
     def close(self) -> None:
@@ -101,6 +109,13 @@ class _Registry(CollectorRegistry):
         return super().collect()
 
 
+def failed(fault: Fault) -> None:
+    """The span at hand ends in a fault."""
+    span = trace.get_current_span()
+    span.set_status(trace.StatusCode.ERROR, fault.message)
+    span.set_attribute("forebay.fault", fault.reason)
+
+
 def start(role: str, name: str, config: TelemetryConfig) -> tuple[Telemetry, int]:
     """Set up logging and telemetry of a process; return it and the port of its metrics endpoint."""
     log_as_json(role, name, config.log_level)
@@ -113,14 +128,16 @@ def log_as_json(role: str, name: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonFormatter(
-            "{asctime}{levelname}{name}{message}",
+            "{levelname}{name}{message}",
             style="{",
-            rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+            rename_fields={"levelname": "level", "name": "logger"},
             static_fields={"role": role, "process": name},
+            timestamp="time",  # in UTC, as ISO 8601 has it
         )
     )
     handler.addFilter(_add_ids)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it tells a terminal, in colours, what we say ourselves
 
 
 def _add_ids(record: logging.LogRecord) -> bool:

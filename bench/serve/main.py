@@ -5,6 +5,7 @@ Prompts are random token ids and every answer has exactly the length asked for, 
 
 import argparse
 import asyncio
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import httpx
 from bench.serve import load, measures, report
 from bench.serve.client import Client
 from bench.serve.workload import Workload
+from services.gateway.api_keys import bearer
 
 DEFAULTS = Workload()
 
@@ -22,7 +24,11 @@ DEFAULTS = Workload()
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("forebay bench serve", description=__doc__)
     made.formatter_class = argparse.RawDescriptionHelpFormatter
-    made.add_argument("--url", default="http://127.0.0.1:8000", help="server, without /v1")
+    made.add_argument(
+        "--url",
+        default="http://127.0.0.1:8000",
+        help="server, without /v1; FOREBAY_API_KEY in the environment is sent to it",
+    )
     made.add_argument("--model", default="", help="model to ask for; default: the first that the server lists")
     made.add_argument("--requests", type=int, default=DEFAULTS.num_requests, help="requests to measure")
     made.add_argument("--input-tokens", type=int, default=DEFAULTS.input_tokens, help="length of a prompt")
@@ -62,7 +68,10 @@ async def measure(options: argparse.Namespace, command: str) -> tuple[str, int]:
     plan = workload(options)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx.Timeout(options.timeout_s, connect=10.0)
-    async with httpx.AsyncClient(base_url=options.url, limits=limits, timeout=timeout, trust_env=False) as http:
+    headers = bearer(os.environ.get("FOREBAY_API_KEY", ""))
+    async with httpx.AsyncClient(
+        base_url=options.url, headers=headers, limits=limits, timeout=timeout, trust_env=False
+    ) as http:
         model = options.model or await first_model(http)
         figures = measures.figures(await load.run(Client(http, model), plan))
     told = report.circumstances(command, options.url, model, plan)

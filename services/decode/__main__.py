@@ -1,12 +1,8 @@
 """A decode worker: `python -m services.decode --help`."""
 
-import sys
-
-import uvloop
-
 from protos.forebay.v1 import decode_pb2_grpc
 from services.decode.servicer import DecodeServicer
-from shared import rpc
+from shared import entry, rpc
 from shared.blackboard.records import Role
 from shared.worker import process
 from shared.worker.config import WorkerConfig
@@ -18,5 +14,4 @@ def _add(worker: Worker, server: rpc.Server) -> None:
 
 
 if __name__ == "__main__":
-    config = WorkerConfig.load()
-    sys.exit(uvloop.run(process.serve(Role.DECODE, config, {"forebay.v1.DecodeService": _add})))
+    entry.run(process.serve(Role.DECODE, WorkerConfig.load(), {"forebay.v1.DecodeService": _add}))

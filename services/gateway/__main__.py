@@ -1,21 +1,8 @@
-"""`python -m services.gateway`."""
-
-import sys
-
-import uvloop
+"""A gateway: `python -m services.gateway --help`."""
 
 from services.gateway.config import GatewayConfig
 from services.gateway.process import run
-
-
-def main() -> None:
-    """Run a gateway."""
-    config = GatewayConfig.load()
-    try:
-        uvloop.run(run(config))
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
-
+from shared import entry
 
 if __name__ == "__main__":
-    main()
+    entry.run(run(GatewayConfig.load()))

@@ -24,7 +24,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "prediction": (),
     "echo": (False,),
-    "continue_final_message": (False,),
     "chat_template": (),
     "documents": ([],),
 }
@@ -35,14 +34,35 @@ async def job(raw: Mapping[str, Any], caller: Caller, model: ServedModel, max_ch
     fields = Fields(raw)
     common.refuse_unsupported(fields, _UNSUPPORTED)
     options = common.parse(fields, model.defaults, _num_logprobs(fields), _max_tokens(fields))
-    conversation, declared = messages.read(fields), tools.read(fields)
+    declared = tools.read(fields)
     parsing = _parsing(fields, declared, model)
-    tokenizer = model.tokenizer("messages")
-    text = await _render(model, conversation, declared, _arguments(fields))
-    # The template writes the special tokens itself.
-    token_ids = await tokenizer.encode(text, special=fields.flag("add_special_tokens") or False)
+    text, token_ids = await prompt(fields, model, declared)
     parsing = replace(parsing, thinks=parsing.has_thoughts and opens_thought(text))
     return make_job(caller, model, options, [Prompt(tuple(token_ids), text)], max_choices, parsing=parsing)
+
+
+async def prompt(fields: Fields, model: ServedModel, declared: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
+    """What the model is to go on from, as text and tokens. Raises InvalidRequest, Unsupported."""
+    conversation, tokenizer = messages.read(fields), model.tokenizer("messages")
+    text = await _render(model, conversation, declared, _arguments(fields))
+    if fields.flag("continue_final_message"):
+        text = _open_ended(text, conversation[-1])
+    # The template writes the special tokens itself.
+    return text, await tokenizer.encode(text, special=fields.flag("add_special_tokens") or False)
+
+
+def _open_ended(text: str, final: Mapping[str, Any]) -> str:
+    """A rendered conversation up to the end of what its last message says, so that the answer goes on with it.
+
+    Templates strip what messages say; what they strip is taken on from here, for the client sees it.
+    """
+    said: str = final["content"]
+    if final["role"] != "assistant" or not said.strip():
+        raise InvalidRequest("'continue_final_message' needs a last message of the assistant's", param="messages")
+    found = text.rfind(said.strip())
+    if found < 0:
+        raise InvalidRequest("the chat template changes the last message: it cannot be continued", param="messages")
+    return text[:found] + said.lstrip()
 
 
 async def _render(
@@ -69,7 +89,11 @@ def _arguments(fields: Fields) -> dict[str, Any]:
         if effort == "none":
             arguments["enable_thinking"] = False
     arguments |= _thinking(fields)
-    if fields.flag("add_generation_prompt") is False:
+    begins, goes_on = fields.flag("add_generation_prompt"), fields.flag("continue_final_message")
+    if begins and goes_on:
+        message = "an answer either begins ('add_generation_prompt') or goes on with the last message"
+        raise InvalidRequest(message, param="continue_final_message")
+    if begins is False or goes_on:
         arguments["add_generation_prompt"] = False
     return arguments | (fields.object("chat_template_kwargs") or {})
 

@@ -1,24 +1,38 @@
 """Configuration of a gateway."""
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from services.gateway.parsers.formats import ReasoningFormat, ToolFormat
-from shared.config import ServiceConfig
+from shared.config import ServiceConfig, StringList
+
+
+def _with_keys(entries: list[str]) -> list[str]:
+    if any(entry.startswith("=") for entry in entries):
+        raise ValueError("each entry must be KEY or KEY=TENANT")
+    return entries
 
 
 class GatewayConfig(ServiceConfig):
     """The gateway: OpenAI's REST protocol and GatewayService for clients."""
 
     http_port: int = Field(8000, ge=0, le=65535, description="Port of the REST server; 0 takes a free one.")
-    model: list[str] = Field(
+    tokenizer: StringList = Field(
         [],
         description="NAME=PATH: read the tokenizer and chat template of model NAME from PATH instead of the directory "
         "that its workers name. A PATH alone serves the model that is called as the directory. May be repeated.",
     )
-    api_key: list[str] = Field(
+    api_key: Annotated[StringList, AfterValidator(_with_keys)] = Field(
         [],
-        description="KEY=TENANT: clients must send one of these keys as bearer token, which tells whose request it is. "
-        "Without any, the X-Forebay-Tenant header tells. May be repeated.",
+        description="KEY or KEY=TENANT: clients must send one of these keys as bearer token, over REST and gRPC. It "
+        "tells whose request it is; a KEY alone, or no key at all, leaves that to the X-Forebay-Tenant header. May be "
+        "repeated.",
+    )
+    allow_origin: StringList = Field(
+        ["*"],
+        description="Web sites whose pages may call this server from a browser (CORS), like https://app.example.org; "
+        "* is any, an empty one none. May be repeated.",
     )
     reasoning_parser: ReasoningFormat = Field(
         "auto",

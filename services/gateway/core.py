@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from services.gateway import chat, completion, output, siblings
+from services.gateway import chat, completion, output, siblings, tokens
 from services.gateway.directory import Directory
 from services.gateway.dispatch import Dispatcher
 from services.gateway.fields import Fields
@@ -13,6 +13,7 @@ from services.gateway.merge import merge
 from services.gateway.meters import Meters
 from services.gateway.output import Delta
 from services.gateway.request import Caller, Job
+from services.gateway.tokens import Tokens
 from shared.errors import Draining
 
 
@@ -21,7 +22,8 @@ class Core:
 
     def __init__(self, directory: Directory, dispatcher: Dispatcher, meters: Meters, max_choices: int) -> None:
         self.directory = directory
-        self._dispatcher, self._meters, self._max_choices = dispatcher, meters, max_choices
+        self.meters = meters
+        self._dispatcher, self._max_choices = dispatcher, max_choices
         self._num_running, self._draining = 0, False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -39,11 +41,19 @@ class Core:
         """Prompts to continue. Raises faults of the request."""
         return await completion.job(raw, caller, self.directory.model(_model(raw)), self._max_choices)
 
+    async def tokenize(self, raw: Mapping[str, Any]) -> Tokens:
+        """What a prompt or a conversation is to the model. Raises faults of the request."""
+        return await tokens.tokenize(raw, self.directory.model(_model(raw)))
+
+    async def detokenize(self, raw: Mapping[str, Any]) -> str:
+        """The text of tokens. Raises faults of the request."""
+        return await tokens.detokenize(raw, self.directory.model(_model(raw)))
+
     def run(self, job: Job) -> AsyncGenerator[Delta, None]:
         """The outputs of a job. Raises any Fault. Leaving the iterator early cancels the job everywhere."""
         starts = siblings.starts(job.choices, job.options.n, self._dispatcher.generate)
         streams = [output.deltas(job, choice, start) for choice, start in zip(job.choices, starts, strict=True)]
-        return self._meters.measure(job, streams[0] if len(streams) == 1 else merge(streams))
+        return self.meters.measure(job, streams[0] if len(streams) == 1 else merge(streams))
 
     @contextmanager
     def admitted(self) -> Iterator[None]:

@@ -52,7 +52,8 @@ class Directory:
             raise NoWorker("no worker is registered yet")
         if not name:
             raise ModelNotFound("several models are served: name one in 'model'", param="model")
-        raise ModelNotFound(f"The model '{name}' does not exist or is not served here.", param="model")
+        served = ", ".join(f"'{known}'" for known in sorted(self._live)[:10])
+        raise ModelNotFound(f"The model '{name[:200]}' does not exist here; served are: {served}.", param="model")
 
     def problem(self) -> str | None:
         """Why no request can be served at the moment; None if some can."""

@@ -35,9 +35,13 @@ class Range:
             raise InvalidRequest(f"'{param}' must be {self}, not {value}", param=param)
 
     def __str__(self) -> str:
-        low = f"{'greater than' if self.above else 'at least'} {self.low:g}"
-        high = f"at most {self.high:g}"
+        low = f"{'greater than' if self.above else 'at least'} {_shown(self.low)}"
+        high = f"at most {_shown(self.high)}"
         return " and ".join(([low] if self.low > -math.inf else []) + ([high] if self.high < math.inf else []))
+
+
+def _shown(bound: float) -> str:
+    return f"{bound:g}" if abs(bound) < 1e5 else str(bound)
 
 
 class Fields:

@@ -9,8 +9,6 @@ from services.gateway.request import Job
 from shared.errors import Cancelled, Fault
 from shared.instruments import Meter
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-
 
 class Meters:
     """Instruments of one process."""
@@ -22,23 +20,27 @@ class Meters:
         self._output = meter.create_counter("forebay_gateway_output_tokens", description="Tokens of outputs.")
         self._first = meter.create_histogram(
             "forebay_gateway_first_token",
-            unit="s",
             description="Time from request to first token.",
-            explicit_bucket_boundaries_advisory=_SECONDS,
+        )
+        self._token = meter.create_histogram(
+            "forebay_gateway_time_per_output_token",
+            description="Time per token after the first, of each request with several.",
         )
         self._whole = meter.create_histogram(
             "forebay_gateway_request",
-            unit="s",
             description="Time from request to last token.",
-            explicit_bucket_boundaries_advisory=_SECONDS,
         )
-
+        self._responses = meter.create_counter(
+            "forebay_gateway_responses", description="Answers over HTTP by path and status, refusals included."
+        )
         self._recovery = meter.create_histogram(
             "forebay_gateway_recovery",
-            unit="s",
             description="Time from a decode worker's fault to the first message of the one that goes on.",
-            explicit_bucket_boundaries_advisory=_SECONDS,
         )
+
+    def responded(self, path: str, status: int) -> None:
+        """An answer over HTTP begins."""
+        self._responses.add(1, {"path": path, "status": str(status)})
 
     def recovered(self, reason: str, since: float) -> None:
         """An output goes on after a fault that was noticed at a time of the monotonic clock."""
@@ -46,16 +48,16 @@ class Meters:
 
     async def measure(self, job: Job, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
         """Pass deltas on, and count the request when they end, however they end."""
-        labels, begin, first = {"model": job.model.name}, time.perf_counter(), True
+        labels, begin, first_at = {"model": job.model.name}, time.perf_counter(), 0.0
         num_tokens, outcome = [0] * len(job.choices), Cancelled.reason
         self._running.add(1, labels)
         self._prompt.add(sum(len(prompt.token_ids) for prompt in job.prompts), labels)
         try:
             async with aclosing(deltas):
                 async for delta in deltas:
-                    if first:
-                        first = False
-                        self._first.record(time.perf_counter() - begin, labels)
+                    if not first_at:
+                        first_at = time.perf_counter()
+                        self._first.record(first_at - begin, labels)
                     num_tokens[delta.index] = delta.num_output_tokens
                     yield delta
             outcome = "OK"
@@ -66,4 +68,7 @@ class Meters:
             self._running.add(-1, labels)
             self._output.add(sum(num_tokens), labels)
             self._requests.add(1, labels | {"outcome": outcome})
-            self._whole.record(time.perf_counter() - begin, labels)
+            end = time.perf_counter()
+            self._whole.record(end - begin, labels)
+            if first_at and (longest := max(num_tokens)) > 1:
+                self._token.record((end - first_at) / (longest - 1), labels)

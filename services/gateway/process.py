@@ -7,32 +7,36 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from protos.forebay.v1 import gateway_pb2_grpc
+from services.gateway.api_keys import ApiKeys
 from services.gateway.config import GatewayConfig
 from services.gateway.core import Core
 from services.gateway.directory import Directory, follow
 from services.gateway.dispatch import Dispatcher
 from services.gateway.meters import Meters
 from services.gateway.parsers.formats import Formats
-from services.gateway.rest import Rest
+from services.gateway.rest import REQUEST_ID, Rest
 from services.gateway.servicer import SERVICE, GatewayServicer
 from shared import gentle_start, rpc, telemetry
 from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import Registration, Role
+from shared.errors import InvalidRequest
 from shared.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
 
 async def run(config: GatewayConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Raises OSError if a port is taken, ValueError for a wrong option."""
+    """Serve until SIGTERM or SIGINT, then drain. Raises OSError for a taken port, InvalidRequest for a wrong path."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -45,7 +49,7 @@ async def run(config: GatewayConfig) -> None:
         channels = rpc.Channels()
         stack.push_async_callback(channels.close)
         formats = Formats(config.reasoning_parser, config.tool_parser)
-        directory = Directory(model_paths(config.model), formats)
+        directory = Directory(text_paths(config.tokenizer), formats)
         meters = Meters(telemetry_.meter)
         dispatcher = Dispatcher(directory, channels, meters, config.recovery_wait_ms)
         stack.push_async_callback(dispatcher.settled)
@@ -67,7 +71,7 @@ async def _serve(
     await core.directory.changed(interval_ms / 1000)  # who comes first must not be told that nobody is there
     http, http_port = rest_server(config, core, telemetry_)
     grpc_server = rpc.Server(telemetry_, [SERVICE])
-    servicer = GatewayServicer(core, config.request_timeout_ms)
+    servicer = GatewayServicer(core, ApiKeys(config.api_key), config.request_timeout_ms)
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, grpc_server.grpc)
     grpc_port = await grpc_server.start(config.host, config.port)
     serving = asyncio.create_task(http.serve())
@@ -124,13 +128,13 @@ def rest_server(config: GatewayConfig, core: Core, telemetry_: Telemetry) -> tup
     rest = Rest(
         core,
         telemetry_,
-        tenants=dict(_split("api-key", pair) for pair in config.api_key),
+        keys=ApiKeys(config.api_key),
         timeout_ms=config.request_timeout_ms,
         max_body_bytes=config.max_body_bytes,
     )
     listener = listen(config.host, config.http_port)
     settings = uvicorn.Config(
-        rest,
+        for_browsers(rest, config.allow_origin),
         loop="none",
         http="httptools",
         ws="none",
@@ -143,6 +147,19 @@ def rest_server(config: GatewayConfig, core: Core, telemetry_: Telemetry) -> tup
         timeout_graceful_shutdown=1,
     )
     return RestServer(settings, listener), int(listener.getsockname()[1])
+
+
+def for_browsers(rest: Rest, origins: Sequence[str]) -> ASGIApp:
+    """Let pages of these sites call the server from a browser; a request from elsewhere passes through untouched."""
+    if not origins:
+        return rest
+    return CORSMiddleware(
+        rest,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=(REQUEST_ID,),
+    )
 
 
 class RestServer(uvicorn.Server):
@@ -178,18 +195,11 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def model_paths(models: list[str]) -> dict[str, Path]:
-    """Directories by model name, from NAME=PATH or PATH. Raises ValueError for one that is no directory."""
-    named = [_split("model", model) if "=" in model else (Path(model).name, model) for model in models]
+def text_paths(entries: list[str]) -> dict[str, Path]:
+    """Directories by model name, from NAME=PATH or PATH. Raises InvalidRequest for one that is no directory."""
+    named = [entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in entries]
     paths = {name: Path(path).expanduser() for name, path in named}
     for path in paths.values():
         if not path.is_dir():
-            raise ValueError(f"--model: {path} is not a directory")
+            raise InvalidRequest(f"--tokenizer: {path} is not a directory")
     return paths
-
-
-def _split(flag: str, pair: str) -> tuple[str, str]:
-    left, separator, right = pair.partition("=")
-    if not separator or not left:
-        raise ValueError(f"--{flag}: {pair!r} has no '='")
-    return left, right

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from services.gateway.api_keys import ApiKeys
 from services.gateway.core import Core
 from services.gateway.models import ServedModel
 from services.gateway.request import Caller, Job
@@ -22,6 +23,7 @@ from services.gateway.rest_errors import HttpFault, response_of
 from shared import telemetry
 from shared.errors import Fault, Internal, InvalidRequest
 from shared.telemetry import Telemetry
+from shared.version import version
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class Route(NamedTuple):
 
 
 class Rest:
-    """An ASGI application. `tenants` by API key; empty lets everybody in, and the header tells the tenant.
+    """An ASGI application.
 
     It finds the endpoint itself: a framework's router and middleware cost a request 0.2 ms, and each chunk of its
     answer three calls.
@@ -54,17 +56,20 @@ class Rest:
         core: Core,
         telemetry: Telemetry,
         *,
-        tenants: Mapping[str, str],
+        keys: ApiKeys,
         timeout_ms: int,
         max_body_bytes: int,
     ) -> None:
-        self._core, self._telemetry, self._tenants = core, telemetry, dict(tenants)
+        self._core, self._telemetry, self._keys = core, telemetry, keys
         self._timeout_ms, self._max_body_bytes = timeout_ms, max_body_bytes
         self._page = _PAGE.read_bytes()
         self._routes = {
             "/v1/chat/completions": Route("POST", self._chat),
             "/v1/completions": Route("POST", self._complete),
             "/v1/models": Route("GET", self._models),
+            "/tokenize": Route("POST", self._tokenize),
+            "/detokenize": Route("POST", self._detokenize),
+            "/version": Route("GET", self._version, is_open=True),
             "/health": Route("GET", self._health, is_open=True),
             "/metrics": Route("GET", self._metrics, is_open=True),
             "/": Route("GET", self._chat_page, is_open=True),
@@ -80,6 +85,8 @@ class Rest:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in self._routes else "other"
+                self._core.meters.responded(path, message["status"])
                 message["headers"] = [*message["headers"], header]
             await send(message)
 
@@ -87,14 +94,14 @@ class Rest:
         await response(scope, receive, send_with_id)
 
     async def _respond(self, request: Request) -> Response:
-        """Authenticate where needed; turn faults and defects into responses."""
+        """Let in who may come; turn faults and defects into responses."""
         try:
             method, endpoint, is_open = self._find(request.scope["path"])
             if request.method != method and (request.method, method) != ("HEAD", "GET"):
                 message = f"{request.method} is not allowed on {request.scope['path']}"
                 raise HttpFault(405, message, "method_not_allowed", {"Allow": method})
             if not is_open:
-                self._authenticate(request)
+                self._tenant(request)
             return await endpoint(request)
         except Fault as fault:
             log.info("fault %s: %s", fault.reason, fault.message)
@@ -104,11 +111,15 @@ class Rest:
             return response_of(Internal("internal error; the log of the gateway has the details"))
 
     def _find(self, path: str) -> Route:
+        path = path.rstrip("/") or "/"
         route = self._routes.get(path)
         if route is None and path.startswith(MODEL):
             route = Route("GET", self._model)
         if route is None:
-            raise HttpFault(404, f"there is no {path}", "not_found")
+            hint = (
+                f"did you mean /v1{path}?" if f"/v1{path}" in self._routes else f"there are {', '.join(self._routes)}"
+            )
+            raise HttpFault(404, f"there is no {path[:200]} here; {hint}", "not_found")
         return route
 
     async def _chat(self, request: Request) -> Response:
@@ -129,7 +140,18 @@ class Rest:
         return _json({"object": "list", "data": [_describe(model) for model in self._core.directory.models]})
 
     async def _model(self, request: Request) -> Response:
-        return _json(_describe(self._core.directory.model(request.scope["path"].removeprefix(MODEL))))
+        return _json(_describe(self._core.directory.model(request.scope["path"].rstrip("/").removeprefix(MODEL))))
+
+    async def _tokenize(self, request: Request) -> Response:
+        found = await self._core.tokenize(await read_object(request, self._max_body_bytes))
+        body = {"count": len(found.ids), "max_model_len": found.max_model_len, "tokens": found.ids}
+        return _json(body | {"token_strs": found.texts})
+
+    async def _detokenize(self, request: Request) -> Response:
+        return _json({"prompt": await self._core.detokenize(await read_object(request, self._max_body_bytes))})
+
+    async def _version(self, _request: Request) -> Response:
+        return _json({"version": version()})
 
     async def _health(self, _request: Request) -> Response:
         problem = "draining" if self._core.draining else self._core.directory.problem()
@@ -143,21 +165,12 @@ class Rest:
     async def _chat_page(self, _request: Request) -> Response:
         return Response(self._page, media_type="text/html")
 
-    def _authenticate(self, request: Request) -> None:
-        if not self._tenants:
-            return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or key.strip() not in self._tenants:
-            message = "send a valid API key as 'Authorization: Bearer KEY'"
-            raise HttpFault(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
-
     def _tenant(self, request: Request) -> str:
-        if self._tenants:
-            return self._tenants[request.headers["authorization"].partition(" ")[2].strip()]
-        tenant = request.headers.get(TENANT, "")
-        if len(tenant) > 256:
+        """Whose request it is. Raises Unauthenticated."""
+        named = request.headers.get(TENANT, "")
+        if len(named) > 256:
             raise InvalidRequest("the X-Forebay-Tenant header must have at most 256 characters", param=TENANT)
-        return tenant
+        return self._keys.tenant(request.headers.get("authorization", ""), named)
 
     def _timeout_s(self, request: Request) -> float:
         raw = request.headers.get(TIMEOUT)
@@ -176,11 +189,13 @@ class _Served(Response):
         self._answer, self._core, self._telemetry, self._request = answer, core, telemetry, request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        span = self._telemetry.begin(f"POST {scope['path']}", self._request.headers)
+        about = {"http.request.method": "POST", "http.route": scope["path"], "forebay.model": self._answer.model}
+        span = self._telemetry.begin(f"POST {scope['path']}", self._request.headers, about)
         try:
             with self._core.admitted():
                 await self._answer(scope, receive, send)
         except Fault as fault:
+            telemetry.failed(fault)
             await response_of(fault)(scope, receive, send)
         finally:
             span.end()

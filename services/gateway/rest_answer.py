@@ -13,7 +13,7 @@ from services.gateway.output import Delta
 from services.gateway.request import Job
 from services.gateway.rest_bodies import DONE, Bodies, Total, event
 from services.gateway.rest_errors import body_of, response_of
-from shared import rpc
+from shared import rpc, telemetry
 from shared.errors import Fault, Internal
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class Answer(Response):
         self._job, self._run = job, run
         self._bodies = Bodies(job)
         self._started = False
+        self.model = job.model.name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; cancel everything if the client goes away."""
@@ -46,6 +47,7 @@ class Answer(Response):
         except Exception:
             log.exception("defect while answering")
             fault = Internal("internal error; the log of the gateway has the details")
+        telemetry.failed(fault)
         if self._started:
             await _send_last(send, event(body_of(fault)) + DONE)
         else:

@@ -7,10 +7,14 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-from shared.errors import ContextTooLong, Fault, ModelNotFound, Overloaded, Unsupported
+from shared.errors import ContextTooLong, Fault, ModelNotFound, Overloaded, Unauthenticated, Unsupported
 
 # Codes that OpenAI's clients know; other faults' codes are their reasons in lower case.
-_CODES: Mapping[type[Fault], str] = {ContextTooLong: "context_length_exceeded", ModelNotFound: "model_not_found"}
+_CODES: Mapping[type[Fault], str] = {
+    ContextTooLong: "context_length_exceeded",
+    ModelNotFound: "model_not_found",
+    Unauthenticated: "invalid_api_key",
+}
 _TYPES: Mapping[int, str] = {
     401: "authentication_error",
     429: "rate_limit_error",
@@ -21,7 +25,7 @@ _RETRY_LATER = (429, 503)
 
 
 class HttpFault(Fault):
-    """An error of HTTP itself, which exists on no other face: wrong route, method, content type, size, key."""
+    """An error of HTTP itself, which exists on no other face: wrong route, method, content type, size."""
 
     def __init__(self, status: int, message: str, code: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -47,6 +51,8 @@ def body_of(fault: Fault) -> dict[str, Any]:
 def response_of(fault: Fault) -> Response:
     """The whole response."""
     status, headers = status_of(fault), fault.headers if isinstance(fault, HttpFault) else {}
+    if status == 401:
+        headers = headers | {"WWW-Authenticate": "Bearer"}
     if status in _RETRY_LATER:
         headers = headers | {"Retry-After": str(_retry_after_s(fault))}
     return Response(orjson.dumps(body_of(fault)), status, headers, "application/json")

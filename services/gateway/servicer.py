@@ -9,6 +9,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from protos.forebay.v1 import gateway_pb2, gateway_pb2_grpc, generation_pb2
+from services.gateway.api_keys import ApiKeys
 from services.gateway.core import Core
 from services.gateway.output import Delta
 from services.gateway.request import Caller, Job
@@ -41,8 +42,8 @@ class Event(TypedDict, total=False):
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     """Serves GatewayService. Faults are raised; `shared/rpc.py` puts them on the wire."""
 
-    def __init__(self, core: Core, timeout_ms: int) -> None:
-        self._core, self._timeout_s = core, timeout_ms / 1000
+    def __init__(self, core: Core, keys: ApiKeys, timeout_ms: int) -> None:
+        self._core, self._keys, self._timeout_s = core, keys, timeout_ms / 1000
 
     async def Chat(self, request: gateway_pb2.ChatRequest, _context: Any) -> AsyncIterator[gateway_pb2.ChatResponse]:
         """See the protocol."""
@@ -80,6 +81,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self, _request: gateway_pb2.ListModelsRequest, _context: Any
     ) -> gateway_pb2.ListModelsResponse:
         """See the protocol."""
+        self._tenant("")
         models = self._core.directory.models
         return gateway_pb2.ListModelsResponse(
             models=[gateway_pb2.Model(id=model.name, max_model_len=model.card.max_model_len) for model in models]
@@ -90,11 +92,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> AsyncGenerator[Event, None]:
         if not telemetry.request_id.get():
             telemetry.request_id.set(uuid.uuid4().hex)
-        remaining = rpc.time_remaining()
+        tenant, remaining = self._tenant(options.tenant), rpc.time_remaining()
         timeout_s = self._timeout_s if remaining is None else min(remaining, self._timeout_s)
         usages: dict[int, Delta] = {}
         with self._core.admitted(), rpc.deadline(timeout_s):
-            job = await make_job(raw, Caller(telemetry.request_id.get(), options.tenant, timeout_s))
+            job = await make_job(raw, Caller(telemetry.request_id.get(), tenant, timeout_s))
             async with aclosing(self._core.run(job)) as deltas:
                 async for delta in deltas:
                     yield Event(delta=_delta(job, delta))
@@ -102,6 +104,9 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         num_reasoning = sum(delta.num_reasoning_tokens for delta in usages.values())
         usage = _total(job, usages)
         yield Event(finished=gateway_pb2.StreamFinished(usage=usage, num_reasoning_tokens=num_reasoning))
+
+    def _tenant(self, named: str) -> str:
+        return self._keys.tenant(rpc.metadata("authorization"), named)
 
 
 def _options(options: gateway_pb2.GenerationOptions) -> dict[str, Any]:

@@ -8,8 +8,6 @@ import signal
 import socket
 from functools import partial
 
-import uvloop
-
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from services.router.admission import Admission
 from services.router.config import RouterConfig
@@ -19,7 +17,7 @@ from services.router.mirror import Mirror
 from services.router.mirror_feed import MirrorFeed
 from services.router.placements import Placements
 from services.router.servicer import RouterServicer
-from shared import gentle_start, rpc, telemetry
+from shared import entry, gentle_start, rpc, telemetry
 from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import Registration, Role
@@ -67,12 +65,14 @@ async def serve(
     if (epoch := await _epoch(config, name, board, feed, ended)) is not None:
         steady()
         await server.set_serving(True)
+        log.info("serving at %s:%d", config.host, port)
         heartbeat = _register(config, name, epoch, board, port, metrics_port, ended)
         await gentle_start.over()
         await ended.wait()
         await heartbeat.stop()
     admission.drain()
     await server.stop(config.drain_grace_ms / 1000)
+    log.info("drained")
     await admission.settled()
     for task in watching:
         task.cancel()
@@ -138,4 +138,4 @@ def _register(
 
 
 if __name__ == "__main__":
-    uvloop.run(main(RouterConfig.load()))
+    entry.run(main(RouterConfig.load()))

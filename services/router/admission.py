@@ -82,7 +82,7 @@ class Admission:
             "forebay_unreserved_routes", description="Requests placed without a reservation, because Redis was away"
         )
         self._waits = meter.create_histogram(
-            "forebay_queue_wait_seconds", unit="s", description="Time that placed requests spent in the queue"
+            "forebay_queue_wait_seconds", description="Time that placed requests spent in the queue"
         )
         meter.create_observable_gauge(
             "forebay_queued_requests",

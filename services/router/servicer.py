@@ -44,7 +44,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._no_worker_wait_s = no_worker_wait_ms / 1000
         self._routes = telemetry.meter.create_counter("forebay_routes", description="Routes by outcome")
         self._seconds = telemetry.meter.create_histogram(
-            "forebay_route_seconds", unit="s", description="Time to decide on a route"
+            "forebay_route_seconds", description="Time to decide on a route, waiting for room included"
         )
 
     async def Route(self, request: router_pb2.RouteRequest, context: RouteContext) -> router_pb2.RouteResponse:  # noqa: ARG002

@@ -8,15 +8,14 @@ from shared.config import ServiceConfig
 
 
 class WorkerConfig(ServiceConfig):
-    """What both kinds of worker have."""
+    """A worker: computes prompts (prefill) or outputs (decode); both kinds have the same flags."""
 
     model: str = Field("SmolLM2-135M-Instruct", description="Model to serve: a known name, or a model directory.")
     served_model_name: str = Field("", description="Name that clients ask for; empty takes the model's.")
-    engine: str = Field("torch", pattern="^(torch|sim)$", description="torch computes; sim computes no model.")
-    dtype: str = Field("bfloat16", pattern="^(bfloat16|float32)$", description="Type of weights and activations.")
-    kv_dtype: str = Field(
+    engine: Literal["torch", "sim"] = Field("torch", description="torch computes; sim computes no model.")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of weights and activations.")
+    kv_dtype: Literal["auto", "bfloat16", "float32", "fp8"] = Field(
         "auto",
-        pattern="^(auto|bfloat16|float32|fp8)$",
         description="Form of KV in pages; auto takes dtype's. All workers of a cluster need the same.",
     )
     num_threads: int = Field(0, ge=0, description="Threads that compute; 0 takes all cores.")
@@ -64,22 +63,19 @@ class WorkerConfig(ServiceConfig):
     rank_timeout_ms: int = Field(
         30_000, ge=100, description="A rank that the others wait for longer than this ends the worker."
     )
-    transport: str = Field(
+    transport: Literal["nixl", "local"] = Field(
         "nixl",
-        pattern="^(nixl|local)$",
         description="How KV pages move between workers; local moves none, for a worker alone.",
     )
     index_interval_ms: int = Field(50, ge=1, description="Time between two updates of the prefix index.")
-    speculation: str = Field(
+    speculation: Literal["auto", "mtp", "ngram", "off"] = Field(
         "auto",
-        pattern="^(auto|mtp|ngram|off)$",
         description="Who proposes drafts: the model's own layer for it (mtp), the text so far (ngram), nobody (off); "
         "auto takes mtp where the model has it, else ngram. The output is the same with all of them (but see "
         "verification).",
     )
-    verification: str = Field(
+    verification: Literal["coupled", "rejection"] = Field(
         "coupled",
-        pattern="^(coupled|rejection)$",
         description="How drafts are verified: coupled leaves every token as it would be without them. rejection "
         "accepts more of what mtp proposes at a temperature (docs/decisions/0028); there the distribution of tokens is "
         "kept, but which ones a seed gives depends on the drafts: on load, on timing, on where an output is continued "

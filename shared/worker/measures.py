@@ -43,7 +43,7 @@ class Measures:
             "forebay_stale_releases", description="Leases that had ended when their reader released them"
         )
         self.first_token = meter.create_histogram(
-            "forebay_first_token_seconds", unit="s", description="Time from a request's arrival here to its first token"
+            "forebay_first_token_seconds", description="Time from a request's arrival here to its first token"
         )
         self._byte, self._output = Rate(memory=1e9), Rate(memory=64)
         self._prompt = Rate(memory=PROMPT_MEMORY_MS)
@@ -52,7 +52,7 @@ class Measures:
             "forebay_checked_pages", description="Pages read from peers whose checksum was verified, by outcome"
         )
         self._transfer_seconds = meter.create_histogram(
-            "forebay_transfer_seconds", unit="s", description="Time of one read of KV pages"
+            "forebay_transfer_seconds", description="Time of one read of KV pages"
         )
         meter.create_observable_gauge("forebay_pages", [self._pages], description="KV pages by state")
         meter.create_observable_counter("forebay_leases", [self._leases], description="Leases by what became of them")
@@ -60,8 +60,13 @@ class Measures:
             meter.create_observable_counter(
                 f"forebay_drafts_{name}", [self._drafts(name)], description=f"Drafts {name}, by position in their step"
             )
-        for name, read in self._load_facts().items():
-            meter.create_observable_gauge(f"forebay_{name}", [_observe(read)], description=f"Engine: {name}")
+        meter.create_observable_counter(
+            "forebay_preemptions",
+            [_observe(lambda: engine.load().num_preemptions)],
+            description="Sequences that lost their pages to others, and were computed again",
+        )
+        for name, (description, read) in self._facts().items():
+            meter.create_observable_gauge(f"forebay_{name}", [_observe(read)], description=description)
 
     def transferred(self, num_bytes: int, seconds: float) -> None:
         """One read of KV pages."""
@@ -125,18 +130,23 @@ class Measures:
 
         return observe
 
-    def _load_facts(self) -> dict[str, Callable[[], float]]:
+    def _facts(self) -> dict[str, tuple[str, Callable[[], float]]]:
         engine = self._engine
         return {
-            "running_sequences": lambda: engine.load().num_running,
-            "waiting_sequences": lambda: engine.load().num_waiting,
-            "queued_tokens": lambda: engine.load().num_queued_tokens,
-            "decode_step_ms": lambda: engine.load().decode_step_ms,
-            "preemptions": lambda: engine.load().num_preemptions,
-            "mean_accepted_length": lambda: engine.draft_counts().mean_accepted_length,
-            "kv_bytes_per_token": lambda: engine.spec.layout.bytes_per_token,
-            "live_leases": lambda: engine.kv.lease_counts().live,
-            "page_faults": lambda: _page_faults(engine),
+            "running_sequences": ("Sequences that steps compute", lambda: engine.load().num_running),
+            "waiting_sequences": ("Sequences that wait for pages or for a place", lambda: engine.load().num_waiting),
+            "queued_tokens": ("Prompt tokens that are to be computed", lambda: engine.load().num_queued_tokens),
+            "decode_step_seconds": (
+                "Time of a step that decodes, as routers reckon with it",
+                lambda: engine.load().decode_step_ms / 1000,
+            ),
+            "mean_accepted_length": (
+                "Tokens of a step with drafts, for one sequence",
+                lambda: engine.draft_counts().mean_accepted_length,
+            ),
+            "kv_bytes_per_token": ("Bytes that a token takes in pages", lambda: engine.spec.layout.bytes_per_token),
+            "live_leases": ("Leases that peers have on pages", lambda: engine.kv.lease_counts().live),
+            "page_faults": ("Pages in no state or in two: 0, unless there is a leak", lambda: _page_faults(engine)),
         }
 
 

@@ -56,7 +56,7 @@ async def sim(plan: Plan) -> Report:
     )
     with TemporaryDirectory() as folder, ExitStack() as stack:
         port, text = two_free_ports(), write_tokenizer(Path(folder))
-        engine = ["--engine", "sim", f"--worker-flags={worker_flags}", f"--gateway-flags=--model sim={text}"]
+        engine = ["--engine", "sim", f"--worker-flags={worker_flags}", f"--gateway-flags=--tokenizer sim={text}"]
         router_flags = "--router-flags=--local-prefill-max-tokens 32"
         cluster = stack.enter_context(running(*engine, router_flags, *plan.flags(port)))
         clients = Clients(_urls(port), cluster.model, asks(plan.seed), plan.client_pause_s)

@@ -87,7 +87,7 @@ class Sayings:
 
     def hear(self, line: dict[str, Any]) -> None:
         """Take one line of a log."""
-        at = datetime.strptime(line["time"], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+        at = datetime.fromisoformat(line["time"]).timestamp()
         if " serves " in line["message"] and "choice" not in line:
             self.served.append(Served(line["process"], at))
         if "choice" not in line:

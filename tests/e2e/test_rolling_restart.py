@@ -45,7 +45,7 @@ async def restart(cluster: RunningCluster, number: int) -> None:
 async def test_a_fleet_restarted_under_load_costs_no_client_an_error(start_cluster: Start, tmp_path: Path) -> None:
     port, text = two_free_ports(), write_tokenizer(tmp_path)
     both = (argument for role in ROLES for argument in (f"--{role}s" if role in ROLES[:2] else f"--{role}", "2"))
-    cluster = start_cluster("--engine", "sim", *both, "--port", str(port), f"--gateway-flags=--model sim={text}")
+    cluster = start_cluster("--engine", "sim", *both, "--port", str(port), f"--gateway-flags=--tokenizer sim={text}")
     async with load(cluster, port) as answers:
         for number in range(2):
             await restart(cluster, number)

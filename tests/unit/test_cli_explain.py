@@ -47,9 +47,11 @@ def test_what_is_no_token_id_is_refused(text: str) -> None:
         explain.token_ids(text)
 
 
-async def test_the_table_names_every_term_and_candidate(router: Router) -> None:
+async def test_the_table_has_each_candidate_and_what_its_cost_is_made_of(router: Router) -> None:
     answer = await explain.ask(router.url, asked("", list(range(1_000))))
     table = explain._table(answer)
-    titles = [column.header for column in table.columns]
-    assert {"queue", "stall", "stale", "cached"} <= set(titles)
+    made_of = list(table.columns[-1].cells)
     assert table.row_count == len(answer.candidates) == 2
+    for candidate, cell in zip(answer.candidates, made_of, strict=True):
+        named = [part.split()[0] for part in str(cell).split(", ")]
+        assert set(named) == {term.name.split()[0] for term in candidate.terms if term.cost_ms >= 0.05}

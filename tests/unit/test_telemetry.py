@@ -1,6 +1,10 @@
 """Measurements that are taken in later, and spans that are made only where somebody reads them."""
 
 import asyncio
+import json
+import logging
+import time
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -8,7 +12,8 @@ from opentelemetry import context, trace
 
 from shared import rpc
 from shared.instruments import Meter
-from shared.telemetry import TRACE_PARENT, Telemetry
+from shared.telemetry import TRACE_PARENT, Telemetry, log_as_json
+from shared.version import version
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
@@ -50,7 +55,7 @@ async def test_a_sum_is_taken_in_a_moment_later_and_once_for_each_label() -> Non
 async def test_every_value_of_a_distribution_is_recorded() -> None:
     recorded = Recorded()
     meter_ = meter(recorded)
-    histogram = meter_.create_histogram("h", unit="s", description="")
+    histogram = meter_.create_histogram("h", description="")
     histogram.record(0.5)
     histogram.record(0.5)
     meter_.take_in()
@@ -70,6 +75,42 @@ async def test_what_is_read_is_complete() -> None:
         counter.add(1)
         assert telemetry.registry.get_sample_value("forebay_things_total") == expected
     telemetry.close()
+
+
+def test_what_takes_time_is_told_apart_from_half_a_millisecond_to_minutes() -> None:
+    telemetry = Telemetry("router", "router-0")
+    histogram = telemetry.meter.create_histogram("forebay_waits", description="Waits")
+    for seconds in (0.0007, 0.03, 45):
+        histogram.record(seconds)
+    below = [
+        telemetry.registry.get_sample_value("forebay_waits_seconds_bucket", {"le": bound})
+        for bound in ("0.0005", "0.001", "0.05", "10.0", "60.0")
+    ]
+    assert below == [0, 1, 2, 2, 3]
+    telemetry.close()
+
+
+def test_a_process_tells_its_memory_and_version() -> None:
+    telemetry = Telemetry("router", "router-0")
+    assert (telemetry.registry.get_sample_value("process_resident_memory_bytes") or 0) > 1 << 20
+    telemetry.meter.create_counter("forebay_things", description="Things").add(1)
+    samples = [sample for metric in telemetry.registry.collect() for sample in metric.samples]
+    [target] = [sample for sample in samples if sample.name == "target_info"]
+    assert target.labels["service_version"] == version()
+    telemetry.close()
+
+
+def test_a_log_line_tells_the_time_in_utc(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    log_as_json("router", "router-0", "INFO")
+    logging.getLogger("test").info("hello")
+    root.handlers[:], _ = before
+    root.setLevel(before[1])
+    line = json.loads(capsys.readouterr().err)
+    assert datetime.fromisoformat(line["time"]).utcoffset() == timedelta(0)
+    assert abs(datetime.fromisoformat(line["time"]).timestamp() - time.time()) < 60
+    assert (line["role"], line["process"], line["level"], line["message"]) == ("router", "router-0", "INFO", "hello")
 
 
 @pytest.fixture

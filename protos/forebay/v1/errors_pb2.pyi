@@ -58,6 +58,8 @@ class _FaultReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """The model, or this build, cannot do what was asked. Status UNIMPLEMENTED."""
     FAULT_REASON_CORRUPT_PAGES: _FaultReason.ValueType  # 17
     """Pages were read, but their checksums are not those that their owner gave. Status DATA_LOSS."""
+    FAULT_REASON_UNAUTHENTICATED: _FaultReason.ValueType  # 18
+    """A gateway asks for API keys, and the call brings none that it knows. Status UNAUTHENTICATED."""
 
 class FaultReason(_FaultReason, metaclass=_FaultReasonEnumTypeWrapper):
     """Why a call failed. Every failed call carries a gRPC status and a google.rpc.ErrorInfo whose domain is "forebay" and
@@ -100,4 +102,6 @@ FAULT_REASON_UNSUPPORTED: FaultReason.ValueType  # 16
 """The model, or this build, cannot do what was asked. Status UNIMPLEMENTED."""
 FAULT_REASON_CORRUPT_PAGES: FaultReason.ValueType  # 17
 """Pages were read, but their checksums are not those that their owner gave. Status DATA_LOSS."""
+FAULT_REASON_UNAUTHENTICATED: FaultReason.ValueType  # 18
+"""A gateway asks for API keys, and the call brings none that it knows. Status UNAUTHENTICATED."""
 global___FaultReason = FaultReason

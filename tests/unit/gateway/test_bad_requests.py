@@ -33,7 +33,7 @@ def called(function: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 # (request, status, param, part of the message)
 TABLE: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
-    (chat(model="other"), 404, "model", "The model 'other' does not exist"),
+    (chat(model="other"), 404, "model", "The model 'other' does not exist here; served are: 'tiny'"),
     (chat(model=3), 400, "model", "'model' must be a string, not an integer"),
     (chat(messages=None), 400, "messages", "'messages' is missing"),
     (chat(messages=[]), 400, "messages", "at least one message"),
@@ -155,7 +155,9 @@ async def test_a_malformed_request_is_told_what_is_wrong(
         (b"{", {}, 400, "not valid JSON"),
         (b"[1]", {}, 400, "must be a JSON object, not an array"),
         (b'{"prompt": NaN}', {}, 400, "not valid JSON"),
-        (b'{"prompt": "\xff"}', {}, 400, "not valid JSON"),
+        (b'{"prompt": "\xff"}', {}, 400, "not valid JSON: byte 12 is not UTF-8"),
+        (b'\xef\xbb\xbf{"prompt": "x"}', {}, 400, "begins with a byte order mark"),
+        (b"\x1f\x8b", {"Content-Encoding": "gzip"}, 415, "not with Content-Encoding 'gzip'"),
         (b"[" * 5_000, {}, 400, "not valid JSON"),
         (b"{}", {"Content-Type": "text/plain"}, 415, "must be application/json, not 'text/plain'"),
         (b" " * 100_001, {}, 413, "at most 100000 bytes"),
@@ -186,7 +188,8 @@ async def test_a_body_without_a_length_is_limited_too(world: World) -> None:
         ("GET", CHAT, 405, "GET is not allowed on /v1/chat/completions"),
         ("DELETE", "/v1/models", 405, "DELETE is not allowed"),
         ("POST", "/v1/embeddings", 404, "there is no /v1/embeddings"),
-        ("POST", CHAT + "/", 404, "there is no /v1/chat/completions/"),
+        ("POST", "/chat/completions", 404, "did you mean /v1/chat/completions?"),
+        ("POST", "//v1/completions", 404, "there is no"),
         ("GET", "/v1/models/other", 404, "The model 'other' does not exist"),
     ],
 )

@@ -9,9 +9,10 @@ import httpx
 import openai
 import pytest
 from google.protobuf import struct_pb2
+from grpc import StatusCode, aio
 
 from protos.forebay.v1 import decode_pb2, gateway_pb2, gateway_pb2_grpc, generation_pb2
-from services.gateway.process import listen, model_paths
+from services.gateway.process import listen, text_paths
 from shared import rpc
 from shared.errors import InvalidRequest, ModelNotFound, Unsupported, WorkerLost
 from tests.unit.gateway.world import MODEL, Response, World, finished, served, tokens
@@ -112,6 +113,60 @@ async def test_an_api_key_tells_the_tenant(world: World) -> None:
     assert [request.tenant for request in world.router.requests] == ["bob"]
 
 
+async def test_an_api_key_may_be_nobodys_in_particular(world: World) -> None:
+    async with served(world, "--api-key", "k1") as base, httpx.AsyncClient() as http:
+        url, body = f"{base}/v1/completions", {"prompt": "x"}
+        assert (await http.post(url, json=body, headers={"X-Forebay-Tenant": "ada"})).status_code == 401
+        headers = {"Authorization": "Bearer k1", "X-Forebay-Tenant": "ada"}
+        assert (await http.post(url, json=body, headers=headers)).status_code == 200
+    assert [request.tenant for request in world.router.requests] == ["ada"]
+
+
+async def test_grpc_asks_for_the_same_keys(world: World) -> None:
+    address = await world.start_grpc("k1=ada")
+    request = gateway_pb2.CompleteRequest(text="hello", options=gateway_pb2.GenerationOptions(tenant="bob"))
+    async with aio.insecure_channel(address) as channel:
+        stub: Any = gateway_pb2_grpc.GatewayServiceStub(channel)
+        for metadata in (None, [("authorization", "Bearer wrong")]):
+            with pytest.raises(aio.AioRpcError, match="send a valid API key") as refused:
+                await stub.ListModels(gateway_pb2.ListModelsRequest(), metadata=metadata)
+            assert refused.value.code() is StatusCode.UNAUTHENTICATED
+            with pytest.raises(aio.AioRpcError, match="send a valid API key"):
+                [answer async for answer in stub.Complete(request, metadata=metadata)]
+        assert [answer async for answer in stub.Complete(request, metadata=[("authorization", "Bearer k1")])]
+    assert [routed.tenant for routed in world.router.requests] == ["ada"]
+
+
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+
+
+async def test_a_page_may_call_from_a_browser(world: World) -> None:
+    origin = {"Origin": "https://app.example"}
+    async with served(world) as base, httpx.AsyncClient(base_url=base) as http:
+        asked = await http.options("/v1/chat/completions", headers=origin | PREFLIGHT)
+        answered = await http.post("/v1/completions", json={"prompt": "x"}, headers=origin)
+        plain = await http.post("/v1/completions", json={"prompt": "x"})
+    assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, "*")
+    assert "authorization" in asked.headers["access-control-allow-headers"]
+    assert (answered.status_code, answered.headers["access-control-allow-origin"]) == (200, "*")
+    assert answered.headers["access-control-expose-headers"] == "x-request-id"
+    assert "access-control-allow-origin" not in plain.headers
+
+
+async def test_pages_of_other_sites_may_be_kept_out(world: World) -> None:
+    async with (
+        served(world, "--allow-origin", "https://ours.example") as base,
+        httpx.AsyncClient(base_url=base) as http,
+    ):
+        ours = await http.options("/v1/completions", headers={"Origin": "https://ours.example"} | PREFLIGHT)
+        theirs = await http.options("/v1/completions", headers={"Origin": "https://theirs.example"} | PREFLIGHT)
+    assert (ours.status_code, ours.headers["access-control-allow-origin"]) == (200, "https://ours.example")
+    assert (theirs.status_code, "access-control-allow-origin" in theirs.headers) == (400, False)
+    async with served(world, "--allow-origin", "") as base, httpx.AsyncClient(base_url=base) as http:
+        nobodys = await http.options("/v1/completions", headers={"Origin": "https://ours.example"} | PREFLIGHT)
+    assert (nobodys.status_code, "access-control-allow-origin" in nobodys.headers) == (405, False)
+
+
 async def test_connections_send_without_delay() -> None:
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
@@ -132,8 +187,8 @@ async def test_a_taken_port_is_told() -> None:
 
 
 def test_a_model_path_that_is_no_directory_is_told() -> None:
-    with pytest.raises(ValueError, match="is not a directory"):
-        model_paths(["tiny=/nowhere"])
+    with pytest.raises(InvalidRequest, match="is not a directory"):
+        text_paths(["tiny=/nowhere"])
 
 
 class Grpc:

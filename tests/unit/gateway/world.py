@@ -18,6 +18,7 @@ from protos.forebay.v1 import (
     router_pb2,
     router_pb2_grpc,
 )
+from services.gateway.api_keys import ApiKeys
 from services.gateway.config import GatewayConfig
 from services.gateway.core import Core
 from services.gateway.directory import Directory
@@ -115,7 +116,6 @@ class World:
         tokenizer: HfTokenizer | None = None,
         template: str = TEMPLATE,
         max_model_len: int = MAX_MODEL_LEN,
-        tenants: dict[str, str] | None = None,
     ) -> None:
         self.model_path = write_model(directory, tokenizer, template)
         self._max_model_len = max_model_len
@@ -128,7 +128,7 @@ class World:
         meters = Meters(self.telemetry.meter)
         self.dispatcher = Dispatcher(self.directory, self.channels, meters, recovery_wait_ms=5_000)
         self.core = Core(self.directory, self.dispatcher, meters, max_choices=16)
-        rest = Rest(self.core, self.telemetry, tenants=tenants or {}, timeout_ms=30_000, max_body_bytes=100_000)
+        rest = Rest(self.core, self.telemetry, keys=ApiKeys([]), timeout_ms=30_000, max_body_bytes=100_000)
         self.app = rest
         transport = httpx.ASGITransport(self.app)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://gateway")
@@ -184,10 +184,11 @@ class World:
         self.registrations = [r for r in self.registrations if r.name != name]
         await self.servers.pop(name).stop(0)
 
-    async def start_grpc(self) -> str:
-        """Serve the gateway's gRPC face; returns its address."""
+    async def start_grpc(self, *keys: str) -> str:
+        """Serve the gateway's gRPC face, with API keys if there are any; returns its address."""
         server = rpc.Server(self.telemetry, [SERVICE])
-        gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayServicer(self.core, 30_000), server.grpc)
+        servicer = GatewayServicer(self.core, ApiKeys(keys), 30_000)
+        gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, server.grpc)
         self.servers["gateway"] = server
         return f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
 

@@ -1,0 +1,11 @@
+"""Which version runs."""
+
+from importlib import metadata
+
+
+def version() -> str:
+    """As it was installed; "0" where the tree is run without that."""
+    try:
+        return metadata.version("forebay")
+    except metadata.PackageNotFoundError:
+        return "0"

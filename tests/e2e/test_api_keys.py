@@ -1,0 +1,26 @@
+"""A cluster whose gateway asks for API keys, and the commands that talk to it."""
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from tests.e2e.test_faults import Start
+
+
+def test_a_cluster_that_asks_for_keys_comes_up_and_is_talked_to(
+    start_cluster: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FOREBAY_API_KEY", raising=False)
+    cluster = start_cluster("--engine", "sim", "--gateway-flags=--api-key secret --api-key other=team")
+    assert httpx.get(f"{cluster.url}/v1/models").status_code == 401
+
+    listing = ["models", "--url", cluster.url]
+    refused = CliRunner().invoke(app, listing)
+    assert (refused.exit_code, "asks for an API key" in refused.output) == (1, True)
+    assert "sim" in CliRunner().invoke(app, [*listing, "--api-key", "secret"]).output
+
+    monkeypatch.setenv("FOREBAY_API_KEY", "other=team")  # as the gateway itself would read it
+    assert "sim" in CliRunner().invoke(app, listing).output
+    measure = ["bench", "serve", "--url", cluster.url, "--requests", "2", "--warmup", "0", "--output-tokens", "4"]
+    assert CliRunner().invoke(app, measure).exit_code == 0
