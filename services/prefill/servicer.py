@@ -84,6 +84,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             worker.engine.kv.drop(table)  # empty, unless the engine never took it
 
     async def _renew(self, lease_id: int) -> None:
+        """Begins a while after the grant: a young lease needs none, and nobody reads before pages are announced."""
+        await asyncio.sleep(self._worker.engine.kv.lease_ttl_ms / 3000)
         while self._worker.engine.kv.renew(lease_id):
             self._worker.kv_servicer.serve()
             await asyncio.sleep(self._worker.engine.kv.lease_ttl_ms / 3000)

@@ -64,6 +64,19 @@ async def test_the_last_pages_come_with_the_first_token(world: Fleet, prefill: R
     assert only.finished.last_pages.manifest.num_tokens == 20
 
 
+async def test_nobody_looks_for_readers_until_there_is_something_to_read(world: Fleet, prefill: Running) -> None:
+    served: list[float] = []
+    prefill.transport.served = served.append
+    prefill.gate.close()
+    answer = asyncio.create_task(answers(world, prefill, asked(prefill, 20)))
+    await prefill.held_up()
+    assert prefill.counts.leased + prefill.counts.held > 0
+    assert served == []
+    prefill.gate.open()
+    await answer
+    assert served == [LEASE_TTL_MS / 1000]
+
+
 async def test_pages_that_the_reader_holds_are_not_announced(world: Fleet, prefill: Running) -> None:
     responses = await answers(world, prefill, asked(prefill, 101, num_held=4))
     ready = announced(responses)

@@ -121,9 +121,14 @@ class TamperedKv(KvServicer):
 
 
 class Wire(LocalTransport):
-    """Moves pages, then does `arrived` to our pages that it wrote."""
+    """Moves pages, then does `arrived` to our pages that it wrote; `served` is told when its owner is to serve."""
 
     arrived: Callable[[Sequence[int]], None] = staticmethod(lambda page_ids: None)
+    served: Callable[[float], None] = staticmethod(lambda seconds: None)
+
+    def serve(self, seconds: float) -> None:
+        super().serve(seconds)
+        self.served(seconds)
 
     async def _copy(self, peer: LocalPeer, remote: Sequence[int], local: Sequence[int]) -> None:
         await super()._copy(peer, remote, local)

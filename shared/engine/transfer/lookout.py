@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 
 # Looks are so far apart, and with nothing to do by a part of the time since there was, up to the last.
-DELAY_S, QUIET_PART, QUIET_DELAY_S = 1e-3, 0.25, 20e-3
-# A look that finds nothing takes up to 40 us of the processor, where all caches are cold; one that moves bytes or sets
-# a connection up takes more than this.
-BUSY_LOOK_S = 150e-6
+DELAY_S, QUIET_PART, QUIET_DELAY_S = 1e-3, 0.1, 20e-3
+# A look that finds nothing takes up to 40 us of the processor, with all caches cold, and seldom more than this; one
+# that moves bytes or sets up a connection takes more.
+BUSY_LOOK_S = 60e-6
 
 
 class Lookout:
