@@ -53,3 +53,10 @@ async def test_the_table_names_every_term_and_candidate(router: Router) -> None:
     titles = [column.header for column in table.columns]
     assert {"queue", "stall", "stale", "cached"} <= set(titles)
     assert table.row_count == len(answer.candidates) == 2
+
+
+async def test_what_is_reserved_on_each_worker_is_shown(router: Router) -> None:
+    await router.route()
+    table = explain._rooms(await explain._ask(router.url, asked("", list(range(1_000)))))
+    shown = dict(zip(*(column.cells for column in table.columns[:2]), strict=True))
+    assert shown == {"d1": "0 + 1 of 0", "p1": "0 + 1 of 0"}
