@@ -55,3 +55,10 @@ async def test_the_table_has_each_candidate_and_what_its_cost_is_made_of(router:
     for candidate, cell in zip(answer.candidates, made_of, strict=True):
         named = [part.split()[0] for part in str(cell).split(", ")]
         assert set(named) == {term.name.split()[0] for term in candidate.terms if term.cost_ms >= 0.05}
+
+
+async def test_what_is_reserved_on_each_worker_is_shown(router: Router) -> None:
+    await router.route()
+    table = explain._rooms(await explain.ask(router.url, asked("", list(range(1_000)))))
+    shown = dict(zip(*(column.cells for column in table.columns[:2]), strict=True))
+    assert shown == {"d1": "0 + 1 of 0", "p1": "0 + 1 of 0"}

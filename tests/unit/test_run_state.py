@@ -8,7 +8,8 @@ from pathlib import Path
 from cli import state
 from cli.state import ProcessState, RunDirectory, RunState
 from cli.status import join
-from shared.blackboard.records import ModelCard, Pages, Registration, Role
+from shared.blackboard.admission import Account
+from shared.blackboard.records import ModelCard, Pages, Registration, Role, Room
 
 WORKER = ProcessState(role="decode", name="decode-0", pid=7, num_restarts=2, last_exit="killed by SIGKILL", log="x")
 CARD = ModelCard(
@@ -85,3 +86,13 @@ def test_the_age_of_a_report_is_shown_for_the_current_incarnation_alone() -> Non
     assert row["report_age_ms"] == 300.0
     (row,) = join(_run(1), [_registration(pid=6)], {"decode-0": 300.0})
     assert row["report_age_ms"] is None
+
+
+def test_what_is_promised_to_a_worker_is_shown_with_it() -> None:
+    account = Account(
+        limits=Room(sequences=8), used=Room(sequences=1), promised=Room(sequences=2, tokens=640, pages=40)
+    )
+    (row,) = join(_run(1), [_registration(pid=7)], rooms={"decode-0": account})
+    assert row["room"]["promised"] == {"sequences": 2, "tokens": 640, "pages": 40}
+    (row,) = join(_run(1), [_registration(pid=6)], rooms={"decode-0": account})
+    assert row["room"] is None
