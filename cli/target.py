@@ -14,7 +14,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT_S = 5.0
 
 
-def _redis(url: str) -> str:
+def as_redis(url: str) -> str:
+    """What a --redis flag says, if it can be one."""
     try:
         return url and config.checked_redis_url(url)
     except ValueError as error:
@@ -22,7 +23,7 @@ def _redis(url: str) -> str:
 
 
 RedisUrl = Annotated[
-    str, typer.Option("--redis", metavar="URL", callback=_redis, help="Blackboard of another cluster, by its URL.")
+    str, typer.Option("--redis", metavar="URL", callback=as_redis, help="Blackboard of another cluster, by its URL.")
 ]
 GatewayUrl = Annotated[
     str,

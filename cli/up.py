@@ -13,7 +13,7 @@ import typer
 from cli.cluster import Cluster, StartFailed
 from cli.plan import ClusterOptions
 from cli.state import RunDirectory
-from cli.target import RedisUrl
+from cli.target import as_redis
 from shared.errors import Fault
 from shared.models import store
 from shared.models.catalogue import DEFAULT_MODEL
@@ -37,7 +37,9 @@ def up(  # noqa: PLR0913, PLR0917 - one argument a flag
     ] = "auto",
     tp: Annotated[int, typer.Option(min=1, help="Ranks (processes) of each worker, which share the model out.")] = 1,
     gpus: Annotated[int, typer.Option(min=0, help="Share out so many GPUs to the workers' ranks in turn.")] = 0,
-    redis: RedisUrl = "",
+    redis: Annotated[
+        str, typer.Option(metavar="URL", callback=as_redis, help="Redis to use instead of an embedded Valkey.")
+    ] = "",
     grace: Annotated[float, typer.Option(min=0, help="Seconds that running requests have to end at Ctrl-C.")] = 10.0,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds to come up in.")] = START_DEADLINE_S,
     gateway_flags: Annotated[str, typer.Option(help="More flags for gateways, in one string.")] = "",
@@ -49,7 +51,6 @@ def up(  # noqa: PLR0913, PLR0917 - one argument a flag
 
     A process that dies is started again. The flags of each service, which --gateway-flags, --router-flags and
     --worker-flags pass on, are listed by `python -m services.gateway --help`, and so for router, prefill and decode.
-    With --redis it uses that Redis instead of an embedded Valkey.
     """
     if 0 < gpus < tp:
         raise typer.BadParameter(f"{tp} ranks need a GPU each, and there are to be {gpus}", param_hint="--gpus")

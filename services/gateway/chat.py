@@ -1,6 +1,7 @@
 """Chat requests: from messages to a prompt, and to how the answer is read."""
 
 import asyncio
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,25 +45,32 @@ async def job(raw: Mapping[str, Any], caller: Caller, model: ServedModel, max_ch
 async def prompt(fields: Fields, model: ServedModel, declared: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
     """What the model is to go on from, as text and tokens. Raises InvalidRequest, Unsupported."""
     conversation, tokenizer = messages.read(fields), model.tokenizer("messages")
-    text = await _render(model, conversation, declared, _arguments(fields))
     if fields.flag("continue_final_message"):
-        text = _open_ended(text, conversation[-1])
+        text = await _open_ended(model, conversation, declared, _arguments(fields))
+    else:
+        text = await _render(model, conversation, declared, _arguments(fields))
     # The template writes the special tokens itself.
     return text, await tokenizer.encode(text, special=fields.flag("add_special_tokens") or False)
 
 
-def _open_ended(text: str, final: Mapping[str, Any]) -> str:
+async def _open_ended(
+    model: ServedModel,
+    conversation: list[dict[str, Any]],
+    declared: Sequence[Mapping[str, Any]],
+    arguments: Mapping[str, Any],
+) -> str:
     """A rendered conversation up to the end of what its last message says, so that the answer goes on with it.
 
-    Templates strip what messages say; what they strip is taken on from here, for the client sees it.
+    A mark shows where that is: what is said may be said elsewhere too, and templates strip its end.
     """
-    said: str = final["content"]
-    if final["role"] != "assistant" or not said.strip():
+    final, mark = conversation[-1], secrets.token_hex(16)
+    if final["role"] != "assistant" or not final["content"]:
         raise InvalidRequest("'continue_final_message' needs a last message of the assistant's", param="messages")
-    found = text.rfind(said.strip())
-    if found < 0:
-        raise InvalidRequest("the chat template changes the last message: it cannot be continued", param="messages")
-    return text[:found] + said.lstrip()
+    marked = [*conversation[:-1], final | {"content": final["content"] + mark}]
+    text, found, _ = (await _render(model, marked, declared, arguments)).rpartition(mark)
+    if not found:
+        raise InvalidRequest("the chat template leaves the last message out: it cannot go on", param="messages")
+    return text
 
 
 async def _render(

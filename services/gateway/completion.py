@@ -66,4 +66,4 @@ async def _prompt(prompt: str | list[Any], model: ServedModel, special: bool) ->
         return Prompt(tuple(token_ids), prompt)
     if set(map(type, prompt)) == {int} and min(prompt) >= 0 and max(prompt) <= MAX_TOKEN_ID.high:
         return Prompt(tuple(prompt))
-    return Prompt(tuple(integer("prompt", token_id, MAX_TOKEN_ID) for token_id in prompt))
+    return Prompt(tuple(integer(f"prompt[{i}]", token_id, MAX_TOKEN_ID) for i, token_id in enumerate(prompt)))

@@ -149,7 +149,7 @@ def test_a_process_that_cannot_start_is_named_with_its_last_words() -> None:
     done = _up("--engine", "sim", "--worker-flags=--page-size 0")
     assert done.returncode == 1
     assert "-0 ended at once: exit status 2" in done.stderr
-    assert "--page-size: Input should be greater than or equal to 1" in done.stderr
+    assert "--page-size: must be greater than or equal to 1" in done.stderr
 
 
 def test_a_model_that_is_not_there_is_refused_before_anything_starts() -> None:

@@ -49,21 +49,22 @@ async def test_what_cannot_be_converted_is_told(world: World, path: str, body: d
     assert words in response.json()["error"]["message"]
 
 
-async def test_an_answer_goes_on_with_what_the_assistant_began(world: World) -> None:
-    messages = [HELLO, {"role": "assistant", "content": "hello wor"}]
+@pytest.mark.parametrize("begun", ["hello wor", "hello ", "t", " "])
+async def test_an_answer_goes_on_with_what_the_assistant_began(world: World, begun: str) -> None:
+    messages = [HELLO, {"role": "assistant", "content": begun}]
     response = await world.http.post(
         "/v1/chat/completions", json={"messages": messages, "continue_final_message": True}
     )
     assert response.status_code == 200, response.text
     ids = list(world.decode.requests[0].prompt_token_ids)
-    assert world.tokenizer.decode(ids) == "<|user|>hello<|user|>hello wor"  # so this template calls everybody
+    assert world.tokenizer.decode(ids) == f"<|user|>hello<|user|>{begun}"  # so this template calls everybody
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"messages": [HELLO]}, "needs a last message of the assistant's"),
-        ({"messages": [HELLO, {"role": "assistant", "content": " "}]}, "needs a last message of the assistant's"),
+        ({"messages": [HELLO, {"role": "assistant", "content": ""}]}, "needs a last message of the assistant's"),
         ({"messages": [HELLO, {"role": "assistant", "content": "x"}], "add_generation_prompt": True}, "either begins"),
     ],
 )
