@@ -45,7 +45,8 @@ def on_each(num_ranks: int, work: Any, logs: Path) -> None:
     with it; one that takes too long says where it is."""
     store, context = host_store(PATIENCE_S), multiprocessing.get_context("spawn")
     ranks = [
-        context.Process(target=ended, args=(work, rank, store.port, logs / str(rank))) for rank in range(num_ranks)
+        context.Process(target=ended, args=(work, rank, num_ranks, store.port, logs / str(rank)))
+        for rank in range(num_ranks)
     ]
     for rank in ranks:
         rank.start()
@@ -59,14 +60,18 @@ def on_each(num_ranks: int, work: Any, logs: Path) -> None:
     assert [rank.exitcode for rank in ranks] == [0] * num_ranks, said
 
 
-def ended(work: Any, rank: int, port: int, log: Path) -> None:
-    """Work, and end at once: NCCL would say good-bye to a rank that may have failed."""
+def ended(work: Any, rank: int, num_ranks: int, port: int, log: Path) -> None:
+    """Work, and end at once with what that leaves: a group of NCCL says good-bye, and waits for a rank that may have
+    failed, and for graphs that are still there. One that is done waits for the others, who may read its memory yet."""
     with log.open("w") as said:
         os.dup2(said.fileno(), sys.stderr.fileno())
         faulthandler.dump_traceback_later(PATIENCE_S, exit=True, file=said)
         try:
-            work(rank, port)
+            _kept = work(rank, port)
             torch.cuda.synchronize()
+            meeting = PrefixStore("ended", join_store(port, PATIENCE_S))
+            meeting.set(str(rank), "")
+            meeting.wait([str(each) for each in range(num_ranks)])
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -78,7 +83,7 @@ def random_parts(num_rows: int, seed: int) -> list[torch.Tensor]:
     return [torch.randn(num_rows, 1536, generator=chance).to("cuda", torch.bfloat16) for _ in range(4)]
 
 
-def sums(rank: int, port: int) -> None:
+def sums(rank: int, port: int) -> DistributedGroup:
     """Few rows go through peers' memory, many by NCCL; in the same order and captured, again and again."""
     torch.cuda.set_device(rank)
     group = DistributedGroup(PrefixStore("group", join_store(port, PATIENCE_S)), rank, 2, PATIENCE_S)
@@ -104,6 +109,7 @@ def sums(rank: int, port: int) -> None:
             assert torch.equal(stream, twin_stream)
             assert torch.equal(begun, twin_begun)
             torch.testing.assert_close(squares.sum(1), twin_squares.sum(1))
+    return group
 
 
 def test_sums_over_gpus_equal_their_twins_in_whatever_order_they_are_replayed(tmp_path: Path) -> None:
