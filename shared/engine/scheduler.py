@@ -77,9 +77,7 @@ class Scheduler:
         self._num_ahead = num_ahead
         self._short = False
         self._stalled_at: int | None = None
-        self._computing: set[bytes] = (
-            set()
-        )  # hashes of the pages that are computed in this step, and in those in flight
+        self._computing: set[bytes] = set()  # hashes of the pages that steps in flight compute, and this one
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
