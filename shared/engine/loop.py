@@ -15,9 +15,14 @@ from itertools import count
 
 from shared.engine.api import Engine, EngineRequest, Event, Failed, TokensSampled
 from shared.engine.kv.store import PageTable
-from shared.errors import ContextTooLong, Draining, Fault, Internal
+from shared.errors import ContextTooLong, Draining, Fault, Internal, WorkerLost
 
 log = logging.getLogger(__name__)
+
+# Looks at a step before it has stood still for too long. They are counted, and not the time between them: a process
+# that was stopped as a whole looks no more than it steps.
+NUM_LOOKS = 8
+STOP_LOOK_S = 0.1
 
 
 @dataclass(slots=True, eq=False)
@@ -32,12 +37,17 @@ class Waiter:
 class EngineLoop:
     """Steps the engine while there is work, and sleeps while there is none.
 
-    Should the engine die, everybody who waits for it gets a fault, later calls too, and `on_death` is told.
+    Should the engine die, everybody who waits for it gets a fault, later calls too, and `on_death` is told. So it is if
+    a step takes longer than `patience_s`: what holds the thread up then, a driver for one, lets nobody end it.
     """
 
-    def __init__(self, engine: Engine, on_death: Callable[[Fault], None] | None = None) -> None:
+    def __init__(
+        self, engine: Engine, on_death: Callable[[Fault], None] | None = None, patience_s: float | None = None
+    ) -> None:
         self.engine = engine
-        self._on_death = on_death
+        self._on_death, self._patience_s = on_death, patience_s
+        self._watching: asyncio.Task[None] | None = None
+        self._num_begun, self._is_stepping, self._stands_still = 0, False, False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._wake = threading.Event()
         self._stopping = False
@@ -53,13 +63,17 @@ class EngineLoop:
         self._loop = asyncio.get_running_loop()
         self.engine.kv.on_capacity = self._on_capacity
         self._thread.start()
+        if self._patience_s is not None:
+            self._watching = asyncio.create_task(self._watch(self._patience_s))
 
     async def stop(self) -> None:
-        """End after the step at hand. Streams and waiters that are left get Draining."""
+        """End after the step at hand, if that ends. Streams and waiters that are left get Draining."""
         self._stopping = True
         self._wake.set()
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+        while self._thread.is_alive() and not self._stands_still:
+            await asyncio.to_thread(self._thread.join, STOP_LOOK_S)
+        if self._watching is not None:
+            self._watching.cancel()
         self.engine.kv.on_capacity = None
         self._end(Draining("the engine was stopped"))
 
@@ -130,7 +144,7 @@ class EngineLoop:
             while not self._stopping:
                 self._wake.clear()
                 if self.engine.has_work():
-                    self._post(self.engine.step())
+                    self._post(self._step())
                 else:
                     # Whoever lacks pages that a lease has, lacks them no longer than that.
                     self._wake.wait(self.engine.kv.next_lease_end_s())
@@ -140,6 +154,13 @@ class EngineLoop:
             internal = Internal(f"the engine died: {type(error).__name__}: {error}")
             fault = error if isinstance(error, Fault) else internal
             self._call(lambda: self._die(fault))
+
+    def _step(self) -> list[Event]:
+        self._num_begun, self._is_stepping = self._num_begun + 1, True
+        try:
+            return self.engine.step()
+        finally:
+            self._is_stepping = False
 
     def _post(self, events: list[Event]) -> None:
         if events or self._waiters:
@@ -183,6 +204,15 @@ class EngineLoop:
             first.pages.set_result(pages)
         if self._waiters:
             self._wake.set()  # the thread works out anew when the next lease ends
+
+    async def _watch(self, patience_s: float) -> None:
+        seen = num_looks = 0
+        while num_looks < NUM_LOOKS:
+            await asyncio.sleep(patience_s / NUM_LOOKS)
+            num_looks = num_looks + 1 if self._is_stepping and self._num_begun == seen else 0
+            seen = self._num_begun
+        self._stands_still = self._stopping = True
+        self._die(WorkerLost(f"the engine stands still: a step took longer than {patience_s:g} s"))
 
     def _die(self, fault: Fault) -> None:
         self._end(fault)

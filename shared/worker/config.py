@@ -45,6 +45,12 @@ class WorkerConfig(ServiceConfig):
     max_queued_tokens: int = Field(
         0, ge=0, description="Prompt tokens that routers send before earlier ones are computed; 0 takes 16 full steps."
     )
+    step_timeout_ms: int = Field(
+        120_000,
+        ge=100,
+        description="A step that takes longer than this, because a device or its driver hangs, ends the worker; its "
+        "streams go on elsewhere. Kernels that the warm-up left out are compiled within steps.",
+    )
     warm_up_s: float = Field(
         120.0,
         ge=0,

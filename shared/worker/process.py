@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 # A service's name, and what adds its servicer to a server.
 Services = dict[str, Callable[[Worker, rpc.Server], None]]
 CLOSE_GRACE_S = 1.0
+# For ending what a process that failed has open.
+LEAVE_S = 10.0
 # Whoever goes on with a sequence needs to be found, and to lease the pages of what was computed here.
 HANDOVER_S = 1.0
 # Enough that the engine does not wait for routers, and so little that the shared queue decides who is next.
@@ -66,9 +69,8 @@ async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
         await gentle_start.over()
         await stop.wait()
         await process.drain()
-    if process.status and assembled.ranks:
-        logging.shutdown()
-        os._exit(process.status)  # CUDA would wait for its kernels, and they for a rank that does not come
+    if process.status:
+        _leave(process.status)  # CUDA would wait for its kernels, and they for a rank that does not come
     return process.status
 
 
@@ -95,7 +97,7 @@ class _Process:
     async def start(self, stack: AsyncExitStack, board: Blackboard, services: Services, metrics_port: int) -> None:
         """Listen, register, and stay registered; `stack` undoes it in reverse order."""
         config, engine = self._config, self._assembled.engine
-        loop = self._loop = EngineLoop(engine, self._on_death)
+        loop = self._loop = EngineLoop(engine, self._on_death, config.step_timeout_ms / 1000)
         loop.start()
         stack.push_async_callback(loop.stop)
         pools = await self._pools(stack)
@@ -221,10 +223,18 @@ class _Process:
         self._end(1)
 
     def _end(self, status: int) -> None:
-        """End the process: it cannot go on, and a new one can."""
+        """End the process: it cannot go on, and a new one can. What hangs holds it up for a while only."""
         self.status = status
+        leaving = threading.Timer(LEAVE_S, _leave, [status])
+        leaving.daemon = True
+        leaving.start()
         self._config = self._config.model_copy(update={"drain_grace_ms": 0})
         self._stop.set()
+
+
+def _leave(status: int) -> None:
+    logging.shutdown()
+    os._exit(status)
 
 
 def _stop_signal() -> asyncio.Event:

@@ -17,7 +17,7 @@ from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, kv_pb
 from shared import page_hash, rpc
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Registration, Role
-from shared.errors import BlackboardLost
+from shared.errors import BlackboardLost, WorkerLost
 from tests.services.workers import KEY, prompt
 from tests.valkey import ValkeyProcess
 
@@ -228,3 +228,19 @@ async def test_what_a_killed_worker_handed_over_with_checksums_is_kept(pair: Pai
     assert await running == await pair.aggregated(message)
     assert pair.measure("decode", "forebay_kept_tokens_total") >= 128
     assert pair.measure("decode", 'forebay_prefill_fallbacks_total{reason="WORKER_LOST"}') == 1
+
+
+async def test_a_worker_whose_step_does_not_end_fails_its_streams_and_leaves() -> None:
+    valkey = ValkeyProcess()
+    valkey.start()
+    pair = Pair(valkey)
+    try:
+        pair.launch("prefill")
+        pair.launch("decode", "--sim-decode-ms", "600000", "--step-timeout-ms", "500")
+        await pair.registered()
+        with pytest.raises(WorkerLost, match="the engine stands still"):
+            await pair.aggregated(pair.request(20))
+        assert await asyncio.to_thread(pair.processes["decode"].wait, PATIENCE_S) == 1
+    finally:
+        await pair.close()
+        valkey.stop()

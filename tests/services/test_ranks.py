@@ -52,7 +52,7 @@ async def pair(path: Path, valkey: ValkeyProcess, prefill: int, decode: int, *mo
 # Ranks of a busy machine may be later than they will be here, so they do not meet before; on GPUs they must have met.
 STANDS_STILL = [
     pytest.param(("--device", "cpu", "--rank-timeout-ms", "2000", "--warm-up-s", "0"), id="cpu"),
-    pytest.param((*ON_GPUS, "--rank-timeout-ms", "8000"), marks=TWO_GPUS, id="gpus"),
+    pytest.param((*ON_GPUS, "--rank-timeout-ms", "8000", "--step-timeout-ms", "12000"), marks=TWO_GPUS, id="gpus"),
 ]
 
 

@@ -19,7 +19,7 @@ from shared.engine.engine import Engine
 from shared.engine.kv.store import KvStore
 from shared.engine.loop import EngineLoop
 from shared.engine.sim import SimExecutor, SimModel
-from shared.errors import ContextTooLong, Draining, Fault, Internal, InvalidRequest
+from shared.errors import ContextTooLong, Draining, Fault, Internal, InvalidRequest, WorkerLost
 
 NUM_PAGES = 16
 PATIENCE_S = 20.0
@@ -42,12 +42,12 @@ class Gate(SimExecutor):
 
 
 class Rig:
-    def __init__(self, lease_ttl_ms: int = 10_000) -> None:
+    def __init__(self, lease_ttl_ms: int = 10_000, patience_s: float | None = None) -> None:
         self.executor = Gate()
         self.kv = KvStore(NUM_PAGES, 16, lease_ttl_ms)
         self.engine = Engine(self.executor, self.kv, max_step_tokens=64, max_num_sequences=8)
         self.deaths: list[Fault] = []
-        self.loop = EngineLoop(self.engine, self.deaths.append)
+        self.loop = EngineLoop(self.engine, self.deaths.append, patience_s)
 
     async def until(self, true: Callable[[], bool]) -> None:
         """Let the engine's thread get to a state in which it stays."""
@@ -277,6 +277,31 @@ async def test_when_the_engine_dies_everybody_is_told(rig: Rig, caplog: pytest.L
     assert [fault.message for fault in rig.deaths] == ["the engine died: SystemExit: gone"]
     assert "the engine died" in caplog.text
     rig.kv.drop(held)
+
+
+async def test_a_step_that_does_not_end_ends_everybody_who_waits_for_it() -> None:
+    rig = Rig(patience_s=0.05)
+    rig.loop.start()
+    rig.executor.open.clear()
+    try:
+        with pytest.raises(WorkerLost, match=r"stands still: a step took longer than 0\.05 s"):
+            await collect(rig, request())
+        assert len(rig.deaths) == 1
+        with pytest.raises(WorkerLost, match="stands still"):
+            await rig.loop.reserve([], 1)
+        await rig.loop.stop()  # and does not wait for the step
+    finally:
+        rig.executor.open.set()
+
+
+async def test_many_steps_that_end_are_no_step_that_does_not() -> None:
+    rig = Rig(patience_s=0.05)
+    rig.loop.start()
+    events = await collect(rig, request(max_tokens=200))
+    await asyncio.sleep(0.1)  # nor is having nothing to do
+    await rig.loop.stop()
+    assert rig.deaths == []
+    assert len(events) == 200
 
 
 async def test_stopping_ends_streams_and_waiters_with_a_fault() -> None:
