@@ -98,9 +98,7 @@ class Line:
         try:
             await self._talk(self._stub.Open(), outbox)
         except grpc.aio.AioRpcError as error:
-            fault = status.fault_of(error)
-            if isinstance(fault, Unsupported):  # of the line, hence of none of the calls: another process may do better
-                fault = WorkerLost("the process at the other end takes no lines (LineService): is it an older version?")
+            fault = _of_no_call(status.fault_of(error))
         except asyncio.CancelledError:
             fault = Cancelled("the line was closed")
             raise
@@ -118,6 +116,16 @@ class Line:
             writing.cancel()
             stream.cancel()
             await asyncio.gather(writing, return_exceptions=True)
+
+
+def _of_no_call(fault: Fault) -> Fault:
+    """What the fault that ended a line is to the calls on it: where none of them is to blame another process may do
+    better. gRPC says "internal" of a write to a connection that has just broken."""
+    if isinstance(fault, Unsupported):
+        return WorkerLost("the process at the other end takes no lines (LineService): is it an older version?")
+    if isinstance(fault, Internal):
+        return WorkerLost(f"the line broke: {fault.message}")
+    return fault
 
 
 class LineCall(Generic[Response]):

@@ -5,10 +5,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
+import grpc
 import grpc.aio
 import pytest
 
-from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, kv_pb2, kv_pb2_grpc, line_pb2
+from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, kv_pb2, kv_pb2_grpc, line_pb2, line_pb2_grpc
 from shared import rpc
 from shared.errors import Cancelled, DeadlineExceeded, Draining, InvalidRequest, Unsupported, WorkerLost
 from shared.line.caller import WINDOW_BYTES
@@ -194,6 +195,27 @@ async def test_a_callee_that_takes_no_lines_is_one_that_is_not_there(world: Worl
             await rpc.call(stub.Renew, kv_pb2.RenewRequest(), PATIENCE_S)
     finally:
         await older.stop(0)
+
+
+class Broken(line_pb2_grpc.LineServiceServicer):
+    """A line that ends as gRPC ends one that is written to when its connection has just broken."""
+
+    async def Open(self, request_iterator: Any, context: Any) -> None:
+        await anext(request_iterator)
+        await context.abort(grpc.StatusCode.INTERNAL, "Internal error from Core")
+
+
+async def test_a_line_that_breaks_for_reasons_of_its_own_is_no_fault_of_its_calls(world: World) -> None:
+    broken = grpc.aio.server()
+    line_pb2_grpc.add_LineServiceServicer_to_server(Broken(), broken)
+    address = f"127.0.0.1:{broken.add_insecure_port('127.0.0.1:0')}"
+    await broken.start()
+    stub = world.channels.stub(kv_pb2_grpc.KvServiceStub, address)
+    try:
+        with pytest.raises(WorkerLost, match="the line broke"):
+            await rpc.call(stub.Renew, kv_pb2.RenewRequest(), PATIENCE_S)
+    finally:
+        await broken.stop(0)
 
 
 async def test_a_caller_that_is_gone_ends_its_calls(world: World) -> None:
