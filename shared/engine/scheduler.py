@@ -1,5 +1,6 @@
 """Which sequences compute how many tokens in the next step, and who gets pages for it."""
 
+import math
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,8 +11,9 @@ from shared.engine.kv.store import KvStore
 from shared.engine.sequence import Sequence
 
 RANK = attrgetter("rank")
-# To compute so many takes about as long as a step: whoever can have them from another one's pages waits for these.
-SHARED_TOKENS = 128
+# To compute so many takes about as long as a step does anyway: whoever can have them from another one's pages waits for
+# these, and whoever resumes with no more joins a step of others.
+STEP_TOKENS = 128
 # When so many wait for it, the step is not filled up: to look at all who wait would take longer than that saves.
 MOST_PASSED = 16
 
@@ -50,7 +52,9 @@ class Scheduler:
     run.
 
     Prompts of resumed sequences, whose clients wait amid an answer, go before all others, also before those that have
-    begun, and their steps are not filled up with others, which would only make them longer.
+    begun, and their steps are not filled up with others, which would only make them longer. Of those that come together
+    when a worker is lost the shortest go first, and one that would more than double a step is left out of it, once:
+    many that have little to compute do not wait for one that has much.
 
     A prompt that begins as another one of the same step waits for that step, and finds it cached: computed together,
     the beginning would be computed twice, and both of them, and all others in the step, would wait for it.
@@ -77,6 +81,7 @@ class Scheduler:
         self._num_ahead = num_ahead
         self._short = False
         self._stalled_at: int | None = None
+        self._left_out: set[tuple[float, int]] = set()  # ranks of resumed ones that had no part in the last step
         self._computing: set[bytes] = set()  # hashes of the pages that steps in flight compute, and this one
 
     def add(self, sequence: Sequence) -> None:
@@ -129,6 +134,7 @@ class Scheduler:
             budget -= part.num_tokens
             if not budget:
                 break
+        self._left_out = {sequence.rank for sequence in self.waiting if sequence.request.resumed}
         self._stalled_at = None if parts or ahead else num_freed
         return parts if self.is_pressed else self._with_drafts(parts, budget)
 
@@ -165,14 +171,14 @@ class Scheduler:
         begun = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         resumed = [sequence for sequence in begun if sequence.request.resumed]
         yield from resumed
-        is_full = bool(resumed)
-        while sequence := self._start_next(resumed=True):
+        num_tokens = sum(sequence.num_uncomputed for sequence in resumed)
+        while sequence := self._start_next(self._resumed(max(STEP_TOKENS, num_tokens) if num_tokens else math.inf)):
+            num_tokens += sequence.num_uncomputed
             yield sequence
-            is_full = True
-        if is_full:
+        if num_tokens:
             return
         yield from begun
-        while sequence := self._start_next():
+        while sequence := self._start_next(self.waiting):
             yield sequence
 
     def _start_computed(self) -> None:
@@ -184,15 +190,30 @@ class Scheduler:
                 if not sequence.num_pages_missing:
                     self._start(sequence)
 
-    def _start_next(self, *, resumed: bool = False) -> Sequence | None:
-        """Start the first sequence that can, if `resumed` of those that are ahead of all others. Past one that lacks
-        pages, or would if it did not wait for another one's, only those go that have all of theirs already: they take
-        nothing from it, and give theirs back the sooner."""
+    def _resumed(self, most_tokens: float) -> list[Sequence]:
+        """Resumed ones that are ahead of all others and may join a step, the shortest first. Those that lack pages stay
+        in order, behind."""
+        ahead = list(takewhile(lambda each: each.request.resumed, self.waiting))
+        ready = sorted((each for each in ahead if not each.num_pages_missing), key=self._turn)
+        lacking = (each for each in ahead if each.num_pages_missing)
+        return [
+            each
+            for in_turn in (ready, lacking)
+            for each in takewhile(lambda one: self._turn(one)[1] <= most_tokens, in_turn)
+        ]
+
+    def _turn(self, resumed: Sequence) -> tuple[bool, int]:
+        """Behind those that were left out before, which count for nothing."""
+        was_left_out = resumed.rank in self._left_out
+        return not was_left_out, 0 if was_left_out else resumed.num_uncomputed
+
+    def _start_next(self, candidates: list[Sequence]) -> Sequence | None:
+        """Start the first sequence that can. Past one that lacks pages, or would if it did not wait for another one's,
+        only those go that have all of theirs already: they take nothing from it, and give theirs back the sooner."""
         if len(self.running) >= self._max_num_sequences:
             return None
-        ahead = takewhile(lambda each: each.request.resumed or not resumed, self.waiting)
         lacks, num_passed = False, 0
-        for sequence in ahead:
+        for sequence in candidates:
             if self._is_computed_meanwhile(sequence):
                 lacks |= bool(sequence.num_pages_missing)
                 num_passed += 1
@@ -211,7 +232,7 @@ class Scheduler:
             return False
         hashes, page_size = sequence.reusable_hashes, self._kv.page_size
         first = max(sequence.num_computed // page_size, self._kv.match(hashes))
-        return page_size * sum(1 for _ in takewhile(self._computing.__contains__, hashes[first:])) >= SHARED_TOKENS
+        return page_size * sum(1 for _ in takewhile(self._computing.__contains__, hashes[first:])) >= STEP_TOKENS
 
     def _start(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)

@@ -68,6 +68,24 @@ def test_a_resumed_prompt_goes_before_those_that_have_begun_and_its_step_is_not_
     ]
 
 
+def test_of_resumed_prompts_that_have_pages_the_shortest_go_first_and_long_ones_are_left_out_once() -> None:
+    rig = Rig(num_pages=64, max_step_tokens=512)
+
+    def resume(name: str, num_tokens: int) -> None:
+        rig.submit(name, num_tokens, resumed=True, pages=rig.kv.reserve([], -(-num_tokens // 16) + 1))
+
+    for name, num_tokens in (("long", 190), ("short", 20), ("longish", 150), ("few", 30)):
+        resume(name, num_tokens)
+    rig.engine.step()
+    resume("late", 10)
+    rig.submit("fresh", 10)
+    rig.engine.step()
+    assert rig.batches == [
+        {"short": 20, "few": 30},
+        {"short": 1, "few": 1, "longish": 150, "long": 190, "late": 10},
+    ]
+
+
 def test_a_long_resumed_prompt_takes_whole_steps_and_others_follow(rig: Rig) -> None:
     rig.submit("fresh", 30)
     rig.submit("resumed", 100, resumed=True)
