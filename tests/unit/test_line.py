@@ -200,9 +200,10 @@ async def test_a_callee_that_takes_no_lines_is_one_that_is_not_there(world: Worl
 class Broken(line_pb2_grpc.LineServiceServicer):
     """A line that ends as gRPC ends one that is written to when its connection has just broken."""
 
-    async def Open(self, request_iterator: Any, context: Any) -> None:
-        await anext(request_iterator)
-        await context.abort(grpc.StatusCode.INTERNAL, "Internal error from Core")
+    async def Open(self, request_iterator: Any, context: Any) -> AsyncIterator[line_pb2.OpenResponse]:
+        async for _ in request_iterator:
+            await context.abort(grpc.StatusCode.INTERNAL, "Internal error from Core")
+            yield line_pb2.OpenResponse()
 
 
 async def test_a_line_that_breaks_for_reasons_of_its_own_is_no_fault_of_its_calls(world: World) -> None:
