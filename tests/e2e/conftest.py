@@ -17,8 +17,10 @@ def sim_cluster() -> Iterator[RunningCluster]:
 
 @pytest.fixture(scope="session")
 def model_cluster() -> Iterator[RunningCluster]:
-    """One prefill and one decode worker that compute the default model in float32."""
-    with running("--dtype", "float32", "--worker-flags=--kv-cache-mb 512") as cluster:
+    """One prefill and one decode worker that compute the default model in float32. Long prompts are handed over,
+    whatever rates were measured while both started."""
+    flags = ("--worker-flags=--kv-cache-mb 512", "--router-flags=--remote-prefill-min-tokens 128")
+    with running("--dtype", "float32", *flags) as cluster:
         yield cluster
 
 

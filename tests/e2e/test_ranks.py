@@ -53,7 +53,8 @@ async def test_a_prompt_handed_over_in_a_cluster_of_ranks_gets_the_tokens_of_the
     """Greedy, and sampled from so few tokens that the drafting layer of a random model is right now and then."""
     tiny.write("glm-5.2", tmp_path / "glm")
     few = dict.fromkeys((5, 6, 7), 100.0)
-    with running(*flags_for(tmp_path / "glm")) as cluster:
+    handed_over = "--router-flags=--remote-prefill-min-tokens 16"  # whatever rates were measured while both started
+    with running(*flags_for(tmp_path / "glm", handed_over)) as cluster:
         tokens = await stream(cluster)
         drawn = await stream(cluster, temperature=0.9, seed=7, logit_bias=few)
         await cluster.until(lambda rows: rows["prefill-0"]["pages"]["cached"] >= len(PROMPT) // 16)
