@@ -21,6 +21,8 @@ from shared.models.store import default_cache
 from tests.e2e import integrity
 
 DEADLINE_S = 30.0
+# Of clusters that compute: long prompts go to a prefill worker, whatever rates were measured while they started.
+HAND_OVER = "--router-flags=--remote-prefill-min-tokens 128"
 Row = dict[str, Any]
 
 

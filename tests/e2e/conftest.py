@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.e2e.cluster import RunningCluster, running
+from tests.e2e.cluster import HAND_OVER, RunningCluster, running
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +17,8 @@ def sim_cluster() -> Iterator[RunningCluster]:
 
 @pytest.fixture(scope="session")
 def model_cluster() -> Iterator[RunningCluster]:
-    """One prefill and one decode worker that compute the default model in float32. Long prompts are handed over,
-    whatever rates were measured while both started."""
-    flags = ("--worker-flags=--kv-cache-mb 512", "--router-flags=--remote-prefill-min-tokens 128")
-    with running("--dtype", "float32", *flags) as cluster:
+    """One prefill and one decode worker that compute the default model in float32."""
+    with running("--dtype", "float32", "--worker-flags=--kv-cache-mb 512", HAND_OVER) as cluster:
         yield cluster
 
 

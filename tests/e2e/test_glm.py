@@ -9,7 +9,7 @@ import pytest
 
 from shared.engine.models import tiny
 from tests.e2e import scripted_glm
-from tests.e2e.cluster import RunningCluster, running
+from tests.e2e.cluster import HAND_OVER, RunningCluster, running
 from tests.e2e.test_failover import kill_the_busy_worker
 from tests.e2e.test_faults import client_of
 from tests.oracle import driver
@@ -25,7 +25,7 @@ PROMPT = [token * 37 % 499 for token in range(700)]
 async def test_a_cluster_gives_the_tokens_of_the_bare_model(length: int, kv_dtype: str, tmp_path: Path) -> None:
     tiny.write("glm-5.2", tmp_path / "glm")
     expected = driver.generate(driver.load(tmp_path / "glm", kv_dtype=kv_dtype), PROMPT[:length], 12)
-    with running("--model", str(tmp_path / "glm"), "--dtype", "float32", "--kv-dtype", kv_dtype) as cluster:
+    with running("--model", str(tmp_path / "glm"), "--dtype", "float32", "--kv-dtype", kv_dtype, HAND_OVER) as cluster:
         body = {"model": cluster.model, "prompt": PROMPT[:length], "max_tokens": 12, "temperature": 0}
         body |= {"ignore_eos": True, "return_token_ids": True}
         async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
@@ -57,7 +57,7 @@ async def chat(cluster: RunningCluster, *conversation: dict[str, Any], **fields:
 async def test_thoughts_content_and_tool_calls_come_apart_and_drafts_of_them_are_right(tmp_path: Path) -> None:
     scripted_glm.write(tmp_path / "glm", SCRIPT)
     asked = {"role": "user", "content": "weather? " * 90}  # handed over
-    with running("--model", str(tmp_path / "glm"), "--dtype", "float32") as cluster:
+    with running("--model", str(tmp_path / "glm"), "--dtype", "float32", HAND_OVER) as cluster:
         message, whole = await chat(cluster, asked, tools=[TOOL])
         quiet, _ = await chat(cluster, asked, tools=[TOOL], chat_template_kwargs={"enable_thinking": False})
         result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "rain"}

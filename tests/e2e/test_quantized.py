@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 
 from shared.engine.models import tiny
-from tests.e2e.cluster import running
+from tests.e2e.cluster import HAND_OVER, running
 from tests.oracle import driver
 from tests.oracle.test_quantizer import dequantize, quantize
 
@@ -17,7 +17,7 @@ async def test_a_cluster_serves_a_quantized_checkpoint(tmp_path: Path) -> None:
     quantize(tmp_path / "source", tmp_path / "glm")
     dequantize(tmp_path / "glm", tmp_path / "meant")
     expected = driver.generate(driver.load(tmp_path / "meant"), PROMPT, 16)
-    with running("--model", str(tmp_path / "glm"), "--dtype", "float32") as cluster:
+    with running("--model", str(tmp_path / "glm"), "--dtype", "float32", HAND_OVER) as cluster:
         body = {"model": cluster.model, "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
         body |= {"ignore_eos": True, "return_token_ids": True}
         async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:

@@ -11,7 +11,7 @@ import httpx
 
 from shared.engine.api import SamplingParams
 from shared.engine.models import tiny
-from tests.e2e.cluster import RunningCluster, running
+from tests.e2e.cluster import HAND_OVER, RunningCluster, running
 from tests.oracle import driver
 
 PROMPT = [3 + token * 37 % 200 for token in range(150)]
@@ -53,8 +53,7 @@ async def test_a_prompt_handed_over_in_a_cluster_of_ranks_gets_the_tokens_of_the
     """Greedy, and sampled from so few tokens that the drafting layer of a random model is right now and then."""
     tiny.write("glm-5.2", tmp_path / "glm")
     few = dict.fromkeys((5, 6, 7), 100.0)
-    handed_over = "--router-flags=--remote-prefill-min-tokens 16"  # whatever rates were measured while both started
-    with running(*flags_for(tmp_path / "glm", handed_over)) as cluster:
+    with running(*flags_for(tmp_path / "glm", HAND_OVER)) as cluster:
         tokens = await stream(cluster)
         drawn = await stream(cluster, temperature=0.9, seed=7, logit_bias=few)
         await cluster.until(lambda rows: rows["prefill-0"]["pages"]["cached"] >= len(PROMPT) // 16)
