@@ -149,7 +149,8 @@ def _echo(name: str, line: str) -> None:
 
 def _welcome(url: str, model: str) -> str:
     path = "chat/completions"
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    asked = '"temperature": 0, "messages": [{"role": "user", "content": "What is the capital of France?"}]'
+    body = f'{{"model": "{model}", {asked}}}'
     if model == SIM:  # it has no tokenizer
         path, body = "completions", f'{{"model": "{model}", "prompt": [1, 2, 3]}}'
     return f"""
