@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import IO
 
 from cli import state
-from cli.cluster import StartFailed
+from cli.cluster import START_DEADLINE_S, StartFailed
 from cli.process import ROOT, bound_to_me
 from cli.state import RunState
 from shared.models.store import default_cache
 
-START_DEADLINE_S = 300.0
 STOP_DEADLINE_S = 30.0
 
 

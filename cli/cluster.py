@@ -17,6 +17,7 @@ from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Registration, Role
 from shared.errors import BlackboardLost, Fault
 
+START_DEADLINE_S = 300.0  # kernels may have to be compiled
 HEALTH_TIMEOUT_MS = 2_000
 # A process that has drained may need this long to close its connections.
 CLOSE_S = 3.0

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cli.cluster import Cluster, StartFailed
+from cli.cluster import START_DEADLINE_S, Cluster, StartFailed
 from cli.plan import ClusterOptions
 from cli.state import RunDirectory
 from cli.target import as_redis
@@ -18,7 +18,6 @@ from shared.errors import Fault
 from shared.models import store
 from shared.models.catalogue import DEFAULT_MODEL
 
-START_DEADLINE_S = 300.0
 SIM = "sim"
 
 

@@ -45,10 +45,8 @@ async def job(raw: Mapping[str, Any], caller: Caller, model: ServedModel, max_ch
 async def prompt(fields: Fields, model: ServedModel, declared: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
     """What the model is to go on from, as text and tokens. Raises InvalidRequest, Unsupported."""
     conversation, tokenizer = messages.read(fields), model.tokenizer("messages")
-    if fields.flag("continue_final_message"):
-        text = await _open_ended(model, conversation, declared, _arguments(fields))
-    else:
-        text = await _render(model, conversation, declared, _arguments(fields))
+    render = _open_ended if fields.flag("continue_final_message") else _render
+    text = await render(model, conversation, declared, _arguments(fields))
     # The template writes the special tokens itself.
     return text, await tokenizer.encode(text, special=fields.flag("add_special_tokens") or False)
 

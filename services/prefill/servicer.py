@@ -85,10 +85,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
 
     async def _renew(self, lease_id: int) -> None:
         """Begins a while after the grant: a young lease needs none, and nobody reads before pages are announced."""
-        await asyncio.sleep(self._worker.engine.kv.lease_ttl_ms / 3000)
-        while self._worker.engine.kv.renew(lease_id):
-            self._worker.kv_servicer.serve()
+        while True:
             await asyncio.sleep(self._worker.engine.kv.lease_ttl_ms / 3000)
+            if not self._worker.engine.kv.renew(lease_id):
+                return
+            self._worker.kv_servicer.serve()
 
     async def _compute(
         self, job: EngineRequest, table: PageTable, handed: "_Handover", usage: generation_pb2.Usage

@@ -232,12 +232,13 @@ def _keys(model: str, workers: Iterable[tuple[str, int]]) -> list[str]:
 
 
 def _account(amounts: Sequence[int]) -> Account:
-    limits, used, promised = (amounts[at : at + 3] for at in (0, 3, 6))
-    return Account(_room(limits), _room(used), _room(promised))
+    size = len(Room.model_fields)
+    limits, used, promised = (_room(amounts[at : at + size]) for at in range(0, len(amounts), size))
+    return Account(limits, used, promised)
 
 
 def _room(amounts: Sequence[int]) -> Room:
-    return Room(sequences=amounts[0], tokens=amounts[1], pages=amounts[2])
+    return Room(**dict(zip(Room.model_fields, amounts, strict=True)))
 
 
 def _verdict(answer: Sequence[bytes | int]) -> Verdict:

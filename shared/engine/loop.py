@@ -47,7 +47,9 @@ class EngineLoop:
         self.engine = engine
         self._on_death, self._patience_s = on_death, patience_s
         self._watching: asyncio.Task[None] | None = None
-        self._num_begun, self._is_stepping, self._stands_still = 0, False, False
+        self._at_hand: object | None = None
+        """Stands for the step that is being computed; each has one of its own."""
+        self._stands_still = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._wake = threading.Event()
         self._stopping = False
@@ -156,11 +158,11 @@ class EngineLoop:
             self._call(lambda: self._die(fault))
 
     def _step(self) -> list[Event]:
-        self._num_begun, self._is_stepping = self._num_begun + 1, True
+        self._at_hand = object()
         try:
             return self.engine.step()
         finally:
-            self._is_stepping = False
+            self._at_hand = None
 
     def _post(self, events: list[Event]) -> None:
         if events or self._waiters:
@@ -206,11 +208,12 @@ class EngineLoop:
             self._wake.set()  # the thread works out anew when the next lease ends
 
     async def _watch(self, patience_s: float) -> None:
-        seen = num_looks = 0
+        seen, num_looks = None, 0
         while num_looks < NUM_LOOKS:
             await asyncio.sleep(patience_s / NUM_LOOKS)
-            num_looks = num_looks + 1 if self._is_stepping and self._num_begun == seen else 0
-            seen = self._num_begun
+            at_hand = self._at_hand
+            num_looks = num_looks + 1 if at_hand is not None and at_hand is seen else 0
+            seen = at_hand
         self._stands_still = self._stopping = True
         self._die(WorkerLost(f"the engine stands still: a step took longer than {patience_s:g} s"))
 

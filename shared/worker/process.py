@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from typing import NoReturn
 
 from protos.forebay.v1 import kv_pb2_grpc
 from shared import gentle_start, rpc, telemetry
@@ -71,7 +72,7 @@ async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
         await process.drain()
     if process.status:
         _leave(process.status)  # CUDA would wait for its kernels, and they for a rank that does not come
-    return process.status
+    return 0
 
 
 class _Process:
@@ -232,7 +233,7 @@ class _Process:
         self._stop.set()
 
 
-def _leave(status: int) -> None:
+def _leave(status: int) -> NoReturn:
     logging.shutdown()
     os._exit(status)
 

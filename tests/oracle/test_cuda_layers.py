@@ -1,9 +1,7 @@
 """The kernel of all layers beside its twin: on the CPU, compiled as C++ with a thread for each lane, and on a GPU."""
 
 import ctypes
-import subprocess
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,21 +20,15 @@ from shared.engine.models.weights import LayerOf
 from shared.engine.parallel.group import Alone
 from shared.engine.quantization import nvfp4
 from shared.models.store import default_cache
+from tests.oracle.emulated_cuda import compiled
 
-EMULATION = Path(__file__).parent / "cuda_on_cpu"
 PAGE_SIZE, NUM_LAYERS = 16, 2
 MATRICES = ("qkv", "output", "gate_up", "down")
 
 
 @pytest.fixture(scope="module")
 def products(tmp_path_factory: pytest.TempPathFactory) -> CudaProducts:
-    gxx, path = build.compiler(), tmp_path_factory.mktemp("cuda") / "layers.so"
-    if gxx is None:
-        pytest.skip("no g++ found")
-    folders = ("-I", EMULATION, "-I", build.CUDA_SOURCES)
-    flags = ("-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-x", "c++")
-    subprocess.run([gxx, *flags, *folders, build.CUDA_SOURCES / "layers.cu", "-o", path], check=True, timeout=120)
-    return CudaProducts(ctypes.CDLL(str(path)))
+    return CudaProducts(ctypes.CDLL(str(compiled("layers.cu", tmp_path_factory.mktemp("cuda")))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,30 +1,22 @@
 """The CUDA kernels' products beside their twins, on the CPU: compiled as C++ with a thread for each lane."""
 
 import ctypes
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from shared.engine.kernels import build, cuda_products, reference, w4a16
+from shared.engine.kernels import cuda_products, reference, w4a16
 from shared.engine.kernels.cuda_products import CudaProducts, Plan, Residual
 from shared.engine.quantization import nvfp4
+from tests.oracle.emulated_cuda import compiled
 
-EMULATION = Path(__file__).parent / "cuda_on_cpu"
 EPS = 1e-5
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    gxx, path = build.compiler(), tmp_path_factory.mktemp("cuda") / "products.so"
-    if gxx is None:
-        pytest.skip("no g++ found")
-    folders = ("-I", EMULATION, "-I", build.CUDA_SOURCES)
-    flags = ("-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-x", "c++")
-    subprocess.run([gxx, *flags, *folders, build.CUDA_SOURCES / "products.cu", "-o", path], check=True, timeout=120)
-    return cuda_products.load(path)
+    return cuda_products.load(compiled("products.cu", tmp_path_factory.mktemp("cuda")))
 
 
 def using(library: ctypes.CDLL, row_tiles: int, warps_rows: int, cluster: int) -> CudaProducts:

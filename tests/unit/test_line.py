@@ -184,19 +184,6 @@ async def test_a_callee_that_is_gone_ends_all_calls_and_the_next_call_opens_a_ne
                 break
 
 
-async def test_a_callee_that_takes_no_lines_is_one_that_is_not_there(world: World) -> None:
-    older = grpc.aio.server()
-    kv_pb2_grpc.add_KvServiceServicer_to_server(Kv(), older)
-    address = f"127.0.0.1:{older.add_insecure_port('127.0.0.1:0')}"
-    await older.start()
-    stub = world.channels.stub(kv_pb2_grpc.KvServiceStub, address)
-    try:
-        with pytest.raises(WorkerLost, match="takes no lines"):
-            await rpc.call(stub.Renew, kv_pb2.RenewRequest(), PATIENCE_S)
-    finally:
-        await older.stop(0)
-
-
 class Broken(line_pb2_grpc.LineServiceServicer):
     """A line that ends as gRPC ends one that is written to when its connection has just broken."""
 
@@ -206,17 +193,27 @@ class Broken(line_pb2_grpc.LineServiceServicer):
             yield line_pb2.OpenResponse()
 
 
-async def test_a_line_that_breaks_for_reasons_of_its_own_is_no_fault_of_its_calls(world: World) -> None:
-    broken = grpc.aio.server()
-    line_pb2_grpc.add_LineServiceServicer_to_server(Broken(), broken)
-    address = f"127.0.0.1:{broken.add_insecure_port('127.0.0.1:0')}"
-    await broken.start()
+@pytest.mark.parametrize(
+    ("add", "reason"),
+    [
+        (lambda server: kv_pb2_grpc.add_KvServiceServicer_to_server(Kv(), server), "takes no lines"),
+        (lambda server: line_pb2_grpc.add_LineServiceServicer_to_server(Broken(), server), "the line broke"),
+    ],
+    ids=["none is taken", "it broke"],
+)
+async def test_a_line_that_fails_by_itself_is_a_callee_that_is_not_there(
+    add: Callable[[grpc.aio.Server], None], reason: str, world: World
+) -> None:
+    callee = grpc.aio.server()
+    add(callee)
+    address = f"127.0.0.1:{callee.add_insecure_port('127.0.0.1:0')}"
+    await callee.start()
     stub = world.channels.stub(kv_pb2_grpc.KvServiceStub, address)
     try:
-        with pytest.raises(WorkerLost, match="the line broke"):
+        with pytest.raises(WorkerLost, match=reason):
             await rpc.call(stub.Renew, kv_pb2.RenewRequest(), PATIENCE_S)
     finally:
-        await broken.stop(0)
+        await callee.stop(0)
 
 
 async def test_a_caller_that_is_gone_ends_its_calls(world: World) -> None:
