@@ -5,10 +5,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from shared.engine.kernels import build, cuda_experts
+from shared.engine.kernels.cuda_experts import CudaExperts
 from shared.engine.kernels.experts import FACTOR, Experts, SharedExpert
 from shared.engine.kernels.gluon_state import KeyNorm
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.view import DeviceMemory
+from shared.engine.layers import cuda_glm_layer
 from shared.engine.layers.cuda_glm import CudaGlm, Ends
 from shared.engine.layers.cuda_glm_layer import Attention, Layer, Mixture
 from shared.engine.models import glm_layout
@@ -17,6 +20,7 @@ from shared.engine.models.glm_mtp_cuda import GlmMtpOnCuda
 from shared.engine.models.glm_weights import MlpWeights, MtpWeights
 from shared.engine.parallel.group import added
 from shared.engine.parallel.partition import Shard, of_glm
+from shared.models.store import default_cache
 
 FIELDS = {
     "vocab_size": 154_880,
@@ -177,10 +181,18 @@ class Rank:
     group: Counted
 
 
-def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool) -> Rank:
-    """Make one."""
+def grouped(device: torch.device) -> CudaExperts:
+    """The kernels of experts by groups of tokens."""
+    capability = torch.cuda.get_device_capability(device)
+    path = build.cuda_library(default_cache() / "kernels", build.cuda_compiler(), capability, "experts")
+    return CudaExperts(cuda_experts.load(path))
+
+
+def rank(config: GlmConfig, num_ranks: int, device: torch.device, kernels: CudaExperts | None, *, pdl: bool) -> Rank:
+    """Make one, whose experts `kernels` compute for steps of few tokens."""
     weights, group = RandomLayers(config, num_ranks, device), Counted(num_ranks)
-    layers = [weights.layer(index) for index in range(config.num_layers)]
+    top_k = config.num_experts_per_token
+    layers = [cuda_glm_layer.grouping(weights.layer(index), top_k, kernels) for index in range(config.num_layers)]
     drafting_layer, joining = weights.drafting_layer(), weights.joining()
     layout = glm_layout.layout(config, "bfloat16", PAGE_SIZE, mtp=True)
     memory = DeviceMemory(KV_TOKENS // PAGE_SIZE, layout.page_bytes, device)

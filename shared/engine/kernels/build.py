@@ -35,16 +35,18 @@ def library(cache_dir: Path, gxx: str | None) -> Path:
     return path
 
 
-def cuda_library(cache_dir: Path, nvcc: str | None, capability: tuple[int, int]) -> Path:
-    """The CUDA kernels as `nvcc` makes them for GPUs of one compute capability, as `library`. Raises BuildError."""
+def cuda_library(cache_dir: Path, nvcc: str | None, capability: tuple[int, int], name: str = "products") -> Path:
+    """The CUDA kernels of `name`, "products" (and "layers" where they can be) or "experts", as `nvcc` makes them for
+    GPUs of one compute capability, as `library`. Raises BuildError."""
     if nvcc is None:
         raise BuildError("no nvcc found (on PATH or in CUDA_HOME)")
     if capability < MIN_CAPABILITY:
         raise BuildError(f"the GPU's compute capability is {capability[0]}.{capability[1]}, and 8.0 is needed")
     arch = f"{capability[0]}{capability[1]}{'a' * (capability[0] >= ARCH_SPECIFIC)}"
     flags = (*CUDA_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}")
-    sources = ("products.cu", "layers.cu") if capability >= LAYERS_CAPABILITY else ("products.cu",)
-    path = cache_dir / f"products-{arch}-{_key(nvcc, flags, CUDA_SOURCES)}.so"
+    more = ("layers.cu",) * (name == "products" and capability >= LAYERS_CAPABILITY)
+    sources = (f"{name}.cu", *more)
+    path = cache_dir / f"{name}-{arch}-{_key(nvcc, flags, CUDA_SOURCES)}.so"
     if not path.exists():
         _compile((nvcc, *flags, *(str(CUDA_SOURCES / source) for source in sources)), path)
     return path

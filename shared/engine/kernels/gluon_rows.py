@@ -94,7 +94,7 @@ def _keep(
         value = value.to(gl.bfloat16).to(gl.float32)
     gl.store(total + at_row * K + at, value.to(gl.bfloat16), own)
     value = value * scale * gl.load(gain + at, at < K, 0.0).to(gl.float32)
-    gl.store(normed + at_row * K + at, value.to(gl.bfloat16), own)
+    gl.store(normed + at_row * K + at, value.to(normed.dtype.element_ty), own)
 
 
 @gluon.jit
@@ -172,10 +172,16 @@ def linear(
 
 
 def linear_keeping(
-    x: torch.Tensor, weight: torch.Tensor, norm: Norm, dtype: torch.dtype = torch.float32, *, pdl: bool = True
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: Norm,
+    dtype: torch.dtype = torch.float32,
+    *,
+    kept: torch.dtype = torch.bfloat16,
+    pdl: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `linear`; also the sum that was normed (the residual), and what came of it, both bfloat16 [T, K]."""
-    total, normed = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for _ in range(2))
+    """As `linear`; also the sum that was normed (the residual), bfloat16 [T, K], and what came of it, `kept`."""
+    total, normed = (torch.empty(x.shape, dtype=own, device=x.device) for own in (torch.bfloat16, kept))
     out = launch(x, weight, norm, (total, normed), dtype, tiling(len(x), *weight.shape), pdl=pdl)
     return out, total, normed
 
