@@ -81,6 +81,14 @@ def begin_in_turn(at, pdl: gl.constexpr):
 
 
 @gluon.jit
+def _added(x, delta):
+    """The sum of two blocks of bfloat16, rounded to it: two at once."""
+    return gl.inline_asm_elementwise(
+        "add.rn.bf16x2 $0, $1, $2;", "=r,r,r", [x, delta], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
 def _keep(
     x, delta, gain, total, normed, num_rows, x_stride, delta_stride, at_row, scale,
     K: gl.constexpr, SLICE: gl.constexpr, ADD: gl.constexpr, layout: gl.constexpr,
@@ -136,9 +144,10 @@ def product(
         w = ahead.to(gl.float32)
         if start + STEP < K:
             ahead = gl.load(place + (start + STEP), inside, 0.0)
-        value = gl.load(source + start, used, 0.0).to(gl.float32)
+        value = gl.load(source + start, used, 0.0)
         if ADD:
-            value = (value + gl.load(other + start, used, 0.0).to(gl.float32)).to(gl.bfloat16).to(gl.float32)
+            value = _added(value, gl.load(other + start, used, 0.0))
+        value = value.to(gl.float32)
         if NORM:
             squares += gl.sum(value * value, 2)
             value = value * gl.expand_dims(gl.load(gain + (g + start)).to(gl.float32), 0)
