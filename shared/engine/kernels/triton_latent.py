@@ -131,7 +131,7 @@ def _merged(parts, maxima, sums, place, SPLITS: tl.constexpr, LATENT: tl.constex
         weight = tl.exp2(tl.load(maxima + split) - best)
         total += tl.sum(weight * tl.load(sums + split), 0)
         part = tl.load(parts + split[:, None] * LATENT + at[None], (weight > 0)[:, None], 0.0)
-        mean += tl.sum(part * weight[:, None], 0)
+        mean += tl.sum(part.to(tl.float32) * weight[:, None], 0)
     return mean / total
 
 
@@ -195,6 +195,7 @@ def attend_in_parts(
     warps: int = 4,
     stages: int = 2,
     early: bool = False,
+    dtype: torch.dtype = torch.float32,
     pdl: bool = True,
 ) -> Parts:
     """Each split of the selection by itself."""
@@ -202,7 +203,7 @@ def attend_in_parts(
     splits = splits or num_splits(num_rows, triton.cdiv(heads, HEADS))
     each = selected.slots.shape[1] // splits
     tokens = tokens or max(16, min(TOKENS, each))
-    means = torch.empty(num_rows, heads, splits, latent, dtype=torch.float32, device=latents.device)
+    means = torch.empty(num_rows, heads, splits, latent, dtype=dtype, device=latents.device)
     maxima, sums = (torch.empty(num_rows, heads, splits, dtype=torch.float32, device=latents.device) for _ in range(2))
     once = splits * tokens >= selected.slots.shape[1]
     kernel, how = (_attend_once, (early, pdl)) if once else (_attend, (pdl,))
