@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from shared.engine.kernels import build, cuda_experts
+from shared.engine.kernels import build, cuda_experts, cuda_latent
 from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.experts import FACTOR, Experts, SharedExpert
 from shared.engine.kernels.gluon_state import KeyNorm
 from shared.engine.kv.layout import KvLayout
@@ -181,23 +182,24 @@ class Rank:
     group: Counted
 
 
-def grouped(device: torch.device) -> CudaExperts:
-    """The kernels of experts by groups of tokens."""
+def compiled(device: torch.device) -> tuple[CudaExperts, CudaLatent]:
+    """The kernels that nvcc makes."""
     capability = torch.cuda.get_device_capability(device)
-    path = build.cuda_library(default_cache() / "kernels", build.cuda_compiler(), capability, "experts")
-    return CudaExperts(cuda_experts.load(path))
+    path = build.cuda_library(default_cache() / "kernels", build.cuda_compiler(), capability, "glm")
+    return CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path))
 
 
-def rank(config: GlmConfig, num_ranks: int, device: torch.device, kernels: CudaExperts | None, *, pdl: bool) -> Rank:
-    """Make one, whose experts `kernels` compute for steps of few tokens."""
+def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool, cuda: bool) -> Rank:
+    """Make one; without `cuda` its kernels are those that need no compiler."""
     weights, group = RandomLayers(config, num_ranks, device), Counted(num_ranks)
+    grouped, latent = compiled(device) if cuda else (None, None)
     top_k = config.num_experts_per_token
-    layers = [cuda_glm_layer.grouping(weights.layer(index), top_k, kernels) for index in range(config.num_layers)]
+    layers = [cuda_glm_layer.grouping(weights.layer(index), top_k, grouped) for index in range(config.num_layers)]
     drafting_layer, joining = weights.drafting_layer(), weights.joining()
     layout = glm_layout.layout(config, "bfloat16", PAGE_SIZE, mtp=True)
     memory = DeviceMemory(KV_TOKENS // PAGE_SIZE, layout.page_bytes, device)
     for part in memory.bytes.view(torch.bfloat16).split(256):
         part.normal_(generator=torch.Generator(device).manual_seed(1))
-    decoder = CudaGlm(weights.config, weights.ends(), layers, group, pdl=pdl)
+    decoder = CudaGlm(weights.config, weights.ends(), layers, group, latent, pdl=pdl)
     drafts = GlmMtpOnCuda(decoder, drafting_layer, joining)
     return Rank(decoder, layers, drafting_layer, drafts, memory, layout, group)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from bench import provenance
 from bench.bandwidth import read_bandwidth
-from bench.glm_random import FIELDS, RandomLayers, grouped
+from bench.glm_random import FIELDS, RandomLayers, compiled
 from shared.engine.kernels import gluon_experts, gluon_rows, triton_dense, triton_route
 from shared.engine.kernels.cuda_experts import CudaExperts
 from shared.engine.kernels.experts import Experts
@@ -104,7 +104,8 @@ def main() -> None:
     sets = [layer.mlp for layer in layers if isinstance(layer.mlp, Mixture)]
     print("\n| tokens | by groups, us | by choices, us | to read, us | 1 - cosine |\n|---|---|---|---|---|")
     by_groups, by_choices = (
-        partial(mixed, gain=layers[0].post_norm, config=config, kernels=kernels) for kernels in (grouped(device), None)
+        partial(mixed, gain=layers[0].post_norm, config=config, kernels=kernels)
+        for kernels in (compiled(device)[0], None)
     )
     with torch.inference_mode():
         for tokens in args.tokens:

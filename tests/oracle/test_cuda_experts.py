@@ -71,7 +71,7 @@ def require(layer: Layer, kernels: CudaExperts, num_tokens: int, seed: int, scal
     assert float((found - expected).norm() / expected.norm()) < 0.005
 
 
-@pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), [(1, 4, 2), (3, 33, 3), (27, 2, 1)])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), [(1, 4, 2), (3, 33, 3), (12, 2, 1)])
 def test_a_mixture_is_that_of_torch(emulated: CudaExperts, num_tokens: int, num_experts: int, num_chosen: int) -> None:
     layer = Layer(num_experts, num_chosen, 1024)
     assert cuda_experts.suits(layer.experts, layer.shared, torch.ones(1024), num_chosen)
@@ -88,7 +88,7 @@ def test_a_gain_that_fp16_cannot_bear_is_refused() -> None:
 @pytest.mark.parametrize(("num_experts", "num_chosen", "hidden"), [(100, 8, 6144), (16, 4, 1024), (256, 8, 2048)])
 def test_on_a_gpu_mixtures_of_few_and_many_tokens_are_right(num_experts: int, num_chosen: int, hidden: int) -> None:
     path = build.cuda_library(
-        default_cache() / "kernels", build.cuda_compiler(), torch.cuda.get_device_capability(), "experts"
+        default_cache() / "kernels", build.cuda_compiler(), torch.cuda.get_device_capability(), "glm"
     )
     layer, kernels = Layer(num_experts, num_chosen, hidden, GPU), CudaExperts(cuda_experts.load(path))
     for seed, num_tokens in enumerate((1, 2, 3, 4, 5, 8, 9, 16, 33, 64)):

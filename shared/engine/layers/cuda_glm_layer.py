@@ -23,6 +23,7 @@ from shared.engine.kernels import (
     w4a4,
 )
 from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.experts import Experts, SharedExpert
 from shared.engine.kernels.gluon_rows import MAX_ROWS, Norm
 from shared.engine.kernels.gluon_state import KeyNorm, Rows
@@ -90,7 +91,8 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class Step:
     """What all layers of a step share. No row sees more than `capacity` tokens. With `pdl` kernels start before those
-    in front have ended, which is faster; without, a profile says what each takes."""
+    in front have ended, which is faster; without, a profile says what each takes. `latent` merges few rows' attention,
+    if it can and is there."""
 
     config: GlmConfig
     group: Group
@@ -98,6 +100,7 @@ class Step:
     selected: Selected
     capacity: int
     pdl: bool = True
+    latent: CudaLatent | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +251,7 @@ def _attend(
         head_weights = low[:, dims.q_lora + dims.latent + dims.rope + dims.index_dim :]
         _select(queries.index, head_weights, state.keys, step, first=state.selects_first)
     attended = triton_latent.attend(
-        queries, state.latents, step.selected, weights.up_value, config.qk_head_dim**-0.5,
+        queries, state.latents, step.selected, weights.up_value, config.qk_head_dim**-0.5, step.latent,
         early=early and not selects and len(low) <= MAX_ROWS, pdl=step.pdl,
     )  # fmt: skip
     return _plain(attended, weights.output, pdl=step.pdl)

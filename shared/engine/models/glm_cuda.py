@@ -8,8 +8,9 @@ from tqdm import tqdm
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
-from shared.engine.kernels import build, cuda_experts, w4a4
+from shared.engine.kernels import build, cuda_experts, cuda_latent, w4a4
 from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import cuda_glm, cuda_glm_layer
 from shared.engine.layers.cuda_glm import CudaGlm, Ends
@@ -37,9 +38,10 @@ class GlmOnCuda:
         self.arithmetic = placement.arithmetic(fp4=fp4 is not None)
         self._config, self._group = config, placement.group
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
-        top_k, grouped = weights.config.num_experts_per_token, _grouped(placement)
+        top_k, (grouped, latent) = weights.config.num_experts_per_token, _compiled(placement)
         read = [cuda_glm_layer.grouping(read_layer(weights, index, fp4), top_k, grouped) for index in layers]
-        self._decoder = CudaGlm(weights.config, read_ends(weights, config.vocab_size, placement), read, placement.group)
+        ends = read_ends(weights, config.vocab_size, placement)
+        self._decoder = CudaGlm(weights.config, ends, read, placement.group, latent)
         self.draft_layer: DraftLayer | None = None
         if weights.has_mtp:
             self.draft_layer = GlmMtpOnCuda(self._decoder, read_layer(weights, config.num_layers), weights.mtp())
@@ -58,15 +60,16 @@ class GlmOnCuda:
         return self._group.join(logits) if len(logits) else logits
 
 
-def _grouped(placement: Placement) -> CudaExperts | None:
-    """Kernels for NVFP4 experts of few tokens; without them those in Gluon serve, which compute each choice alone."""
+def _compiled(placement: Placement) -> tuple[CudaExperts | None, CudaLatent | None]:
+    """Kernels that a compiler has to be there for. Without them those in Triton serve, which compute each choice of an
+    expert by itself, and merge attention for each few of its values anew."""
     capability = torch.cuda.get_device_capability(placement.device)
     try:
-        path = build.cuda_library(placement.cache_dir / "kernels", build.cuda_compiler(), capability, "experts")
-        return CudaExperts(cuda_experts.load(path))
+        path = build.cuda_library(placement.cache_dir / "kernels", build.cuda_compiler(), capability, "glm")
+        return CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path))
     except (build.BuildError, OSError) as error:
-        log.warning("computing each expert of each token by itself: %s", error)
-        return None
+        log.warning("computing without our CUDA kernels for GLM: %s", error)
+        return None, None
 
 
 def read_layer(weights: GlmWeights, index: int, fp4: w4a4.Products | None = None) -> Layer:

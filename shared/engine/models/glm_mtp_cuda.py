@@ -142,7 +142,7 @@ class GlmMtpOnCuda:
         config, ends = decoder.config, decoder.ends
         token_ids, rows = cuda_glm.rows_of(given.rows, num_rows, decoder.frequencies)
         selected = kept or triton_index.empty(len(given.drafting), config.index_topk, decoder.device)
-        step = Step(config, decoder.group, rows, selected, capacity, decoder.pdl)
+        step = Step(config, decoder.group, rows, selected, capacity, decoder.pdl, decoder.latent)
         embedded = cuda_glm.embed(token_ids, ends, decoder.group)
         x = cuda_glm_layer.behind_norm(embedded, self._embedding_norm, self._of_embedding, step)
         delta = cuda_glm_layer.behind_norm(given.states, self._state_norm, self._of_state, step)
