@@ -41,7 +41,7 @@ def mixed(
     kernels: CudaExperts | None,
 ) -> Pair:
     """x + delta and the mixture of its norm, as a layer computes it; with `kernels`, by groups."""
-    norm, dtype = Norm(gain, config.rms_norm_eps, delta), torch.float16 if kernels else torch.bfloat16
+    norm, dtype = Norm(gain, config.rms_norm_eps, delta), torch.float16
     if len(x) <= MAX_ROWS:
         logits, total, normed = gluon_rows.linear_keeping(x, weights.router, norm, kept=dtype)
     else:

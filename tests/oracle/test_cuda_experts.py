@@ -74,13 +74,8 @@ def require(layer: Layer, kernels: CudaExperts, num_tokens: int, seed: int, scal
 @pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), [(1, 4, 2), (3, 33, 3), (12, 2, 1)])
 def test_a_mixture_is_that_of_torch(emulated: CudaExperts, num_tokens: int, num_experts: int, num_chosen: int) -> None:
     layer = Layer(num_experts, num_chosen, 1024)
-    assert cuda_experts.suits(layer.experts, layer.shared, torch.ones(1024), num_chosen)
+    assert cuda_experts.suits(layer.experts, layer.shared, num_chosen)
     require(layer, emulated, num_tokens, 10)
-
-
-def test_a_gain_that_fp16_cannot_bear_is_refused() -> None:
-    layer = Layer(2, 1, 1024)
-    assert not cuda_experts.suits(layer.experts, layer.shared, torch.full((1024,), 2048.0), 1)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from shared.engine.models import glm
 from shared.engine.models.api import Model, Placement
 from shared.engine.quantization import nvfp4
 from shared.engine.quantization.packed_experts import packed as lay_out
+from shared.errors import Unsupported
 from tests.oracle import random_glm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -148,8 +149,17 @@ def test_a_mixture_equals_its_sum_expert_by_expert(num_rows: int, packed: bool) 
             part = reference.silu_mul(F.linear(x[row : row + 1].float(), gate_up[expert].float()))
             expected[row] += (F.linear(part, down[expert].float()) * weights[row, place])[0]
     mix = kernel.mixture if num_rows <= kernel.MAX_TOKENS else kernel.large_mixture
-    found = mix(x, chosen, weights, experts, shared)
+    few = num_rows <= kernel.MAX_TOKENS
+    found = mix(x.to(kernel.activations(experts)) if few else x, chosen, weights, experts, shared)
     assert float((found.float() - expected).norm() / expected.norm()) < 0.01
+
+
+def test_a_gain_that_fp16_cannot_bear_is_refused() -> None:
+    from shared.engine.kernels.gluon_experts import require_small
+
+    require_small(torch.full((6144,), 100.0))
+    with pytest.raises(Unsupported, match="gain of 1e\\+04"):
+        require_small(torch.full((6144,), 10_000.0))
 
 
 def rows_of(batch: Batch) -> Any:

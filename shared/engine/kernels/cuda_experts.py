@@ -18,7 +18,6 @@ HIDDEN = (1024, 2048, 6144)
 MAX_MEMBERS = MAX_CHOSEN * MAX_TOKENS
 GROUPS_WORDS = 1 + MAX_EXPERTS + MAX_EXPERTS + 1 + 2 * MAX_MEMBERS
 FEW_TOKENS, FEW_TILES, TILES = 8, 1, 2  # up to so many tokens a block takes so many tiles of an expert, above more
-LARGEST = 65504.0  # of fp16
 
 
 class Routing(ctypes.Structure):
@@ -92,9 +91,8 @@ class CudaExperts:
             raise RuntimeError(f"forebay_experts: {self._library.forebay_error(error).decode()}")
 
 
-def suits(experts: Experts, shared: SharedExpert, gain: torch.Tensor, top_k: int) -> bool:
-    """Whether the kernels are made for such a mixture behind a norm with such a `gain` [hidden], which must not carry
-    what it gives beyond fp16: no value behind a norm is larger than the root of how many there are, times its gain."""
+def suits(experts: Experts, shared: SharedExpert, top_k: int) -> bool:
+    """Whether the kernels are made for such a mixture."""
     num_experts, hidden, _ = experts.down.shape
     return (
         experts.factors is not None
@@ -103,7 +101,6 @@ def suits(experts: Experts, shared: SharedExpert, gain: torch.Tensor, top_k: int
         and hidden in HIDDEN
         and num_experts <= MAX_EXPERTS
         and top_k <= MAX_CHOSEN
-        and float(gain.abs().max()) * hidden**0.5 < LARGEST
     )
 
 

@@ -36,7 +36,7 @@ from shared.engine.parallel.group import Group
 from shared.engine.quantization.packed_experts import packed
 
 MIXED_ROWS = gluon_experts.MAX_TOKENS
-LEAST_GROUPED = 2  # rows; one has nobody to group with
+LEAST_GROUPED = 24  # rows; fewer seldom choose the same expert (docs/LOG.md)
 SELECTING_ROWS = 256  # at a time, so that their scores stay small
 
 
@@ -75,7 +75,13 @@ class Mixture:
 
     def grouping(self, num_rows: int) -> CudaExperts | None:
         """Who computes so many rows by groups of those that chose the same expert."""
-        return self.grouped if LEAST_GROUPED <= num_rows <= cuda_experts.MAX_TOKENS else None
+        return self.grouped if LEAST_GROUPED <= num_rows <= MIXED_ROWS else None
+
+    def activations(self, num_rows: int) -> torch.dtype:
+        """What so many rows go into the experts as."""
+        if num_rows > MIXED_ROWS or not isinstance(self.experts, Experts):
+            return torch.bfloat16
+        return gluon_experts.activations(self.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +152,13 @@ def mixture(weights: MoeWeights | PackedMoeWeights, fp4: w4a4.Products | None = 
 
 
 def grouping(layer: Layer, top_k: int, kernels: CudaExperts | None) -> Layer:
-    """The layer, whose mixture is computed by `kernels` if it is one for them and these are there."""
+    """The layer, whose mixture is computed by `kernels` if it is one for them and these are there. Raises Unsupported
+    for NVFP4 experts behind a norm that may give too large values."""
     mlp = layer.mlp
-    if kernels is None or not isinstance(mlp, Mixture) or not isinstance(mlp.experts, Experts):
+    if not isinstance(mlp, Mixture) or not isinstance(mlp.experts, Experts) or mlp.experts.factors is None:
         return layer
-    if not cuda_experts.suits(mlp.experts, mlp.shared, layer.post_norm, top_k):
+    gluon_experts.require_small(layer.post_norm)
+    if kernels is None or not cuda_experts.suits(mlp.experts, mlp.shared, top_k):
         return layer
     return replace(layer, mlp=replace(mlp, grouped=kernels))
 
@@ -186,8 +194,7 @@ def forward(
     delta = step.group.sum(_attend(low, q, layer.attention, state, step, early=going_on is None))
     norm = Norm(layer.post_norm, step.config.rms_norm_eps, delta)
     if isinstance(layer.mlp, Mixture):
-        dtype = torch.float16 if layer.mlp.grouping(len(x)) else torch.bfloat16
-        logits, x, normed = _kept(x, layer.mlp.router, norm, step, dtype)
+        logits, x, normed = _kept(x, layer.mlp.router, norm, step, layer.mlp.activations(len(x)))
         return x, step.group.sum(_mix(logits, normed, layer.mlp, step))
     inner, x, _ = _kept(x, layer.mlp.gate_up, norm, step)
     return x, step.group.sum(_plain(triton_dense.silu_mul(inner), layer.mlp.down, pdl=step.pdl))

@@ -39,12 +39,16 @@ class GlmOnCuda:
         self._config, self._group = config, placement.group
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
         top_k, (grouped, latent) = weights.config.num_experts_per_token, _compiled(placement)
-        read = [cuda_glm_layer.grouping(read_layer(weights, index, fp4), top_k, grouped) for index in layers]
+
+        def ready(index: int, fp4: w4a4.Products | None = None) -> Layer:
+            return cuda_glm_layer.grouping(read_layer(weights, index, fp4), top_k, grouped)
+
+        read = [ready(index, fp4) for index in layers]
         ends = read_ends(weights, config.vocab_size, placement)
         self._decoder = CudaGlm(weights.config, ends, read, placement.group, latent)
         self.draft_layer: DraftLayer | None = None
         if weights.has_mtp:
-            self.draft_layer = GlmMtpOnCuda(self._decoder, read_layer(weights, config.num_layers), weights.mtp())
+            self.draft_layer = GlmMtpOnCuda(self._decoder, ready(config.num_layers), weights.mtp())
 
     def layout(self, page_size: int) -> KvLayout:
         """A page: latents of every layer, index keys of the full ones."""
