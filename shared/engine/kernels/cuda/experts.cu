@@ -7,12 +7,12 @@ namespace forebay {
 
 // Behind the kernel in front, or beside its end.
 template <class Parameters>
-cudaError_t launch(void (*kernel)(Parameters), int blocks, size_t shared, bool early, cudaStream_t stream, const Parameters& parameters) {
+cudaError_t launch(void (*kernel)(Parameters), int blocks, int threads, size_t shared, bool early, cudaStream_t stream, const Parameters& parameters) {
     cudaLaunchAttribute attributes[1];
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks), config.blockDim = dim3(THREADS), config.dynamicSmemBytes = shared, config.stream = stream;
+    config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
     config.attrs = attributes, config.numAttrs = early;
     return cudaLaunchKernelEx(&config, kernel, parameters);
 }
@@ -20,8 +20,10 @@ cudaError_t launch(void (*kernel)(Parameters), int blocks, size_t shared, bool e
 template <int S>
 cudaError_t run(const Experts& p, int most_groups, bool early, cudaStream_t stream) {
     const int blocks = INNER / PAIRS + most_groups * (TILES / p.tiles_each);
-    if (const cudaError_t error = launch(gate_up<S>, blocks, 0, early, stream, p)) return error;
-    return launch(down, p.hidden / 16, sizeof(float) * THREADS / 2 * (p.num_tokens | 1), early, stream, p);
+    constexpr size_t columns = sizeof(__half) * WARPS * 8 * Columns<S>::PITCH;
+    if (const cudaError_t error = cudaFuncSetAttribute(gate_up<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(columns))) return error;
+    if (const cudaError_t error = launch(gate_up<S>, blocks, THREADS, columns, early, stream, p)) return error;
+    return launch(down, p.hidden / 16, THREADS, sizeof(float) * THREADS / 2 * (p.num_tokens | 1), early, stream, p);
 }
 
 }  // namespace forebay
@@ -31,7 +33,8 @@ extern "C" {
 // Each returns a cudaError_t.
 int forebay_route(const forebay::Routing* p, int early, void* stream) {
     if (p->num_tokens > forebay::MAX_TOKENS || p->num_experts > forebay::MAX_EXPERTS || p->num_chosen > forebay::MAX_CHOSEN) return cudaErrorInvalidValue;
-    return forebay::launch(forebay::route, 1, 0, early, static_cast<cudaStream_t>(stream), *p);
+    const int threads = p->num_tokens <= forebay::WARPS ? forebay::THREADS : forebay::ROUTE_THREADS;
+    return forebay::launch(forebay::route, 1, threads, 0, early, static_cast<cudaStream_t>(stream), *p);
 }
 
 int forebay_experts(const forebay::Experts* p, int most_groups, int early, void* stream) {

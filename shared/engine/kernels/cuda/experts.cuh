@@ -12,7 +12,7 @@
 
 namespace forebay {
 
-constexpr int WARPS = 8, THREADS = WARPS * 32;
+constexpr int WARPS = 8, THREADS = WARPS * 32, ROUTE_THREADS = 1024;
 constexpr int INNER = 256;                                         // of a routed expert
 constexpr int MAX_EXPERTS = 256, MAX_CHOSEN = 8, MAX_TOKENS = 64;  // all, of a token, of a step
 constexpr int MAX_MEMBERS = MAX_CHOSEN * MAX_TOKENS;
@@ -137,16 +137,16 @@ __device__ __forceinline__ void choose(const Routing& p, int t, const float (&bi
 // The tokens of expert threadIdx.x behind those of all before it.
 __device__ __forceinline__ void group(const Routing& p, const int* chosen, const float* weights, uint64_t tokens) {
     __shared__ uint32_t totals[WARPS];
-    const int expert = threadIdx.x, lane = expert % 32;
+    const int expert = threadIdx.x, lane = expert % 32;  // and threads that have none
     const uint32_t own = static_cast<uint32_t>(tokens != 0) << 16 | __popcll(tokens);  // groups, and members
     uint32_t before = own;
     for (int i = 1; i < 32; i *= 2) {
         const uint32_t theirs = __shfl_up_sync(~0u, before, i);
         if (lane >= i) before += theirs;
     }
-    if (lane == 31) totals[expert / 32] = before;
+    if (lane == 31 && expert < MAX_EXPERTS) totals[expert / 32] = before;
     __syncthreads();
-    for (int w = 0; w < expert / 32; w++) before += totals[w];
+    for (int w = 0; w < min(expert / 32, WARPS); w++) before += totals[w];
     Groups& to = *p.groups;
     if (expert == MAX_EXPERTS - 1) to.count = before >> 16, to.starts[before >> 16] = before & 0xFFFF;
     if (!tokens) return;
@@ -164,20 +164,21 @@ __device__ __forceinline__ void group(const Routing& p, const int* chosen, const
 }
 
 // One block. Nobody may find groups before it that this has not written, so what follows waits for it.
-__global__ void __launch_bounds__(THREADS) route(const __grid_constant__ Routing p) {
+__global__ void __launch_bounds__(ROUTE_THREADS) route(const __grid_constant__ Routing p) {
     __shared__ int chosen[MAX_MEMBERS];
     __shared__ float weights[MAX_MEMBERS];
     __shared__ uint32_t tokens_of[MAX_EXPERTS][2];
     float bias[MAX_EXPERTS / 32];
 #pragma unroll
     for (int j = 0; j < MAX_EXPERTS / 32; j++) bias[j] = p.bias[min(static_cast<int>(threadIdx.x) % 32 + 32 * j, p.num_experts - 1)];
-    tokens_of[threadIdx.x][0] = tokens_of[threadIdx.x][1] = 0;
+    if (threadIdx.x < MAX_EXPERTS) tokens_of[threadIdx.x][0] = tokens_of[threadIdx.x][1] = 0;
     let_dependents_start();
     wait_for_inputs(p.logits);
     __syncthreads();
-    for (int t = threadIdx.x / 32; t < p.num_tokens; t += WARPS) choose(p, t, bias, chosen, weights, tokens_of);
+    for (int t = threadIdx.x / 32; t < p.num_tokens; t += static_cast<int>(blockDim.x) / 32) choose(p, t, bias, chosen, weights, tokens_of);
     __syncthreads();
-    group(p, chosen, weights, static_cast<uint64_t>(tokens_of[threadIdx.x][1]) << 32 | tokens_of[threadIdx.x][0]);
+    const uint32_t* tokens = tokens_of[min(static_cast<int>(threadIdx.x), MAX_EXPERTS - 1)];
+    group(p, chosen, weights, threadIdx.x < MAX_EXPERTS ? static_cast<uint64_t>(tokens[1]) << 32 | tokens[0] : 0);
 }
 
 // PAIRS inner values of the shared expert for all tokens. Its rows are asked for before the kernel in front has ended.
@@ -232,9 +233,27 @@ __device__ __forceinline__ void shared_values(const Experts& p, int block) {
     }
 }
 
-// Eight inner values of each member of a group.
+// A warp's columns of up to eight members' activations, on their way to shared memory.
 template <int S>
-__device__ __forceinline__ void tile_values(const Experts& p, int expert, int tile, int start, int end, float (*parts)[WARPS][16][9], int& turn) {
+struct Columns {
+    static constexpr int K = 1024 * S, EACH = K / WARPS / 2, PITCH = 2 * EACH + 8;  // of both halves of a row; in halves
+
+    __device__ static __half* of_warp() { return reinterpret_cast<__half*>(dynamic_shared()) + threadIdx.x / 32 * 8 * PITCH; }
+    __device__ static void fetch(const Experts& p, int first, int end) {
+        __half* const to = of_warp();
+        const int warp = threadIdx.x / 32;
+        for (int i = threadIdx.x % 32; i < min(8, end - first) * (EACH / 4); i += 32) {
+            const int column = i / (EACH / 4), half = i / (EACH / 8) % 2, at = i % (EACH / 8) * 8;
+            const __half* x = p.x + static_cast<int64_t>(p.groups->tokens[first + column]) * K + half * (K / 2) + warp * EACH + at;
+            copy_along(to + column * PITCH + half * EACH + at, x);
+        }
+    }
+};
+
+// Eight inner values of each member of a group. `fetched`: the activations of its first eight are there already.
+template <int S>
+__device__ __forceinline__ void tile_values(const Experts& p, int expert, int tile, int start, int end, bool fetched,
+                                            float (*parts)[WARPS][16][9], int& turn) {
     constexpr int K = 1024 * S, UNITS = K / 32;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const int64_t row = static_cast<int64_t>(expert) * 2 * INNER + tile * VALUES + g;
@@ -250,14 +269,18 @@ __device__ __forceinline__ void tile_values(const Experts& p, int expert, int ti
     }
     const float factor = p.factors[expert * 2];
     for (int first = start; first < end; first += 8, turn ^= 1) {
-        const __half* x = p.x + static_cast<int64_t>(p.groups->tokens[first + g < end ? first + g : first]) * K;
+        if (!fetched || first > start) {
+            __syncwarp();
+            Columns<S>::fetch(p, first, end);
+            await_copies();
+            __syncwarp();
+        }
+        const __half* x = Columns<S>::of_warp() + (first + g < end ? g : 0) * Columns<S>::PITCH;
         float low[4] = {}, high[4] = {};
-        uint4 ahead[4];
-        values_of(ahead, x, warp * S * 4 + q, K / 2);
 #pragma unroll
         for (int i = 0; i < S; i++) {
-            const uint4 b[4] = {ahead[0], ahead[1], ahead[2], ahead[3]};
-            if (i + 1 < S) values_of(ahead, x, (warp * S + i + 1) * 4 + q, K / 2);
+            uint4 b[4];
+            values_of(b, x, i * 4 + q, Columns<S>::EACH);
             in_order();
             uint32_t of_unit[4];
             anew(scales[i]);
@@ -288,10 +311,11 @@ __global__ void __launch_bounds__(THREADS, 2) gate_up(const __grid_constant__ Ex
     wait_for_inputs(p.x);
     let_dependents_start();  // not before: what comes next finds the groups complete
     const int each = TILES / p.tiles_each, d = block / each;
-    if (d >= p.groups->count) return;
-    const int expert = p.groups->experts[d], start = p.groups->starts[d], end = p.groups->starts[d + 1];
+    const int count = p.groups->count, expert = p.groups->experts[d], start = p.groups->starts[d], end = p.groups->starts[d + 1];
+    if (d >= count) return;
     int turn = 0;
-    for (int i = 0; i < p.tiles_each; i++) tile_values<S>(p, expert, block % each * p.tiles_each + i, start, end, parts, turn);
+    for (int i = 0; i < p.tiles_each; i++)
+        tile_values<S>(p, expert, block % each * p.tiles_each + i, start, end, i > 0 && end - start <= 8, parts, turn);
 }
 
 // A warp's columns of 16 rows of the shared expert's way down, for all tokens: into its sums [16][stride].
