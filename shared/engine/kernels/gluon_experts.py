@@ -313,13 +313,14 @@ def gate_up(
     experts: Experts,
     shared: SharedExpert,
     *,
-    block: int = 2,
+    block: int = 0,
     warps: int = 2,
     pdl: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """silu(gate) * up of every choice [T, k, I], in the dtype of `activations`, and of the shared expert, bfloat16
     [T, I']."""
     (num_rows, hidden), top_k, packed = x.shape, chosen.shape[1], experts.factors is not None
+    block = block or (1 if packed and num_rows == 1 else 2)
     out = torch.empty(num_rows, top_k, experts.inner, dtype=activations(experts), device=x.device)
     shared_inner = shared.down.shape[1]
     own = torch.empty(num_rows, shared_inner, dtype=torch.bfloat16, device=x.device)

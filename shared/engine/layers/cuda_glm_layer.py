@@ -36,7 +36,7 @@ from shared.engine.parallel.group import Group
 from shared.engine.quantization.packed_experts import packed
 
 MIXED_ROWS = gluon_experts.MAX_TOKENS
-LEAST_GROUPED = 24  # rows; fewer seldom choose the same expert (docs/LOG.md)
+LEAST_GROUPED = 32  # rows; fewer seldom choose the same expert (docs/LOG.md)
 SELECTING_ROWS = 256  # at a time, so that their scores stay small
 
 

@@ -200,8 +200,6 @@ inline uint32_t times(uint32_t a, uint32_t b) {
 inline void wait_for_inputs(const void*) {}
 inline void let_dependents_start() {}
 inline void in_order() {}
-inline void copy_along(void* to, const void* from) { memcpy(to, from, 16); }
-inline void await_copies() {}
 template <class Value> void anew(Value&) {}
 inline float* dynamic_shared() { return my_block->memory.data(); }
 struct Cluster {

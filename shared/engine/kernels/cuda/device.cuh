@@ -92,11 +92,6 @@ struct Cluster {
 
 // Loads behind it are not made before it, where registers would be taken for what is needed later.
 __device__ __forceinline__ void in_order() { asm volatile("" ::: "memory"); }
-// 16 bytes to shared memory, for which the thread waits by `await_copies`, as for all that it asked for.
-__device__ __forceinline__ void copy_along(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
-}
-__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // What is computed of it is computed here each time, not once before a loop, where it would take more registers than itself.
 __device__ __forceinline__ void anew(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
 __device__ __forceinline__ void anew(uint32_t& v) { asm volatile("" : "+r"(v)); }

@@ -20,9 +20,7 @@ cudaError_t launch(void (*kernel)(Parameters), int blocks, int threads, size_t s
 template <int S>
 cudaError_t run(const Experts& p, int most_groups, bool early, cudaStream_t stream) {
     const int blocks = INNER / PAIRS + most_groups * (TILES / p.tiles_each);
-    constexpr size_t columns = sizeof(__half) * WARPS * 8 * Columns<S>::PITCH;
-    if (const cudaError_t error = cudaFuncSetAttribute(gate_up<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(columns))) return error;
-    if (const cudaError_t error = launch(gate_up<S>, blocks, THREADS, columns, early, stream, p)) return error;
+    if (const cudaError_t error = launch(gate_up<S>, blocks, THREADS, 0, early, stream, p)) return error;
     return launch(down, p.hidden / 16, THREADS, sizeof(float) * THREADS / 2 * (p.num_tokens | 1), early, stream, p);
 }
 

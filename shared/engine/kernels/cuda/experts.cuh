@@ -233,27 +233,9 @@ __device__ __forceinline__ void shared_values(const Experts& p, int block) {
     }
 }
 
-// A warp's columns of up to eight members' activations, on their way to shared memory.
+// Eight inner values of each member of a group.
 template <int S>
-struct Columns {
-    static constexpr int K = 1024 * S, EACH = K / WARPS / 2, PITCH = 2 * EACH + 8;  // of both halves of a row; in halves
-
-    __device__ static __half* of_warp() { return reinterpret_cast<__half*>(dynamic_shared()) + threadIdx.x / 32 * 8 * PITCH; }
-    __device__ static void fetch(const Experts& p, int first, int end) {
-        __half* const to = of_warp();
-        const int warp = threadIdx.x / 32;
-        for (int i = threadIdx.x % 32; i < min(8, end - first) * (EACH / 4); i += 32) {
-            const int column = i / (EACH / 4), half = i / (EACH / 8) % 2, at = i % (EACH / 8) * 8;
-            const __half* x = p.x + static_cast<int64_t>(p.groups->tokens[first + column]) * K + half * (K / 2) + warp * EACH + at;
-            copy_along(to + column * PITCH + half * EACH + at, x);
-        }
-    }
-};
-
-// Eight inner values of each member of a group. `fetched`: the activations of its first eight are there already.
-template <int S>
-__device__ __forceinline__ void tile_values(const Experts& p, int expert, int tile, int start, int end, bool fetched,
-                                            float (*parts)[WARPS][16][9], int& turn) {
+__device__ __forceinline__ void tile_values(const Experts& p, int expert, int tile, int start, int end, float (*parts)[WARPS][16][9], int& turn) {
     constexpr int K = 1024 * S, UNITS = K / 32;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const int64_t row = static_cast<int64_t>(expert) * 2 * INNER + tile * VALUES + g;
@@ -269,18 +251,14 @@ __device__ __forceinline__ void tile_values(const Experts& p, int expert, int ti
     }
     const float factor = p.factors[expert * 2];
     for (int first = start; first < end; first += 8, turn ^= 1) {
-        if (!fetched || first > start) {
-            __syncwarp();
-            Columns<S>::fetch(p, first, end);
-            await_copies();
-            __syncwarp();
-        }
-        const __half* x = Columns<S>::of_warp() + (first + g < end ? g : 0) * Columns<S>::PITCH;
+        const __half* x = p.x + static_cast<int64_t>(p.groups->tokens[first + g < end ? first + g : first]) * K;
         float low[4] = {}, high[4] = {};
+        uint4 ahead[4];
+        values_of(ahead, x, warp * S * 4 + q, K / 2);
 #pragma unroll
         for (int i = 0; i < S; i++) {
-            uint4 b[4];
-            values_of(b, x, i * 4 + q, Columns<S>::EACH);
+            const uint4 b[4] = {ahead[0], ahead[1], ahead[2], ahead[3]};
+            if (i + 1 < S) values_of(ahead, x, (warp * S + i + 1) * 4 + q, K / 2);
             in_order();
             uint32_t of_unit[4];
             anew(scales[i]);
@@ -314,8 +292,7 @@ __global__ void __launch_bounds__(THREADS, 2) gate_up(const __grid_constant__ Ex
     const int count = p.groups->count, expert = p.groups->experts[d], start = p.groups->starts[d], end = p.groups->starts[d + 1];
     if (d >= count) return;
     int turn = 0;
-    for (int i = 0; i < p.tiles_each; i++)
-        tile_values<S>(p, expert, block % each * p.tiles_each + i, start, end, i > 0 && end - start <= 8, parts, turn);
+    for (int i = 0; i < p.tiles_each; i++) tile_values<S>(p, expert, block % each * p.tiles_each + i, start, end, parts, turn);
 }
 
 // A warp's columns of 16 rows of the shared expert's way down, for all tokens: into its sums [16][stride].
