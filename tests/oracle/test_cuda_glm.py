@@ -71,13 +71,18 @@ def distance(ours: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return 1 - F.cosine_similarity(ours[:, : exact.shape[1]], exact, dim=1)
 
 
+FAR, MORE_OFTEN = 0.01, 0.15  # of rows: a distance only of those that were chosen otherwise; twice what chance makes
+
+
 def require_as_near(variant: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """Distances on the GPU are like those on the CPU in bfloat16. Where a choice is close, rounding makes it, and a row
-    is far off; that is as often so here as there, in the main. Where there is nothing to choose, no row is."""
+    is far off; that is as often so here as there, but for chance. Where there is nothing to choose, no row is."""
     every = variant == "nothing to choose"
-    for quantile in (1.0,) if every else (0.0, 0.25, 0.5):
+    for quantile in (1.0,) if every else (0.0, 0.5):
         own, most = float(ours.quantile(quantile)), float(theirs.quantile(quantile))
         assert own < 2 * most + (1e-4 if every else 1e-3), (quantile, own, most)
+    own, most = (float((each > FAR).float().mean()) for each in (ours, theirs))
+    assert own <= most + (0 if every else MORE_OFTEN), ("far", own, most)
 
 
 STEPS = (

@@ -1,7 +1,7 @@
 """A mixture of NVFP4 experts of up to 64 tokens by CUDA kernels of our own, `cuda/experts.cu`.
 
 Tokens of the same expert are grouped, an expert's weights are read once, and tensor cores multiply them. The twin is
-`layers.moe.Moe`; `gluon_experts` computes the same without a compiler.
+`layers.moe.Moe`; `gluon_experts` computes the same choice by choice, faster for few tokens (docs/decisions/0043).
 """
 
 import ctypes
@@ -17,7 +17,7 @@ MAX_TOKENS, MAX_EXPERTS, MAX_CHOSEN, INNER = 64, 256, 8, 256
 HIDDEN = (1024, 2048, 6144)
 MAX_MEMBERS = MAX_CHOSEN * MAX_TOKENS
 GROUPS_WORDS = 1 + MAX_EXPERTS + MAX_EXPERTS + 1 + 2 * MAX_MEMBERS
-FEW_TOKENS, FEW_TILES, TILES = 8, 1, 2  # up to so many tokens a block takes so many tiles of an expert, above more
+TILES = 2  # of an expert, of a block
 
 
 class Routing(ctypes.Structure):
@@ -81,8 +81,7 @@ class CudaExperts:
             x, experts.gate_up, experts.gate_up_scale, experts.down, experts.down_scale, experts.factors,
             shared.gate_up, shared.down, choice.groups, inner, shared_inner, out,
         )  # fmt: skip
-        tiles = FEW_TILES if num_tokens <= FEW_TOKENS else TILES
-        arguments = Arguments(*(part.data_ptr() for part in parts), num_tokens, hidden, tiles)
+        arguments = Arguments(*(part.data_ptr() for part in parts), num_tokens, hidden, TILES)
         self._check(self._library.forebay_experts(ctypes.byref(arguments), choice.most, int(pdl), _stream(x)))
         return out
 

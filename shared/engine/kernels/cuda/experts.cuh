@@ -3,15 +3,14 @@
 // Tokens that chose the same expert are one group. A group's weights, codes of NVFP4, are read once, and tensor cores multiply
 // them by eight tokens at the price of one: a warp takes 16 rows, tokens are the second operand's columns, and columns for which
 // there is no token repeat the first. A code becomes an fp16 by a permutation of bytes (`experts.Experts` says how they lie) and
-// is multiplied by its scale, exactly. Each thread asks at once for all that it will multiply, and several blocks share a
-// multiprocessor, so memory does not wait for arithmetic. The shared expert, bfloat16, goes along: its weights are asked for
+// is multiplied by its scale, exactly. Each thread asks at once for all weights that it will multiply. The shared expert, bfloat16, goes along: its weights are asked for
 // before its input is there.
 #pragma once
 #include "groups.cuh"
 
 namespace forebay {
 
-constexpr int INNER = 256;                                         // of a routed expert
+constexpr int INNER = 256;              // of a routed expert, and of the shared one
 constexpr int VALUES = 8;               // inner values of a tile, whose rows are eight of gate's and eight of up's
 constexpr int TILES = INNER / VALUES;   // of an expert
 constexpr int PAIRS = 2;                // of a gate's and an up's row of the shared expert, of a block
