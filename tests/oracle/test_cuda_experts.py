@@ -71,7 +71,7 @@ def require(layer: Layer, kernels: CudaExperts, num_tokens: int, seed: int, scal
     assert float((found - expected).norm() / expected.norm()) < 0.005
 
 
-@pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), [(1, 4, 2), (3, 33, 3), (12, 2, 1)])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), [(3, 33, 3), (10, 1, 1)])
 def test_a_mixture_is_that_of_torch(emulated: CudaExperts, num_tokens: int, num_experts: int, num_chosen: int) -> None:
     layer = Layer(num_experts, num_chosen, 1024)
     assert cuda_experts.suits(layer.experts, layer.shared, num_chosen)
