@@ -114,8 +114,9 @@ class Both:
         from shared.engine.layers.cuda_decoder import CudaDecoder
 
         made = config(qk_norm)
-        shape = (NUM_PAGES, made.num_layers, 2, made.num_kv_heads, PAGE_SIZE, made.head_dim)
-        self.kv = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        shape = (NUM_PAGES, made.num_kv_heads, made.num_layers, 2, PAGE_SIZE, made.head_dim)
+        heads = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        self.kv = [each.permute(0, 2, 3, 1, 4, 5) for each in heads]
         twin: Decoder = TorchDecoder(made, Weights(made, packed), 1, Alone())
         self.decoders: list[Decoder] = [CudaDecoder(made, Weights(made, packed), 1, products(), Alone()), twin]
 

@@ -79,7 +79,7 @@ class NativeDecoder:
         step = native.Step(
             *(batch.num_tokens, batch.num_sequences, len(batch.sampled_rows)),
             *(tensor.data_ptr() for tensor in tensors),
-            *(kv.stride(0) * kv.itemsize, kv.shape[4]),
+            *(kv.stride(0) * kv.itemsize, kv.shape[4], *kv.stride()[1:4]),
             *(logits.data_ptr(), self._workspace_for(batch.num_tokens)),
         )
         self._library.forebay_forward(ctypes.byref(self._model), self._team, self._is_bf16, ctypes.byref(step))
