@@ -8,6 +8,7 @@ import ctypes
 import weakref
 
 import torch
+from tqdm import tqdm
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
@@ -44,7 +45,8 @@ class NativeDecoder:
         self._arena = native.Arena()
         embedding = weights.embedding()
         self._is_bf16 = int(embedding.dtype == torch.bfloat16)
-        layers = [self._layer(weights.layer(index)) for index in range(config.num_layers)]
+        loading = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
+        layers = [self._layer(weights.layer(index)) for index in loading]
         self._layers = native.array(layers)
         self._model = native.Model(
             *(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim),
