@@ -4,8 +4,8 @@
 
 One rank of so many reads from a peer of one, over NIXL on this host: whole pages (equal ranks), its part of each page's
 heads, and the same staged, as pages with checksums are, in host memory or on a GPU; and the same part as it would be
-with the heads of a layer side by side: a span for each layer and kind. Pages do not lie in a row. Prints the median of a
-few READs in ms per MiB wanted, and how much longer than whole pages.
+with the heads of a layer side by side: a span for each layer and kind. Pages do not lie in a row. Prints the median of
+a few READs in ms per MiB wanted, and how much longer than whole pages.
 """
 
 import argparse

@@ -156,6 +156,21 @@ def test_steps_of_every_kind_equal_the_twin(both: Both) -> None:
     assert_close(*(kv.float() for kv in both.kv))
 
 
+def test_the_first_graph_brings_the_attention_of_those_that_are_likely_to_follow(both: Both) -> None:
+    from triton import knobs
+
+    compiled: list[str] = []
+    both.logits([item(0, 0, 17)])
+    both.logits([item(0, 17, 1)])
+    with knobs.compilation.scope():
+        knobs.compilation.listener = lambda *, src, **_: compiled.append(src.name)
+        both.logits([item(0, 18, 3)])  # what was left of a prompt
+        both.logits([item(0, 21, 1), item(12, 0, 1)])
+        assert "_attend" not in compiled
+        both.logits([item(0, 22, 2), item(12, 1, 2)])
+        assert "_attend" in compiled
+
+
 def test_decoding_and_verifying_equal_the_twin_whatever_ran_before(both: Both) -> None:
     state = torch.randn(both.kv[0].shape, generator=torch.Generator("cuda").manual_seed(5), device="cuda")
     for kv in both.kv:
