@@ -3,20 +3,21 @@
     [UCX_TLS=tcp] python -m bench.layouts [--total-mib 32] [--device cuda] [--ranks 2]
 
 One rank of so many reads from a peer of one, over NIXL on this host: whole pages (equal ranks), its part of each page's
-heads as slices, and the same staged, in host memory or on a GPU. Prints the median of a few READs in ms per MiB
-wanted, how much longer than whole pages, and which of them the plan takes.
+heads, and the same staged, as pages with checksums are, in host memory or on a GPU; and the same part as it would be
+with the heads of a layer side by side: a span for each layer and kind. Pages do not lie in a row. Prints the median of
+a few READs in ms per MiB wanted, and how much longer than whole pages.
 """
 
 import argparse
 import asyncio
+import random
 import statistics
 import time
-from dataclasses import replace
 
 from bench import provenance
 from bench.transfer import start_owner
-from shared.engine.kv.layout import KvLayout, pack
-from shared.engine.transfer.layout_plan import GPUS, SHARED_MEMORY, Costs, Reader, Slices, plan
+from shared.engine.kv.layout import KvLayout, Span, pack
+from shared.engine.transfer.layout_plan import Reader, Slices, plan
 from shared.engine.transfer.nixl import NixlTransport
 from tests.conformance.nixl_peer import pool_memory
 
@@ -29,7 +30,6 @@ SHAPES = {
     "80 layers, 2 heads of 4 KiB": (80, 2, 4096),
     "30 layers, 2 heads of 1 KiB": (30, 2, 1024),
 }
-SLICED, STAGED = (replace(SHARED_MEMORY, descriptor_us=cost) for cost in (0.0, 1e6))
 
 
 def layout(num_layers: int, heads: range, head_bytes: int) -> KvLayout:
@@ -37,25 +37,33 @@ def layout(num_layers: int, heads: range, head_bytes: int) -> KvLayout:
     return pack(PAGE_SIZE, {"kv": (num_layers, "bfloat16", size)}, heads={"kv": heads})
 
 
-def slices(name: str, num_ranks: int, costs: Costs) -> Slices:
+def slices(name: str, num_ranks: int, *, staged: bool) -> Slices:
     """The heads of the first rank of so many."""
     num_layers, num_heads, head_bytes = SHAPES[name]
     ours, theirs = (layout(num_layers, range(count), head_bytes) for count in (num_heads // num_ranks, num_heads))
-    found = plan(ours, [theirs], Reader(0, num_ranks), costs)[0].slices
+    found = plan(ours, [theirs], Reader(0, num_ranks, must_stage=staged))[0].slices
     assert found is not None
     return found
+
+
+def scattered(name: str, num_ranks: int) -> Slices:
+    """The same if pages were laid out layer by layer."""
+    num_layers, num_heads, head_bytes = SHAPES[name]
+    size = num_heads // num_ranks * head_bytes
+    rows = range(num_layers * 2)
+    return Slices(tuple(Span(row * num_heads * head_bytes, row * size, size) for row in rows), staged=False)
 
 
 async def ms_per_mib(page_bytes: int, own_bytes: int, num_pages: int, device: str, wanted: Slices | None) -> float:
     owner, pool = start_owner(page_bytes, num_pages, device)
     memory = pool_memory(num_pages, own_bytes, device)
     reader = NixlTransport(memory, f"bench-layouts-{page_bytes}-{own_bytes}-{wanted}"[:60])
-    pages, times = list(range(num_pages)), []
+    pages, times = random.Random(0).sample(range(num_pages), num_pages), []
     try:
         peer = await reader.connect(pool, 30.0, wanted)
         for _ in range(REPEATS + 1):
             start = time.perf_counter()
-            await reader.read(peer, pages, pages, 60.0)
+            await reader.read(peer, pages, range(num_pages), 60.0)
             times.append(time.perf_counter() - start)
     finally:
         reader.close()
@@ -70,11 +78,11 @@ async def measure(name: str, total_mib: int, num_ranks: int, device: str) -> str
     num_pages = max(1, (total_mib << 20) // own)
     whole = await ms_per_mib(own, own, num_pages, device, None)
     cells = [name, str(own >> 10), f"{whole:.3f}"]
-    for costs in (SLICED, STAGED):
-        cost = await ms_per_mib(num_ranks * own, own, num_pages, device, slices(name, num_ranks, costs))
+    ways = *(slices(name, num_ranks, staged=staged) for staged in (False, True)), scattered(name, num_ranks)
+    for wanted in ways:
+        cost = await ms_per_mib(num_ranks * own, own, num_pages, device, wanted)
         cells.append(f"{cost:.3f} ({cost / whole:.2f}x)")
-    taken = slices(name, num_ranks, SHARED_MEMORY if device == "cpu" else GPUS).staged
-    return f"| {' | '.join([*cells, 'staged' if taken else 'slices'])} |"
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -84,7 +92,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="ranks of the reader; as many heads at least")
     args = parser.parse_args()
     print(provenance.banner("bench.layouts"))
-    print("| pages | KiB wanted of each | whole, ms/MiB | slices | staged | the plan's |\n|---|---|---|---|---|---|")
+    print("| pages | KiB wanted of each | whole, ms/MiB | heads | staged | layer by layer |\n|---|---|---|---|---|---|")
     for name, (_, num_heads, _) in SHAPES.items():
         if num_heads >= args.ranks:
             print(asyncio.run(measure(name, args.total_mib, args.ranks, args.device)), flush=True)

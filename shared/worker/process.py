@@ -70,7 +70,7 @@ async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
         await gentle_start.over()
         await stop.wait()
         await process.drain()
-    if process.status:
+    if process.status or assembled.ranks:
         _leave(process.status)  # CUDA would wait for its kernels, and they for a rank that does not come
     return 0
 

@@ -8,7 +8,9 @@ import faulthandler
 import multiprocessing
 import os
 import random
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ from tests.oracle import random_glm, test_cuda_overlap
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
 PATIENCE_S = 60.0
+LATE_S = 120.0
 ABOUT_EQUAL = 0.1  # between two log probabilities
 # Kernels are compiled for every number of rows that a graph has, in every process anew, which takes most of the time of
 # these tests. So there are three kinds of steps: prompts, beside which others generate, and one and two that generate.
@@ -123,10 +126,14 @@ def settings(path: Path, **changes: Any) -> dict[str, Any]:
 
 @contextmanager
 def two_ranks(path: Path) -> Iterator[ParallelExecutor]:
+    """The other one says where it is, and ends, if all takes too long."""
     ranks = Ranks(settings(path), 2, "matrices", PATIENCE_S, ("test", "WARNING"))
+    late = threading.Timer(LATE_S, os.kill, (ranks.others[0].pid, signal.SIGABRT))
+    late.start()
     try:
         yield ParallelExecutor(ranks.executor, ranks.others, PATIENCE_S)
     finally:
+        late.cancel()
         ranks.close()
 
 
@@ -179,8 +186,12 @@ def write_glm(path: Path) -> None:
     random_glm.write(path, index_topk=4096, n_routed_experts=4, moe_intermediate_size=512)
 
 
+@pytest.mark.timeout(LATE_S + 60, method="thread")  # which prints where we are even from within a driver
 @pytest.mark.parametrize("write", [write_dense, write_glm])
-def test_a_model_on_two_gpus_says_what_it_says_on_one(write: Any, tmp_path: Path) -> None:
+def test_a_model_on_two_gpus_says_what_it_says_on_one(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
     write(tmp_path)
     twin = said(load_executor(**settings(tmp_path)))
     with two_ranks(tmp_path) as executor:

@@ -114,8 +114,9 @@ class Both:
         from shared.engine.layers.cuda_decoder import CudaDecoder
 
         made = config(qk_norm)
-        shape = (NUM_PAGES, made.num_layers, 2, made.num_kv_heads, PAGE_SIZE, made.head_dim)
-        self.kv = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        shape = (NUM_PAGES, made.num_kv_heads, made.num_layers, 2, PAGE_SIZE, made.head_dim)
+        heads = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        self.kv = [each.permute(0, 2, 3, 1, 4, 5) for each in heads]
         twin: Decoder = TorchDecoder(made, Weights(made, packed), 1, Alone())
         self.decoders: list[Decoder] = [CudaDecoder(made, Weights(made, packed), 1, products(), Alone()), twin]
 
@@ -153,6 +154,21 @@ def test_steps_of_every_kind_equal_the_twin(both: Both) -> None:
     ):
         assert_close(*both.logits(step))
     assert_close(*(kv.float() for kv in both.kv))
+
+
+def test_the_first_graph_brings_the_attention_of_those_that_are_likely_to_follow(both: Both) -> None:
+    from triton import knobs
+
+    compiled: list[str] = []
+    both.logits([item(0, 0, 17)])
+    both.logits([item(0, 17, 1)])
+    with knobs.compilation.scope():
+        knobs.compilation.listener = lambda *, src, **_: compiled.append(src.name)
+        both.logits([item(0, 18, 3)])  # what was left of a prompt
+        both.logits([item(0, 21, 1), item(12, 0, 1)])
+        assert "_attend" not in compiled
+        both.logits([item(0, 22, 2), item(12, 1, 2)])
+        assert "_attend" in compiled
 
 
 def test_decoding_and_verifying_equal_the_twin_whatever_ran_before(both: Both) -> None:

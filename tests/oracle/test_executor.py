@@ -1,3 +1,9 @@
+import os
+import pty
+import subprocess
+import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +50,30 @@ def test_a_pool_may_be_given_in_bytes(model_dir: Path) -> None:
 
 def test_the_context_is_never_longer_than_the_model_allows(model_dir: Path) -> None:
     assert load(model_dir, max_model_len=100_000).spec.max_model_len == 512
+
+
+LOADING = """
+import pathlib, sys
+from tests.oracle import driver
+driver.load(pathlib.Path(sys.argv[1]), kernels=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_loading_shows_a_bar_on_a_terminal(kernels: str, model_dir: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    command, root = [sys.executable, "-c", LOADING, str(model_dir), kernels], Path(__file__).parents[2]
+    process = subprocess.Popen(command, cwd=root, stderr=theirs)
+    os.close(theirs)
+    said = b""
+    with suppress(OSError):  # how a terminal says that nobody holds its other end
+        while part := os.read(ours, 4096):
+            said += part
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert b"loading: 100%" in said
+    assert b"3/3" in said
 
 
 def test_only_pages_of_one_dtype_and_page_size_are_compatible(model_dir: Path) -> None:

@@ -71,6 +71,23 @@ async def test_a_rank_that_stands_still_ends_its_worker_within_its_time(
             os.kill(rank, 0)
 
 
+@pytest.mark.parametrize(
+    "flags", [pytest.param(("--device", "cpu"), id="cpu"), pytest.param(ON_GPUS, marks=TWO_GPUS, id="gpus")]
+)
+async def test_a_worker_of_two_ranks_that_is_told_to_end_ends_with_them(
+    flags: Sequence[str], tmp_path: Path, valkey: ValkeyProcess
+) -> None:
+    """NCCL's good-bye would wait for graphs, and for a rank that has ended."""
+    llama(tmp_path)
+    async with pair(tmp_path, valkey, 1, 2, *flags) as workers:
+        (rank,) = workers.found["decode"].rank_pids
+        assert len(await workers.aggregated(workers.request(20, NUM_TOKENS))) == NUM_TOKENS
+        workers.processes["decode"].send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(workers.processes["decode"].wait, PATIENCE_S) == 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(rank, 0)
+
+
 def test_a_model_that_so_many_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
     llama(tmp_path)
     command = [sys.executable, "-m", "services.decode", "--model", str(tmp_path), "--tensor-parallel", "3"]

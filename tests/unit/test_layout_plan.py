@@ -7,11 +7,10 @@ import pytest
 
 from shared.engine.kv.layout import KvLayout, Span, pack
 from shared.engine.parallel.partition import Shard
-from shared.engine.transfer.layout_plan import COSTS, SHARED_MEMORY, Costs, Reader, Slices, Take, plan
+from shared.engine.transfer.layout_plan import Reader, Take, plan
 from shared.errors import Incompatible
 
 NUM_LAYERS, NUM_HEADS, HEAD_BYTES = 3, 4, 8
-SLICED, STAGED = (replace(SHARED_MEMORY, descriptor_us=cost) for cost in (0.0, 1e6))
 LATENTS = pack(16, {"mla_latent": (7, "float32", 4480), "indexer_keys": (4, "float32", 1024)})
 
 
@@ -25,12 +24,12 @@ def layouts(num_ranks: int) -> list[KvLayout]:
 
 
 def page(own: KvLayout) -> bytearray:
-    """A page in which each byte of keys and values says which head and row it is of."""
+    """A page in which each byte of keys and values says which head and row it is of: a row for each layer and kind."""
     latent, kv = own.state_classes
     made = bytearray(own.page_bytes)
     made[: latent.size_bytes] = bytes(index % 251 for index in range(latent.size_bytes))
     heads = range(kv.first_head, kv.first_head + kv.num_heads)
-    rows = [(row * NUM_HEADS + head) % 256 for row in range(NUM_LAYERS * 2) for head in heads]
+    rows = [(row * NUM_HEADS + head) % 256 for head in heads for row in range(NUM_LAYERS * 2)]
     made[kv.offset_bytes : kv.offset_bytes + kv.size_bytes] = bytes(value for value in rows for _ in range(HEAD_BYTES))
     return made
 
@@ -54,12 +53,12 @@ def test_every_rank_gets_every_byte_of_its_page(num_ours: int, num_theirs: int) 
         assert read(own, plan(own, theirs, Reader(rank, num_ours, salt=3)), theirs) == page(own)
 
 
-@pytest.mark.parametrize("costs", [SLICED, STAGED])
-def test_pages_with_checksums_are_staged_whatever_that_costs(costs: Costs) -> None:
-    for take in plan(layouts(2)[0], layouts(1), Reader(0, 2, must_stage=True), costs):
+@pytest.mark.parametrize("must_stage", [False, True])
+def test_parts_of_pages_are_staged_where_there_are_checksums(must_stage: bool) -> None:
+    for take in plan(layouts(2)[0], layouts(1), Reader(0, 2, must_stage=must_stage)):
         assert take.slices is not None
-        assert take.slices.staged
-    assert plan(layouts(2)[0], layouts(2), Reader(0, 2, must_stage=True), costs) == (Take(0),)
+        assert take.slices.staged is must_stage
+    assert plan(layouts(2)[0], layouts(2), Reader(0, 2, must_stage=must_stage)) == (Take(0),)
 
 
 def test_equal_numbers_of_ranks_read_whole_pages_one_to_one() -> None:
@@ -74,22 +73,8 @@ def test_workers_of_fewer_ranks_spread_over_the_ranks_that_have_the_same() -> No
 
 
 def test_a_worker_of_one_rank_gathers_the_heads_of_all() -> None:
-    takes = plan(layouts(1)[0], layouts(4), Reader(), SLICED)
+    takes = plan(layouts(1)[0], layouts(4), Reader())
     assert [take.rank for take in takes] == [0, 1, 2, 3]
-
-
-def test_neighbouring_spans_are_one() -> None:
-    (take,) = plan(layouts(2)[1], layouts(1), Reader(1, 2), SLICED)
-    assert take.slices is not None
-    kv = [span for span in take.slices.spans if span.num_bytes == 2 * HEAD_BYTES]
-    assert len(kv) == NUM_LAYERS * 2
-
-
-@pytest.mark.parametrize(("costs", "staged"), [(SLICED, False), (STAGED, True)])
-def test_pages_are_staged_where_descriptors_are_dear(costs: Costs, staged: bool) -> None:
-    (take,) = plan(layouts(2)[0], layouts(1), Reader(0, 2), costs)
-    assert isinstance(take.slices, Slices)
-    assert take.slices.staged is staged
 
 
 def of_8b(heads: range) -> KvLayout:
@@ -97,14 +82,14 @@ def of_8b(heads: range) -> KvLayout:
     return pack(16, {"kv": (32, "bfloat16", len(heads) << 18)}, heads={"kv": heads})
 
 
-@pytest.mark.parametrize(("kind", "staged"), [("DRAM", False), ("VRAM", True)])
-def test_half_the_heads_of_an_8b_model_are_sliced_in_shared_memory_and_staged_between_gpus(
-    kind: str, staged: bool
-) -> None:
-    """64 spans of 16 KiB: a GPU copies each as slowly as it copies a whole page."""
-    (take,) = plan(of_8b(range(4)), [of_8b(range(8))], Reader(0, 2), COSTS.get((kind, kind), SHARED_MEMORY))
-    assert take.slices is not None
-    assert (len(take.slices.spans), take.slices.staged) == (64, staged)
+@pytest.mark.parametrize("num_theirs", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_ours", [1, 2, 4, 8])
+def test_all_that_a_rank_takes_of_a_page_is_one_span(num_ours: int, num_theirs: int) -> None:
+    """Keys and values of all layers: were they layer by layer, half the heads would be 64 spans."""
+    theirs = [of_8b(Shard(rank, num_theirs).kv_heads(8)) for rank in range(num_theirs)]
+    for rank in range(num_ours):
+        for take in plan(of_8b(Shard(rank, num_ours).kv_heads(8)), theirs, Reader(rank, num_ours)):
+            assert take.slices is None or len(take.slices.spans) == 1
 
 
 def test_ranks_that_lack_what_we_need_are_refused() -> None:

@@ -6,10 +6,10 @@ import pytest
 
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.memory import HostMemory
-from shared.engine.transfer.local import LocalPeer, LocalTransport
+from shared.engine.transfer.local import LocalTransport
 from shared.engine.transfer.pools import Member, PeerPools, Pools, own_pool
 from shared.errors import BadManifest, CorruptPages
-from tests.unit.test_layout_plan import layouts, of_8b, page
+from tests.unit.test_layout_plan import layouts, page
 
 LONG_S = 10.0
 NUM_PAGES = 6
@@ -71,20 +71,3 @@ async def test_checksums_of_too_few_ranks_are_refused() -> None:
     pair = Pair(2, 2)
     with pytest.raises(BadManifest, match="3 checksums for 3 pages of 2 ranks"):
         await pair.read([1, 2, 3])
-
-
-@pytest.mark.parametrize(("kinds", "staged"), [("VRAM VRAM", True), ("VRAM DRAM", False), ("DRAM DRAM", False)])
-async def test_what_moving_pages_costs_follows_from_where_both_sides_have_them(kinds: str, staged: bool) -> None:
-    hub: dict[str, LocalTransport] = {}
-    pools = []
-    for name, num_heads, kind in zip(("reader", "owner"), (4, 8), kinds.split(), strict=True):
-        layout = of_8b(range(num_heads))
-        memory = HostMemory(1, layout.page_bytes)
-        memory.kind = kind  # it says where it is
-        transport = LocalTransport(memory, name, hub)
-        pools.append(Pools([Member(transport, own_pool(transport, memory, layout))]))
-    reader, owner = pools
-    (link,) = (await reader.connect(owner.describe(), LONG_S)).links
-    assert isinstance(link.peer, LocalPeer)
-    assert link.peer.slices is not None
-    assert link.peer.slices.staged is staged

@@ -96,7 +96,7 @@ class StateClass(google.protobuf.message.Message):
     """Its bytes in a page, all layers together."""
     first_head: builtins.int
     """Of a class that tensor-parallel ranks share out by heads: the first head that this page holds. The class is then
-    num_layers times 2 spans (keys, values) of num_heads heads each.
+    num_heads spans, each of num_layers times 2 parts (keys, values).
     """
     num_heads: builtins.int
     """Heads that this page holds; 0 for a class that every rank has whole."""

@@ -52,7 +52,7 @@ class Step(ctypes.Structure):
         *((name, Int) for name in ("num_tokens", "num_sequences", "num_sampled")),
         *((name, Pointer) for name in ("token_ids", "positions", "query_starts", "context_lens", "page_starts")),
         *((name, Pointer) for name in ("page_ids", "sampled_rows", "cos", "sin", "pool")),
-        *((name, Int) for name in ("page_bytes", "page_size")),
+        *((name, Int) for name in ("page_bytes", "page_size", "layer_stride", "kind_stride", "head_stride")),
         *((name, Pointer) for name in ("logits", "workspace")),
     )
 

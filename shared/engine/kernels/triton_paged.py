@@ -6,6 +6,11 @@ the batch alone, so that a captured graph fits every context; a split that a sho
 and is not waited for. The twin is `reference.paged_attention`.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from os import cpu_count
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +22,8 @@ TOKENS = 64  # of a context at a time
 MIN_ROWS = 16  # of a matrix product
 MAX_SPLITS = 32
 MERGED_ROWS = 32  # rows times splits whose values a block has in registers at once
+MERGED_TOGETHER = 8  # loads of so many values that wait together; to compile more of them in a row takes seconds
+MAX_COMPILERS = 16
 BLOCKS_PER_GPU = 264  # two for each multiprocessor of an H100
 
 
@@ -25,7 +32,8 @@ def _attend(
     q, kv, page_ids, page_starts, context_lens, out, parts, maxima, sums, num_done,
     page_stride, kind_stride, head_stride, scale,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, USED: tl.constexpr, D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, NUM: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, NUM: tl.constexpr, TOGETHER: tl.constexpr, TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -81,7 +89,7 @@ def _attend(
             tl.store(counter, 0)
             _merge(
                 out, parts, maxima, sums, sequence, head, num_heads, num_used,
-                GROUP, WIDTH, USED, D, SPLITS, NUM,
+                GROUP, WIDTH, USED, D, SPLITS, NUM, TOGETHER,
             )  # fmt: skip
 
 
@@ -89,10 +97,10 @@ def _attend(
 def _merge(
     out, parts, maxima, sums, sequence, head, num_heads, num_used,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, USED: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    NUM: tl.constexpr,
+    NUM: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Values of NUM splits are loaded at once, so that they wait for memory together. USED is a power of two that holds
-    all rows."""
+    """Values of NUM splits are loaded at once, and TOGETHER times in a row, so that they wait for memory together. USED
+    is a power of two that holds all rows."""
     rows, at, splits = tl.arange(0, USED), tl.arange(0, D), tl.arange(0, SPLITS)
     used = rows < WIDTH * GROUP
     head_row = ((sequence * WIDTH + rows // GROUP) * num_heads + head) * GROUP + rows % GROUP
@@ -104,13 +112,14 @@ def _merge(
     total = tl.sum(tl.exp2(theirs - safe[:, None]) * tl.load(sums + place, there, 0.0, cache_modifier=".cg"), 1)
     mean = tl.zeros([USED, D], tl.float32)
     some = tl.arange(0, NUM)
-    for begin in tl.static_range(0, SPLITS, NUM):
-        place = head_row[:, None] * SPLITS + begin + some[None]
-        there = used[:, None] & (begin + some < num_used)[None]
-        weight = tl.exp2(tl.load(maxima + place, there, -float("inf"), cache_modifier=".cg") - safe[:, None])
-        source = parts + place[:, :, None] * D + at[None, None]
-        part = tl.load(source, there[:, :, None], 0.0, cache_modifier=".cg")
-        mean += tl.sum(weight[:, :, None] * part, 1)
+    for first in range(0, SPLITS, NUM * TOGETHER):
+        for each in tl.static_range(TOGETHER):
+            split = first + each * NUM + some
+            own, wanted = head_row[:, None] * SPLITS + split[None], used[:, None] & (split < num_used)[None]
+            weight = tl.exp2(tl.load(maxima + own, wanted, -float("inf"), cache_modifier=".cg") - safe[:, None])
+            source = parts + own[:, :, None] * D + at[None, None]
+            part = tl.load(source, wanted[:, :, None], 0.0, cache_modifier=".cg")
+            mean += tl.sum(weight[:, :, None] * part, 1)
     target = out + head_row[:, None] * D + at[None]
     tl.store(target, (mean / total[:, None]).to(out.dtype.element_ty), used[:, None])
 
@@ -134,11 +143,13 @@ def attend(
     page_starts: torch.Tensor,
     context_lens: torch.Tensor,
     num_done: torch.Tensor,
+    *,
+    only_compile: bool = False,
 ) -> torch.Tensor:
     """Causal attention of the last tokens of S sequences, equally many of each. q [T, H, D] -> [T, H, D].
 
     kv [pages, 2, Hkv, page_size, D], one layer's view of the pool; the page table as in `Batch`, int32 on the device;
-    `num_done` are `counters`.
+    `num_done` are `counters`. With `only_compile` nothing is launched, and the result says nothing.
     """
     num_sequences, (num_rows, num_heads, head_dim) = len(context_lens), q.shape
     num_kv, page_size = kv.shape[2:4]
@@ -147,12 +158,21 @@ def attend(
     maxima, sums = (q.new_empty((num_rows, num_heads, splits), dtype=torch.float32) for _ in range(2))
     out = torch.empty_like(q)
     used = triton.next_power_of_2(group * width)
+    num = max(1, min(splits, MERGED_ROWS // used))
     scale = head_dim**-0.5 * 1.4426950408889634  # to base 2
     pdl, options = launch_options(q.device)
-    _attend[(num_sequences, num_kv, splits)](
+    launch = _attend.warmup if only_compile else partial(_attend.run, warmup=False)
+    launch(
         q, kv, page_ids, page_starts, context_lens, out, parts, maxima, sums, num_done, *kv.stride()[:3], scale,
         group, width, max(MIN_ROWS, used), used, head_dim, page_size,
-        splits, max(1, min(splits, MERGED_ROWS // used)), TOKENS, pdl,
-        num_warps=4, num_stages=3, **options,
+        splits, num, min(MERGED_TOGETHER, splits // num), TOKENS, pdl,
+        grid=(num_sequences, num_kv, splits), num_warps=4, num_stages=3, **options,
     )  # fmt: skip
     return out
+
+
+def compile_together(ask: Callable[[], None]) -> None:
+    """Compile what `ask` asks for by `only_compile`, side by side: each takes about a second, most of it outside of
+    Python."""
+    with ThreadPoolExecutor(min(MAX_COMPILERS, cpu_count() or 1)) as threads, triton.AsyncCompileMode(threads):
+        ask()

@@ -12,8 +12,8 @@ class StateClass:
     that packs floats and their scales (`kv.formats`).
 
     `offset_bytes` and `size_bytes` are within a page, all layers of the class together. A class that ranks share out
-    by heads is `num_layers` x 2 spans (keys, values) of `num_heads` heads, of which `first_head` is the first; of one
-    with no heads every rank has the whole.
+    by heads is `num_heads` spans, of which that of `first_head` is the first; each has `num_layers` x 2 parts (keys,
+    values). Of one with no heads every rank has the whole.
     """
 
     name: str
@@ -71,7 +71,10 @@ def pack(
 def compatibility_hash(model: str, revision: str, arithmetic: str, layout: KvLayout) -> str:
     """32 hex digits over everything that must agree before pages are exchanged; `arithmetic` is what computes them: the
     dtype, and what activations are rounded to beyond it (docs/decisions/0038)."""
-    classes = [[c.name, c.num_layers, c.dtype, c.offset_bytes, c.size_bytes] for c in layout.state_classes]
+    classes = [
+        [c.name, c.num_layers, c.dtype, c.offset_bytes, c.size_bytes, *(["head by head"] if c.num_heads else [])]
+        for c in layout.state_classes
+    ]
     facts = json.dumps(
         [model, revision, arithmetic, layout.page_size, layout.page_bytes, classes], separators=(",", ":")
     )

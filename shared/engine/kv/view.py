@@ -79,7 +79,7 @@ def pool_bytes(memory: PoolMemory) -> torch.Tensor:
 
 
 def state_view(pool: torch.Tensor, state: StateClass, shape: tuple[int, ...]) -> torch.Tensor:
-    """One state class as [num_pages, *shape]; `shape` begins with the layers. Strided: pages are `page_bytes` apart.
+    """One state class as [num_pages, *shape]. Strided: pages are `page_bytes` apart.
 
     Of a form that is no dtype of torch: its bytes, uint8.
     """

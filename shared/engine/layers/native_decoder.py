@@ -8,6 +8,7 @@ import ctypes
 import weakref
 
 import torch
+from tqdm import tqdm
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
@@ -44,7 +45,8 @@ class NativeDecoder:
         self._arena = native.Arena()
         embedding = weights.embedding()
         self._is_bf16 = int(embedding.dtype == torch.bfloat16)
-        layers = [self._layer(weights.layer(index)) for index in range(config.num_layers)]
+        loading = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
+        layers = [self._layer(weights.layer(index)) for index in loading]
         self._layers = native.array(layers)
         self._model = native.Model(
             *(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim),
@@ -79,7 +81,7 @@ class NativeDecoder:
         step = native.Step(
             *(batch.num_tokens, batch.num_sequences, len(batch.sampled_rows)),
             *(tensor.data_ptr() for tensor in tensors),
-            *(kv.stride(0) * kv.itemsize, kv.shape[4]),
+            *(kv.stride(0) * kv.itemsize, kv.shape[4], *kv.stride()[1:4]),
             *(logits.data_ptr(), self._workspace_for(batch.num_tokens)),
         )
         self._library.forebay_forward(ctypes.byref(self._model), self._team, self._is_bf16, ctypes.byref(step))

@@ -8,10 +8,10 @@ KV = "kv"
 
 
 def layout(config: DenseConfig, kv_dtype: str, page_size: int, heads: range) -> KvLayout:
-    """Keys and values of `heads` in every layer: [layers, 2, Hkv, page_size, D].
+    """Keys and values of `heads`, one behind the other (docs/decisions/0045): [Hkv, layers, 2, page_size, D].
 
     Raises Unsupported for a `kv_dtype` that is no float.
     """
     row = formats.floats(kv_dtype, config.head_dim)
-    num_bytes = config.num_layers * 2 * len(heads) * page_size * row.row_bytes
+    num_bytes = len(heads) * config.num_layers * 2 * page_size * row.row_bytes
     return pack(page_size, {KV: (config.num_layers, row.name, num_bytes)}, heads={KV: heads})

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class Decoder(Protocol):
-    """(batch, kv [pages, layers, 2, Hkv, page_size, D]) -> logits float32 [R, vocab_size or more]."""
+    """(batch, kv [pages, layers, 2, Hkv, page_size, D]) -> logits float32 [R, vocab_size or more]. `kv` is a view: the
+    heads of a page lie one behind the other."""
 
     num_torch_threads: int
     recorded: Recorded | None
@@ -44,7 +45,7 @@ Build = Callable[[DenseConfig, DenseWeights, int], Decoder]
 class Llama:
     """Satisfies `models.api.Model`; no layer of it proposes drafts.
 
-    One state class: `kv`, a page being [layers, 2, Hkv, page_size, D]. `arithmetic` is by default that of `dtype`."""
+    One state class: `kv`, a page being [Hkv, layers, 2, page_size, D]. `arithmetic` is by default that of `dtype`."""
 
     def __init__(
         self, config: DenseConfig, dtype: torch.dtype, decoder: Decoder, shard: Shard, arithmetic: str = ""
@@ -75,8 +76,9 @@ class Llama:
     def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
         """Logits float32 [R, vocab_size or more] of the sampled rows; see `models.api.Model`."""
         config = self._config
-        shape = (config.num_layers, 2, len(self._kv_heads), layout.page_size, config.head_dim)
-        return self._decoder(batch, view.state_view(pool, view.state_class(layout, dense_layout.KV), shape))
+        shape = (len(self._kv_heads), config.num_layers, 2, layout.page_size, config.head_dim)
+        heads = view.state_view(pool, view.state_class(layout, dense_layout.KV), shape)
+        return self._decoder(batch, heads.permute(0, 2, 3, 1, 4, 5))
 
 
 def load(model_dir: Path, placement: Placement) -> Llama:

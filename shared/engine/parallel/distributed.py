@@ -5,6 +5,7 @@ tokens need on GPUs goes by kernels of our own through the memory of the others 
 hardware has that; a sum by NCCL takes half as long again, and more (docs/LOG.md).
 """
 
+import ctypes
 import logging
 from datetime import timedelta
 from typing import Any
@@ -94,7 +95,7 @@ class DistributedGroup:
 
         options: Any = ProcessGroupNCCL.Options()
         options._timeout = NO_TIMEOUT
-        self._nccl = ProcessGroupNCCL(PrefixStore("nccl", self._store), self.rank, self.num_ranks, options)
+        self._nccl = _kept(ProcessGroupNCCL(PrefixStore("nccl", self._store), self.rank, self.num_ranks, options))
         self._nccl._allgather_base(part.new_empty(self.num_ranks), part.new_empty(1)).wait()
         if self._wants_peers and self.num_ranks > 1:
             try:
@@ -111,6 +112,13 @@ class DistributedGroup:
         addresses = peer_memory.share(whole, peer_memory.CudaMemory(), store, self.rank, self.num_ranks)
         buffers = torch.tensor(addresses, dtype=torch.int64, device="cuda")
         return triton_peers.Exchange(buffers, buffers + num_bytes, self.rank)
+
+
+def _kept(group: Any) -> Any:
+    """The same, for as long as the process lives: the good-bye of a group of NCCL waits for every graph that it is part
+    of, and for a peer that may have ended."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    return group
 
 
 def host_store(timeout_s: float) -> TCPStore:

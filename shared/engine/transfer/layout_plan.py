@@ -2,10 +2,10 @@
 
 A class that every rank has whole (latents, index keys) can be taken from any rank of the peer: readers are spread over
 them. Of one that ranks share out by heads, a page of the peer holds more heads than are wanted, or fewer: then the plan
-names the spans of a page to read from each rank that has some. There are two ways to move spans. *Slices*: a descriptor
-for each span, straight into place. *Staged*: one descriptor for the whole page into a buffer where our pages are, and
-the spans are copied out of it. Slices move no byte too many, staged pages need fewer descriptors; the estimate below
-decides, by what descriptors and bytes cost between memories of this kind.
+names the spans of a page to read from each rank that has some. The heads of a page lie one behind the other, each with
+all its layers, so those that a rank wants of another are one span: one descriptor, straight into place. Where pages are
+to be seen whole, because their checksums are, they are *staged*: read into a buffer where our pages are, and the spans
+are copied out of it.
 """
 
 from collections.abc import Sequence
@@ -37,22 +37,6 @@ class Take:
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
-    """What moving pages costs, by `bench.layouts` and `bench.transfer` (docs/LOG.md)."""
-
-    descriptor_us: float
-    move_us_per_kib: float
-    copy_us_per_kib: float
-
-
-SHARED_MEMORY = Costs(descriptor_us=2.0, move_us_per_kib=0.3, copy_us_per_kib=0.2)
-# A copy of its own for each descriptor that has no neighbour, whatever its size. What copying out of the buffer takes
-# there has not been measured: this is a fifth of the rate of a plain copy.
-GPUS = Costs(descriptor_us=8.0, move_us_per_kib=0.001, copy_us_per_kib=0.005)
-COSTS = {("VRAM", "VRAM"): GPUS}  # of ours and theirs; of all others as of shared memory
-
-
-@dataclass(frozen=True, slots=True)
 class Reader:
     """One rank of a reader. Readers of different `salt` begin at different ranks of a peer that has more ranks.
     `must_stage`: pages are to be seen whole, because their checksums are."""
@@ -67,7 +51,7 @@ class Reader:
         return candidates[(self.rank + self.salt * self.num_ranks) % len(candidates)]
 
 
-def plan(ours: KvLayout, theirs: Sequence[KvLayout], reader: Reader, costs: Costs = SHARED_MEMORY) -> tuple[Take, ...]:
+def plan(ours: KvLayout, theirs: Sequence[KvLayout], reader: Reader) -> tuple[Take, ...]:
     """What to read so that each of our pages is complete. Raises Incompatible if the peer's ranks cannot make it so."""
     if same := [rank for rank, layout in enumerate(theirs) if layout == ours]:
         return (Take(reader.among(same)),)
@@ -78,10 +62,7 @@ def plan(ours: KvLayout, theirs: Sequence[KvLayout], reader: Reader, costs: Cost
     for index, state in enumerate(ours.state_classes):
         for rank, span in _spans(state, [layout.state_classes[index] for layout in theirs], reader):
             spans.setdefault(rank, []).append(span)
-    return tuple(
-        Take(rank, _choose(_merged(found), theirs[rank].page_bytes, reader, costs))
-        for rank, found in sorted(spans.items())
-    )
+    return tuple(Take(rank, Slices(_merged(found), reader.must_stage)) for rank, found in sorted(spans.items()))
 
 
 def _kind(layout: KvLayout) -> tuple[object, ...]:
@@ -101,22 +82,19 @@ def _spans(ours: StateClass, theirs: Sequence[StateClass], reader: Reader) -> li
         if not have or any(_head_bytes(theirs[rank]) != _head_bytes(ours) for rank in have):
             raise Incompatible(f"no rank of the peer has head {head} of {ours.name} as we would store it")
         rank = reader.among(have)
-        found += [(rank, span) for span in _head(ours, theirs[rank], head)]
+        found.append((rank, _head(ours, theirs[rank], head)))
     return found
 
 
 def _head_bytes(state: StateClass) -> int:
-    return state.size_bytes // (state.num_layers * 2 * state.num_heads)
+    return state.size_bytes // state.num_heads
 
 
-def _head(ours: StateClass, theirs: StateClass, head: int) -> list[Span]:
-    """Keys and values of one head in every layer."""
+def _head(ours: StateClass, theirs: StateClass, head: int) -> Span:
+    """Keys and values of one head in all layers."""
     size = _head_bytes(ours)
-
-    def at(state: StateClass, row: int) -> int:
-        return state.offset_bytes + (row * state.num_heads + head - state.first_head) * size
-
-    return [Span(at(theirs, row), at(ours, row), size) for row in range(ours.num_layers * 2)]
+    remote, local = (state.offset_bytes + (head - state.first_head) * size for state in (theirs, ours))
+    return Span(remote, local, size)
 
 
 def _merged(spans: list[Span]) -> tuple[Span, ...]:
@@ -129,10 +107,3 @@ def _merged(spans: list[Span]) -> tuple[Span, ...]:
         else:
             merged.append(span)
     return tuple(merged)
-
-
-def _choose(spans: tuple[Span, ...], page_bytes: int, reader: Reader, costs: Costs) -> Slices:
-    num_kib = sum(span.num_bytes for span in spans) / 1024
-    sliced_us = len(spans) * costs.descriptor_us + num_kib * costs.move_us_per_kib
-    staged_us = costs.descriptor_us + page_bytes / 1024 * costs.move_us_per_kib + num_kib * costs.copy_us_per_kib
-    return Slices(spans, staged=reader.must_stage or staged_us < sliced_us)

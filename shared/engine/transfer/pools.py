@@ -9,7 +9,7 @@ from typing import Any
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.memory import PoolMemory
 from shared.engine.transfer.api import Peer, RemotePool, Transport
-from shared.engine.transfer.layout_plan import COSTS, SHARED_MEMORY, Reader, Take, plan
+from shared.engine.transfer.layout_plan import Reader, Take, plan
 from shared.errors import BadManifest, Incompatible
 
 
@@ -89,8 +89,7 @@ class Pools:
     def _plan(self, rank: int, theirs: Sequence[RankPool], checksums: bool) -> tuple[Take, ...]:
         own = self._members[rank].own
         reader = Reader(rank, len(self._members), self._salt, must_stage=checksums)
-        costs = COSTS.get((own.pool.memory_kind, theirs[0].pool.memory_kind), SHARED_MEMORY)
-        return plan(own.layout, [pool.layout for pool in theirs], reader, costs)
+        return plan(own.layout, [pool.layout for pool in theirs], reader)
 
     async def _connect(
         self, rank: int, take: Take, theirs: Sequence[RankPool], timeout_s: float, links: list[Link]

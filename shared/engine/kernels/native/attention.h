@@ -13,20 +13,20 @@ constexpr int SPAN = PANEL;     // tokens of context at a time
 constexpr int MAX_QUERIES = 48; // query rows at a time
 constexpr int MAX_HEAD_DIM = 256;
 
-// One layer's keys (part 0) and values (part 1) in the pool: [pages][2][heads][page_size][head_dim].
+// One layer's keys and values in the pool: rows of head_dim, page_size of them for each head and kind, wherever those are.
 struct Pages {
     char* base;
     int64_t page_bytes;
     int64_t page_size;
-    int64_t num_heads;
+    int64_t kind_stride, head_stride;  // in elements
     int64_t head_dim;
 
     template <class T> T* key(const int32_t* page_ids, long position, long head) const {
         T* page = (T*)(base + page_ids[position / page_size] * page_bytes);
-        return page + (head * page_size + position % page_size) * head_dim;
+        return page + head * head_stride + position % page_size * head_dim;
     }
     // From a token's key to its value.
-    long to_value() const { return num_heads * page_size * head_dim; }
+    long to_value() const { return kind_stride; }
 };
 
 // Scratch of one thread.

@@ -35,7 +35,7 @@ struct Step {
     const int32_t *token_ids, *positions, *query_starts, *context_lens, *page_starts, *page_ids, *sampled_rows;
     const float *cos, *sin;  // [T, head_dim / 2]
     char* pool;              // keys of layer 0 in page 0
-    int64_t page_bytes, page_size;
+    int64_t page_bytes, page_size, layer_stride, kind_stride, head_stride;  // strides in elements
     float* logits;  // [R, panels of the head * 32]
     char* workspace;
 };
@@ -208,8 +208,8 @@ template <class T> struct Worker {
 
     void layer(long index) {
         const Layer& layer = m.layers[index];
-        const long layer_bytes = 2 * m.num_kv_heads * s.page_size * m.head_dim * sizeof(T);
-        const Pages pages{s.pool + index * layer_bytes, s.page_bytes, s.page_size, m.num_kv_heads, m.head_dim};
+        char* first = s.pool + index * s.layer_stride * (long)sizeof(T);
+        const Pages pages{first, s.page_bytes, s.page_size, s.kind_stride, s.head_stride, m.head_dim};
         norm(layer.input_norm, nullptr, s.num_tokens);
         project(b.normed, normed_stride, s.num_tokens, layer.qkv, b.qkv, qkv_stride);
         rotate_and_append(layer, pages);
