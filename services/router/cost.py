@@ -3,6 +3,7 @@
 computing worker c (prefill worker p, or decode worker d itself)
   queue         prompts queued there before ours
   prefill       tokens that nobody has cached
+  steps         steps of those who generate there: half of the one at hand, and those that our chunks share
   pull          reading a prefix from the peer that has most of it
   kv            pages that must be evicted or waited for, on either worker
 decode worker d
@@ -30,6 +31,7 @@ class Computing(NamedTuple):
 
     queue: Floats
     prefill: Floats
+    steps: Floats
     pull: Floats
     num_computed: Floats
     pulls: Bools | None
@@ -58,6 +60,7 @@ class Costs(NamedTuple):
     stall: Floats
     exposed: Floats
     handoff_ms: float
+    chunk_tokens: int
     totals: Floats
 
     @property
@@ -74,7 +77,8 @@ class Costs(NamedTuple):
     def local_terms(self, decode: int) -> Terms:
         """Parts of the cost of prefill and decode on one worker, the one that has number `decode` of those."""
         row = self.table.facts.decodes[decode]
-        return (*self._computing_terms(row), ("stall", float(self.stall[row])), *self._decode_terms(row))
+        held = (("steps", float(self.computing.steps[row])), ("stall", float(self.stall[row])))
+        return (*self._computing_terms(row), *held, *self._decode_terms(row))
 
     def remote_terms(self, prefill: int, decode: int) -> Terms:
         """Parts of the cost of a pair."""
@@ -92,7 +96,14 @@ class Costs(NamedTuple):
         if not self.table.facts.has_rate[row]:
             return 0.0
         computing, ratio = self.computing, self.table.facts.prompt_ratio[row]
-        return float((computing.queue[row] + computing.prefill[row]) / ratio + computing.pull[row])
+        takes = computing.queue[row] + computing.prefill[row] + computing.steps[row]
+        return float(takes / ratio + computing.pull[row])
+
+    def taken_ms(self, row: int) -> float:
+        """What computing the prompt takes of a worker's time: its part of the steps that it shares included, for
+        other prompts of the same step have theirs, but not the wait for the step at hand."""
+        num_chunks = self.computing.num_computed[row] / self.chunk_tokens
+        return float(self.computing.prefill[row] + num_chunks * self.table.beside_ms[row])
 
     def _computing_terms(self, row: int) -> Terms:
         computing = self.computing
@@ -122,6 +133,7 @@ def costs(query: Query, table: Table, weights: Weights) -> Costs:
     stall = np.maximum(running, weights.min_stalled) * computing.prefill
     stall *= weights.stall_weight
     compute, generate = computing.queue + computing.prefill, output.decode_ms + load
+    compute += computing.steps
     if computing.pulls is not None:
         compute += computing.pull
     if kv is not facts.zeros:
@@ -141,7 +153,7 @@ def costs(query: Query, table: Table, weights: Weights) -> Costs:
     totals[1:] += generate[facts.of_decodes]
     _bar(query, table, uncached[facts.of_decodes], totals, weights)
     terms = (prompt_kv, output.decode_ms, load, kv, stall, exposed)
-    return Costs(num_tokens, table, computing, *terms, weights.handoff_ms, totals)
+    return Costs(num_tokens, table, computing, *terms, weights.handoff_ms, weights.chunk_tokens, totals)
 
 
 def _bar(query: Query, table: Table, uncached: Floats, totals: Floats, weights: Weights) -> None:
@@ -171,13 +183,23 @@ def _computing(query: Query, table: Table, cached: Floats, uncached: Floats, wei
     gain = longest - cached
     pulls = gain >= weights.min_pull_tokens
     if not np.count_nonzero(pulls):
-        return Computing(table.queue_ms, alone, facts.zeros, uncached, None, sources)
+        steps = _steps(table, uncached, weights)
+        return Computing(table.queue_ms, alone, steps, facts.zeros, uncached, None, sources)
     pull, helped = gain * facts.read_ms, prefill_ms(facts, longest, num_tokens)
     pull += weights.handoff_ms
     pulls &= pull + helped < alone
     pull *= pulls
     prefill, computed = np.where(pulls, helped, alone), np.where(pulls, num_tokens - longest, uncached)
-    return Computing(table.queue_ms, prefill, pull, computed, pulls, sources)
+    return Computing(table.queue_ms, prefill, _steps(table, computed, weights), pull, computed, pulls, sources)
+
+
+def _steps(table: Table, num_computed: Floats, weights: Weights) -> Floats:
+    """Where somebody generates, a prompt waits for half a step on average, and each of its chunks is computed in a step
+    that takes as long as it would without."""
+    num_steps: Floats = np.ceil(num_computed / weights.chunk_tokens)
+    num_steps += 0.5
+    num_steps *= table.beside_ms
+    return num_steps
 
 
 def prefill_ms(facts: Facts, start: Floats, end: float) -> Floats:

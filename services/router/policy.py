@@ -162,7 +162,7 @@ def candidate(scored: Costs, number: int) -> Candidate:
         source=None if source is None else facts.workers[source],
         explained=partial(scored.remote_terms, prefill - 1, decode) if prefill else partial(scored.local_terms, decode),
         num_cached_tokens=scored.num_tokens - int(computing.num_computed[row]),
-        prefill_ms=float(computing.prefill[row]),
+        prefill_ms=scored.taken_ms(row),
         second_prefill=_second_prefill(scored, prefill - 1, decode) if prefill else None,
         expected_ms=scored.expected_ms(row),
     )

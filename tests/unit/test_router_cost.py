@@ -138,9 +138,10 @@ def test_in_doubt_a_rate_comes_near_that_of_those_who_know() -> None:
         return [float(rate) for rate in Table.of([own, peer], WEIGHTS).facts.prefill_ms]
 
     assert rates(0.0, 0.0) == [4.0, 1.0]
-    assert rates(0.75, 0.0) == pytest.approx([4**0.25, 1.0])
-    assert rates(1.0, 0.0) == [1.0, 1.0]
-    assert rates(1.0, 1.0) == [4.0, 1.0], "nobody knows better"
+    assert rates(0.25, 0.0) == pytest.approx([4**0.5 * 2.5**0.5, 1.0])  # half as measured, half as the median of both
+    assert rates(0.5, 0.0) == [1.0, 1.0]
+    assert rates(0.9, 0.2) == [1.0, 1.0]
+    assert rates(0.9, 0.9) == rates(1.0, 1.0) == [4.0, 1.0], "nobody knows better"
 
 
 def test_running_decodes_are_worth_waiting_for_a_prefill_worker() -> None:

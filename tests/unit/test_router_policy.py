@@ -151,7 +151,9 @@ def test_a_local_prefill_avoids_the_decodes_it_would_stall() -> None:
     busy, idle = worker("d1", decoding=4), worker("d2", decoding=0, queue_ms=30)
     assert where([busy, idle], query(100)) == ("d2", "")
     assert where([busy, idle], query(100), load_weight=0.0) == ("d2", "")
-    assert where([busy, idle], query(100), stall_weight=0.0, load_weight=0.0) == ("d1", "")
+    assert where([busy, idle], query(100), stall_weight=0.0, load_weight=0.0) == ("d2", "")  # steps of d1 take as long
+    waits = worker("d2", decoding=0, queue_ms=31)
+    assert where([busy, waits], query(100), stall_weight=0.0, load_weight=0.0, tie_ms=0.0) == ("d1", "")
 
 
 def test_a_remote_prefill_avoids_a_decode_worker_that_has_prompts_of_its_own_to_compute() -> None:
