@@ -130,10 +130,10 @@ def costs(query: Query, table: Table, weights: Weights) -> Costs:
         prompt_kv = _pressure(table, cached, num_tokens, weights)
         kv = _pressure(table, cached, num_tokens + output.num_tokens, weights)
     load = output.share_ms * running
-    stall = np.maximum(running, weights.min_stalled) * computing.prefill
+    stall = np.maximum(running, weights.min_stalled)
+    stall *= computing.prefill
     stall *= weights.stall_weight
     compute, generate = computing.queue + computing.prefill, output.decode_ms + load
-    compute += computing.steps
     if computing.pulls is not None:
         compute += computing.pull
     if kv is not facts.zeros:
@@ -141,16 +141,19 @@ def costs(query: Query, table: Table, weights: Weights) -> Costs:
     if table.stale_ms is not facts.zeros:
         generate += table.stale_ms
     totals = np.empty((1 + len(facts.prefills), len(facts.decodes)))
-    totals[0] = (compute + stall + generate)[facts.of_decodes]
-    exposed = _exposed(query, table, computing, uncached, weights)
+    alone = compute + computing.steps
+    alone += stall
+    alone += generate
+    totals[0] = alone[facts.of_decodes]
     compute += weights.handoff_ms
     if prompt_kv is not facts.zeros:
         compute += prompt_kv
     if table.stale_ms is not facts.zeros:
         compute += table.stale_ms
     generate += table.queue_ms
-    np.add(exposed, compute[facts.of_prefills, None], out=totals[1:])
-    totals[1:] += generate[facts.of_decodes]
+    exposed = _exposed(query, table, computing, uncached, weights)
+    remote = np.add(exposed, compute[facts.of_prefills, None], out=totals[1:])
+    remote += generate[facts.of_decodes]
     _bar(query, table, uncached[facts.of_decodes], totals, weights)
     terms = (prompt_kv, output.decode_ms, load, kv, stall, exposed)
     return Costs(num_tokens, table, computing, *terms, weights.handoff_ms, weights.chunk_tokens, totals)
@@ -165,8 +168,9 @@ def _bar(query: Query, table: Table, uncached: Floats, totals: Floats, weights: 
         remote[~fit[facts.of_prefills]] = np.inf
     if facts.match is not None:
         remote[~facts.match] = np.inf
-    if uncached.min(initial=np.inf) <= weights.local_prefill_max_tokens:
-        remote[:, uncached <= weights.local_prefill_max_tokens] = np.inf
+    short = uncached <= weights.local_prefill_max_tokens
+    if np.count_nonzero(short):
+        remote[:, short] = np.inf
     if weights.remote_prefill_min_tokens:
         long = uncached >= weights.remote_prefill_min_tokens
         local[long & np.isfinite(remote).any(axis=0)] = np.inf
@@ -178,35 +182,38 @@ def _computing(query: Query, table: Table, cached: Floats, uncached: Floats, wei
     The longest prefix of all is the only one worth a look: reading a token costs the same wherever it is.
     """
     facts, num_tokens = table.facts, float(query.num_prompt_tokens)
-    alone = prefill_ms(facts, cached, num_tokens)
+    alone = prefill_ms(facts, uncached, num_tokens)
     sources, longest = _longest(query, table, cached)
     gain = longest - cached
     pulls = gain >= weights.min_pull_tokens
     if not np.count_nonzero(pulls):
         steps = _steps(table, uncached, weights)
         return Computing(table.queue_ms, alone, steps, facts.zeros, uncached, None, sources)
-    pull, helped = gain * facts.read_ms, prefill_ms(facts, longest, num_tokens)
+    rest = num_tokens - longest
+    pull, helped = gain * facts.read_ms, prefill_ms(facts, rest, num_tokens)
     pull += weights.handoff_ms
     pulls &= pull + helped < alone
     pull *= pulls
-    prefill, computed = np.where(pulls, helped, alone), np.where(pulls, num_tokens - longest, uncached)
+    prefill, computed = np.where(pulls, helped, alone), np.where(pulls, rest, uncached)
     return Computing(table.queue_ms, prefill, _steps(table, computed, weights), pull, computed, pulls, sources)
 
 
 def _steps(table: Table, num_computed: Floats, weights: Weights) -> Floats:
     """Where somebody generates, a prompt waits for half a step on average, and each of its chunks is computed in a step
     that takes as long as it would without."""
-    num_steps: Floats = np.ceil(num_computed / weights.chunk_tokens)
+    num_steps: Floats = num_computed * (1 / weights.chunk_tokens)
+    np.ceil(num_steps, out=num_steps)
     num_steps += 0.5
     num_steps *= table.beside_ms
     return num_steps
 
 
-def prefill_ms(facts: Facts, start: Floats, end: float) -> Floats:
-    """Time to compute tokens start … end: each costs its own time, and a little for every token before it."""
-    taken: Floats = (end - start) * facts.prefill_ms
+def prefill_ms(facts: Facts, num_tokens: Floats, end: float) -> Floats:
+    """Time to compute the last `num_tokens` before token `end`: each costs its own time, and a little for every token
+    before it."""
+    taken: Floats = num_tokens * facts.prefill_ms
     if facts.knows_attention:
-        taken += (end - start) * facts.attention_ms * ((end + start) * 0.5)
+        taken += num_tokens * facts.attention_ms * (end - 0.5 * num_tokens)
     return taken
 
 
@@ -232,13 +239,14 @@ def _exposed(query: Query, table: Table, computing: Computing, uncached: Floats,
     Pages of a chunk are read while the next one is computed: exposed is the reading of the last chunk, or all that
     takes longer than computing the chunks before the last.
     """
-    facts, num_tokens = table.facts, float(query.num_prompt_tokens)
+    facts, prefills = table.facts, table.facts.of_prefills
     last = np.minimum(computing.num_computed, weights.chunk_tokens)
-    hidden_ms = computing.prefill - prefill_ms(facts, num_tokens - last, num_tokens)
+    hidden_ms = computing.prefill - prefill_ms(facts, last, float(query.num_prompt_tokens))
     read_ms = facts.read_ms[facts.of_decodes]
     reading_ms = uncached[facts.of_decodes] * read_ms
-    last_ms = np.minimum(last[facts.of_prefills, None] * read_ms, reading_ms)
-    return np.maximum(last_ms, reading_ms - hidden_ms[facts.of_prefills, None], out=last_ms)
+    exposed: Floats = last[prefills, None] * read_ms
+    np.minimum(exposed, reading_ms, out=exposed)
+    return np.maximum(exposed, reading_ms - hidden_ms[prefills, None], out=exposed)
 
 
 def _pressure(table: Table, cached: Floats, num_tokens: Floats | int, weights: Weights) -> Floats:

@@ -7,6 +7,7 @@ agree and prompts that begin alike meet on one worker before any index says so.
 
 import math
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -54,18 +55,18 @@ class Ranked(Sequence[Candidate]):
     """Placements in order, the best first; each is made an object when it is looked at, and those behind the first few
     are put in order when somebody wants them."""
 
-    def __init__(self, scored: Costs, first: Ints, rest: Callable[[], Ints] | None = None) -> None:
+    def __init__(self, scored: Costs, first: list[int], rest: Callable[[], list[int]] | None = None) -> None:
         self.scored = scored
         self._order, self._rest = first, rest
 
     def __len__(self) -> int:
         return len(self.numbers())
 
-    def numbers(self, stop: int | None = None) -> Ints:
+    def numbers(self, stop: int | None = None) -> list[int]:
         """Numbers of all placements, or of the first `stop`: those on one worker by its place among decode workers,
         then the pairs, prefill workers outside."""
         if self._rest and (stop is None or stop > len(self._order)):
-            self._order, self._rest = np.concatenate((self._order, self._rest())), None
+            self._order, self._rest = self._order + self._rest(), None
         return self._order[:stop]
 
     @overload
@@ -77,7 +78,7 @@ class Ranked(Sequence[Candidate]):
             return [self[number] for number in range(*place.indices(len(self)))]
         if not 0 <= place < len(numbers := self.numbers(place + 1)):
             raise IndexError(place)
-        return candidate(self.scored, int(numbers[place]))
+        return candidate(self.scored, numbers[place])
 
 
 def rank(query: Query, table: Table, weights: Weights) -> Ranked:
@@ -86,8 +87,9 @@ def rank(query: Query, table: Table, weights: Weights) -> Ranked:
     if weights.policy == "cost":
         ranked = by_cost(query, scored, weights)
     else:
-        ranked = Ranked(scored, rival_order(weights.policy, query, table, scored, scored.totals.reshape(-1)))
-    if not len(ranked.numbers(1)):
+        order = rival_order(weights.policy, query, table, scored, scored.totals.reshape(-1))
+        ranked = Ranked(scored, order.tolist())
+    if not ranked.numbers(1):
         raise nobody(query, table)
     return ranked
 
@@ -103,20 +105,19 @@ def by_cost(query: Query, scored: Costs, weights: Weights) -> Ranked:
     totals = scored.totals.reshape(-1)
     lowest, likely = _bounds(scored.totals)
     highest = min(lowest + weights.max_detour_ms, sys.float_info.max)
-    few = np.flatnonzero(totals <= max(likely, lowest + weights.tie_ms))
-    costs_ms = totals.take(few)
-    order = costs_ms.argsort(kind="stable")
-    ends = costs_ms.take(order).searchsorted((min(lowest + weights.tie_ms, highest), highest), side="right")
-    num_tied, num_first = ends.tolist()
-    first = few.take(order[:num_first])
+    tied = min(lowest + weights.tie_ms, highest)
+    few = (totals <= min(max(likely, tied), highest)).nonzero()[0]
+    ordered = sorted(zip(totals.take(few).tolist(), few.tolist(), strict=True))
+    first = [number for _, number in ordered]
+    num_tied = bisect_right(ordered, (tied, totals.size))
     if num_tied > 1:
-        first[:num_tied] = spread(query, scored.table, first[:num_tied])
+        first[:num_tied] = spread(query, scored.table, np.array(first[:num_tied])).tolist()
 
-    def rest() -> Ints:
+    def rest() -> list[int]:
         others = totals <= highest
         others[first] = False  # equal ones are on both sides
         order = np.argsort(totals, kind="stable")
-        return order[others[order]]
+        return order[others[order]].tolist()
 
     return Ranked(scored, first, rest)
 

@@ -1,7 +1,6 @@
 """The workers of a model as arrays, one row each: what the cost is computed from, for all of them at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from typing import NamedTuple
@@ -61,6 +60,19 @@ class Facts:
         self.least_max_tokens = self.max_tokens.min(initial=np.inf)
         self.room_tokens = float(((self.free_pages - 2) * self.page_size).min(initial=np.inf))
         """Of so many, everybody has free pages for prompt and output: two may be partly filled."""
+        self._weigh_prompts(loads, weights)
+        self._weigh_steps(loads, is_decode, weights)
+        rates = _column([load.transfer_bytes_per_ms or weights.transfer_gb_per_s * 1e6 for load in loads])
+        self.read_ms = _column([card.kv_bytes_per_token for card in cards]) / rates
+        self.output_tokens = _column([load.output_tokens or weights.output_tokens for load in loads])
+        self.most_output = float(self.output_tokens.max(initial=0.0))
+        self._load_weight = weights.load_weight
+        self._outputs: dict[int, Output] = {}
+        self.zeros = np.zeros(len(workers))
+        self.zeros.flags.writeable = False
+
+    def _weigh_prompts(self, loads: Sequence[Load], weights: Weights) -> None:
+        """What prompts take."""
         measured = _column([load.prefill_ms_per_token for load in loads])
         known = np.where(measured > 0, 1 - _column([load.prefill_doubt for load in loads]), 0.0)
         self.has_rate: Bools = known >= KNOWN
@@ -72,6 +84,9 @@ class Facts:
         pairs = self._filled(_column([load.prefill_ms_per_pair for load in loads]), measured > 0, 0.0)
         self.attention_ms = pairs * self.prompt_ratio * np.where(measured > 0, believed / np.maximum(measured, 1e-9), 1)
         self.knows_attention = bool(self.attention_ms.any())
+
+    def _weigh_steps(self, loads: Sequence[Load], is_decode: Bools, weights: Weights) -> None:
+        """What generating takes, and what it takes from prompts."""
         steps = _column([load.decode_step_ms for load in loads])
         self.step_ms = self._filled(steps, steps > 0, weights.default_decode_step_ms)
         self.sequence_ms = np.maximum(
@@ -80,14 +95,6 @@ class Facts:
         self.token_ms = self.step_ms + self.sequence_ms
         self.shared_ms = np.where(is_decode, self.step_ms * self.prompt_ratio, 0.0)
         """A step that prompts share with those who generate: nobody does on prefill workers."""
-        rates = _column([load.transfer_bytes_per_ms or weights.transfer_gb_per_s * 1e6 for load in loads])
-        self.read_ms = _column([card.kv_bytes_per_token for card in cards]) / rates
-        self.output_tokens = _column([load.output_tokens or weights.output_tokens for load in loads])
-        self.most_output = float(self.output_tokens.max(initial=0.0))
-        self._load_weight = weights.load_weight
-        self._outputs: dict[int, Output] = {}
-        self.zeros = np.zeros(len(workers))
-        self.zeros.flags.writeable = False
 
     def beside_ms(self, num_decoding: Floats) -> Floats:
         """What a chunk takes beside so many sequences [workers]: none, or the step of some."""
@@ -142,8 +149,7 @@ class Facts:
         return [row for row, worker in enumerate(self.workers) if worker.name in names]
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Workers at one moment, for one request: facts, and [workers] of what changes between reports."""
 
     facts: Facts

@@ -101,8 +101,8 @@ class Measures:
         )
 
     def _bytes_per_ms(self) -> float:
-        """At which pages are read here; 0 if that is not known. A worker that once read slowly would be given nothing to
-        read again, if that were held against it for ever."""
+        """At which pages are read here; 0 if that is not known. A worker that once read slowly would be given nothing
+        to read again, if that were held against it for ever."""
         is_known = self._byte.ms and self._clock() - self._read_at < KNOWN_FOR_S
         return 1 / self._byte.ms if is_known else 0.0
 

@@ -381,7 +381,7 @@ def test_in_large_fleets_the_first_few_are_those_that_a_sorted_list_begins_with(
     found = policy.rank(query(), table, replace(WEIGHTS, tie_ms=0.0))
     first = [found.scored.totals.reshape(-1)[number] for number in found.numbers(6)]
     assert first == sorted(found.scored.totals.reshape(-1))[:6]
-    assert sorted(found.numbers().tolist()) == list(range((num_prefill + 1) * num_decode))
+    assert sorted(found.numbers()) == list(range((num_prefill + 1) * num_decode))
 
 
 # Detours --------------------------------------------------------------------------------------------------------------
