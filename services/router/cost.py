@@ -194,8 +194,10 @@ def _computing(query: Query, table: Table, cached: Floats, uncached: Floats, wei
     pull += weights.handoff_ms
     pulls &= pull + helped < alone
     pull *= pulls
-    prefill, computed = np.where(pulls, helped, alone), np.where(pulls, rest, uncached)
-    return Computing(table.queue_ms, prefill, _steps(table, computed, weights), pull, computed, pulls, sources)
+    computed = uncached.copy()
+    np.copyto(computed, rest, where=pulls)
+    np.copyto(alone, helped, where=pulls)
+    return Computing(table.queue_ms, alone, _steps(table, computed, weights), pull, computed, pulls, sources)
 
 
 def _steps(table: Table, num_computed: Floats, weights: Weights) -> Floats:

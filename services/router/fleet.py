@@ -73,8 +73,9 @@ class Roster:
         if (row := self.row_of.get((member.registration.name, member.registration.epoch))) is None:
             return  # it is doubted
         self.busy_until_ms[row], self.last_placed[row] = 1000 * member.busy_until, member.last_placed
-        self.num_decoding[row] += num_decoding
-        self.beside_ms[row] = min(self.num_decoding[row], 1.0) * self.facts.shared_ms[row]
+        if num_decoding:
+            self.num_decoding[row] += num_decoding
+            self.beside_ms[row] = min(self.num_decoding.item(row), 1.0) * self.facts.shared_ms.item(row)
 
 
 class Fleet:

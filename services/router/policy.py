@@ -7,7 +7,6 @@ agree and prompts that begin alike meet on one worker before any index says so.
 
 import math
 import sys
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -107,11 +106,11 @@ def by_cost(query: Query, scored: Costs, weights: Weights) -> Ranked:
     highest = min(lowest + weights.max_detour_ms, sys.float_info.max)
     tied = min(lowest + weights.tie_ms, highest)
     few = (totals <= min(max(likely, tied), highest)).nonzero()[0]
-    ordered = sorted(zip(totals.take(few).tolist(), few.tolist(), strict=True))
-    first = [number for _, number in ordered]
-    num_tied = bisect_right(ordered, (tied, totals.size))
+    costs_ms = totals.take(few)
+    first = few.take(costs_ms.argsort(kind="stable"))
+    num_tied = np.count_nonzero(costs_ms <= tied)
     if num_tied > 1:
-        first[:num_tied] = spread(query, scored.table, np.array(first[:num_tied])).tolist()
+        first[:num_tied] = spread(query, scored.table, first[:num_tied])
 
     def rest() -> list[int]:
         others = totals <= highest
@@ -119,7 +118,7 @@ def by_cost(query: Query, scored: Costs, weights: Weights) -> Ranked:
         order = np.argsort(totals, kind="stable")
         return order[others[order]].tolist()
 
-    return Ranked(scored, first, rest)
+    return Ranked(scored, first.tolist(), rest)
 
 
 def _bounds(totals: Floats) -> tuple[float, float]:
