@@ -93,14 +93,13 @@ def main() -> None:
         case "trace" | "bound" as what:
             if options.trace is None:
                 made.error(f"{what} needs --trace FILE")
-            load, fleet = (
-                comparisons.on_trace(options.trace, options.divide, options.speed, duration_s),
-                comparisons.TRACE,
+            load = comparisons.on_trace(options.trace, options.divide, options.speed, duration_s)
+            comparisons.compare(
+                hold, "trace", comparisons.with_policies(options.policies, comparisons.TRACE), load, out
             )
-            comparisons.compare(hold, "trace", comparisons.with_policies(options.policies, fleet), load, out)
             if what == "bound":
-                rest = relieved(load, PAGE_SIZE, fleet.total_pages)
-                comparisons.compare(hold, "trace without the oracle's hits", [("cost", fleet)], rest, out)
+                rest = relieved(load, PAGE_SIZE, comparisons.TRACE.total_pages)
+                comparisons.compare(hold, "trace without the oracle's hits", [("cost", comparisons.TRACE)], rest, out)
         case "routers":
             load = comparisons.on_agents(options.rate, duration_s, seed)
             comparisons.compare(hold, "routers", comparisons.with_routers(options.routers), load, out)
@@ -115,8 +114,8 @@ def main() -> None:
                 rows = comparisons.compare(hold, name, fleets, shapes[name], out)
                 report.plot_frontier(rows, name, out / f"frontier-{name.replace(' ', '-')}.png")
         case "streams":
-            served = streams.Fleet(options.model, options.gpus, options.worker_flags, options.router_flags)
-            streams.measure(served, list(loads(options)), options.fleets, options.explain)
+            fleet = streams.Fleet(options.model, options.gpus, options.worker_flags, options.router_flags)
+            streams.measure(fleet, list(loads(options)), options.fleets, options.explain)
         case _:
             path.measure(options.requests, options.concurrency, seed)
 
