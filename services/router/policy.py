@@ -122,11 +122,11 @@ def by_cost(query: Query, scored: Costs, weights: Weights) -> Ranked:
 
 
 def _bounds(totals: Floats) -> tuple[float, float]:
-    """The lowest cost of all, and one that a few placements do not exceed: of rows or columns, whichever are more, the
-    lowest of each is one of them."""
+    """The lowest cost of all, and one that a few placements do not exceed: of columns, or of rows if those are too few,
+    the lowest of each is one of them."""
     if totals.size <= FEW * FEW:
         return float(totals.min(initial=np.inf)), np.inf
-    lowest = totals.min(axis=int(totals.shape[0] > totals.shape[1]))
+    lowest = totals.min(axis=int(totals.shape[1] < FEW))
     lowest.sort()
     return float(lowest[0]), float(lowest[FEW - 1])
 
