@@ -116,7 +116,8 @@ def by_cost(query: Query, scored: Costs, weights: Weights) -> Ranked:
         others = totals <= highest
         others[first] = False  # equal ones are on both sides
         order = np.argsort(totals, kind="stable")
-        return order[others[order]].tolist()
+        in_order: list[int] = order[others[order]].tolist()
+        return in_order
 
     return Ranked(scored, first.tolist(), rest)
 
