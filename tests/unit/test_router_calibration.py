@@ -106,6 +106,11 @@ def test_after_a_busy_start_up_prompts_are_handed_over_within_ten_of_them(slowed
     assert chosen[-20:].count("p1") >= 18
 
 
+def test_who_knows_half_as_much_as_others_is_tried_whatever_it_measured() -> None:
+    chosen = computing({"p1": Measured(4.0, 400), "d1": Measured(1.0, 400)}, 20, every_s=0.3)
+    assert 0 < chosen.index("p1") < 10
+
+
 def test_also_what_was_measured_well_at_a_bad_moment_is_measured_again_within_a_minute() -> None:
     chosen = computing({"p1": Measured(4.0, 4_096), "d1": Measured(1.0, 4_096)}, 1_000, every_s=1.0)
     assert 10 < chosen.index("p1") < KNOWN_FOR_S
