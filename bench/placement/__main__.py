@@ -2,6 +2,7 @@
 
     python -m bench.placement agents                policies compared, on conversations of agents
     python -m bench.placement trace --trace FILE    the same on the conversation trace published with Mooncake
+    python -m bench.placement bound --trace FILE    what is left of its times if nobody computes what the oracle finds
     python -m bench.placement splits                aggregated, always disaggregated, by cost: three shapes of load
     python -m bench.placement frontier              what of TTFT and TPOT an operator may choose by --max-detour-ms
     python -m bench.placement routers               1, 2 and 4 routers
@@ -12,7 +13,7 @@ On GPUs: streams --gpus 2 --model DIR --streams 16 --stream-tokens 2000 --long-t
 --every-s 0.3 --worker-flags "--speculation off --max-step-tokens 2048 --kv-cache-mb 48000", a model with random weights
 being what `python -m bench.random_checkpoint` makes.
 
-The first five use the sim engine on four workers, 60 s or so each time; prompts, answers and times come from --seed.
+The first six use the sim engine on four workers, 60 s or so each time; prompts, answers and times come from --seed.
 With --virtual they take two seconds and give the same numbers each time: policy, scheduler and pages are the real ones,
 what processes and calls between them take is a constant (bench/placement/virtual).
 The oracle's hit rate is that of one cache as large as all workers' together, which knows the future.
@@ -25,9 +26,11 @@ from pathlib import Path
 
 from bench import provenance
 from bench.placement import comparisons, harness, path, report, streams
+from bench.placement.figures import PAGE_SIZE
+from bench.placement.oracle import relieved
 from bench.placement.virtual import cluster
 
-VIRTUAL = ("agents", "trace", "splits", "frontier", "routers")
+VIRTUAL = ("agents", "trace", "bound", "splits", "frontier", "routers")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--duration-s", type=float, default=60.0, help="time in which conversations begin")
     made.add_argument("--requests", type=int, default=1000, help="of path, at each number of streams")
     made.add_argument("--concurrency", nargs="+", type=int, default=[16, 64, 256], help="streams of path")
-    made.add_argument("--virtual", action="store_true", help="no processes: the first five in virtual time")
+    made.add_argument("--virtual", action="store_true", help="no processes: the first six in virtual time")
     shape, fleet = streams.Load(), streams.Fleet()
     made.add_argument("--gpus", type=int, default=0, help="of streams: workers get GPUs instead of cores")
     made.add_argument("--model", default="", help="of streams: a directory, or a name; by default the default model")
@@ -87,13 +90,16 @@ def main() -> None:
             comparisons.compare(
                 hold, "agents", comparisons.with_policies(options.policies, comparisons.AGENTS), load, out
             )
-        case "trace":
+        case "trace" | "bound" as what:
             if options.trace is None:
-                made.error("trace needs --trace FILE")
+                made.error(f"{what} needs --trace FILE")
             load = comparisons.on_trace(options.trace, options.divide, options.speed, duration_s)
             comparisons.compare(
                 hold, "trace", comparisons.with_policies(options.policies, comparisons.TRACE), load, out
             )
+            if what == "bound":
+                rest = relieved(load, PAGE_SIZE, comparisons.TRACE.total_pages)
+                comparisons.compare(hold, "trace without the oracle's hits", [("cost", comparisons.TRACE)], rest, out)
         case "routers":
             load = comparisons.on_agents(options.rate, duration_s, seed)
             comparisons.compare(hold, "routers", comparisons.with_routers(options.routers), load, out)

@@ -3,7 +3,9 @@
 import heapq
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
+from bench.placement.workloads import Conversation
 from shared.page_hash import chain, tenant_key
 
 
@@ -20,6 +22,19 @@ def hit_rate(sent: Sequence[tuple[str, Sequence[int], Sequence[int]]], page_size
         writes.append(pages)
     total = sum(len(prompt) for _, prompt, _ in sent)
     return page_size * sum(best_hits(reads, writes, num_pages)) / total if total else 0.0
+
+
+def relieved(singles: Sequence[Conversation], page_size: int, num_pages: int) -> list[Conversation]:
+    """Conversations of one turn without what the oracle finds cached of their prompts: what is left to compute,
+    whatever places them. Nothing of the rest is shared: each has a tenant of its own."""
+    prompts = [one.turns[0].token_ids for one in singles]
+    writes = [chain(tenant_key(one.tenant), prompt, page_size) for one, prompt in zip(singles, prompts, strict=True)]
+    reads = [pages[: (len(prompt) - 1) // page_size] for pages, prompt in zip(writes, prompts, strict=True)]
+    hits = best_hits(reads, writes, num_pages)
+    return [
+        replace(one, turns=(replace(one.turns[0], token_ids=prompt[found * page_size :]),), tenant=f"alone-{number}")
+        for number, (one, prompt, found) in enumerate(zip(singles, prompts, hits, strict=True))
+    ]
 
 
 def best_hits(reads: Sequence[Sequence[bytes]], writes: Sequence[Sequence[bytes]], num_pages: int) -> list[int]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from shared.blackboard.records import ModelCard, Registration, Role
 
@@ -33,8 +34,7 @@ class Weights:
     max_detour_ms: float = math.inf
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
+class Query(NamedTuple):
     """A request to place. `affinity` is equal for prompts that begin alike; 0 `max_tokens` are as many as usual."""
 
     request_id: str

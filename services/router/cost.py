@@ -3,6 +3,7 @@
 computing worker c (prefill worker p, or decode worker d itself)
   queue         prompts queued there before ours
   prefill       tokens that nobody has cached
+  steps         steps of those who generate there: half of the one at hand, and those that our chunks share
   pull          reading a prefix from the peer that has most of it
   kv            pages that must be evicted or waited for, on either worker
 decode worker d
@@ -30,6 +31,7 @@ class Computing(NamedTuple):
 
     queue: Floats
     prefill: Floats
+    steps: Floats
     pull: Floats
     num_computed: Floats
     pulls: Bools | None
@@ -58,6 +60,7 @@ class Costs(NamedTuple):
     stall: Floats
     exposed: Floats
     handoff_ms: float
+    chunk_tokens: int
     totals: Floats
 
     @property
@@ -74,7 +77,8 @@ class Costs(NamedTuple):
     def local_terms(self, decode: int) -> Terms:
         """Parts of the cost of prefill and decode on one worker, the one that has number `decode` of those."""
         row = self.table.facts.decodes[decode]
-        return (*self._computing_terms(row), ("stall", float(self.stall[row])), *self._decode_terms(row))
+        held = (("steps", float(self.computing.steps[row])), ("stall", float(self.stall[row])))
+        return (*self._computing_terms(row), *held, *self._decode_terms(row))
 
     def remote_terms(self, prefill: int, decode: int) -> Terms:
         """Parts of the cost of a pair."""
@@ -92,7 +96,14 @@ class Costs(NamedTuple):
         if not self.table.facts.has_rate[row]:
             return 0.0
         computing, ratio = self.computing, self.table.facts.prompt_ratio[row]
-        return float((computing.queue[row] + computing.prefill[row]) / ratio + computing.pull[row])
+        takes = computing.queue[row] + computing.prefill[row] + computing.steps[row]
+        return float(takes / ratio + computing.pull[row])
+
+    def taken_ms(self, row: int) -> float:
+        """What computing the prompt takes of a worker's time: its part of the steps that it shares included, for
+        other prompts of the same step have theirs, but not the wait for the step at hand."""
+        num_chunks = self.computing.num_computed[row] / self.chunk_tokens
+        return float(self.computing.prefill[row] + num_chunks * self.table.beside_ms[row])
 
     def _computing_terms(self, row: int) -> Terms:
         computing = self.computing
@@ -119,7 +130,8 @@ def costs(query: Query, table: Table, weights: Weights) -> Costs:
         prompt_kv = _pressure(table, cached, num_tokens, weights)
         kv = _pressure(table, cached, num_tokens + output.num_tokens, weights)
     load = output.share_ms * running
-    stall = np.maximum(running, weights.min_stalled) * computing.prefill
+    stall = np.maximum(running, weights.min_stalled)
+    stall *= computing.prefill
     stall *= weights.stall_weight
     compute, generate = computing.queue + computing.prefill, output.decode_ms + load
     if computing.pulls is not None:
@@ -129,19 +141,22 @@ def costs(query: Query, table: Table, weights: Weights) -> Costs:
     if table.stale_ms is not facts.zeros:
         generate += table.stale_ms
     totals = np.empty((1 + len(facts.prefills), len(facts.decodes)))
-    totals[0] = (compute + stall + generate)[facts.of_decodes]
-    exposed = _exposed(query, table, computing, uncached, weights)
+    alone = compute + computing.steps
+    alone += stall
+    alone += generate
+    totals[0] = alone[facts.of_decodes]
     compute += weights.handoff_ms
     if prompt_kv is not facts.zeros:
         compute += prompt_kv
     if table.stale_ms is not facts.zeros:
         compute += table.stale_ms
     generate += table.queue_ms
-    np.add(exposed, compute[facts.of_prefills, None], out=totals[1:])
-    totals[1:] += generate[facts.of_decodes]
+    exposed = _exposed(query, table, computing, uncached, weights)
+    remote = np.add(exposed, compute[facts.of_prefills, None], out=totals[1:])
+    remote += generate[facts.of_decodes]
     _bar(query, table, uncached[facts.of_decodes], totals, weights)
     terms = (prompt_kv, output.decode_ms, load, kv, stall, exposed)
-    return Costs(num_tokens, table, computing, *terms, weights.handoff_ms, totals)
+    return Costs(num_tokens, table, computing, *terms, weights.handoff_ms, weights.chunk_tokens, totals)
 
 
 def _bar(query: Query, table: Table, uncached: Floats, totals: Floats, weights: Weights) -> None:
@@ -153,8 +168,9 @@ def _bar(query: Query, table: Table, uncached: Floats, totals: Floats, weights: 
         remote[~fit[facts.of_prefills]] = np.inf
     if facts.match is not None:
         remote[~facts.match] = np.inf
-    if uncached.min(initial=np.inf) <= weights.local_prefill_max_tokens:
-        remote[:, uncached <= weights.local_prefill_max_tokens] = np.inf
+    short = uncached <= weights.local_prefill_max_tokens
+    if np.count_nonzero(short):
+        remote[:, short] = np.inf
     if weights.remote_prefill_min_tokens:
         long = uncached >= weights.remote_prefill_min_tokens
         local[long & np.isfinite(remote).any(axis=0)] = np.inf
@@ -166,25 +182,40 @@ def _computing(query: Query, table: Table, cached: Floats, uncached: Floats, wei
     The longest prefix of all is the only one worth a look: reading a token costs the same wherever it is.
     """
     facts, num_tokens = table.facts, float(query.num_prompt_tokens)
-    alone = prefill_ms(facts, cached, num_tokens)
+    alone = prefill_ms(facts, uncached, num_tokens)
     sources, longest = _longest(query, table, cached)
     gain = longest - cached
     pulls = gain >= weights.min_pull_tokens
     if not np.count_nonzero(pulls):
-        return Computing(table.queue_ms, alone, facts.zeros, uncached, None, sources)
-    pull, helped = gain * facts.read_ms, prefill_ms(facts, longest, num_tokens)
+        steps = _steps(table, uncached, weights)
+        return Computing(table.queue_ms, alone, steps, facts.zeros, uncached, None, sources)
+    rest = num_tokens - longest
+    pull, helped = gain * facts.read_ms, prefill_ms(facts, rest, num_tokens)
     pull += weights.handoff_ms
     pulls &= pull + helped < alone
     pull *= pulls
-    prefill, computed = np.where(pulls, helped, alone), np.where(pulls, num_tokens - longest, uncached)
-    return Computing(table.queue_ms, prefill, pull, computed, pulls, sources)
+    computed = uncached.copy()
+    np.copyto(computed, rest, where=pulls)
+    np.copyto(alone, helped, where=pulls)
+    return Computing(table.queue_ms, alone, _steps(table, computed, weights), pull, computed, pulls, sources)
 
 
-def prefill_ms(facts: Facts, start: Floats, end: float) -> Floats:
-    """Time to compute tokens start … end: each costs its own time, and a little for every token before it."""
-    taken: Floats = (end - start) * facts.prefill_ms
+def _steps(table: Table, num_computed: Floats, weights: Weights) -> Floats:
+    """Where somebody generates, a prompt waits for half a step on average, and each of its chunks is computed in a step
+    that takes as long as it would without."""
+    num_steps: Floats = num_computed * (1 / weights.chunk_tokens)
+    np.ceil(num_steps, out=num_steps)
+    num_steps += 0.5
+    num_steps *= table.beside_ms
+    return num_steps
+
+
+def prefill_ms(facts: Facts, num_tokens: Floats, end: float) -> Floats:
+    """Time to compute the last `num_tokens` before token `end`: each costs its own time, and a little for every token
+    before it."""
+    taken: Floats = num_tokens * facts.prefill_ms
     if facts.knows_attention:
-        taken += (end - start) * facts.attention_ms * ((end + start) * 0.5)
+        taken += num_tokens * facts.attention_ms * (end - 0.5 * num_tokens)
     return taken
 
 
@@ -210,13 +241,14 @@ def _exposed(query: Query, table: Table, computing: Computing, uncached: Floats,
     Pages of a chunk are read while the next one is computed: exposed is the reading of the last chunk, or all that
     takes longer than computing the chunks before the last.
     """
-    facts, num_tokens = table.facts, float(query.num_prompt_tokens)
+    facts, prefills = table.facts, table.facts.of_prefills
     last = np.minimum(computing.num_computed, weights.chunk_tokens)
-    hidden_ms = computing.prefill - prefill_ms(facts, num_tokens - last, num_tokens)
+    hidden_ms = computing.prefill - prefill_ms(facts, last, float(query.num_prompt_tokens))
     read_ms = facts.read_ms[facts.of_decodes]
     reading_ms = uncached[facts.of_decodes] * read_ms
-    last_ms = np.minimum(last[facts.of_prefills, None] * read_ms, reading_ms)
-    return np.maximum(last_ms, reading_ms - hidden_ms[facts.of_prefills, None], out=last_ms)
+    exposed: Floats = last[prefills, None] * read_ms
+    np.minimum(exposed, reading_ms, out=exposed)
+    return np.maximum(exposed, reading_ms - hidden_ms[prefills, None], out=exposed)
 
 
 def _pressure(table: Table, cached: Floats, num_tokens: Floats | int, weights: Weights) -> Floats:

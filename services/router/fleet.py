@@ -66,13 +66,16 @@ class Roster:
         running = [max(load.num_inside, load.num_running + load.num_waiting) for load in loads]
         unreported = [member.num_unreported for member in members]
         self.num_decoding = np.array(running, np.float64) + np.array(unreported, np.float64)
+        self.beside_ms = self.facts.beside_ms(self.num_decoding)
 
     def changed(self, member: Member, num_decoding: int) -> None:
         """A member's clock and order have changed, and it has so many sequences more."""
         if (row := self.row_of.get((member.registration.name, member.registration.epoch))) is None:
             return  # it is doubted
         self.busy_until_ms[row], self.last_placed[row] = 1000 * member.busy_until, member.last_placed
-        self.num_decoding[row] += num_decoding
+        if num_decoding:
+            self.num_decoding[row] += num_decoding
+            self.beside_ms[row] = min(self.num_decoding.item(row), 1.0) * self.facts.shared_ms.item(row)
 
 
 class Fleet:
@@ -151,8 +154,7 @@ class Fleet:
 
     def _member(self, registration: Registration, card: ModelCard, now: float) -> Member:
         load = registration.load
-        rate = (load.prefill_ms_per_token or self._weights.default_prefill_ms_per_token) * calibration(load)
-        reported = now + load.num_queued_tokens * rate / 1000
+        reported = now + load.num_queued_tokens * self._token_ms(registration) / 1000
         old = self._members.get((registration.role, registration.name))
         if old is None or old.registration.epoch != registration.epoch:
             return Member(registration, card, now, reported)
@@ -166,6 +168,14 @@ class Fleet:
         busy_until = max(old.busy_until, reported)
         old.registration, old.card, old.reported_at, old.busy_until = registration, card, reported_at, busy_until
         return old
+
+    def _token_ms(self, registration: Registration) -> float:
+        """What a token of a queued prompt takes, in steps that it shares if anybody generates there."""
+        load, weights = registration.load, self._weights
+        rate = load.prefill_ms_per_token or weights.default_prefill_ms_per_token
+        if registration.role is Role.DECODE and load.num_running > 1:
+            rate += (load.decode_step_ms or weights.default_decode_step_ms) / weights.chunk_tokens
+        return rate * calibration(load)
 
     def _log_changes(self, members: dict[tuple[Role, str], Member]) -> None:
         before = {(key, member.registration.epoch) for key, member in self._members.items()}
@@ -236,6 +246,7 @@ class Fleet:
             num_stored_pages,
             queue_ms=np.maximum(queue_ms, 0.0, out=queue_ms),
             num_decoding=roster.num_decoding,
+            beside_ms=roster.beside_ms,
             stale_ms=stale_ms,
             last_placed=roster.last_placed,
         )

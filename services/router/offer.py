@@ -11,7 +11,7 @@ def offer(query: Query, ranked: Ranked, count: int | None = None) -> tuple[list[
     facts = ranked.scored.table.facts
     place_of: dict[int, int] = {}  # of a worker's row in the list of needs
     pairs = []
-    for number in ranked.numbers(count).tolist():
+    for number in ranked.numbers(count):
         prefill, decode = divmod(number, len(facts.decodes))
         place = place_of.setdefault(facts.decodes[decode], len(place_of))
         other = place_of.setdefault(facts.prefills[prefill - 1], len(place_of)) if prefill else None

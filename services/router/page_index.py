@@ -240,17 +240,18 @@ class PageIndex:
     def _mask_of(self, low: int, high: int) -> int:
         """The slots that have one page, as `masks`, in one number."""
         first, wanted = self._directory_view[high >> self._shift_bits] * SEGMENT_BUCKETS, low or 1
-        second = (low + (low >> SECOND_SHIFT | 1)) % SEGMENT_BUCKETS
-        for bucket in (first + low % SEGMENT_BUCKETS, first + second):
+        bucket = first + low % SEGMENT_BUCKETS
+        held = _bucket_of(self._lows_view, bucket * BUCKET_BYTES)
+        if wanted not in held:
+            bucket = first + (low + (low >> SECOND_SHIFT | 1)) % SEGMENT_BUCKETS
             held = _bucket_of(self._lows_view, bucket * BUCKET_BYTES)
             if wanted not in held:
-                continue
-            row = bucket * BUCKET_ROWS + held.index(wanted)
-            if self._highs_view[row] != high:  # half of its hash is another page's
-                return int.from_bytes(self.masks(np.array([[low, high]], np.uint64)).tobytes(), sys.byteorder)
-            mask = self._masks_view[row * self._mask_bytes : (row + 1) * self._mask_bytes]
-            return int.from_bytes(mask, sys.byteorder)
-        return 0
+                return 0
+        row = bucket * BUCKET_ROWS + held.index(wanted)
+        if self._highs_view[row] != high:  # half of its hash is another page's
+            return int.from_bytes(self.masks(np.array([[low, high]], np.uint64)).tobytes(), sys.byteorder)
+        mask = self._masks_view[row * self._mask_bytes : (row + 1) * self._mask_bytes]
+        return int.from_bytes(mask, sys.byteorder)
 
     def _lengths_of(self, ends: list[tuple[int, int]]) -> Ints:
         """Runs [SLOTS_PER_WORD * num_words]. A slot of two ends lacks a page in the midst: the first one counts."""

@@ -54,18 +54,18 @@ class Ranked(Sequence[Candidate]):
     """Placements in order, the best first; each is made an object when it is looked at, and those behind the first few
     are put in order when somebody wants them."""
 
-    def __init__(self, scored: Costs, first: Ints, rest: Callable[[], Ints] | None = None) -> None:
+    def __init__(self, scored: Costs, first: list[int], rest: Callable[[], list[int]] | None = None) -> None:
         self.scored = scored
         self._order, self._rest = first, rest
 
     def __len__(self) -> int:
         return len(self.numbers())
 
-    def numbers(self, stop: int | None = None) -> Ints:
+    def numbers(self, stop: int | None = None) -> list[int]:
         """Numbers of all placements, or of the first `stop`: those on one worker by its place among decode workers,
         then the pairs, prefill workers outside."""
         if self._rest and (stop is None or stop > len(self._order)):
-            self._order, self._rest = np.concatenate((self._order, self._rest())), None
+            self._order, self._rest = self._order + self._rest(), None
         return self._order[:stop]
 
     @overload
@@ -77,7 +77,7 @@ class Ranked(Sequence[Candidate]):
             return [self[number] for number in range(*place.indices(len(self)))]
         if not 0 <= place < len(numbers := self.numbers(place + 1)):
             raise IndexError(place)
-        return candidate(self.scored, int(numbers[place]))
+        return candidate(self.scored, numbers[place])
 
 
 def rank(query: Query, table: Table, weights: Weights) -> Ranked:
@@ -86,8 +86,9 @@ def rank(query: Query, table: Table, weights: Weights) -> Ranked:
     if weights.policy == "cost":
         ranked = by_cost(query, scored, weights)
     else:
-        ranked = Ranked(scored, rival_order(weights.policy, query, table, scored, scored.totals.reshape(-1)))
-    if not len(ranked.numbers(1)):
+        order = rival_order(weights.policy, query, table, scored, scored.totals.reshape(-1))
+        ranked = Ranked(scored, order.tolist())
+    if not ranked.numbers(1):
         raise nobody(query, table)
     return ranked
 
@@ -103,30 +104,30 @@ def by_cost(query: Query, scored: Costs, weights: Weights) -> Ranked:
     totals = scored.totals.reshape(-1)
     lowest, likely = _bounds(scored.totals)
     highest = min(lowest + weights.max_detour_ms, sys.float_info.max)
-    few = np.flatnonzero(totals <= max(likely, lowest + weights.tie_ms))
+    tied = min(lowest + weights.tie_ms, highest)
+    few = (totals <= min(max(likely, tied), highest)).nonzero()[0]
     costs_ms = totals.take(few)
-    order = costs_ms.argsort(kind="stable")
-    ends = costs_ms.take(order).searchsorted((min(lowest + weights.tie_ms, highest), highest), side="right")
-    num_tied, num_first = ends.tolist()
-    first = few.take(order[:num_first])
+    first = few.take(costs_ms.argsort(kind="stable"))
+    num_tied = np.count_nonzero(costs_ms <= tied)
     if num_tied > 1:
         first[:num_tied] = spread(query, scored.table, first[:num_tied])
 
-    def rest() -> Ints:
+    def rest() -> list[int]:
         others = totals <= highest
         others[first] = False  # equal ones are on both sides
         order = np.argsort(totals, kind="stable")
-        return order[others[order]]
+        in_order: list[int] = order[others[order]].tolist()
+        return in_order
 
-    return Ranked(scored, first, rest)
+    return Ranked(scored, first.tolist(), rest)
 
 
 def _bounds(totals: Floats) -> tuple[float, float]:
-    """The lowest cost of all, and one that a few placements do not exceed: of rows or columns, whichever are more, the
-    lowest of each is one of them."""
+    """The lowest cost of all, and one that a few placements do not exceed: of columns, or of rows if those are too few,
+    the lowest of each is one of them."""
     if totals.size <= FEW * FEW:
         return float(totals.min(initial=np.inf)), np.inf
-    lowest = totals.min(axis=int(totals.shape[0] > totals.shape[1]))
+    lowest = totals.min(axis=int(totals.shape[1] < FEW))
     lowest.sort()
     return float(lowest[0]), float(lowest[FEW - 1])
 
@@ -162,7 +163,7 @@ def candidate(scored: Costs, number: int) -> Candidate:
         source=None if source is None else facts.workers[source],
         explained=partial(scored.remote_terms, prefill - 1, decode) if prefill else partial(scored.local_terms, decode),
         num_cached_tokens=scored.num_tokens - int(computing.num_computed[row]),
-        prefill_ms=float(computing.prefill[row]),
+        prefill_ms=scored.taken_ms(row),
         second_prefill=_second_prefill(scored, prefill - 1, decode) if prefill else None,
         expected_ms=scored.expected_ms(row),
     )

@@ -9,6 +9,7 @@ places that are the same for all prompts.
 """
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -44,7 +45,9 @@ class Predictions:
 
     def __init__(self) -> None:
         self._spans: dict[bytes, dict[Incarnation, tuple[float, float]]] = {}
-        self._ends: list[tuple[float, int, Sequence[bytes], Sequence[Incarnation]]] = []
+        self._until: dict[bytes, float] = {}
+        """When the last span of each mark ends; those that ended before stay until then."""
+        self._ends: list[tuple[float, int, Sequence[bytes]]] = []
         self._num_added = 0
 
     def __len__(self) -> int:
@@ -60,25 +63,23 @@ class Predictions:
         added = {worker: (begin, end) for worker, begin in begins.items()}
         for mark in marked:
             if (spans := self._spans.get(mark)) is None:
-                self._spans[mark] = added.copy()
+                self._spans[mark], self._until[mark] = added.copy(), end
                 continue
+            self._until[mark] = max(end, self._until[mark])
             for worker, span in added.items():
-                earlier = spans.get(worker)
-                spans[worker] = (min(span[0], earlier[0]), max(end, earlier[1])) if earlier else span
+                if (earlier := spans.get(worker)) and earlier[1] > now:
+                    spans[worker] = (min(span[0], earlier[0]), max(end, earlier[1]))
+                else:
+                    spans[worker] = span
         self._num_added += 1
-        heapq.heappush(self._ends, (end, self._num_added, marked, tuple(added)))
+        heapq.heappush(self._ends, (end, self._num_added, marked))
 
     def forget(self, now: float) -> None:
         """Drop what is over."""
         while self._ends and self._ends[0][0] <= now:
-            _, _, marked, workers = heapq.heappop(self._ends)
-            for mark in marked:
-                spans = self._spans.get(mark, {})
-                for worker in workers:
-                    if worker in spans and spans[worker][1] <= now:
-                        del spans[worker]
-                if not spans:
-                    self._spans.pop(mark, None)
+            for mark in heapq.heappop(self._ends)[2]:
+                if self._until.get(mark, math.inf) <= now:
+                    del self._spans[mark], self._until[mark]
 
     def raise_runs(self, runs: Ints, page_hashes: bytes, row_of: Mapping[Incarnation, int], now: float) -> Ints:
         """Leading pages that each worker has [workers], or is going to: `runs` itself if no prediction says more."""

@@ -1,7 +1,6 @@
 """The workers of a model as arrays, one row each: what the cost is computed from, for all of them at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from typing import NamedTuple
@@ -16,8 +15,8 @@ from shared.blackboard.records import Load, Role
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 MAX_CALIBRATION = 2.0
-# From here on, of 1, a worker knows its rates.
-KNOWN = 0.5
+# From here on, of 1, a worker knows its rates; below this it knows nothing.
+KNOWN, UNKNOWN = 0.5, 0.01
 
 
 class Output(NamedTuple):
@@ -61,22 +60,8 @@ class Facts:
         self.least_max_tokens = self.max_tokens.min(initial=np.inf)
         self.room_tokens = float(((self.free_pages - 2) * self.page_size).min(initial=np.inf))
         """Of so many, everybody has free pages for prompt and output: two may be partly filled."""
-        measured = _column([load.prefill_ms_per_token for load in loads])
-        known = np.where(measured > 0, 1 - _column([load.prefill_doubt for load in loads]), 0.0)
-        self.has_rate: Bools = known >= KNOWN
-        """Who has measured what prompts take; of the others that is a guess, or little more."""
-        self.prompt_ratio = _column([calibration(load) for load in loads]) ** known
-        believed = self._believed(measured, known, weights.default_prefill_ms_per_token)
-        self.prefill_ms = believed * self.prompt_ratio
-        pairs = self._filled(_column([load.prefill_ms_per_pair for load in loads]), measured > 0, 0.0)
-        self.attention_ms = pairs * self.prompt_ratio * np.where(measured > 0, believed / np.maximum(measured, 1e-9), 1)
-        self.knows_attention = bool(self.attention_ms.any())
-        steps = _column([load.decode_step_ms for load in loads])
-        self.step_ms = self._filled(steps, steps > 0, weights.default_decode_step_ms)
-        self.sequence_ms = np.maximum(
-            _column([load.decode_ms_per_sequence for load in loads]), weights.min_sequence_share * self.step_ms
-        )
-        self.token_ms = self.step_ms + self.sequence_ms
+        self._weigh_prompts(loads, weights)
+        self._weigh_steps(loads, is_decode, weights)
         rates = _column([load.transfer_bytes_per_ms or weights.transfer_gb_per_s * 1e6 for load in loads])
         self.read_ms = _column([card.kv_bytes_per_token for card in cards]) / rates
         self.output_tokens = _column([load.output_tokens or weights.output_tokens for load in loads])
@@ -86,6 +71,36 @@ class Facts:
         self.zeros = np.zeros(len(workers))
         self.zeros.flags.writeable = False
 
+    def _weigh_prompts(self, loads: Sequence[Load], weights: Weights) -> None:
+        """What prompts take."""
+        measured = _column([load.prefill_ms_per_token for load in loads])
+        known = np.where(measured > 0, 1 - _column([load.prefill_doubt for load in loads]), 0.0)
+        self.has_rate: Bools = known >= KNOWN
+        """Who has measured what prompts take; of the others that is a guess, or little more."""
+        trust = self._trust(known)
+        self.prompt_ratio = _column([calibration(load) for load in loads]) ** (known * trust)
+        believed = self._believed(measured, trust, weights.default_prefill_ms_per_token)
+        self.prefill_ms = believed * self.prompt_ratio
+        pairs = self._filled(_column([load.prefill_ms_per_pair for load in loads]), measured > 0, 0.0)
+        self.attention_ms = pairs * self.prompt_ratio * np.where(measured > 0, believed / np.maximum(measured, 1e-9), 1)
+        self.knows_attention = bool(self.attention_ms.any())
+
+    def _weigh_steps(self, loads: Sequence[Load], is_decode: Bools, weights: Weights) -> None:
+        """What generating takes, and what it takes from prompts."""
+        steps = _column([load.decode_step_ms for load in loads])
+        self.step_ms = self._filled(steps, steps > 0, weights.default_decode_step_ms)
+        self.sequence_ms = np.maximum(
+            _column([load.decode_ms_per_sequence for load in loads]), weights.min_sequence_share * self.step_ms
+        )
+        self.token_ms = self.step_ms + self.sequence_ms
+        self.shared_ms = np.where(is_decode, self.step_ms * self.prompt_ratio, 0.0)
+        """A step that prompts share with those who generate: nobody does on prefill workers."""
+
+    def beside_ms(self, num_decoding: Floats) -> Floats:
+        """What a chunk takes beside so many sequences [workers]: none, or the step of some."""
+        shared: Floats = np.minimum(num_decoding, 1.0) * self.shared_ms
+        return shared
+
     def output(self, max_tokens: int) -> Output:
         """An output of at most so many tokens; 0: as many as usual. Few numbers are asked for within a heartbeat."""
         if (found := self._outputs.get(max_tokens)) is None:
@@ -94,15 +109,24 @@ class Facts:
             found = self._outputs[max_tokens] = Output(num_tokens, num_tokens * self.token_ms, share_ms)
         return found
 
-    def _believed(self, measured: Floats, known: Floats, default: float) -> Floats:
-        """What a token of a prompt takes on each: as measured where that is `known` [workers], from 0 to 1; where it
-        is not, as on peers who know; and by the geometric mean in between. A rate that is found wanting draws no
-        prompts, and would stay as it is; in doubt it comes near the others', who once had to find out as well."""
+    def _trust(self, known: Floats) -> Floats:
+        """How much each worker's rates of prompts are believed, from 0 to 1: wholly where nobody it can exchange pages
+        with knows more, not at all where somebody knows twice as much. What each knows [workers], from 0 to 1."""
+        trust = np.ones_like(known)
+        for rows in self.rows_of_group:
+            if (most := known[rows].max()) > UNKNOWN:
+                trust[rows] = np.maximum(0.0, 2 * known[rows] / most - 1)
+        return trust
+
+    def _believed(self, measured: Floats, trust: Floats, default: float) -> Floats:
+        """What a token of a prompt takes on each: as measured with a `trust` [workers] of 1; with none as on peers who
+        know more; and by the geometric mean in between. A rate that is found wanting draws no prompts, and would stay
+        as it is, while its peers get to know theirs better: it comes near those, and has its chance."""
         believed = self._filled(measured, measured > 0, default)
         for rows in self.rows_of_group:
-            if (sure := known[rows] >= KNOWN).any():
+            if (sure := (trust[rows] > 0) & (measured[rows] > 0)).any():
                 typical = np.median(measured[rows][sure])
-                believed[rows] *= (typical / believed[rows]) ** (1 - known[rows])
+                believed[rows] *= (typical / believed[rows]) ** (1 - trust[rows])
         return believed
 
     def _filled(self, values: Floats, known: Bools, default: float) -> Floats:
@@ -125,8 +149,7 @@ class Facts:
         return [row for row, worker in enumerate(self.workers) if worker.name in names]
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Workers at one moment, for one request: facts, and [workers] of what changes between reports."""
 
     facts: Facts
@@ -137,6 +160,8 @@ class Table:
     queue_ms: Floats
     num_decoding: Floats
     """The roster's own array, as is `last_placed`: true until the next placement."""
+    beside_ms: Floats
+    """What each chunk of a prompt takes besides its own time: a step of those who generate there, if anybody does."""
     stale_ms: Floats
     """How much older than they should be the facts are; the facts' own zeros if none is."""
     last_placed: Ints
@@ -145,13 +170,16 @@ class Table:
     @staticmethod
     def of(workers: Sequence[Worker], weights: Weights) -> "Table":
         """A table of workers as they say of themselves."""
+        facts = Facts(workers, weights)
         pages = np.array([worker.num_cached_pages for worker in workers], np.int64)
+        num_decoding = _column([worker.num_decoding for worker in workers])
         return Table(
-            Facts(workers, weights),
+            facts,
             pages,
             pages,
             _column([worker.queue_ms for worker in workers]),
-            _column([worker.num_decoding for worker in workers]),
+            num_decoding,
+            facts.beside_ms(num_decoding),
             _column([worker.stale_ms for worker in workers]),
             np.zeros(len(workers), np.int64),
         )

@@ -16,9 +16,10 @@ from shared.instruments import Meter
 # one counts as at most so wrong.
 PROMPT_MEMORY_MS = 10_000.0
 MAX_RATIO = 4.0
-# Rates of prompts are known by so many tokens, and less so when none was computed for so long.
+# Rates of prompts are known by so many tokens, and less so when none was computed for so long. The rate of reading is
+# forgotten when nothing was read for so long.
 KNOWN_BY_TOKENS = 1024
-KNOWN_FOR_S = 20.0
+KNOWN_FOR_S = 60.0
 
 
 class Measures:
@@ -45,7 +46,7 @@ class Measures:
         self.first_token = meter.create_histogram(
             "forebay_first_token_seconds", description="Time from a request's arrival here to its first token"
         )
-        self._byte, self._output = Rate(memory=1e9), Rate(memory=64)
+        self._byte, self._output, self._read_at = Rate(memory=1e9), Rate(memory=64), clock()
         self._prompt = Rate(memory=PROMPT_MEMORY_MS)
         self._transfer_bytes = meter.create_counter("forebay_transfer_bytes", description="KV bytes read from peers")
         self._checked_pages = meter.create_counter(
@@ -74,6 +75,7 @@ class Measures:
         self._transfer_seconds.record(seconds)
         if num_bytes:
             self._byte.add(seconds * 1000, num_bytes)
+            self._read_at = self._clock()
 
     def finished(self, num_output_tokens: int) -> None:
         """One output came to its end."""
@@ -91,12 +93,18 @@ class Measures:
         return Load(
             **facts,
             prefill_doubt=self._doubt(num_prompt_tokens, facts["prefill_ms_per_token"]),
-            transfer_bytes_per_ms=1 / self._byte.ms if self._byte.ms else 0.0,
+            transfer_bytes_per_ms=self._bytes_per_ms(),
             output_tokens=self._output.ms,
             prompt_ratio=self._prompt.ms,
             num_inside=num_inside,
             num_requests=num_requests,
         )
+
+    def _bytes_per_ms(self) -> float:
+        """At which pages are read here; 0 if that is not known. A worker that once read slowly would be given nothing
+        to read again, if that were held against it for ever."""
+        is_known = self._byte.ms and self._clock() - self._read_at < KNOWN_FOR_S
+        return 1 / self._byte.ms if is_known else 0.0
 
     def _doubt(self, num_tokens: float, rate: float) -> float:
         """Of rates of prompts. A worker whose first ones took long, for its kernels were compiled then, would never be
@@ -104,8 +112,7 @@ class Measures:
         now = self._clock()
         if (num_tokens, rate) != self._last_measured:
             self._last_measured, self._measured_at = (num_tokens, rate), now
-        known = min(1.0, num_tokens / KNOWN_BY_TOKENS) * math.exp((self._measured_at - now) / KNOWN_FOR_S)
-        return round(1 - known, 3)
+        return doubt(num_tokens, now - self._measured_at)
 
     def checked(self, num_pages: int, num_corrupt: int, owner: str) -> None:
         """Pages of a peer whose checksums were compared."""
@@ -148,6 +155,11 @@ class Measures:
             "live_leases": ("Leases that peers have on pages", lambda: engine.kv.lease_counts().live),
             "page_faults": ("Pages in no state or in two: 0, unless there is a leak", lambda: _page_faults(engine)),
         }
+
+
+def doubt(num_tokens: float, age_s: float) -> float:
+    """How little rates of prompts are to be relied on, from 0 to 1, if so many tokens measured them so long ago."""
+    return round(1 - min(1.0, num_tokens / KNOWN_BY_TOKENS) * math.exp(-age_s / KNOWN_FOR_S), 3)
 
 
 def _page_faults(engine: Engine) -> int:

@@ -8,9 +8,9 @@ import pytest
 
 from bench.placement.figures import imbalance
 from bench.placement.harness import Sample
-from bench.placement.oracle import best_hits, hit_rate
+from bench.placement.oracle import best_hits, hit_rate, relieved
 from bench.placement.trace import load
-from bench.placement.workloads import Agents, agents, singles
+from bench.placement.workloads import Agents, Conversation, Turn, agents, singles
 
 PAGES = [bytes([number]) for number in range(8)]
 
@@ -101,6 +101,15 @@ def test_the_oracle_shares_nothing_between_tenants_and_always_computes_the_last_
 def test_the_oracle_counts_answers_as_cached_for_the_next_turn() -> None:
     first, answer = list(range(16)), list(range(100, 116))
     assert hit_rate([("a", first, answer), ("a", [*first, *answer, 1], [])], 16, 100) == 32 / 49
+
+
+def test_what_the_oracle_leaves_to_compute_is_each_prompt_without_its_hits() -> None:
+    first, second = tuple(range(100, 132)), tuple(range(100, 164))
+    asked = [Conversation(float(at), (Turn(prompt, 5),)) for at, prompt in enumerate((first, second, first))]
+    rest = relieved(asked, 16, 100)
+    assert [one.turns[0].token_ids for one in rest] == [first, second[32:], first[16:]]
+    assert [one.starts_s for one in rest] == [0, 1, 2]
+    assert len({one.tenant for one in rest}) == 3
 
 
 def test_imbalance_is_that_of_the_worst_window_and_unknown_of_a_run_shorter_than_one() -> None:

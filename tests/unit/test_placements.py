@@ -149,10 +149,10 @@ def test_prompts_that_share_nothing_spread_as_if_nothing_were_predicted() -> Non
 
 def test_a_prediction_that_never_comes_true_is_forgotten() -> None:
     world = World(registration("d1"), registration("d2"))
-    world.place(prompt(50))
-    assert world.look(prompt(50)).num_cached_tokens == 50 * PAGE_SIZE
+    world.place(prompt(100))
+    assert world.look(prompt(100)).num_cached_tokens == 100 * PAGE_SIZE
     world.now += GRACE_S + 1.0
-    assert world.look(prompt(50)).num_cached_tokens == 0
+    assert world.look(prompt(100)).num_cached_tokens == 0
 
 
 def test_a_worker_that_started_again_has_nothing_of_what_was_placed_on_its_former_life() -> None:
@@ -217,20 +217,20 @@ async def until_expected(world: World, pages: bytes) -> None:
 
 async def test_a_router_follows_what_another_one_predicted(two: tuple[World, World]) -> None:
     first, second = two
-    placed = first.place(prompt(50))
-    await until_expected(second, prompt(50))
-    assert second.look(prompt(50)).names == placed.names
-    assert second.table(prompt(50)).queue_ms.max() == pytest.approx(800 * 0.5 + 0.5, rel=0.01)
-    assert second.table(prompt(50)).num_decoding.sum() == 1
+    placed = first.place(prompt(100))
+    await until_expected(second, prompt(100))
+    assert second.look(prompt(100)).names == placed.names
+    assert second.table(prompt(100)).queue_ms.max() == pytest.approx(1_600 * 0.5 + 0.5, rel=0.01)
+    assert second.table(prompt(100)).num_decoding.sum() == 1
 
 
 async def test_a_router_does_not_count_its_own_placements_twice(two: tuple[World, World]) -> None:
     first, second = two
-    first.place(prompt(50))
-    await until_expected(second, prompt(50))
-    second.place(prompt(50, seed=1))  # its announcement comes behind the first one's
-    await until_expected(first, prompt(50, seed=1))
-    assert first.table(prompt(50)).num_decoding.sum() == 2
+    first.place(prompt(100))
+    await until_expected(second, prompt(100))
+    second.place(prompt(100, seed=1))  # its announcement comes behind the first one's
+    await until_expected(first, prompt(100, seed=1))
+    assert first.table(prompt(100)).num_decoding.sum() == 2
 
 
 async def test_what_cannot_be_understood_is_left_out(two: tuple[World, World], valkey_url: str) -> None:

@@ -1,8 +1,9 @@
 """Laws of the cost, held for random fleets, and what falls out of it: spreading, affinity, and when to disaggregate."""
 
 import random
+import sys
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_more_cache_never_costs_more(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_a_sequence_more_always_costs_something_whatever_was_measured(seed: int) -> None:
     table = Table.of(random_fleet(seed), WEIGHTS)
-    busier = replace(table, num_decoding=table.num_decoding + 1)
+    busier = table._replace(num_decoding=table.num_decoding + 1)
     decodes = table.facts.decodes
     assert (costs(query(), busier, WEIGHTS).load > costs(query(), table, WEIGHTS).load)[decodes].all()
 
@@ -72,7 +73,7 @@ def test_a_sequence_more_always_costs_something_whatever_was_measured(seed: int)
 def test_a_longer_queue_and_an_older_report_never_cost_less(seed: int) -> None:
     table = Table.of(random_fleet(seed), WEIGHTS)
     now = costs(query(), table, WEIGHTS)
-    for worse in (replace(table, queue_ms=table.queue_ms + 10), replace(table, stale_ms=table.stale_ms + 10)):
+    for worse in (table._replace(queue_ms=table.queue_ms + 10), table._replace(stale_ms=table.stale_ms + 10)):
         then = costs(query(), worse, WEIGHTS)
         for before, after in ((now.local, then.local), (now.remote, then.remote)):
             possible = np.isfinite(before)
@@ -138,9 +139,10 @@ def test_in_doubt_a_rate_comes_near_that_of_those_who_know() -> None:
         return [float(rate) for rate in Table.of([own, peer], WEIGHTS).facts.prefill_ms]
 
     assert rates(0.0, 0.0) == [4.0, 1.0]
-    assert rates(0.75, 0.0) == pytest.approx([4**0.25, 1.0])
-    assert rates(1.0, 0.0) == [1.0, 1.0]
-    assert rates(1.0, 1.0) == [4.0, 1.0], "nobody knows better"
+    assert rates(0.25, 0.0) == pytest.approx([4**0.5 * 2.5**0.5, 1.0])  # half as measured, half as the median of both
+    assert rates(0.5, 0.0) == [1.0, 1.0]
+    assert rates(0.9, 0.2) == [1.0, 1.0]
+    assert rates(0.9, 0.9) == rates(1.0, 1.0) == [4.0, 1.0], "nobody knows better"
 
 
 def test_running_decodes_are_worth_waiting_for_a_prefill_worker() -> None:
@@ -178,7 +180,7 @@ def test_each_rival_goes_by_its_own_thing() -> None:
     fleet = [worker("d1", cached=30, queue_ms=9_000), worker("d2", decoding=1), worker("d3", cached=9, queue_ms=500)]
     assert place(query(), fleet, Weights(policy="prefix")).names == ("d1", "")
     assert place(query(), fleet, Weights(policy="least-loaded")).names == ("d2", "")
-    at_random = {place(replace(query(), request_id=str(n)), fleet, Weights(policy="random")).names for n in range(50)}
+    at_random = {place(query()._replace(request_id=str(n)), fleet, Weights(policy="random")).names for n in range(50)}
     assert len(at_random) == 3
 
 
@@ -201,6 +203,28 @@ def test_round_robin_takes_turns() -> None:
         chosen.append(placed.names[0])
     assert chosen[:3] == chosen[3:]
     assert set(chosen) == {"d1", "d2", "d3"}
+
+
+def test_more_workers_take_more_arithmetic_and_no_more_calls() -> None:
+    """All placements are weighed at once: nothing is done for each."""
+
+    def num_calls(num_workers: int) -> int:
+        fleet = [worker(f"{role}{n}", cached=n % 5, decoding=n % 3) for role in "pd" for n in range(num_workers)]
+        table, calls = Table.of(fleet, WEIGHTS), list[str]()
+        rank(query(), table, WEIGHTS)  # what is kept between requests is made now
+
+        def count(_: Any, event: str, __: Any) -> None:
+            if event in ("call", "c_call"):
+                calls.append(event)
+
+        sys.setprofile(count)
+        try:
+            rank(query(), table, WEIGHTS)
+        finally:
+            sys.setprofile(None)
+        return len(calls)
+
+    assert num_calls(200) <= num_calls(20)
 
 
 def test_every_policy_can_be_configured() -> None:

@@ -154,12 +154,12 @@ def test_a_conversations_next_turn_goes_where_its_prefix_is_though_it_was_placed
     world: World,
 ) -> None:
     world.observe(registration("d1"), registration("d2"))
-    first = place(query(100), world.workers(), WEIGHTS)
+    first = place(query(300), world.workers(), WEIGHTS)
     record(world.fleet, first)
     assert first.decode is not None
-    world.now += 0.06
+    world.now += 0.16
     alone = replace(WEIGHTS, min_pull_tokens=1_000)
-    second = policy.place(query(110), world.table({first.decode.name: 6}), alone)
+    second = policy.place(query(310), world.table({first.decode.name: 18}), alone)
     assert second.names == first.names
 
 

@@ -151,7 +151,9 @@ def test_a_local_prefill_avoids_the_decodes_it_would_stall() -> None:
     busy, idle = worker("d1", decoding=4), worker("d2", decoding=0, queue_ms=30)
     assert where([busy, idle], query(100)) == ("d2", "")
     assert where([busy, idle], query(100), load_weight=0.0) == ("d2", "")
-    assert where([busy, idle], query(100), stall_weight=0.0, load_weight=0.0) == ("d1", "")
+    assert where([busy, idle], query(100), stall_weight=0.0, load_weight=0.0) == ("d2", "")  # steps of d1 take as long
+    waits = worker("d2", decoding=0, queue_ms=31)
+    assert where([busy, waits], query(100), stall_weight=0.0, load_weight=0.0, tie_ms=0.0) == ("d1", "")
 
 
 def test_a_remote_prefill_avoids_a_decode_worker_that_has_prompts_of_its_own_to_compute() -> None:
@@ -379,7 +381,7 @@ def test_in_large_fleets_the_first_few_are_those_that_a_sorted_list_begins_with(
     found = policy.rank(query(), table, replace(WEIGHTS, tie_ms=0.0))
     first = [found.scored.totals.reshape(-1)[number] for number in found.numbers(6)]
     assert first == sorted(found.scored.totals.reshape(-1))[:6]
-    assert sorted(found.numbers().tolist()) == list(range((num_prefill + 1) * num_decode))
+    assert sorted(found.numbers()) == list(range((num_prefill + 1) * num_decode))
 
 
 # Detours --------------------------------------------------------------------------------------------------------------

@@ -69,6 +69,19 @@ def test_rates_of_prompts_are_in_doubt_after_few_tokens_and_after_a_while() -> N
     telemetry.close()
 
 
+def test_a_rate_of_reading_is_forgotten_when_nothing_was_read_for_long() -> None:
+    telemetry, now = Telemetry("worker", "w"), [0.0]
+    measures = Measures(telemetry.meter, Rig().engine, lambda: now[0])
+    assert measures.load(0, 0).transfer_bytes_per_ms == 0
+    measures.transferred(1_000, 1.0)
+    assert measures.load(0, 0).transfer_bytes_per_ms == pytest.approx(1)
+    now[0] += KNOWN_FOR_S
+    assert measures.load(0, 0).transfer_bytes_per_ms == 0
+    measures.transferred(1_000_000_000, 1.0)
+    assert measures.load(0, 0).transfer_bytes_per_ms > 100_000
+    telemetry.close()
+
+
 def test_requests_are_counted_while_inside_and_for_ever() -> None:
     admission = Admission()
     for _ in range(3):

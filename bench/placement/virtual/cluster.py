@@ -57,9 +57,9 @@ class VirtualCluster:
         self._config = WorkerConfig.load(["--num-pages", str(shape.num_pages), *shape.worker_flags.split()])
         names = [(Role.PREFILL, f"prefill-{number}") for number in range(shape.num_prefill)]
         names += [(Role.DECODE, f"decode-{number}") for number in range(shape.num_decode)]
-        self._workers = {name: VirtualWorker(name, role, self._config) for role, name in names}
-        self._reports = {name: worker.registration() for name, worker in self._workers.items()}
-        self._promised: dict[str, dict[str, Need]] = {name: {} for name in self._workers}
+        self.workers = {name: VirtualWorker(name, role, self._config) for role, name in names}
+        self._reports = {name: worker.registration() for name, worker in self.workers.items()}
+        self._promised: dict[str, dict[str, Need]] = {name: {} for name in self.workers}
         self._parked: deque[asyncio.Event] = deque()
         self._numbers = count()
         self.samples: list[Sample] = []
@@ -71,8 +71,8 @@ class VirtualCluster:
         for number, router in enumerate(self._routers, 1):
             router.begin(self._reports.values())
             works.append(router.run(self._reports, number / len(self._routers)))
-        for number, worker in enumerate(self._workers.values()):
-            works += [worker.run(), self._report(worker, number / len(self._workers)), self._write_index(worker)]
+        for number, worker in enumerate(self.workers.values()):
+            works += [worker.run(), self._report(worker, number / len(self.workers)), self._write_index(worker)]
             worker.admission.on_freed = self._wake
         tasks = [asyncio.create_task(work) for work in works]
         try:
@@ -109,7 +109,7 @@ class VirtualCluster:
 
     async def _watch(self) -> None:
         while True:
-            loads = [(name, worker.load()) for name, worker in self._workers.items()]
+            loads = [(name, worker.load()) for name, worker in self.workers.items()]
             self.samples.append(Sample(now_s(), {name: load.num_running + load.num_waiting for name, load in loads}))
             await asyncio.sleep(SAMPLE_S)
 
@@ -152,7 +152,7 @@ class VirtualCluster:
         return None
 
     def _fits(self, need: Need) -> bool:
-        worker, promised = self._workers[need.name], self._promised[need.name].values()
+        worker, promised = self.workers[need.name], self._promised[need.name].values()
         used, limits = worker.used(), worker.limits
         room = Room(
             sequences=used.sequences + len(promised),
@@ -186,8 +186,8 @@ class VirtualCluster:
         return Reply(answer, tuple(tokens))
 
     async def _generate(self, job: Job, chosen: Candidate, answer: Answer) -> AsyncGenerator[int, None]:
-        decode, prefill = (self._workers[name] if name else None for name in chosen.names)
-        source = self._workers[chosen.source.name] if chosen.source else None
+        decode, prefill = (self.workers[name] if name else None for name in chosen.names)
+        source = self.workers[chosen.source.name] if chosen.source else None
         assert decode is not None
         self._promised[decode.name].pop(job.request_id, None)
         started = now_s()

@@ -1,0 +1,123 @@
+"""What prompts are expected to take, and what becomes of rates that were measured at a bad moment."""
+
+from dataclasses import replace
+
+import pytest
+
+from bench.placement.harness import Fleet, hold_all
+from bench.placement.virtual import loop
+from bench.placement.virtual.cluster import VirtualCluster
+from bench.placement.workloads import singles
+from services.router.candidate import Weights
+from shared.blackboard.records import Load
+from shared.engine.meter import PromptCost
+from shared.worker.measures import KNOWN_FOR_S, doubt
+from tests.unit.fleets import place, query, worker
+
+WEIGHTS = Weights()
+STEP_MS = 20.0
+
+
+# Steps that a prompt shares -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_tokens", "num_steps"), [(32, 1.5), (512, 1.5), (513, 2.5), (1_000, 2.5)])
+def test_beside_those_who_generate_a_prompt_waits_for_half_a_step_and_shares_one_for_each_chunk(
+    num_tokens: int, num_steps: float
+) -> None:
+    placed = place(query(num_tokens), [worker("d1", decoding=3)], WEIGHTS)
+    assert dict(placed.terms)["steps"] == num_steps * STEP_MS
+    assert placed.expected_ms == num_tokens * 0.5 + num_steps * STEP_MS
+
+
+def test_where_nobody_generates_there_are_no_steps_to_share() -> None:
+    assert dict(place(query(), [worker("d1")], WEIGHTS).terms)["steps"] == 0
+    handed_over = place(query(), [worker("p1", decoding=3), worker("d1", decoding=3)], WEIGHTS)
+    assert (handed_over.names, handed_over.expected_ms) == (("d1", "p1"), 500)
+
+
+def test_a_prompt_that_is_short_beside_a_step_is_worth_handing_over() -> None:
+    quick = Load(prefill_ms_per_token=0.03, decode_step_ms=STEP_MS)
+    for num_decoding, prefill in ((0, ""), (1, "p1")):
+        fleet = [worker("p1", load=quick), worker("d1", decoding=num_decoding, load=quick)]
+        assert place(query(64), fleet, WEIGHTS).names == ("d1", prefill)
+
+
+def test_prompts_of_one_step_share_it() -> None:
+    """So what one of them takes of its worker's time, and who comes next has to wait for, is a part of the step."""
+    placed = place(query(128), [worker("d1", decoding=3)], WEIGHTS)
+    assert placed.prefill_ms == 128 * 0.5 + STEP_MS * 128 / WEIGHTS.chunk_tokens
+
+
+def test_what_workers_find_is_what_was_expected_though_steps_take_longer_than_the_prompts() -> None:
+    """A prompt of 32 tokens takes 3 ms here, and waits for steps of 20 ms and more."""
+    flags = "--sim-prefill-ms-per-token 0.1 --sim-decode-ms 20 --sim-decode-ms-per-sequence 0.5 --max-step-tokens 512"
+    streams, prompts = singles(1.0, 4.0, 64, 200, seed=1), singles(8.0, 12.0, 32, 8, seed=2)
+    conversations = streams + [replace(one, starts_s=one.starts_s + 1.0) for one in prompts]
+
+    async def ratios() -> list[float]:
+        cluster = VirtualCluster(Fleet(num_decode=2, worker_flags=flags))
+        async with cluster.running():
+            await hold_all(cluster.ask, conversations, loop.now_s)
+        return [each.load().prompt_ratio for each in cluster.workers.values()]
+
+    assert loop.run(ratios()) == [pytest.approx(1, abs=0.2)] * 2
+
+
+# Rates measured at a bad moment ---------------------------------------------------------------------------------------
+
+
+class Measured:
+    """A worker's rate of prompts: a first step at start-up, and prompts since."""
+
+    def __init__(self, ms_per_token: float, num_tokens: int) -> None:
+        self._cost, self._measured_at = PromptCost(memory=8_192), 0.0
+        self._cost.add(num_tokens, num_tokens**2 / 2, num_tokens * ms_per_token)
+
+    def compute(self, num_tokens: int, now: float) -> None:
+        """A prompt, at the speed that all have now: 1 ms a token."""
+        self._measured_at = now
+        self._cost.add(num_tokens, num_tokens**2 / 2, num_tokens * 1.0)
+
+    def load(self, now: float) -> Load:
+        """As it would report it."""
+        doubted = doubt(self._cost.num_tokens, now - self._measured_at)
+        return Load(prefill_ms_per_token=self._cost.ms_per_token, prefill_doubt=doubted, decode_step_ms=STEP_MS)
+
+
+def computing(rates: dict[str, Measured], num_prompts: int, every_s: float) -> list[str]:
+    """Who computes each of some prompts of 200 tokens that come one after the other."""
+    chosen = []
+    for number in range(num_prompts):
+        now = number * every_s
+        placed = place(query(200), [worker(name, load=rate.load(now)) for name, rate in rates.items()], WEIGHTS)
+        assert placed.computing is not None
+        rates[placed.computing.name].compute(200, now)
+        chosen.append(placed.computing.name)
+    return chosen
+
+
+@pytest.mark.parametrize("slowed", [1.5, 4.0, 10.0])
+def test_after_a_busy_start_up_prompts_are_handed_over_within_ten_of_them(slowed: float) -> None:
+    """The prefill worker's few first tokens were measured while everything started; all are equally fast since."""
+    chosen = computing({"p1": Measured(slowed, 64), "d1": Measured(1.0, 64)}, 40, every_s=0.3)
+    first = chosen.index("p1")
+    assert 0 < first < 10
+    assert chosen[-20:].count("p1") >= 18
+
+
+def test_who_knows_half_as_much_as_others_is_tried_whatever_it_measured() -> None:
+    chosen = computing({"p1": Measured(4.0, 400), "d1": Measured(1.0, 400)}, 20, every_s=0.3)
+    assert 0 < chosen.index("p1") < 10
+
+
+def test_also_what_was_measured_well_at_a_bad_moment_is_measured_again_within_a_minute() -> None:
+    chosen = computing({"p1": Measured(4.0, 4_096), "d1": Measured(1.0, 4_096)}, 1_000, every_s=1.0)
+    assert 10 < chosen.index("p1") < KNOWN_FOR_S
+    assert chosen[-20:].count("p1") >= 18
+
+
+def test_a_fleet_that_was_idle_believes_its_rates_as_before() -> None:
+    rates = {"p1": Measured(4.0, 4_096), "d1": Measured(1.0, 4_096)}
+    later = [worker(name, load=rate.load(10 * KNOWN_FOR_S)) for name, rate in rates.items()]
+    assert place(query(200), later, WEIGHTS).names == ("d1", "")
