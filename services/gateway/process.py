@@ -13,7 +13,7 @@ from pathlib import Path
 
 import uvicorn
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protos.forebay.v1 import gateway_pb2_grpc
 from services.gateway.api_keys import ApiKeys
@@ -150,16 +150,23 @@ def rest_server(config: GatewayConfig, core: Core, telemetry_: Telemetry) -> tup
 
 
 def for_browsers(rest: Rest, origins: Sequence[str]) -> ASGIApp:
-    """Let pages of these sites call the server from a browser; a request from elsewhere passes through untouched."""
+    """Let pages of these sites call the server from a browser; a request from elsewhere passes through untouched, as does
+    each chunk of its answer."""
     if not origins:
         return rest
-    return CORSMiddleware(
+    pages = CORSMiddleware(
         rest,
         allow_origins=origins,
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
         expose_headers=(REQUEST_ID,),
     )
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        is_of_a_page = any(name == b"origin" for name, _ in scope["headers"])
+        await (pages if is_of_a_page else rest)(scope, receive, send)
+
+    return serve
 
 
 class RestServer(uvicorn.Server):
