@@ -150,8 +150,8 @@ def rest_server(config: GatewayConfig, core: Core, telemetry_: Telemetry) -> tup
 
 
 def for_browsers(rest: Rest, origins: Sequence[str]) -> ASGIApp:
-    """Let pages of these sites call the server from a browser; a request from elsewhere passes through untouched, as does
-    each chunk of its answer."""
+    """Let pages of these sites call the server from a browser; a request from elsewhere passes through untouched, and
+    so does each chunk of its answer."""
     if not origins:
         return rest
     pages = CORSMiddleware(

@@ -63,19 +63,19 @@ async def test_without_a_server_runs_fail_until_it_is_back(valkey: ValkeyProcess
 
 
 async def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_told_and_done_without_afterwards() -> None:
-    """The first connection is one that hears nothing any more, as after a change of the network; the second one works."""
-    num_connections = 0
+    """The first connection hears nothing any more, as after a change of the network; the second one works."""
+    connections: list[asyncio.Task[None] | None] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal num_connections
-        num_connections += 1
-        is_deaf = num_connections == 1
+        is_deaf = not connections
+        connections.append(asyncio.current_task())
         while line := await reader.readline():
             if line.strip() in (b"SETINFO", b"LOAD"):
                 writer.write(b"+OK\r\n")
             elif line.strip() == b"EVALSHA" and not is_deaf:
                 writer.write(b":7\r\n")
         writer.close()
+        await writer.wait_closed()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
@@ -83,7 +83,8 @@ async def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_told_a
             with pytest.raises(TimeoutError):
                 await runs.run(["n"], ["a"])
             assert await runs.run(["n"], ["a"]) == 7
-    assert num_connections == 2
+        await asyncio.gather(*filter(None, connections))
+    assert len(connections) == 2
 
 
 async def test_who_leaves_takes_nobodys_answer(valkey_url: str) -> None:
