@@ -44,8 +44,8 @@ class Together:
     async def run(self, keys: Sequence[str], args: Sequence[str | int]) -> Any:
         """What the script answers. Raises RedisError, or TimeoutError if there is no answer in time.
 
-        Without a word to anybody it is sent once more on another connection, which knows the script, if it was lost
-        with its own: the server may have been started again. A script of ours may be repeated.
+        A run whose connection was lost is sent once more, on the next one, which knows the script: the server may have
+        been started again. Scripts of ours may be repeated.
         """
         command = hiredis.pack_command(("EVALSHA", self._sha, len(keys), *keys, *args))  # type: ignore[arg-type]
         try:
