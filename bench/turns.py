@@ -29,8 +29,8 @@ class Difference:
 
     def __format__(self, spec: str) -> str:
         """Each of the three numbers in the format given."""
-        median_, low, high = (format(number, spec) for number in (self.median, self.low, self.high))
-        return f"{median_} ({low} to {high})"
+        middle, low, high = (format(number, spec or "+.1f") for number in (self.median, self.low, self.high))
+        return f"{middle} ({low} to {high})"
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
