@@ -32,7 +32,7 @@ import httpx
 import uvloop
 
 from bench import provenance, turns
-from bench.asked import Asked, Cluster, bare_engine
+from bench.asked import Asked, Cluster, Timing, bare_engine
 from cli import background
 from cli.background import Background
 from cli.process import ROOT
@@ -50,16 +50,12 @@ Found = dict[str, dict[str, list[float]]]
 """Milliseconds by figure and by who was asked, round by round."""
 
 
-async def measure(asked: dict[str, Asked], num_rounds: int, chance: Random) -> Found:
-    """Ask everybody, in turns."""
-    found: Found = defaultdict(lambda: defaultdict(list))
+async def measure(asked: dict[str, Asked], num_rounds: int, chance: Random, found: Found) -> None:
+    """Ask everybody, in turns. What is `found` is of whole turns, also if it is ended before its time."""
 
-    async def one(name: str, figure: str, prompt: Sequence[int], num_tokens: int) -> None:
+    async def one(name: str, prompt: Sequence[int], num_tokens: int, took: dict[str, Timing]) -> None:
         await asyncio.sleep(PAUSE_S)
-        took = await asked[name].ask(prompt, num_tokens)
-        found[figure][name].append(took.first_ms)
-        if num_tokens == NUM_TOKENS:
-            found["each token, batch 1"][name].append(took.each_ms)
+        took[name] = await asked[name].ask(prompt, num_tokens)
 
     for _ in range(num_rounds):
         short, long = _prompt(chance, 64), _prompt(chance, 512)
@@ -68,9 +64,12 @@ async def measure(asked: dict[str, Asked], num_rounds: int, chance: Random) -> F
             ("first token of 512", long, 2),
             ("first token of 512, prefix cached", long, 1),
         ):
-            ways = {name: partial(one, name, figure, prompt, num_tokens) for name in asked}
-            await turns.in_turns(ways, chance)
-    return found
+            took: dict[str, Timing] = {}
+            await turns.in_turns({name: partial(one, name, prompt, num_tokens, took) for name in asked}, chance)
+            for name, timing in took.items():
+                found[figure][name].append(timing.first_ms)
+                if num_tokens == NUM_TOKENS:
+                    found["each token, batch 1"][name].append(timing.each_ms)
 
 
 def report(found: Found, names: Sequence[str]) -> None:
@@ -127,6 +126,10 @@ async def loads(cluster: Cluster, running: Background, chance: Random, num_round
     print(f"{read / first:.1%}, most of it behind the computation")
 
 
+def _nothing() -> Found:
+    return defaultdict(lambda: defaultdict(list))
+
+
 def _prompt(chance: Random, length: int) -> list[int]:
     return chance.choices(range(100, 40_000), k=length)
 
@@ -143,9 +146,13 @@ async def run(args: argparse.Namespace, checkouts: dict[str, Path]) -> None:
             print(f"healthy after {(time.perf_counter() - started_s) / len(running):.1f} s\n")
             clusters = {name: Cluster(one) for name, one in running.items()}
             asked: dict[str, Asked] = {BARE: bare, **clusters}
-            await measure(asked, 2, chance)
+            await measure(asked, 2, chance, _nothing())
             before = {name: await reads(one.run.redis_url) for name, one in running.items()}
-            report(await measure(asked, args.rounds, chance), list(asked))
+            found = _nothing()
+            try:
+                await measure(asked, args.rounds, chance, found)
+            finally:
+                report(found, list(asked))
             for name, one in running.items():
                 count = (await reads(one.run.redis_url))[0] - before[name][0]
                 print(f"\n{name}: {count} of {args.rounds} prompts of 512 were handed over")

@@ -34,7 +34,7 @@ from services.router.placements import Placements
 from services.router.policy import place
 from services.router.servicer import RouterServicer, parse
 from shared import rpc
-from shared.blackboard.admission import AdmissionBoard
+from shared.blackboard.admission import AdmissionBoard, Placed, Verdict
 from shared.blackboard.board import Blackboard
 from shared.blackboard.index import IndexEvent, IndexPart
 from shared.blackboard.placements import PlacementBoard
@@ -129,14 +129,15 @@ class Prompts:
             )
 
 
-class Promising:
-    """In Redis' place: promises room on the first placement without looking."""
+class Promising(AdmissionBoard):
+    """Without Redis: promises room on the first placement without looking."""
 
-    def register_script(self, _: str) -> Callable[..., Awaitable[list[bytes | int]]]:
-        async def run(keys: list[str], args: list[str | int]) -> list[bytes | int]:  # noqa: ARG001
-            return [b"placed", 0]
+    def __init__(self) -> None:
+        pass
 
-        return run
+    async def reserve(self, *_: Any, **__: Any) -> Verdict:
+        """See `AdmissionBoard`."""
+        return Placed(0)
 
 
 async def measure(num_workers: int, args: argparse.Namespace) -> None:
@@ -156,7 +157,7 @@ async def measure(num_workers: int, args: argparse.Namespace) -> None:
         board = Blackboard(url)
         asked = itertools.cycle(list(itertools.islice(prompts, 2_000)))
         await time_parts(mirror, fleet, asked, args.seconds)
-        for name, redis in (("inside", AdmissionBoard(cast("Any", Promising()))), ("decision", board.admission)):
+        for name, redis in (("inside", Promising()), ("decision", board.admission)):
             print(f"  {name:10} {await repeat(servicer(redis).Route, asked, args.seconds)}")
         await over_grpc(servicer(board.admission), asked, telemetry, args.seconds)
         await fill(board.admission, fleet)

@@ -25,7 +25,12 @@ class Difference:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.median:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+        return format(self, "+.1f")
+
+    def __format__(self, spec: str) -> str:
+        """Each of the three numbers in the format given."""
+        middle, low, high = (format(number, spec or "+.1f") for number in (self.median, self.low, self.high))
+        return f"{middle} ({low} to {high})"
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Difference:

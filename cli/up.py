@@ -97,7 +97,7 @@ async def run(options: ClusterOptions, deadline_s: float, verbose: bool) -> None
     try:
         starting = asyncio.create_task(cluster.start(os.getpid(), deadline_s))
         if await _first(starting, stop):
-            typer.echo(_welcome(cluster.state.url, cluster.state.model))
+            typer.echo(welcome(cluster.state.url, cluster.state.model))
             await stop.wait()
         typer.echo("stopping; Ctrl-C again ends everything at once", err=True)
     finally:
@@ -146,7 +146,8 @@ def _echo(name: str, line: str) -> None:
     sys.stderr.write(f"{name:<12} {line}\n")
 
 
-def _welcome(url: str, model: str) -> str:
+def welcome(url: str, model: str) -> str:
+    """What the user is told once the model is served: where, what to try, how to stop."""
     path = "chat/completions"
     asked = '"temperature": 0, "messages": [{"role": "user", "content": "What is the capital of France?"}]'
     body = f'{{"model": "{model}", {asked}}}'

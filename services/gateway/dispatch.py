@@ -177,10 +177,11 @@ class _Attempt:
 
     def note(self, response: decode_pb2.GenerateResponse) -> None:
         """Remember what the client gets."""
-        self._token_ids.extend(response.tokens.token_ids)
         self._num_failures, self.failed, self.unclaimed = 0, None, None
         self.finished = response.HasField("finished")
         said = response.finished if self.finished else response.tokens
+        if not self.finished:
+            self._token_ids.extend(response.tokens.token_ids)
         if said.HasField("usage"):
             self._used_here.CopyFrom(said.usage)
             self._add_up(said.usage)

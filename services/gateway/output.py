@@ -36,6 +36,11 @@ class Delta:
     num_reasoning_tokens: int = 0
     usage: generation_pb2.Usage | None = None
 
+    @property
+    def is_text_alone(self) -> bool:
+        """Whether a client that asked for nothing else sees more text, and that is all."""
+        return bool(self.text) and not (self.reasoning or self.calls or self.finish_reason)
+
 
 async def deltas(job: Job, choice: Choice, generate: Generate) -> AsyncGenerator[Delta, None]:
     """The output of one choice, at most one delta for each message of the worker. Raises any Fault."""
@@ -69,11 +74,11 @@ class _Output:
         """Take the tokens of one step, up to the one that completes a stop string or the message."""
         if chunk.HasField("usage"):
             self._usage = chunk.usage
-        delta = Delta(self._index, usage=self._usage)
+        delta, logprobs = Delta(self._index, usage=self._usage), chunk.logprobs
         for i, token_id in enumerate(chunk.token_ids):
             delta.token_ids.append(token_id)
-            if chunk.logprobs:
-                delta.logprobs.append(chunk.logprobs[i])
+            if logprobs:
+                delta.logprobs.append(logprobs[i])
             if stop := self._take(token_id):
                 delta.finish_reason, delta.stop_reason = "stop", stop
             if self._parser.ended:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import uvicorn
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protos.forebay.v1 import gateway_pb2_grpc
 from services.gateway.api_keys import ApiKeys
 from services.gateway.config import GatewayConfig
+from services.gateway.connection import Connection
 from services.gateway.core import Core
 from services.gateway.directory import Directory, follow
 from services.gateway.dispatch import Dispatcher
@@ -136,7 +137,7 @@ def rest_server(config: GatewayConfig, core: Core, telemetry_: Telemetry) -> tup
     settings = uvicorn.Config(
         for_browsers(rest, config.allow_origin),
         loop="none",
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -150,16 +151,23 @@ def rest_server(config: GatewayConfig, core: Core, telemetry_: Telemetry) -> tup
 
 
 def for_browsers(rest: Rest, origins: Sequence[str]) -> ASGIApp:
-    """Let pages of these sites call the server from a browser; a request from elsewhere passes through untouched."""
+    """Let pages of these sites call the server from a browser; a request from elsewhere passes through untouched, and
+    so does each chunk of its answer."""
     if not origins:
         return rest
-    return CORSMiddleware(
+    pages = CORSMiddleware(
         rest,
         allow_origins=origins,
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
         expose_headers=(REQUEST_ID,),
     )
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        is_of_a_page = any(name == b"origin" for name, _ in scope["headers"])
+        await (pages if is_of_a_page else rest)(scope, receive, send)
+
+    return serve
 
 
 class RestServer(uvicorn.Server):

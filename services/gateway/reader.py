@@ -58,6 +58,9 @@ class Reader:
         return self._detokenizer.flush() if token_id in self._tags else self._detokenizer.feed(token_id)
 
     def _pass_on(self, released: str, *, end: bool) -> list[Piece]:
+        if not self._marks and not self._scanner.tags:  # of most outputs: there is nothing but text
+            self._num_passed += len(released)
+            return [released] if released else []
         pieces = [piece for mark in self._cut(released) for piece in self._scanner.feed(mark)]
         return [*pieces, *self._scanner.flush()] if end else pieces
 

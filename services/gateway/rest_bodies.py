@@ -15,6 +15,8 @@ from services.gateway.parsers.api import CallPart
 from services.gateway.request import Job
 
 DONE = b"data: [DONE]\n\n"
+# Stands for a text.
+_TEXT = "\0text\0"
 
 
 def event(body: object) -> bytes:
@@ -31,6 +33,7 @@ class Progress:
     num_chars: int = 0
     begun: bool = False
     usage: generation_pb2.Usage | None = None
+    around_text: tuple[bytes, bytes] | None = None
 
 
 @dataclass(slots=True)
@@ -64,6 +67,9 @@ class Bodies:
     def __init__(self, job: Job) -> None:
         self._job, self._options = job, job.options
         self._wants_logprobs = job.options.sampling.HasField("num_logprobs")
+        self._wants_text_alone = not (
+            self._wants_logprobs or job.options.return_token_ids or job.options.continuous_usage
+        )
         self._names = TokenNames(job.model.text.tokenizer, job.options.tokens_as_ids)
         self.progress = [Progress() for _ in job.choices]
         prefix = "chatcmpl" if job.is_chat else "cmpl"
@@ -109,6 +115,8 @@ class Bodies:
     def chunk(self, delta: Delta) -> bytes:
         """The events for one delta."""
         progress = self.progress[delta.index]
+        if progress.begun and self._wants_text_alone and delta.is_text_alone:
+            return self._text_event(progress, delta)
         first, progress.begun = not progress.begun, True
         choice = self._chat_delta(delta) if self._job.is_chat else self._text_delta(delta, first)
         events = b""
@@ -118,6 +126,16 @@ class Bodies:
             events = self._chunk(role | {"finish_reason": None}, prompt)
         progress.num_chars += len(delta.text)
         return events + self._chunk(choice, {})
+
+    def _text_event(self, progress: Progress, delta: Delta) -> bytes:
+        """The event of most tokens, which differs from the one before in its text alone: the rest is written once."""
+        if progress.around_text is None:
+            other = Delta(delta.index, text=_TEXT)
+            choice = self._chat_delta(other) if self._job.is_chat else self._text_delta(other, first=False)
+            before, _, after = self._chunk(choice, {}).partition(orjson.dumps(_TEXT))
+            progress.around_text = before, after
+        before, after = progress.around_text
+        return before + orjson.dumps(delta.text) + after
 
     def usage_chunk(self) -> bytes:
         """The event with the counts, which has no choices."""

@@ -110,11 +110,15 @@ class Account:
 class AdmissionBoard:
     """All methods are one round trip each, reservations of one moment one for all, and raise BlackboardLost."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, timeout_s: float) -> None:
         self._redis = redis
         script = _SCRIPT.replace("'WAITER'", f"'{keys.WAITER}'").replace("'WAKE'", f"'{keys.WAKE}'")
         self._script = redis.register_script(script)
-        self._reservations = Together(redis, self._script)
+        self._reservations = Together(redis, script, timeout_s)
+
+    async def close(self) -> None:
+        """Close the connection of reservations."""
+        await self._reservations.close()
 
     async def reserve(
         self,

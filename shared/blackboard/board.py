@@ -33,11 +33,12 @@ class Blackboard:
     def __init__(self, url: str, timeout_ms: int = TIMEOUT_MS) -> None:
         self._redis: Redis = connect(url, timeout_ms)
         self.index = PrefixIndex(self._redis)
-        self.admission = AdmissionBoard(self._redis)
+        self.admission = AdmissionBoard(self._redis, timeout_ms / 1000)
         self.placements = PlacementBoard(self._redis)
 
     async def close(self) -> None:
         """Close the connections."""
+        await self.admission.close()
         await self._redis.aclose()
 
     async def next_epoch(self, name: str) -> int:

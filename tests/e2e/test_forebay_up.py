@@ -7,16 +7,17 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 
 import httpx
 import pytest
 
 from cli import background
-from cli.process import ROOT
+from cli.process import ROOT, bound_to_me
 from cli.state import RunState
 from shared.models.store import default_cache
-from tests.e2e.cluster import Row, RunningCluster
+from tests.e2e.cluster import Row, RunningCluster, as_curl_does
 from tests.valkey import ValkeyProcess
 
 DEADLINE_S = 60.0
@@ -74,6 +75,17 @@ async def test_status_names_every_process_with_its_facts(sim_cluster: RunningClu
     pages = rows["decode-0"]["pages"]
     assert pages["total"] == pages["free"] + pages["cached"] + pages["leased"] + pages["held"] > 0
     assert status["url"].endswith(rows["gateway-0"]["http_address"])
+
+
+def test_what_it_says_when_ready_can_be_done_as_it_stands() -> None:
+    command = [sys.executable, "-m", "cli.main", "up", "--port", "0", *SIM]
+    with subprocess.Popen(bound_to_me(command), cwd=ROOT, stdout=subprocess.PIPE, text=True) as up:
+        assert up.stdout is not None
+        said = list(takewhile(lambda line: "Ctrl-C" not in line, up.stdout))
+        answer = as_curl_does(next(line for line in said if line.lstrip().startswith("curl ")))
+        assert answer.json()["usage"]["completion_tokens"] > 0
+        up.send_signal(signal.SIGINT)
+        assert up.wait(DEADLINE_S) == 0
 
 
 async def test_ctrl_c_leaves_no_process_no_port_and_no_file() -> None:

@@ -12,7 +12,8 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from tests.e2e.cluster import RunningCluster
+from cli.up import welcome
+from tests.e2e.cluster import RunningCluster, as_curl_does
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 LONG = "Count the rivers of every continent, and say where each of them begins and where it ends. " * 30
@@ -36,6 +37,12 @@ def test_the_model_answers_a_question(client: openai.OpenAI, model_cluster: Runn
     answer = client.chat.completions.create(model=model_cluster.model, messages=QUESTION, temperature=0)
     assert "Paris" in (answer.choices[0].message.content or "")
     assert answer.choices[0].finish_reason == "stop"
+
+
+def test_what_forebay_up_says_when_ready_gets_the_answer(model_cluster: RunningCluster) -> None:
+    said = welcome(model_cluster.url, model_cluster.model)
+    answer = as_curl_does(next(line for line in said.splitlines() if line.lstrip().startswith("curl ")))
+    assert "Paris" in answer.json()["choices"][0]["message"]["content"]
 
 
 def test_a_streamed_answer_is_the_whole_answer_in_pieces(client: openai.OpenAI, model_cluster: RunningCluster) -> None:

@@ -48,3 +48,9 @@ async def test_each_way_is_gone_once_a_turn_and_none_is_always_first() -> None:
         await turns.in_turns({"a": lambda: go("a"), "b": lambda: go("b")}, chance)
     assert all(set(gone[at : at + 2]) == {"a", "b"} for at in range(0, 40, 2))
     assert set(gone[::2]) == {"a", "b"}
+
+
+def test_a_difference_is_shown_to_a_tenth_or_as_it_is_wanted() -> None:
+    found = turns.Difference(1.25, -0.5, 3.0)
+    assert f"{found}" == str(found) == "+1.2 (-0.5 to +3.0)"
+    assert f"{found:+.2f}" == "+1.25 (-0.50 to +3.00)"

@@ -10,7 +10,7 @@ class TagScanner:
     """Splits a text that grows at tags. What may be the beginning of a tag is held back."""
 
     def __init__(self, tags: Sequence[str]) -> None:
-        self._tags = tuple(tags)
+        self.tags = tuple(tags)
         self._held = ""
 
     def feed(self, piece: Piece) -> Iterator[Piece]:
@@ -18,7 +18,7 @@ class TagScanner:
         if isinstance(piece, Tag):
             yield from self.flush()
             yield piece
-        elif not self._tags:
+        elif not self.tags:
             yield piece
         else:
             yield from self._scan(self._held + piece)
@@ -36,11 +36,11 @@ class TagScanner:
                 yield text[:position]
             yield Tag(tag, certain=False)
             text = text[position + len(tag) :]
-        end = len(text) - num_held(text, self._tags)
+        end = len(text) - num_held(text, self.tags)
         self._held = text[end:]
         if end:
             yield text[:end]
 
     def _first(self, text: str) -> tuple[int, str] | None:
-        found = ((text.find(tag), tag) for tag in self._tags)
+        found = ((text.find(tag), tag) for tag in self.tags)
         return min((match for match in found if match[0] >= 0), default=None)
