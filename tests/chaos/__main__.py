@@ -16,7 +16,7 @@ ROLES = ("decode", "prefill", "gateway", "router", "blackboard")
 SIM = Plan()
 # Computing on two cores: everything takes longer, so everything comes more slowly.
 MODEL = Plan(
-    seconds=210.0,
+    seconds=180.0,
     num_clients=4,
     client_pause_s=0.2,
     num_prefill=1,
