@@ -16,11 +16,11 @@ ROLES = ("decode", "prefill", "gateway", "router", "blackboard")
 SIM = Plan()
 # Computing on two cores: everything takes longer, so everything comes more slowly.
 MODEL = Plan(
-    seconds=180.0,
+    seconds=210.0,
     num_clients=4,
     client_pause_s=0.2,
     num_prefill=1,
-    num_decode=3,
+    num_decode=2,
     worker_pause_s=(4.0, 10.0),
     other_pause_s=(10.0, 30.0),
     prefill_ms_per_token=1.0,
