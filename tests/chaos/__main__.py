@@ -50,7 +50,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=Plan.seed, help="of requests and faults")
     parser.add_argument("--engine", choices=("sim", "torch"), default="sim", help="torch computes the default model")
     parser.add_argument("--requests", type=int, default=0, help="end after so many; 0 takes what suits the engine")
-    parser.add_argument("--minutes", type=float, default=0.0, help="end then at the latest; 0 as well")
+    parser.add_argument("--minutes", type=float, default=0.0, help="end then at the latest; 0: the same")
     parser.add_argument("--only", type=_fault, metavar="'KIND ROLE'", help="do this alone, such as 'kill decode'")
     parser.add_argument("--every", type=_pause, metavar="'FROM TO'", help="seconds between two of it, or of workers")
     return parser.parse_args()
