@@ -47,7 +47,10 @@ class GatewayConfig(ServiceConfig):
         600_000, ge=1, description="Deadline of requests that name none in the X-Forebay-Timeout-Ms header."
     )
     recovery_wait_ms: int = Field(
-        10_000, ge=0, description="Time that a request waits for a router or, after a fault, a worker to come back."
+        30_000,
+        ge=0,
+        description="Time that a request waits, within its deadline, for a router or, after a fault, a worker to come "
+        "back.",
     )
     max_body_bytes: int = Field(32 << 20, ge=1024, description="Largest request body.")
     max_choices: int = Field(128, ge=1, description="Most outputs of one request: prompts times n.")

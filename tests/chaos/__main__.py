@@ -16,13 +16,13 @@ ROLES = ("decode", "prefill", "gateway", "router", "blackboard")
 SIM = Plan()
 # Computing on two cores: everything takes longer, so everything comes more slowly.
 MODEL = Plan(
-    num_requests=200,
+    seconds=210.0,
     num_clients=4,
     client_pause_s=0.2,
     num_prefill=1,
     num_decode=2,
     worker_pause_s=(4.0, 10.0),
-    other_pause_s=(15.0, 40.0),
+    other_pause_s=(10.0, 30.0),
     prefill_ms_per_token=1.0,
 )
 
@@ -32,8 +32,8 @@ def main() -> int:
     options = _options()
     sys.stdout.write(f"{banner('tests.chaos')}\n")
     run, base, limits = (sim, SIM, STALL_LIMITS_S) if options.engine == "sim" else (model, MODEL, {})
-    num_requests = options.requests or base.num_requests
-    plan = replace(base, seed=options.seed, num_requests=num_requests, seconds=options.minutes * 60, only=options.only)
+    num_requests, seconds = options.requests or base.num_requests, options.minutes * 60 or base.seconds
+    plan = replace(base, seed=options.seed, num_requests=num_requests, seconds=seconds, only=options.only)
     plan = replace(plan, worker_pause_s=options.every or plan.worker_pause_s)
     report = asyncio.run(run(plan))
     violations = report.violations(limits)
@@ -50,7 +50,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=Plan.seed, help="of requests and faults")
     parser.add_argument("--engine", choices=("sim", "torch"), default="sim", help="torch computes the default model")
     parser.add_argument("--requests", type=int, default=0, help="end after so many; 0 takes what suits the engine")
-    parser.add_argument("--minutes", type=float, default=Plan.seconds / 60, help="end then at the latest")
+    parser.add_argument("--minutes", type=float, default=0.0, help="end then at the latest; 0: the same")
     parser.add_argument("--only", type=_fault, metavar="'KIND ROLE'", help="do this alone, such as 'kill decode'")
     parser.add_argument("--every", type=_pause, metavar="'FROM TO'", help="seconds between two of it, or of workers")
     return parser.parse_args()

@@ -1,8 +1,9 @@
 """What the clients of a chaos run ask for: a pure function of a seed, with every option among it."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 SHARED = [[tenant * 1000 + token for token in range(400)] for tenant in range(1, 6)]
@@ -77,6 +78,11 @@ def asks(seed: int, kind: Kind = SIM) -> Iterator[Ask]:
             leaves_after=chance.randrange(1, 30) if body["stream"] and chance.random() < 0.12 else None,
             options=tuple(options),
         )
+
+
+def repeated(todo: Sequence[Ask]) -> Iterator[Ask]:
+    """The same requests in the same order, without end, each time under another name."""
+    return (replace(ask, name=f"{ask.name}-{turn}") for turn in count() for ask in todo)
 
 
 def _options(chance: random.Random, stops: tuple[str, ...]) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The fault-free twin of a request on the sim engine: the same engine in this process, where nothing fails."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -84,11 +85,16 @@ class RecordedTwin:
 
     def __init__(self, answers: Sequence[Answer]) -> None:
         assert all(answer.end == COMPLETE for answer in answers), "the twin was not free of faults"
-        self._outputs = {answer.ask.name: answer.outputs for answer in answers}
+        self._outputs = {_wish(answer.ask): answer.outputs for answer in answers}
 
     def answers(self, asks: Sequence[Ask]) -> list[list[Output]]:
         """What they were then."""
-        return [[outputs[i] for i in sorted(outputs)] for outputs in (self._outputs[ask.name] for ask in asks)]
+        return [[outputs[i] for i in sorted(outputs)] for outputs in (self._outputs[_wish(ask)] for ask in asks)]
+
+
+def _wish(ask: Ask) -> str:
+    """What is asked for, whoever asks."""
+    return json.dumps(ask.body, sort_keys=True)
 
 
 def _params(ask: Ask, choice: int) -> SamplingParams:

@@ -93,6 +93,15 @@ async def test_service_resumes_when_it_is_restarted(name: str, start_cluster: St
     await cluster.until_pages_are_free()
 
 
+async def test_a_request_that_finds_no_router_waits_for_its_restart(start_cluster: Start) -> None:
+    cluster = start_cluster("--engine", "sim")
+    async with client_of(cluster) as client:
+        expected = await client.complete(PROMPT[:300])
+        pid = cluster.kill("router-0")
+        assert await client.complete(PROMPT[:300]) == expected
+        assert cluster.pid("router-0") not in (None, pid)
+
+
 async def test_a_restarted_decode_worker_serves_again_under_a_higher_epoch(start_cluster: Start) -> None:
     cluster = start_cluster("--engine", "sim")
     async with client_of(cluster) as client:

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from protos.forebay.v1 import kv_pb2, kv_pb2_grpc
+from protos.forebay.v1 import kv_pb2, kv_pb2_grpc, prefill_pb2
 from shared import page_hash, rpc
 from shared.engine.sim import SimModel
 from shared.errors import DeadlineExceeded, Draining, Fault, Incompatible, InvalidRequest, ModelNotFound, StaleEpoch
 from shared.worker import manifests
-from tests.services.workers import Fleet, generate, request, stream
+from shared.worker.manifests import MIN_LEASE_TTL_MS
+from tests.services.workers import LEASE_TTL_MS, Fleet, generate, request, stream
 
 PROMPT = [token * 7 % 1000 for token in range(101)]
 
@@ -185,6 +186,31 @@ async def test_pages_read_under_a_lease_that_lapsed_are_not_used(world: Fleet) -
     assert (await generate(world, request(PROMPT, d, p))).tokens == expected
     assert d.worker.engine.load().num_steps > stale
     await d.idle()
+
+
+async def test_a_lease_is_renewed_for_as_long_as_its_pages_are_being_read(world: Fleet) -> None:
+    """A READ that takes twice the life of the lease."""
+    expected = await alone(world, PROMPT)
+    p, d = await world.start("p"), await world.start("d")
+    p.prefill.tamper = short_lived
+    p.transport.answer(True, num_pages=10)
+    answer = asyncio.create_task(generate(world, request(PROMPT, d, p)))
+    await p.comes_true(lambda: bool(p.counts.leased) and not p.worker.admission.num_active)
+    for _ in range(3):
+        p.clock.ahead_s += 0.7 * LEASE_TTL_MS / 1000
+        await p.comes_true(lambda: (p.kv.next_lease_end_s() or 0.0) > 0.9 * LEASE_TTL_MS / 1000)
+    p.transport.answer(True)
+    assert (await answer).tokens == expected
+    assert not world.measured("forebay_prefill_fallbacks_total", reason="BAD_MANIFEST")
+    await p.idle()
+
+
+def short_lived(response: prefill_pb2.PrefillResponse) -> prefill_pb2.PrefillResponse:
+    """Says of a lease that it must be renewed every few milliseconds."""
+    for ready in (response.pages_ready, response.finished.last_pages):
+        if ready.HasField("lease"):
+            ready.lease.ttl_ms = MIN_LEASE_TTL_MS
+    return response
 
 
 async def test_a_reader_that_stopped_answering_holds_pages_no_longer_than_its_lease(world: Fleet) -> None:

@@ -113,6 +113,18 @@ async def test_the_first_pair_with_room_on_both_workers_is_reserved(world: World
     assert await world.reserve("a", P1_D1, (Need("d2", 1, 0, 10), Need("p2", 1, 100, 10))) == Placed(1)
 
 
+async def test_a_pair_is_reserved_in_one_round_trip(world: World) -> None:
+    await world.reserve("before")  # which may have to bring the script along
+    seen: list[str] = []
+    async with world.redis.monitor() as monitor, asyncio.timeout(10):
+        assert await world.reserve("a", P1_D1) == Placed(0)
+        await world.redis.echo("the end")
+        while (command := await monitor.next_command())["command"] != "ECHO the end":
+            if command["client_type"] != "lua":
+                seen.append(command["command"].split()[0])
+    assert [name for name in seen if name not in ("HELLO", "CLIENT")] == ["EVALSHA"]
+
+
 async def test_a_pair_is_never_reserved_by_half(world: World) -> None:
     await world.report("d1")
     await world.full("p1")

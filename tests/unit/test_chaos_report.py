@@ -1,6 +1,7 @@
 """A chaos run finds what it looks for: wrong answers, late ends, stalls and whom to blame for them."""
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 
@@ -8,9 +9,10 @@ from tests.chaos.answers import COMPLETE, GATEWAY_LOST, LEFT, Answer, Output
 from tests.chaos.faults import KILL, STOP, Done
 from tests.chaos.phases import phases
 from tests.chaos.report import Report
-from tests.chaos.requests import Ask
+from tests.chaos.requests import Ask, repeated
 from tests.chaos.sayings import Placed, Sayings, Served, Suspected, TookOver, WentOn
 from tests.chaos.stalls import percentile, stalls
+from tests.chaos.twin import RecordedTwin, wrong
 
 ASK = Ask("r", {"prompt": [1, 2, 3], "stream": True}, deadline_s=30.0)
 TWIN = Output([5, 6, 7], " 5 6 7", 0, "length")
@@ -57,6 +59,13 @@ def test_an_answer_that_was_cut_short_may_only_be_a_beginning() -> None:
 
 def test_a_missing_choice_is_found() -> None:
     assert answer(TWIN).difference([TWIN, TWIN]) is not None
+
+
+def test_what_is_asked_again_is_compared_with_the_answer_to_it_before_the_faults() -> None:
+    twin, asked = RecordedTwin([answer(TWIN)]), list(islice(repeated([ASK]), 2))
+    assert [ask.name for ask in asked] == ["r-0", "r-1"]
+    assert wrong([replace(answer(TWIN), ask=ask) for ask in asked], twin) == []
+    assert wrong([replace(answer(replace(TWIN, text=" 5 6 8")), ask=asked[1])], twin) != []
 
 
 def test_a_request_that_ends_more_than_a_second_late_is_told() -> None:
