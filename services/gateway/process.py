@@ -18,7 +18,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from protos.forebay.v1 import gateway_pb2_grpc
 from services.gateway.api_keys import ApiKeys
 from services.gateway.config import GatewayConfig
-from services.gateway.connection import Connection
 from services.gateway.core import Core
 from services.gateway.directory import Directory, follow
 from services.gateway.dispatch import Dispatcher
@@ -137,7 +136,7 @@ def rest_server(config: GatewayConfig, core: Core, telemetry_: Telemetry) -> tup
     settings = uvicorn.Config(
         for_browsers(rest, config.allow_origin),
         loop="none",
-        http=Connection,
+        http="httptools",
         ws="none",
         lifespan="off",
         log_config=None,
