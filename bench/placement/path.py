@@ -41,7 +41,7 @@ def prompt(chance: random.Random, num_tokens: int) -> str:
 
 def measure(num_requests: int, concurrencies: list[int], seed: int) -> None:
     """Print CPU and throughput at each number of streams, then what is added to the first token."""
-    gateway = f"--model sim={store.resolve(DEFAULT_MODEL)}"
+    gateway = f"--tokenizer sim={store.resolve(DEFAULT_MODEL)}"
     common = ("--engine", "sim", "--prefill", "0", "--decode", "2", "--gateway-flags", gateway)
     free = "--sim-prefill-ms-per-token 0 --sim-decode-ms 0 --sim-decode-ms-per-sequence 0 --max-num-sequences 256"
     print("| streams | requests/s | CPU s per 1,000 requests: gateway | router | workers | blackboard | client |")
