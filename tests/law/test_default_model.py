@@ -1,5 +1,6 @@
 """The law once more with the weights that people will run, where they have been fetched."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -47,11 +48,16 @@ def test_drafted_from_the_text_so_far(sampling: SamplingParams, make_executor: M
     assert sum(worker.engine.draft_counts().verified) > 0
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_launched_behind_the_step_before(sampling: SamplingParams, make_executor: MakeExecutor) -> None:
-    law = Law(lambda num_pages: behind(make_executor(num_pages)), sampling, in_order=make_executor)
-    laws.test_batched_with_others_that_come_and_go(law)
-    laws.test_preempted(law)
+@pytest.mark.parametrize(
+    ("how", "sampling"),
+    [(laws.test_batched_with_others_that_come_and_go, SAMPLED), (laws.test_preempted, GREEDY)],
+    ids=["batched and sampled", "preempted and greedy"],
+)
+def test_launched_behind_the_step_before(
+    how: Callable[[Law], None], sampling: SamplingParams, make_executor: MakeExecutor
+) -> None:
+    """The small models do the other two."""
+    how(Law(lambda num_pages: behind(make_executor(num_pages)), sampling, in_order=make_executor))
 
 
 def test_sampled_in_chunks_of_an_odd_size(make_executor: MakeExecutor) -> None:
