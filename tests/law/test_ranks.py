@@ -62,6 +62,10 @@ def drafting_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(path, tiny_model("glm-mtp", path))
 
 
+# Of what does not depend on how many share the model out: that four do is in the other laws.
+by_two = pytest.mark.parametrize("ranks", [2], ids=["two ranks"], indirect=True)
+
+
 @pytest.fixture(scope="module", params=[2, 4], ids=["two ranks", "four ranks"])
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     made = Ranks(request.param)
@@ -69,9 +73,9 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     made.close()
 
 
+@by_two
 def test_sampled_preempted_and_batched(model: Model, ranks: Ranks) -> None:
-    if ranks.num_ranks == 2:  # what four would add is in the other laws
-        laws.test_preempted(model.law(ranks, SAMPLED))
+    laws.test_preempted(model.law(ranks, SAMPLED))
 
 
 def test_chunked_with_whole_experts(model: Model, ranks: Ranks) -> None:
@@ -119,14 +123,17 @@ def test_all_ranks_verify_by_rejection_as_one_would(drafting_model: Model, ranks
     assert sum(several.engine.draft_counts().accepted) > 0
 
 
+@by_two
 def test_drafted_and_chunked(drafting_model: Model, ranks: Ranks) -> None:
     laws.test_chunked_at_odd_sizes(7, drafting_model.drafted(ranks, GREEDY))
 
 
+@by_two
 def test_drafted_and_continued_by_several_ranks_where_one_was_lost(drafting_model: Model, ranks: Ranks) -> None:
     laws.test_continued_on_another_worker(9, drafting_model.drafted(ranks, SAMPLED))
 
 
+@by_two
 def test_drafted_preempted_and_batched(drafting_model: Model, ranks: Ranks) -> None:
     laws.test_preempted(drafting_model.drafted(ranks, SAMPLED))
 
