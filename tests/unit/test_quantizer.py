@@ -242,9 +242,7 @@ def test_a_full_disk_is_said_and_the_run_can_go_on(source: Path, tmp_path: Path)
     assert run(source, tmp_path / "made").num_kept
 
 
-@pytest.mark.parametrize(
-    ("value", "word", "num_processes"), [(float("nan"), "NaN", 1), (float("-inf"), "infinite", 2)]
-)
+@pytest.mark.parametrize(("value", "word", "num_processes"), [(float("nan"), "NaN", 1), (float("-inf"), "infinite", 2)])
 def test_a_weight_that_is_no_number_is_named(
     source: Path, tmp_path: Path, value: float, word: str, num_processes: int
 ) -> None:
