@@ -3,14 +3,14 @@
 import asyncio
 import json
 import signal
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.e2e.cluster import RunningCluster
+from tests.e2e.cluster import RunningCluster, running
 
 PROMPT = [token * 7 % 30_000 + 10 for token in range(2000)]
 SLOW = "--worker-flags=--sim-prefill-ms-per-token 2 --sim-decode-ms 20"
@@ -49,43 +49,50 @@ async def client_of(cluster: RunningCluster) -> AsyncGenerator[Client, None]:
         yield Client(http, cluster.model)
 
 
-async def test_a_prefill_worker_killed_amid_a_prompt_costs_no_token(start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim", SLOW)
+@pytest.fixture(scope="module")
+def slow_cluster() -> Iterator[RunningCluster]:
+    """Who kills or stops one of its processes waits until all serve again."""
+    with running("--engine", "sim", SLOW) as cluster:
+        yield cluster
+
+
+async def test_a_prefill_worker_killed_amid_a_prompt_costs_no_token(slow_cluster: RunningCluster) -> None:
+    cluster = slow_cluster
     async with client_of(cluster) as client:
         expected = await client.complete(PROMPT[:1500])
-        running = asyncio.create_task(client.complete([5, *PROMPT[:1500]]))
+        asked = asyncio.create_task(client.complete([5, *PROMPT[:1500]]))
         await cluster.until(lambda rows: rows["prefill-0"]["pages"]["held"] > 0)
         pid = cluster.kill("prefill-0")
-        interrupted = await running
+        interrupted = await asked
         await cluster.until_restarted("prefill-0", pid)
         assert await client.complete([5, *PROMPT[:1500]]) == interrupted
         assert await client.complete(PROMPT[:1500]) == expected
     await cluster.until_pages_are_free()
 
 
-async def test_a_prefill_worker_that_stops_answering_costs_no_token(start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim", SLOW)
+async def test_a_prefill_worker_that_stops_answering_costs_no_token(slow_cluster: RunningCluster) -> None:
+    cluster, prompt = slow_cluster, [6, *PROMPT[:1500]]
     async with client_of(cluster) as client:
-        running = asyncio.create_task(client.complete(PROMPT[:1500]))
+        asked = asyncio.create_task(client.complete(prompt))
         await cluster.until(lambda rows: rows["prefill-0"]["pages"]["held"] > 0)
         pid = cluster.signal("prefill-0", signal.SIGSTOP)
         try:
-            interrupted = await running
+            interrupted = await asked
         finally:
             cluster.signal("prefill-0", signal.SIGCONT)
         assert cluster.pid("prefill-0") == pid
-        assert await client.complete(PROMPT[:1500]) == interrupted
+        assert await client.complete(prompt) == interrupted
     await cluster.until_pages_are_free()
 
 
 @pytest.mark.parametrize("name", ["router-0", "blackboard"])
-async def test_service_resumes_when_it_is_restarted(name: str, start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim")
+async def test_service_resumes_when_it_is_restarted(name: str, sim_cluster: RunningCluster) -> None:
+    cluster = sim_cluster
     async with client_of(cluster) as client:
         expected = await client.complete(PROMPT[:300])
-        running = asyncio.create_task(client.complete(PROMPT[:100], max_tokens=200))
+        asked = asyncio.create_task(client.complete(PROMPT[:100], max_tokens=200))
         pid = cluster.kill(name)
-        assert len(await running) == 200
+        assert len(await asked) == 200
         await cluster.until(
             lambda rows: all(row["state"] == "serving" for row in rows.values()) and rows[name]["pid"] != pid
         )
@@ -93,8 +100,8 @@ async def test_service_resumes_when_it_is_restarted(name: str, start_cluster: St
     await cluster.until_pages_are_free()
 
 
-async def test_a_restarted_decode_worker_serves_again_under_a_higher_epoch(start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim")
+async def test_a_restarted_decode_worker_serves_again_under_a_higher_epoch(sim_cluster: RunningCluster) -> None:
+    cluster = sim_cluster
     async with client_of(cluster) as client:
         expected = await client.complete(PROMPT[:300])
         epoch = (await cluster.status())["decode-0"]["epoch"]

@@ -16,8 +16,8 @@ from shared.engine.batch import Batch
 
 Selection = list[torch.Tensor]
 BLOCK_VALUES = 1 << 22
-# Keys that are scored at a time, and the first ones. Independent of the step, so that it makes no difference how a prompt
-# is cut.
+# Keys that are scored at a time, and the first ones. Independent of the step, so that it makes no difference how a
+# prompt is cut.
 BLOCK_KEYS, FIRST_KEYS = 4096, 256
 # Scores of single heads that are computed at a time: about what a core's cache holds.
 BLOCK_SCORES = 1 << 19
