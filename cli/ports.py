@@ -6,7 +6,7 @@ import sys
 
 class Reserved:
     """A port, any unless one is named, that nobody is given by chance until it is closed: neither who asks for any port
-    nor who connects, before its server has begun to listen and while that is started again. The server sets SO_REUSEADDR.
+    nor who connects, before its server has begun to listen and while that is started again. A server sets SO_REUSEADDR.
 
     Raises OSError if it is taken or `host` is not this machine's.
     """

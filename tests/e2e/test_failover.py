@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.client import PROMPT, SLOW, client_of
 from tests.e2e.cluster import RunningCluster, running
-from tests.e2e.test_faults import PROMPT, SLOW, client_of
 
 
 def busy(rows: dict[str, Any]) -> list[str]:

@@ -14,8 +14,8 @@ from tests.chaos.load import Clients
 from tests.chaos.ports import two_ports
 from tests.chaos.requests import asks
 from tests.chaos.twin import SimTwin, write_tokenizer, wrong
+from tests.e2e.client import SLOW, Start, client_of
 from tests.e2e.cluster import RunningCluster
-from tests.e2e.test_faults import SLOW, Start, client_of
 
 ROLES = ("gateway", "router", "prefill", "decode")
 NUM_CLIENTS = 4
