@@ -2,23 +2,15 @@
 
 import asyncio
 import signal
-from collections.abc import Iterator
 
 import pytest
 
 from tests.e2e.client import PROMPT, SLOW, Start, client_of
-from tests.e2e.cluster import RunningCluster, running
+from tests.e2e.cluster import RunningCluster
 
 
-@pytest.fixture(scope="module")
-def slow_cluster() -> Iterator[RunningCluster]:
-    """Who kills or stops one of its processes waits until all serve again."""
-    with running("--engine", "sim", SLOW) as cluster:
-        yield cluster
-
-
-async def test_a_prefill_worker_killed_amid_a_prompt_costs_no_token(slow_cluster: RunningCluster) -> None:
-    cluster = slow_cluster
+async def test_a_prefill_worker_killed_amid_a_prompt_costs_no_token(start_cluster: Start) -> None:
+    cluster = start_cluster("--engine", "sim", SLOW)
     async with client_of(cluster) as client:
         expected = await client.complete(PROMPT[:1500])
         asked = asyncio.create_task(client.complete([5, *PROMPT[:1500]]))
@@ -31,8 +23,8 @@ async def test_a_prefill_worker_killed_amid_a_prompt_costs_no_token(slow_cluster
     await cluster.until_pages_are_free()
 
 
-async def test_a_prefill_worker_that_stops_answering_costs_no_token(slow_cluster: RunningCluster) -> None:
-    cluster, prompt = slow_cluster, [6, *PROMPT[:1500]]
+async def test_a_prefill_worker_that_stops_answering_costs_no_token(start_cluster: Start) -> None:
+    cluster, prompt = start_cluster("--engine", "sim", SLOW), PROMPT[:1500]
     async with client_of(cluster) as client:
         asked = asyncio.create_task(client.complete(prompt))
         await cluster.until(lambda rows: rows["prefill-0"]["pages"]["held"] > 0)
