@@ -39,7 +39,7 @@ def _file(nodeid: str) -> PurePosixPath:
     return PurePosixPath(nodeid.partition("::")[0]).relative_to("tests")
 
 
-class Scheduling(LoadScopeScheduling):
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
     """Each process takes the next work when it has nearly done its own."""
 
     def __init__(self, config: Any, log: Any) -> None:
