@@ -9,15 +9,14 @@ from xdist.scheduler import LoadScopeScheduling
 # The order in which tests begin. Clusters first, for they wait more than they compute; short files fill the end.
 ROOMS = ("chaos", "e2e", "law", "oracle", "services", "conformance", "architecture", "unit")
 # One cluster at a time is enough for two cores where processes die, stop and miss deadlines: these rooms are one
-# process' work,
+# process' work, but for files whose clusters compute all the time, which are another's.
 CLUSTERS = ("chaos", "e2e")
-# but for files whose clusters do nothing but compute.
 COMPUTING = ("e2e/test_long_context.py", "e2e/test_ranks.py")
 MOST_PROCESSES = 8  # each imports torch and transformers for itself
 
 
 def place(nodeid: str) -> tuple[int, bool]:
-    """Sorts tests: rooms in their order, and what computes for long before what is one process' work anyway."""
+    """Sorts tests: by rooms, and clusters that compute, which is for long, before the others."""
     file = _file(nodeid)
     return ROOMS.index(file.parts[0]), str(file) not in COMPUTING
 
@@ -25,7 +24,9 @@ def place(nodeid: str) -> tuple[int, bool]:
 def work(nodeid: str) -> str:
     """Tests of which this is the same are run by one process: those of a file, so that its fixtures are made once."""
     file = _file(nodeid)
-    return "clusters" if file.parts[0] in CLUSTERS and str(file) not in COMPUTING else str(file)
+    if file.parts[0] not in CLUSTERS:
+        return str(file)
+    return "clusters that compute" if str(file) in COMPUTING else "clusters"
 
 
 def num_processes() -> int:
