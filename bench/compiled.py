@@ -31,9 +31,10 @@ Made = tuple[str, float, Path]
 def products(capability: tuple[int, int], directory: Path) -> Iterator[Made]:
     from shared.engine.kernels import build
 
-    started = time.monotonic()
-    path = build.cuda_library(directory, build.cuda_compiler(), capability)
-    yield "products.cu", time.monotonic() - started, path
+    for name in build.CUDA_LIBRARIES:
+        started = time.monotonic()
+        path = build.cuda_library(directory, build.cuda_compiler(), capability, name)
+        yield f"{name}.cu", time.monotonic() - started, path
 
 
 def triton(capability: tuple[int, int], directory: Path) -> Iterator[Made]:

@@ -5,10 +5,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from shared.engine.kernels import build, cuda_experts, cuda_latent
+from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.experts import FACTOR, Experts, SharedExpert
 from shared.engine.kernels.gluon_state import KeyNorm
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.view import DeviceMemory
+from shared.engine.layers import cuda_glm_layer
 from shared.engine.layers.cuda_glm import CudaGlm, Ends
 from shared.engine.layers.cuda_glm_layer import Attention, Layer, Mixture
 from shared.engine.models import glm_layout
@@ -17,6 +21,7 @@ from shared.engine.models.glm_mtp_cuda import GlmMtpOnCuda
 from shared.engine.models.glm_weights import MlpWeights, MtpWeights
 from shared.engine.parallel.group import added
 from shared.engine.parallel.partition import Shard, of_glm
+from shared.models.store import default_cache
 
 FIELDS = {
     "vocab_size": 154_880,
@@ -177,15 +182,24 @@ class Rank:
     group: Counted
 
 
-def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool) -> Rank:
-    """Make one."""
+def compiled(device: torch.device) -> tuple[CudaExperts, CudaLatent]:
+    """The kernels that nvcc makes."""
+    capability = torch.cuda.get_device_capability(device)
+    path = build.cuda_library(default_cache() / "kernels", build.cuda_compiler(), capability, "glm")
+    return CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path))
+
+
+def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool, cuda: bool) -> Rank:
+    """Make one; without `cuda` its kernels are those that need no compiler."""
     weights, group = RandomLayers(config, num_ranks, device), Counted(num_ranks)
-    layers = [weights.layer(index) for index in range(config.num_layers)]
+    grouped, latent = compiled(device) if cuda else (None, None)
+    top_k = config.num_experts_per_token
+    layers = [cuda_glm_layer.grouping(weights.layer(index), top_k, grouped) for index in range(config.num_layers)]
     drafting_layer, joining = weights.drafting_layer(), weights.joining()
     layout = glm_layout.layout(config, "bfloat16", PAGE_SIZE, mtp=True)
     memory = DeviceMemory(KV_TOKENS // PAGE_SIZE, layout.page_bytes, device)
     for part in memory.bytes.view(torch.bfloat16).split(256):
         part.normal_(generator=torch.Generator(device).manual_seed(1))
-    decoder = CudaGlm(weights.config, weights.ends(), layers, group, pdl=pdl)
+    decoder = CudaGlm(weights.config, weights.ends(), layers, group, latent, pdl=pdl)
     drafts = GlmMtpOnCuda(decoder, drafting_layer, joining)
     return Rank(decoder, layers, drafting_layer, drafts, memory, layout, group)

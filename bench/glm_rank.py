@@ -1,6 +1,6 @@
 """One of eight ranks of GLM-5.2 at its full size on one GPU: what a decode step takes, and what it must take.
 
-    python -m bench.glm_rank [--ranks 8] [--layers 78] [--no-pdl] [--profile]
+    python -m bench.glm_rank [--ranks 8] [--layers 78] [--no-pdl] [--no-cuda] [--profile]
 
 The rank holds its share under tensor parallelism with the experts' matrices split too: routed experts of layers 3 to 77
 in NVFP4, all else in bfloat16, as in NVIDIA's checkpoint; random weights made on the device, experts chosen by the
@@ -173,7 +173,7 @@ def project(medians: dict[Step, float], drafts: dict[int, float], num_layers: in
 
 def profile(made: Rank, steps: Sequence[Step]) -> None:
     """What the kernels of a step take, each waiting for the one before."""
-    decoder = CudaGlm(made.decoder.config, made.decoder.ends, made.layers, made.group, pdl=False)
+    decoder = CudaGlm(made.decoder.config, made.decoder.ends, made.layers, made.group, made.decoder.latent, pdl=False)
     for size, width, context in steps:
         decoder(batch(size, width, context), made.memory.bytes, made.layout, NAMES)
         graph = decoder.graph(size, width, context).graph
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--layers", type=int, default=78)
     parser.add_argument("--no-pdl", action="store_true", help="kernels start when those in front of them have ended")
+    parser.add_argument("--no-cuda", action="store_true", help="without kernels that need nvcc")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--brief", action="store_true", help="few steps only")
     args = parser.parse_args()
@@ -212,7 +213,7 @@ def main() -> None:
     torch.cuda.empty_cache()
     started = time.perf_counter()
     with torch.inference_mode():
-        made = rank(config, args.ranks, device, pdl=not args.no_pdl)
+        made = rank(config, args.ranks, device, pdl=not args.no_pdl, cuda=not args.no_cuda)
         torch.cuda.synchronize()
         print(
             f"{torch.cuda.get_device_name(0)}; plain reads {rate / 1e12:.2f} TB/s; "

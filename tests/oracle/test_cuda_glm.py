@@ -14,6 +14,7 @@ from shared.engine.models import glm
 from shared.engine.models.api import Model, Placement
 from shared.engine.quantization import nvfp4
 from shared.engine.quantization.packed_experts import packed as lay_out
+from shared.errors import Unsupported
 from tests.oracle import random_glm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -70,13 +71,18 @@ def distance(ours: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return 1 - F.cosine_similarity(ours[:, : exact.shape[1]], exact, dim=1)
 
 
+FAR, MORE_OFTEN = 0.01, 0.15  # of rows: a distance only of those that were chosen otherwise; twice what chance makes
+
+
 def require_as_near(variant: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """Distances on the GPU are like those on the CPU in bfloat16. Where a choice is close, rounding makes it, and a row
-    is far off; that is as often so here as there, in the main. Where there is nothing to choose, no row is."""
+    is far off; that is as often so here as there, but for chance. Where there is nothing to choose, no row is."""
     every = variant == "nothing to choose"
-    for quantile in (1.0,) if every else (0.0, 0.25, 0.5):
+    for quantile in (1.0,) if every else (0.0, 0.5):
         own, most = float(ours.quantile(quantile)), float(theirs.quantile(quantile))
         assert own < 2 * most + (1e-4 if every else 1e-3), (quantile, own, most)
+    own, most = (float((each > FAR).float().mean()) for each in (ours, theirs))
+    assert own <= most + (0 if every else MORE_OFTEN), ("far", own, most)
 
 
 STEPS = (
@@ -148,8 +154,17 @@ def test_a_mixture_equals_its_sum_expert_by_expert(num_rows: int, packed: bool) 
             part = reference.silu_mul(F.linear(x[row : row + 1].float(), gate_up[expert].float()))
             expected[row] += (F.linear(part, down[expert].float()) * weights[row, place])[0]
     mix = kernel.mixture if num_rows <= kernel.MAX_TOKENS else kernel.large_mixture
-    found = mix(x, chosen, weights, experts, shared)
+    few = num_rows <= kernel.MAX_TOKENS
+    found = mix(x.to(kernel.activations(experts)) if few else x, chosen, weights, experts, shared)
     assert float((found.float() - expected).norm() / expected.norm()) < 0.01
+
+
+def test_a_gain_that_fp16_cannot_bear_is_refused() -> None:
+    from shared.engine.kernels.gluon_experts import require_small
+
+    require_small(torch.full((6144,), 100.0))
+    with pytest.raises(Unsupported, match="gain of 1e\\+04"):
+        require_small(torch.full((6144,), 10_000.0))
 
 
 def rows_of(batch: Batch) -> Any:

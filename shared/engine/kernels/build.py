@@ -15,6 +15,8 @@ SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-pthread", "-shared", "-fPIC")
 CUDA_SOURCES = Path(__file__).parent / "cuda"
 CUDA_FLAGS = ("-std=c++20", "-O3", "-t=2", "-I", str(CUDA_SOURCES), "-shared", "-Xcompiler", "-fPIC", "-cudart=static")
+# What further sources have needs a capability of LAYERS_CAPABILITY.
+CUDA_LIBRARIES = {"products": ("products.cu", "layers.cu"), "glm": ("experts.cu", "latent.cu")}
 MIN_CAPABILITY = (8, 0)  # the first with bf16 on its tensor cores
 LAYERS_CAPABILITY = (9, 0)  # the first with copies that complete a signal in shared memory
 ARCH_SPECIFIC = 9  # capabilities from here on have instructions of their own
@@ -35,16 +37,17 @@ def library(cache_dir: Path, gxx: str | None) -> Path:
     return path
 
 
-def cuda_library(cache_dir: Path, nvcc: str | None, capability: tuple[int, int]) -> Path:
-    """The CUDA kernels as `nvcc` makes them for GPUs of one compute capability, as `library`. Raises BuildError."""
+def cuda_library(cache_dir: Path, nvcc: str | None, capability: tuple[int, int], name: str = "products") -> Path:
+    """The CUDA kernels called `name`, as `nvcc` makes them for GPUs of one compute capability, as `library`: those of
+    dense models, "products", or of "glm". Raises BuildError."""
     if nvcc is None:
         raise BuildError("no nvcc found (on PATH or in CUDA_HOME)")
     if capability < MIN_CAPABILITY:
         raise BuildError(f"the GPU's compute capability is {capability[0]}.{capability[1]}, and 8.0 is needed")
     arch = f"{capability[0]}{capability[1]}{'a' * (capability[0] >= ARCH_SPECIFIC)}"
     flags = (*CUDA_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}")
-    sources = ("products.cu", "layers.cu") if capability >= LAYERS_CAPABILITY else ("products.cu",)
-    path = cache_dir / f"products-{arch}-{_key(nvcc, flags, CUDA_SOURCES)}.so"
+    sources = CUDA_LIBRARIES[name] if capability >= LAYERS_CAPABILITY else CUDA_LIBRARIES[name][:1]
+    path = cache_dir / f"{name}-{arch}-{_key(nvcc, flags, CUDA_SOURCES)}.so"
     if not path.exists():
         _compile((nvcc, *flags, *(str(CUDA_SOURCES / source) for source in sources)), path)
     return path

@@ -16,22 +16,26 @@ from triton.experimental.gluon import language as gl
 from shared.engine.kernels import triton_dense
 from shared.engine.kernels.experts import Experts, SharedExpert, plain_down, plain_gate_up
 from shared.engine.kernels.gluon_rows import begin, begin_in_turn
+from shared.errors import Unsupported
 
 MAX_TOKENS = 64
+# Where codes multiply them, inner values are kept as fp16 times SMALLER, and sums of sixteen products are fp16 too.
+SMALLER, LARGEST = gl.constexpr(1 / 64), gl.constexpr(10_000.0)
+MOST = 10_000.0  # what activations may be for these sums to be no larger than an fp16
 UNIT_BYTES = 16  # what a thread loads at once: 32 codes or 8 bfloat16
 
 
 @gluon.jit
 def _decode(codes):
-    """uint8 [..., 16] -> the first and the second codes of `words` as float32 [..., 16]."""
-    first, second = gl.inline_asm_elementwise(
+    """uint8 [..., 16] -> the first and the second codes of `words` as fp16 [..., 16], times 2^-4."""
+    return gl.inline_asm_elementwise(
         """
         {
         .reg .b32 m, a, b, s;
         and.b32 m, $4, 0x77777777;
-        prmt.b32 a, 0x3E3C3800, 0x46444240, m;
+        prmt.b32 a, 0x2E2C2800, 0x36343230, m;
         shr.b32 m, m, 16;
-        prmt.b32 b, 0x3E3C3800, 0x46444240, m;
+        prmt.b32 b, 0x2E2C2800, 0x36343230, m;
         lop3.b32 a, $4, 0x80808080, a, 0xEA;
         shl.b32 s, $4, 4;
         lop3.b32 b, s, 0x80808080, b, 0xEA;
@@ -47,7 +51,55 @@ def _decode(codes):
         is_pure=True,
         pack=4,
     )
-    return first.to(gl.float32), second.to(gl.float32)
+
+
+@gluon.jit
+def _times(a, b):
+    return gl.inline_asm_elementwise(
+        "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.float16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def _plus(a, b, c):
+    """a b + c."""
+    return gl.inline_asm_elementwise(
+        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=gl.float16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def _sum(a, b):
+    return gl.inline_asm_elementwise(
+        "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.float16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def _halves(x):
+    """The first and the second half of the last dimension, of three or four."""
+    if len(x.shape) == 3:
+        parts = gl.permute(gl.reshape(x, [x.shape[0], x.shape[1], 2, x.shape[2] // 2]), (0, 1, 3, 2))
+    else:
+        parts = gl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], 2, x.shape[3] // 2])
+        parts = gl.permute(parts, (0, 1, 2, 4, 3))
+    return gl.split(parts)
+
+
+@gluon.jit
+def _dots(codes, x, layout: gl.constexpr):
+    """Sums over the last dimension, of 16, of products of codes with fp16, two at a time: to float32. `layout` is that
+    of the sums."""
+    codes, x = gl.broadcast(codes, x)
+    c, d = _halves(codes)
+    y, z = _halves(x)
+    c0, c1 = _halves(c)
+    y0, y1 = _halves(y)
+    d0, d1 = _halves(d)
+    z0, z1 = _halves(z)
+    near, far = _halves(_plus(d1, z1, _plus(d0, z0, _plus(c1, y1, _times(c0, y0)))))
+    total = _sum(near, far)
+    return gl.convert_layout(gl.sum(total.to(gl.float32), len(codes.shape) - 1), layout)
 
 
 @gluon.jit
@@ -63,7 +115,8 @@ def _packed_sums(source, weight, scale, row, K: gl.constexpr, UNITS: gl.constexp
     each = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, :][:, None, :]
     place = weight + row[:, None][:, :, None] * (K // 2) + unit[:, :, None] * 16 + each
     scales = scale + row[:, None] * (K // 16) + unit
-    sums = gl.zeros([row.shape[0], UNITS], gl.float32, gl.SliceLayout(2, layout))
+    of_sums: gl.constexpr = gl.SliceLayout(2, layout)
+    sums = gl.zeros([row.shape[0], UNITS], gl.float32, of_sums)
     ahead, low_ahead, high_ahead = gl.load(place), gl.load(scales), gl.load(scales + K // 32)
     for start in gl.static_range(0, K // 32, UNITS):
         codes, low_scale, high_scale = ahead, _scale(low_ahead), _scale(high_ahead)
@@ -72,10 +125,8 @@ def _packed_sums(source, weight, scale, row, K: gl.constexpr, UNITS: gl.constexp
             low_ahead = gl.load(scales + (start + UNITS))
             high_ahead = gl.load(scales + (start + UNITS + K // 32))
         low, high = _decode(codes)
-        value = gl.load(source + start * 16).to(gl.float32)
-        sums += gl.sum(low * gl.expand_dims(value, 0), 2) * low_scale
-        value = gl.load(source + (start * 16 + K // 2)).to(gl.float32)
-        sums += gl.sum(high * gl.expand_dims(value, 0), 2) * high_scale
+        sums += _dots(low, gl.expand_dims(gl.load(source + start * 16), 0), of_sums) * low_scale
+        sums += _dots(high, gl.expand_dims(gl.load(source + (start * 16 + K // 2)), 0), of_sums) * high_scale
     return sums
 
 
@@ -122,7 +173,7 @@ def _gated(sums, factor, BLOCK: gl.constexpr, layout: gl.constexpr):
     both = gl.convert_layout(gl.reshape(gl.sum(sums, 1), [BLOCK, 2]), layout)
     gate, up = gl.split(both)
     gate, up = gate * factor, up * factor
-    return (gate / (1 + gl.exp(-gate)) * up).to(gl.bfloat16)
+    return gate / (1 + gl.exp(-gate)) * up
 
 
 @gluon.jit
@@ -147,10 +198,11 @@ def _gate_up(
         row = expert * 2 * INNER + gl.program_id(1) * BLOCK + r // 2 + (r % 2) * INNER
         if PACKED:
             sums = _packed_sums(source, weight, scale, row, K, UNITS, layout)
-            result = _gated(sums, gl.load(factors + expert * 2), BLOCK, flat)
+            result = _gated(sums, gl.load(factors + expert * 2) * 16, BLOCK, flat) * SMALLER
+            result = gl.minimum(gl.maximum(result, -LARGEST), LARGEST)
         else:
             result = _gated(_plain_sums(source, weight, row, K, UNITS, layout, False), 1.0, BLOCK, flat)
-        gl.store(out + choice * INNER + at, result)
+        gl.store(out + choice * INNER + at, result.to(out.dtype.element_ty))
     elif gl.program_id(1) * BLOCK < SHARED:
         of_plain: gl.constexpr = gl.SliceLayout(0, plain)
         r2 = gl.arange(0, 2 * BLOCK, gl.SliceLayout(1, gl.SliceLayout(2, plain)))
@@ -161,7 +213,7 @@ def _gate_up(
             _fetch(shared_weight, gl.program_id(1) * BLOCK, K, UNITS * 8, BLOCK, WARPS)
             _fetch(shared_weight, SHARED + gl.program_id(1) * BLOCK, K, UNITS * 8, BLOCK, WARPS)
         own_sums = _plain_sums(own, shared_weight, own_row, K, UNITS, plain, PDL)
-        gl.store(shared_out + (choice - num_choices) * SHARED + at, _gated(own_sums, 1.0, BLOCK, flat))
+        gl.store(shared_out + (choice - num_choices) * SHARED + at, _gated(own_sums, 1.0, BLOCK, flat).to(gl.bfloat16))
 
 
 @gluon.jit
@@ -176,6 +228,7 @@ def _down(
     # [choices, rows, units, values of a unit]
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, EACH], [1, 32 // LANES, LANES, 1], [1, WARPS, 1, 1], [3, 2, 1, 0])
     of_rows: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, layout))
+    of_sums: gl.constexpr = gl.SliceLayout(3, layout)
     of_inner: gl.constexpr = gl.SliceLayout(1, layout)
     whole: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
     token = gl.program_id(1)
@@ -203,20 +256,19 @@ def _down(
         if PACKED:
             scales = scale + row[:, :, None] * (K // 16) + unit
             low_scale, high_scale = gl.load(scales), gl.load(scales + K // 32)
-            value = value * gl.load(factors + expert * 2 + 1)
+            value = value * gl.load(factors + expert * 2 + 1) * (16 / SMALLER)
         if first + AT_ONCE < TOP_K:
             expert = gl.load(chosen + choice + AT_ONCE).to(gl.int64)
             row = expert[:, None] * N + rows[None, :]
             ahead = gl.load(weight + row[:, :, None][:, :, :, None] * ROW + within)
         source = inner + (token * TOP_K + first) * K + part[:, :, None] + each
-        act = gl.load(source).to(gl.float32)
+        act = gl.expand_dims(gl.load(source), 1)
         if PACKED:
             low, high = _decode(w)
-            sums = gl.sum(low * gl.expand_dims(act, 1), 3) * _scale(low_scale)
-            act = gl.load(source + K // 2).to(gl.float32)
-            sums += gl.sum(high * gl.expand_dims(act, 1), 3) * _scale(high_scale)
+            sums = _dots(low, act, of_sums) * _scale(low_scale)
+            sums += _dots(high, gl.expand_dims(gl.load(source + K // 2), 1), of_sums) * _scale(high_scale)
         else:
-            sums = gl.sum(w.to(gl.float32) * gl.expand_dims(act, 1), 3)
+            sums = gl.sum(w.to(gl.float32) * act.to(gl.float32), 3)
         sums = sums * value[:, None][:, :, None]
         result += gl.sum(gl.sum(sums, 2), 0)
     at = token * N + rows
@@ -234,10 +286,25 @@ def mixture(
 ) -> torch.Tensor:
     """The weighted sum of the chosen experts and the shared one, bfloat16 [T, hidden].
 
-    x bfloat16 [T, hidden]; chosen int32 and weights float32 [T, k].
+    x [T, hidden], in the dtype of `activations`; chosen int32 and weights float32 [T, k].
     """
     inner, own = gate_up(x, chosen, experts, shared, pdl=pdl)
     return down(inner, own, chosen, weights, experts, shared, pdl=pdl)
+
+
+def activations(experts: Experts) -> torch.dtype:
+    """What multiplies their weights: codes are multiplied two at a time, which fp16 loses less by than bfloat16."""
+    return torch.bfloat16 if experts.factors is None else torch.float16
+
+
+def require_small(gain: torch.Tensor) -> None:
+    """Raise Unsupported if a norm with such a `gain` [hidden] may give what is too large for codes to multiply.
+
+    No value behind a norm is larger than the root of how many there are, times its gain.
+    """
+    largest = float(gain.abs().max())
+    if largest * len(gain) ** 0.5 > MOST:
+        raise Unsupported(f"behind a norm with a gain of {largest:.3g} activations may be too large for NVFP4 experts")
 
 
 def gate_up(
@@ -246,13 +313,15 @@ def gate_up(
     experts: Experts,
     shared: SharedExpert,
     *,
-    block: int = 2,
+    block: int = 0,
     warps: int = 2,
     pdl: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) * up of every choice, bfloat16 [T, k, I], and of the shared expert [T, I']."""
+    """silu(gate) * up of every choice [T, k, I], in the dtype of `activations`, and of the shared expert, bfloat16
+    [T, I']."""
     (num_rows, hidden), top_k, packed = x.shape, chosen.shape[1], experts.factors is not None
-    out = torch.empty(num_rows, top_k, experts.inner, dtype=torch.bfloat16, device=x.device)
+    block = block or (1 if packed and num_rows == 1 else 2)
+    out = torch.empty(num_rows, top_k, experts.inner, dtype=activations(experts), device=x.device)
     shared_inner = shared.down.shape[1]
     own = torch.empty(num_rows, shared_inner, dtype=torch.bfloat16, device=x.device)
     num_units = hidden // (2 * UNIT_BYTES if packed else UNIT_BYTES // 2)

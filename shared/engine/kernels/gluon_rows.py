@@ -81,6 +81,14 @@ def begin_in_turn(at, pdl: gl.constexpr):
 
 
 @gluon.jit
+def _added(x, delta):
+    """The sum of two blocks of bfloat16, rounded to it: two at once."""
+    return gl.inline_asm_elementwise(
+        "add.rn.bf16x2 $0, $1, $2;", "=r,r,r", [x, delta], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
 def _keep(
     x, delta, gain, total, normed, num_rows, x_stride, delta_stride, at_row, scale,
     K: gl.constexpr, SLICE: gl.constexpr, ADD: gl.constexpr, layout: gl.constexpr,
@@ -94,7 +102,7 @@ def _keep(
         value = value.to(gl.bfloat16).to(gl.float32)
     gl.store(total + at_row * K + at, value.to(gl.bfloat16), own)
     value = value * scale * gl.load(gain + at, at < K, 0.0).to(gl.float32)
-    gl.store(normed + at_row * K + at, value.to(gl.bfloat16), own)
+    gl.store(normed + at_row * K + at, value.to(normed.dtype.element_ty), own)
 
 
 @gluon.jit
@@ -136,9 +144,10 @@ def product(
         w = ahead.to(gl.float32)
         if start + STEP < K:
             ahead = gl.load(place + (start + STEP), inside, 0.0)
-        value = gl.load(source + start, used, 0.0).to(gl.float32)
+        value = gl.load(source + start, used, 0.0)
         if ADD:
-            value = (value + gl.load(other + start, used, 0.0).to(gl.float32)).to(gl.bfloat16).to(gl.float32)
+            value = _added(value, gl.load(other + start, used, 0.0))
+        value = value.to(gl.float32)
         if NORM:
             squares += gl.sum(value * value, 2)
             value = value * gl.expand_dims(gl.load(gain + (g + start)).to(gl.float32), 0)
@@ -172,10 +181,16 @@ def linear(
 
 
 def linear_keeping(
-    x: torch.Tensor, weight: torch.Tensor, norm: Norm, dtype: torch.dtype = torch.float32, *, pdl: bool = True
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: Norm,
+    dtype: torch.dtype = torch.float32,
+    *,
+    kept: torch.dtype = torch.bfloat16,
+    pdl: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `linear`; also the sum that was normed (the residual), and what came of it, both bfloat16 [T, K]."""
-    total, normed = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for _ in range(2))
+    """As `linear`; also the sum that was normed (the residual), bfloat16 [T, K], and what came of it, `kept`."""
+    total, normed = (torch.empty(x.shape, dtype=own, device=x.device) for own in (torch.bfloat16, kept))
     out = launch(x, weight, norm, (total, normed), dtype, tiling(len(x), *weight.shape), pdl=pdl)
     return out, total, normed
 

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from shared.engine.kernels import cuda_latent
+from shared.engine.kernels.cuda_latent import CudaLatent
+from shared.engine.kernels.splits import Parts
 from shared.engine.kernels.triton_early import wait
 from shared.engine.kernels.triton_queries import ABSORB_ROWS, Queries
 
@@ -164,24 +167,25 @@ def _merge_and_raise(
     tl.store(out + (row * NUM_HEADS + head) * VALUE + v, raised.to(out.dtype.element_ty))
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What splits found: means float32 [T, H, splits, latent], and for their merging maxima and sums [T, H, splits]."""
-
-    means: torch.Tensor
-    maxima: torch.Tensor
-    sums: torch.Tensor
-
-
 def attend(
-    queries: Queries, latents: torch.Tensor, selected: Selected, up_value: torch.Tensor, scale: float, *,
-    early: bool = False, pdl: bool = True,
-) -> torch.Tensor:  # fmt: skip
+    queries: Queries,
+    latents: torch.Tensor,
+    selected: Selected,
+    up_value: torch.Tensor,
+    scale: float,
+    merging: CudaLatent | None = None,
+    *,
+    early: bool = False,
+    pdl: bool = True,
+) -> torch.Tensor:
     """Attend to the selection; [T, H * v]. `up_value` [H, v, latent] brings what was found out of latent space.
 
-    `early`: selection and latents are older than the kernel launched last, which made the queries.
+    `early`: selection and latents are older than the kernel launched last, which made the queries. `merging` merges
+    what few rows find, if it is made for that.
     """
-    return merge(attend_in_parts(queries, latents, selected, scale, early=early, pdl=pdl), up_value, pdl=pdl)
+    parts = attend_in_parts(queries, latents, selected, scale, early=early, pdl=pdl)
+    few = merging if len(parts.sums) <= ABSORB_ROWS and cuda_latent.suits(up_value) else None
+    return few.merge(parts, up_value, pdl=pdl) if few else merge(parts, up_value, pdl=pdl)
 
 
 def attend_in_parts(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kernels import triton_dense, triton_index
+from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.gluon_state import Rows
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout
@@ -58,11 +59,18 @@ class CudaGlm:
     """Computes batches in host memory with weights and pages on the GPU."""
 
     def __init__(
-        self, config: GlmConfig, ends: Ends, layers: Sequence[Layer], group: Group, *, pdl: bool = True
+        self,
+        config: GlmConfig,
+        ends: Ends,
+        layers: Sequence[Layer],
+        group: Group,
+        latent: CudaLatent | None = None,
+        *,
+        pdl: bool = True,
     ) -> None:
-        """`pdl` as in `cuda_glm_layer.Step`."""
+        """`latent` and `pdl` as in `cuda_glm_layer.Step`."""
         self.config, self.ends, self.group = config, ends, group
-        self.device, self.pdl = ends.norm.device, pdl
+        self.device, self.latent, self.pdl = ends.norm.device, latent, pdl
         self.frequencies = rope.frequencies(config.qk_rope_head_dim, config.rope_theta).to(self.device)
         self._layers = layers
         self._graphs: dict[tuple[int, int, int], Graph] = {}
@@ -121,7 +129,7 @@ class CudaGlm:
         """The last norm's output [T, hidden]."""
         token_ids, rows = rows_of(inputs, num_rows, self.frequencies)
         selected = triton_index.empty(num_rows, self.config.index_topk, self.device)
-        step = Step(self.config, self.group, rows, selected, capacity, self.pdl)
+        step = Step(self.config, self.group, rows, selected, capacity, self.pdl, self.latent)
         x, delta = embed(token_ids, self.ends, self.group), None
         for layer, state in zip(self._layers, states, strict=True):
             x, delta = cuda_glm_layer.forward(x, delta, layer, state, step)

@@ -6,12 +6,12 @@ layer takes and leaves (x, delta), x + delta being its input and output. The twi
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from shared.engine.kernels import (
+    cuda_experts,
     gluon_experts,
     gluon_rows,
     gluon_state,
@@ -22,6 +22,8 @@ from shared.engine.kernels import (
     triton_route,
     w4a4,
 )
+from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.experts import Experts, SharedExpert
 from shared.engine.kernels.gluon_rows import MAX_ROWS, Norm
 from shared.engine.kernels.gluon_state import KeyNorm, Rows
@@ -34,6 +36,7 @@ from shared.engine.parallel.group import Group
 from shared.engine.quantization.packed_experts import packed
 
 MIXED_ROWS = gluon_experts.MAX_TOKENS
+LEAST_GROUPED = 32  # rows; fewer seldom choose the same expert (docs/LOG.md)
 SELECTING_ROWS = 256  # at a time, so that their scores stay small
 
 
@@ -62,12 +65,23 @@ class Fp4Experts:
 @dataclass(frozen=True, slots=True)
 class Mixture:
     """As MoeWeights. The router is kept as the checkpoint has it, in bfloat16: its products with bfloat16 are exact in
-    float32."""
+    float32. `grouped` computes steps of few tokens, if it can and is there."""
 
     router: torch.Tensor
     correction_bias: torch.Tensor
     experts: Experts | Fp4Experts
     shared: SharedExpert
+    grouped: CudaExperts | None = None
+
+    def grouping(self, num_rows: int) -> CudaExperts | None:
+        """Who computes so many rows by groups of those that chose the same expert."""
+        return self.grouped if LEAST_GROUPED <= num_rows <= MIXED_ROWS else None
+
+    def activations(self, num_rows: int) -> torch.dtype:
+        """What so many rows go into the experts as."""
+        if num_rows > MIXED_ROWS or not isinstance(self.experts, Experts):
+            return torch.bfloat16
+        return gluon_experts.activations(self.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +97,8 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class Step:
     """What all layers of a step share. No row sees more than `capacity` tokens. With `pdl` kernels start before those
-    in front have ended, which is faster; without, a profile says what each takes."""
+    in front have ended, which is faster; without, a profile says what each takes. `latent` merges few rows' attention,
+    if it can and is there."""
 
     config: GlmConfig
     group: Group
@@ -91,6 +106,7 @@ class Step:
     selected: Selected
     capacity: int
     pdl: bool = True
+    latent: CudaLatent | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +151,18 @@ def mixture(weights: MoeWeights | PackedMoeWeights, fp4: w4a4.Products | None = 
     return Mixture(weights.router.to(shared.down.dtype), weights.correction_bias, _experts(weights, fp4), shared)
 
 
+def grouping(layer: Layer, top_k: int, kernels: CudaExperts | None) -> Layer:
+    """The layer, whose mixture is computed by `kernels` if it is one for them and these are there. Raises Unsupported
+    for NVFP4 experts behind a norm that may give too large values."""
+    mlp = layer.mlp
+    if not isinstance(mlp, Mixture) or not isinstance(mlp.experts, Experts) or mlp.experts.factors is None:
+        return layer
+    gluon_experts.require_small(layer.post_norm)
+    if kernels is None or not cuda_experts.suits(mlp.experts, mlp.shared, top_k):
+        return layer
+    return replace(layer, mlp=replace(mlp, grouped=kernels))
+
+
 def _experts(weights: MoeWeights | PackedMoeWeights, fp4: w4a4.Products | None) -> Experts | Fp4Experts:
     stored = weights.experts
     if isinstance(stored, w4a4.Experts):
@@ -144,25 +172,44 @@ def _experts(weights: MoeWeights | PackedMoeWeights, fp4: w4a4.Products | None) 
 
 
 def forward(
-    x: torch.Tensor, delta: torch.Tensor | None, layer: Layer, state: State, step: Step
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    layer: Layer,
+    state: State,
+    step: Step,
+    going_on: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and delta [T, hidden] (None: nothing to add) to those behind the layer. Writes the step's state."""
-    product = partial(gluon_rows.linear_keeping, pdl=step.pdl) if len(x) <= MAX_ROWS else _many
-    low, x, _ = product(x, layer.attention.down, Norm(layer.input_norm, step.config.rms_norm_eps, delta))
-    delta = step.group.sum(_attend(low, layer.attention, state, step))
+    """x and delta [T, hidden] (None: nothing to add) to those behind the layer. Writes the step's state.
+
+    Of a last layer not all rows may be of use: only those `going_on`, int64 [S], are computed further than their state
+    and returned. The step's selection is then theirs.
+    """
+    low, x, _ = _kept(x, layer.attention.down, Norm(layer.input_norm, step.config.rms_norm_eps, delta), step)
+    q = _queries(low, layer.attention, state, step)
+    if going_on is not None:
+        low, q, x = low[going_on], q[going_on], x[going_on]
+        if not len(x):
+            return x, x
+        step = replace(step, rows=step.rows.some(going_on))
+    delta = step.group.sum(_attend(low, q, layer.attention, state, step, early=going_on is None))
     norm = Norm(layer.post_norm, step.config.rms_norm_eps, delta)
     if isinstance(layer.mlp, Mixture):
-        logits, x, normed = product(x, layer.mlp.router, norm)
+        logits, x, normed = _kept(x, layer.mlp.router, norm, step, layer.mlp.activations(len(x)))
         return x, step.group.sum(_mix(logits, normed, layer.mlp, step))
-    inner, x, _ = product(x, layer.mlp.gate_up, norm)
+    inner, x, _ = _kept(x, layer.mlp.gate_up, norm, step)
     return x, step.group.sum(_plain(triton_dense.silu_mul(inner), layer.mlp.down, pdl=step.pdl))
 
 
-def _many(x: torch.Tensor, weight: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _kept(
+    x: torch.Tensor, weight: torch.Tensor, norm: Norm, step: Step, kept: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `gluon_rows.linear_keeping`, of any number of rows."""
+    if len(x) <= MAX_ROWS:
+        return gluon_rows.linear_keeping(x, weight, norm, kept=kept, pdl=step.pdl)
     total = x.clone()
     normed = triton_dense.add_rms_norm(total, norm.delta, norm.gain, norm.eps)
     product: torch.Tensor = torch.mm(normed, weight.T, out_dtype=torch.float32)  # a router's logits must not be rounded
-    return product, total, normed
+    return product, total, normed.to(kept)
 
 
 def logits(x: torch.Tensor, head: torch.Tensor, *, pdl: bool) -> torch.Tensor:
@@ -186,20 +233,23 @@ def _plain(x: torch.Tensor, weight: torch.Tensor, *, pdl: bool) -> torch.Tensor:
     return F.linear(x.to(weight.dtype), weight)
 
 
-def _attend(low: torch.Tensor, weights: Attention, state: State, step: Step) -> torch.Tensor:
-    """This rank's part of attention [T, hidden], from `down`'s product."""
-    config, norm = step.config, weights.key_norm
-    dims = _dims(config)
-    kept = gluon_state.State(state.latents, weights.latent_norm, config.latent_norm_eps, state.keys, norm)
+def _queries(low: torch.Tensor, weights: Attention, state: State, step: Step) -> torch.Tensor:
+    """`query`'s product, from `down`'s. Writes the rows' state."""
+    config, num_low = step.config, step.config.q_lora_rank
+    kept = gluon_state.State(state.latents, weights.latent_norm, config.latent_norm_eps, state.keys, weights.key_norm)
     if len(low) <= MAX_ROWS:
         query_norm = Norm(weights.query_norm, config.latent_norm_eps)
-        q = gluon_state.queries_and_state(low, weights.query, query_norm, step.rows, kept, pdl=step.pdl)
-    else:
-        gluon_state.append(low, dims.q_lora, step.rows, kept)
-        q_low = triton_dense.add_rms_norm(
-            low[:, : dims.q_lora].bfloat16(), None, weights.query_norm, config.latent_norm_eps
-        )
-        q = F.linear(q_low, weights.query)
+        return gluon_state.queries_and_state(low, weights.query, query_norm, step.rows, kept, pdl=step.pdl)
+    gluon_state.append(low, num_low, step.rows, kept)
+    q_low = triton_dense.add_rms_norm(low[:, :num_low].bfloat16(), None, weights.query_norm, config.latent_norm_eps)
+    return F.linear(q_low, weights.query)
+
+
+def _attend(
+    low: torch.Tensor, q: torch.Tensor, weights: Attention, state: State, step: Step, *, early: bool
+) -> torch.Tensor:
+    """This rank's part of attention [T, hidden], from both products. `early`: `_queries` was the last kernel."""
+    config, norm, dims = step.config, weights.key_norm, _dims(step.config)
     queries = triton_queries.prepare(
         q, step.rows, dims, weights.up_key, full=norm is not None, pdl=step.pdl
     )  # fmt: skip
@@ -208,8 +258,8 @@ def _attend(low: torch.Tensor, weights: Attention, state: State, step: Step) -> 
         head_weights = low[:, dims.q_lora + dims.latent + dims.rope + dims.index_dim :]
         _select(queries.index, head_weights, state.keys, step, first=state.selects_first)
     attended = triton_latent.attend(
-        queries, state.latents, step.selected, weights.up_value, config.qk_head_dim**-0.5,
-        early=not selects and len(low) <= MAX_ROWS, pdl=step.pdl,
+        queries, state.latents, step.selected, weights.up_value, config.qk_head_dim**-0.5, step.latent,
+        early=early and not selects and len(low) <= MAX_ROWS, pdl=step.pdl,
     )  # fmt: skip
     return _plain(attended, weights.output, pdl=step.pdl)
 
@@ -228,6 +278,12 @@ def _select(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, ste
 def _mix(logits: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step) -> torch.Tensor:
     """This rank's part of the mixture [T, hidden], from the router's product and its input."""
     config, pdl = step.config, step.pdl
+    if (grouped := weights.grouping(len(normed))) and isinstance(weights.experts, Experts):
+        choice = grouped.route(
+            logits, weights.correction_bias, config.num_experts_per_token, config.routed_scaling_factor,
+            normalize=config.normalize_top_k, pdl=pdl,
+        )  # fmt: skip
+        return grouped(normed, choice, weights.experts, weights.shared, pdl=pdl)
     chosen, factors = triton_route.route(
         logits, weights.correction_bias, config.num_experts_per_token, config.routed_scaling_factor,
         normalize=config.normalize_top_k, pdl=pdl,

@@ -1,12 +1,16 @@
 """GLM-5, 5.1 and 5.2 on a GPU."""
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
-from shared.engine.kernels import w4a4
+from shared.engine.kernels import build, cuda_experts, cuda_latent, w4a4
+from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import cuda_glm, cuda_glm_layer
 from shared.engine.layers.cuda_glm import CudaGlm, Ends
@@ -16,6 +20,8 @@ from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_layout import INDEX_KEYS, LATENTS, layout
 from shared.engine.models.glm_mtp_cuda import GlmMtpOnCuda
 from shared.engine.models.glm_weights import GlmWeights, MlpWeights
+
+log = logging.getLogger(__name__)
 
 
 class GlmOnCuda:
@@ -32,11 +38,17 @@ class GlmOnCuda:
         self.arithmetic = placement.arithmetic(fp4=fp4 is not None)
         self._config, self._group = config, placement.group
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
-        read = [read_layer(weights, index, fp4) for index in layers]
-        self._decoder = CudaGlm(weights.config, read_ends(weights, config.vocab_size, placement), read, placement.group)
+        top_k, (grouped, latent) = weights.config.num_experts_per_token, _compiled(placement)
+
+        def ready(index: int, fp4: w4a4.Products | None = None) -> Layer:
+            return cuda_glm_layer.grouping(read_layer(weights, index, fp4), top_k, grouped)
+
+        read = [ready(index, fp4) for index in layers]
+        ends = read_ends(weights, config.vocab_size, placement)
+        self._decoder = CudaGlm(weights.config, ends, read, placement.group, latent)
         self.draft_layer: DraftLayer | None = None
         if weights.has_mtp:
-            self.draft_layer = GlmMtpOnCuda(self._decoder, read_layer(weights, config.num_layers), weights.mtp())
+            self.draft_layer = GlmMtpOnCuda(self._decoder, ready(config.num_layers), weights.mtp())
 
     def layout(self, page_size: int) -> KvLayout:
         """A page: latents of every layer, index keys of the full ones."""
@@ -50,6 +62,18 @@ class GlmOnCuda:
         """Logits float32 [R, vocab_size or more] of the sampled rows; see `models.api.Model`."""
         logits, _ = self._decoder(batch, pool, layout, (LATENTS, INDEX_KEYS))
         return self._group.join(logits) if len(logits) else logits
+
+
+def _compiled(placement: Placement) -> tuple[CudaExperts | None, CudaLatent | None]:
+    """Kernels that a compiler has to be there for. Without them those in Triton serve, which compute each choice of an
+    expert by itself, and merge attention for each few of its values anew."""
+    capability = torch.cuda.get_device_capability(placement.device)
+    try:
+        path = build.cuda_library(placement.cache_dir / "kernels", build.cuda_compiler(), capability, "glm")
+        return CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path))
+    except (build.BuildError, OSError) as error:
+        log.warning("computing without our CUDA kernels for GLM: %s", error)
+        return None, None
 
 
 def read_layer(weights: GlmWeights, index: int, fp4: w4a4.Products | None = None) -> Layer:

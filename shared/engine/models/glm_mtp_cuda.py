@@ -141,17 +141,16 @@ class GlmMtpOnCuda:
         decoder, num_rows, kept = self._decoder, len(given.states), given.selected
         config, ends = decoder.config, decoder.ends
         token_ids, rows = cuda_glm.rows_of(given.rows, num_rows, decoder.frequencies)
-        selected = kept or triton_index.empty(num_rows, config.index_topk, decoder.device)
-        step = Step(config, decoder.group, rows, selected, capacity, decoder.pdl)
+        selected = kept or triton_index.empty(len(given.drafting), config.index_topk, decoder.device)
+        step = Step(config, decoder.group, rows, selected, capacity, decoder.pdl, decoder.latent)
         embedded = cuda_glm.embed(token_ids, ends, decoder.group)
         x = cuda_glm_layer.behind_norm(embedded, self._embedding_norm, self._of_embedding, step)
         delta = cuda_glm_layer.behind_norm(given.states, self._state_norm, self._of_state, step)
         layer = self._layer if kept is None else self._sharing
-        x, delta = cuda_glm_layer.forward(x, delta, layer, state, step)
-        m = triton_dense.add_rms_norm(x, delta, self._output_norm, config.rms_norm_eps)
+        # Whoever drafts no further is followed for its state alone.
+        x, delta = cuda_glm_layer.forward(x, delta, layer, state, step, given.drafting if kept is None else None)
+        m = triton_dense.add_rms_norm(x, delta, self._output_norm, config.rms_norm_eps) if len(x) else x
         carried = [selected.slots, selected.counts]
-        if kept is None:
-            m, carried = m[given.drafting], [part[given.drafting] for part in carried]
         return DraftStep(cuda_glm_layer.logits(m, ends.head, pdl=decoder.pdl), m, carried)
 
     def _views(self, pool: torch.Tensor, layout: KvLayout) -> tuple[State, State]:

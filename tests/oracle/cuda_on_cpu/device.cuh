@@ -32,6 +32,9 @@ struct dim3 {
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
+struct float2 { float x, y; };
+
+struct __half { uint16_t bits; };
 struct __nv_bfloat16 { uint16_t bits; };
 struct __nv_bfloat162 { __nv_bfloat16 x, y; };
 inline uint32_t __float_as_uint(float v) { uint32_t u; memcpy(&u, &v, 4); return u; }
@@ -41,9 +44,24 @@ inline __nv_bfloat16 __float2bfloat16(float v) {
     const uint32_t u = __float_as_uint(v);
     return {static_cast<uint16_t>((u + 0x7FFF + (u >> 16 & 1)) >> 16)};
 }
+inline __half __float2half(float v) {
+    const auto value = static_cast<_Float16>(v);
+    __half half;
+    memcpy(&half, &value, 2);
+    return half;
+}
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16(a), __float2bfloat16(b)}; }
 inline float __expf(float v) { return expf(v); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int by) { return high << by | low >> (32 - by); }
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
+    const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+    uint32_t found = 0;
+    for (int i = 0; i < 4; i++) found |= (bytes >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return found;
+}
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
+inline int __popcll(uint64_t v) { return __builtin_popcountll(v); }
+inline int __ffsll(uint64_t v) { return __builtin_ffsll(static_cast<long long>(v)); }
 inline float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 using std::max;
 using std::min;
@@ -133,15 +151,22 @@ inline Warp& my_warp() { return my_block().warps[threadIdx.x / 32]; }
 
 inline void __syncthreads() { my_block().meet.arrive_and_wait(); }
 inline void __syncwarp() { my_warp().meet.arrive_and_wait(); }
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
+inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) {
     Warp& warp = my_warp();
-    const int lane = threadIdx.x % 32;
-    warp.words[lane][0] = __float_as_uint(value);
+    warp.words[threadIdx.x % 32][0] = value;
     warp.meet.arrive_and_wait();
-    const float theirs = __uint_as_float(warp.words[lane ^ mask][0]);
+    const uint32_t theirs = warp.words[lane][0];
     warp.meet.arrive_and_wait();
     return theirs;
 }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+    return __uint_as_float(__shfl_sync(~0u, __float_as_uint(value), threadIdx.x % 32 ^ mask));
+}
+inline uint32_t __shfl_up_sync(unsigned, uint32_t value, int by) {
+    const int lane = threadIdx.x % 32;
+    return __shfl_sync(~0u, value, lane < by ? lane : lane - by);
+}
+inline void atomicOr(uint32_t* at, uint32_t value) { __atomic_fetch_or(at, value, __ATOMIC_SEQ_CST); }
 template <class T> T atomicAdd(T* at, T value) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }
 
 // The host's side --------------------------------------------------------------------------------------------------------
@@ -191,13 +216,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 namespace forebay {
 
-inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+template <class Wide>
+void multiply_by(Wide half, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     Warp& warp = my_warp();
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
     memcpy(warp.words[lane], words, sizeof(words));
     warp.meet.arrive_and_wait();
-    const auto half = [](uint32_t word, int i) { return __uint_as_float(i ? word & 0xFFFF0000u : word << 16); };
     for (int i = 0; i < 4; i++) {
         const int column = q * 2 + i % 2, side = i / 2;
         for (int k = 0; k < 16; k++) {
@@ -206,6 +231,29 @@ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint3
         }
     }
     warp.meet.arrive_and_wait();
+}
+inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    multiply_by([](uint32_t word, int i) { return __uint_as_float(i ? word & 0xFFFF0000u : word << 16); }, sum, a, b0, b1);
+}
+inline float of_halves(uint32_t pair, int i) {
+    const auto bits = static_cast<uint16_t>(pair >> 16 * i);
+    _Float16 value;
+    memcpy(&value, &bits, 2);
+    return value;
+}
+inline float2 from_halves(uint32_t pair) { return {of_halves(pair, 0), of_halves(pair, 1)}; }
+inline uint32_t as_halves(float a, float b) {
+    const _Float16 pair[2] = {static_cast<_Float16>(a), static_cast<_Float16>(b)};
+    uint32_t bits;
+    memcpy(&bits, pair, 4);
+    return bits;
+}
+inline uint32_t times_half(uint32_t a, uint32_t b) { return as_halves(of_halves(a, 0) * of_halves(b, 0), of_halves(a, 1) * of_halves(b, 1)); }
+inline void multiply_half(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply_by(of_halves, sum, a, b0, b1); }
+inline uint32_t largest_of_warp(uint32_t value) {
+    uint32_t found = 0;
+    for (int lane = 0; lane < 32; lane++) found = max(found, __shfl_sync(~0u, value, lane));
+    return found;
 }
 inline void multiply_eight(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) { multiply(sum, {a[0], a[1], 0, 0}, b, 0); }
 inline uint4 stream(const uint4* at) { return *at; }
@@ -217,6 +265,8 @@ inline uint32_t times(uint32_t a, uint32_t b) {
 }
 inline void wait_for_inputs(const void*) {}
 inline void let_dependents_start() {}
+inline void in_order() {}
+template <class Value> void anew(Value&) {}
 inline float* dynamic_shared() { return my_block().memory.data(); }
 struct Cluster {
     static void sync() { my_cluster->meet.arrive_and_wait(); }
@@ -257,6 +307,7 @@ inline void wait_until(const uint32_t* counter, uint32_t target) {
 inline void expect_soon(const void*) {}
 inline uint4 fresh(const void* at) { return *static_cast<const uint4*>(at); }
 inline float fresh(const float* at) { return *at; }
+inline int fresh(const int* at) { return *at; }
 inline uint32_t transposed(uint32_t word) {
     Warp& warp = my_warp();
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;

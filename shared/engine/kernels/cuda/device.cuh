@@ -2,6 +2,7 @@
 #pragma once
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
 
@@ -18,6 +19,13 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4]
 __device__ __forceinline__ void multiply_eight(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// As `multiply`, of fp16.
+__device__ __forceinline__ void multiply_half(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ uint4 stream(const uint4* at) {  // weights: read once
@@ -39,6 +47,20 @@ __device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));  // plus -0
     return product;
 }
+
+// The same of two fp16 each.
+__device__ __forceinline__ uint32_t times_half(uint32_t a, uint32_t b) {
+    uint32_t product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+__device__ __forceinline__ uint32_t as_halves(float a, float b) {
+    const __half2 pair = __floats2half2_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ __forceinline__ float2 from_halves(uint32_t pair) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
+
+__device__ __forceinline__ uint32_t largest_of_warp(uint32_t value) { return __reduce_max_sync(~0u, value); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // where a launch waits for the one before it
 __device__ void wait_for_inputs(const void*) {}
@@ -67,6 +89,12 @@ struct Cluster {
     __device__ static const float* of(float* mine, int rank) { return cooperative_groups::this_cluster().map_shared_rank(mine, rank); }
 };
 #endif
+
+// Loads behind it are not made before it, where registers would be taken for what is needed later.
+__device__ __forceinline__ void in_order() { asm volatile("" ::: "memory"); }
+// What is computed of it is computed here each time, not once before a loop, where it would take more registers than itself.
+__device__ __forceinline__ void anew(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
+__device__ __forceinline__ void anew(uint32_t& v) { asm volatile("" : "+r"(v)); }
 
 __device__ __forceinline__ float* dynamic_shared() {
     extern __shared__ float memory[];
@@ -137,6 +165,7 @@ __device__ __forceinline__ void wait_until(const uint32_t* counter, uint32_t tar
 // What another block has written, so not from L1.
 __device__ __forceinline__ uint4 fresh(const void* at) { return __ldcg(static_cast<const uint4*>(at)); }
 __device__ __forceinline__ float fresh(const float* at) { return __ldcg(at); }
+__device__ __forceinline__ int fresh(const int* at) { return __ldcg(at); }
 __device__ __forceinline__ void expect_soon(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 // An 8 by 8 matrix of bf16, of which lane 4 g + q has columns 2 q and 2 q + 1 of row g.
 __device__ __forceinline__ uint32_t transposed(uint32_t word) {

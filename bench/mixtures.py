@@ -1,0 +1,123 @@
+"""A mixture of GLM-5.2's rank, tokens of the same expert together and each choice by itself, in one run.
+
+    python -m bench.mixtures [--tokens 1 2 4 8 32]
+
+From the residual's sum to the experts'. Random weights as in `bench.glm_random`; microseconds of a mixture in a graph
+of many, one behind the other, each of weights that the ones before have driven from the cache; median of groups of
+replays (least to most). The floor is the time to read the router, the shared expert and the experts that were chosen
+at the bandwidth of a plain sum. Both ways are compared with each other first: one less the cosine of their results.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from bench import provenance
+from bench.bandwidth import read_bandwidth
+from bench.glm_random import FIELDS, RandomLayers, compiled
+from shared.engine.kernels import gluon_experts, gluon_rows, triton_dense, triton_route
+from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.experts import Experts
+from shared.engine.kernels.gluon_rows import MAX_ROWS, Norm
+from shared.engine.layers import captured
+from shared.engine.layers.cuda_glm_layer import Mixture
+from shared.engine.models.glm_config import GlmConfig, parse
+
+SETS, ROUNDS = 3, 8
+Pair = tuple[torch.Tensor, torch.Tensor]
+Compute = Callable[[torch.Tensor, torch.Tensor, Mixture], Pair]
+
+
+def mixed(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    weights: Mixture,
+    gain: torch.Tensor,
+    config: GlmConfig,
+    kernels: CudaExperts | None,
+) -> Pair:
+    """x + delta and the mixture of its norm, as a layer computes it; with `kernels`, by groups."""
+    norm, dtype = Norm(gain, config.rms_norm_eps, delta), torch.float16
+    if len(x) <= MAX_ROWS:
+        logits, total, normed = gluon_rows.linear_keeping(x, weights.router, norm, kept=dtype)
+    else:
+        total = x.clone()
+        rounded = triton_dense.add_rms_norm(total, delta, gain, norm.eps)
+        logits, normed = torch.mm(rounded, weights.router.T, out_dtype=torch.float32), rounded.to(dtype)
+    assert isinstance(weights.experts, Experts), "made so"
+    how = weights.correction_bias, config.num_experts_per_token, config.routed_scaling_factor
+    if kernels is not None:
+        choice = kernels.route(logits, *how, normalize=config.normalize_top_k)
+        return total, kernels(normed, choice, weights.experts, weights.shared)
+    chosen, factors = triton_route.route(logits, *how, normalize=config.normalize_top_k)
+    return total, gluon_experts.mixture(normed, chosen, factors, weights.experts, weights.shared)
+
+
+def microseconds(compute: Compute, x: torch.Tensor, delta: torch.Tensor, sets: list[Mixture]) -> list[float]:
+    """Of a mixture, by groups of replays."""
+
+    def chain() -> Pair:
+        pair = x, delta
+        for weights in sets * ROUNDS:
+            pair = compute(*pair, weights)
+        return pair
+
+    graph, _ = captured.Recorder(x.device).record(chain)
+    times = []
+    for _ in range(7):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(10):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / (10 * len(sets) * ROUNDS))
+    return times[1:]
+
+
+def floor_us(x: torch.Tensor, weights: Mixture, gain: torch.Tensor, config: GlmConfig, rate: float) -> float:
+    """With the experts that the tokens of x choose."""
+    normed = triton_dense.add_rms_norm(x.clone(), None, gain, config.rms_norm_eps)
+    logits = torch.mm(normed, weights.router.T, out_dtype=torch.float32)
+    chosen, _ = triton_route.route(logits, weights.correction_bias, config.num_experts_per_token, 1.0, normalize=True)
+    experts = weights.experts
+    assert isinstance(experts, Experts), "made so"
+    parts = (experts.gate_up, experts.down, experts.gate_up_scale, experts.down_scale)
+    routed = sum(part.nbytes for part in parts if part is not None) * len(chosen.unique()) / config.num_experts
+    fixed = weights.router.nbytes + weights.shared.gate_up.nbytes + weights.shared.down.nbytes
+    return (routed + fixed) / rate * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 16, 32, 64])
+    args = parser.parse_args()
+    print(provenance.banner("bench.mixtures"))
+    device, config = torch.device("cuda", 0), parse(FIELDS)
+    rate = read_bandwidth(device)
+    made = RandomLayers(config, 8, device)
+    layers = [made.layer(config.num_layers - 1) for _ in range(SETS)]
+    sets = [layer.mlp for layer in layers if isinstance(layer.mlp, Mixture)]
+    print("\n| tokens | by groups, us | by choices, us | to read, us | 1 - cosine |\n|---|---|---|---|---|")
+    by_groups, by_choices = (
+        partial(mixed, gain=layers[0].post_norm, config=config, kernels=kernels)
+        for kernels in (compiled(device)[0], None)
+    )
+    with torch.inference_mode():
+        for tokens in args.tokens:
+            x, delta = (torch.randn(tokens, config.hidden_size, dtype=torch.bfloat16, device=device) for _ in range(2))
+            (total, ours), (other_total, theirs) = by_groups(x, delta, sets[0]), by_choices(x, delta, sets[0])
+            assert torch.equal(total, other_total)
+            apart = float(1 - F.cosine_similarity(ours.float(), theirs.float(), dim=1).min())
+            row = [f"{statistics.median(t):.2f} ({min(t):.2f} to {max(t):.2f})" for t in
+                   (microseconds(compute, x, delta, sets) for compute in (by_groups, by_choices))]  # fmt: skip
+            floor = floor_us(x + delta, sets[0], layers[0].post_norm, config, rate)
+            print(f"| {tokens} | {row[0]} | {row[1]} | {floor:.2f} | {apart:.6f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
