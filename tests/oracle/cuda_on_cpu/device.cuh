@@ -251,8 +251,12 @@ inline uint32_t as_halves(float a, float b) {
 inline uint32_t times_half(uint32_t a, uint32_t b) { return as_halves(of_halves(a, 0) * of_halves(b, 0), of_halves(a, 1) * of_halves(b, 1)); }
 inline void multiply_half(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply_by(of_halves, sum, a, b0, b1); }
 inline uint32_t largest_of_warp(uint32_t value) {
+    Warp& warp = my_warp();
+    warp.words[threadIdx.x % 32][0] = value;
+    warp.meet.arrive_and_wait();
     uint32_t found = 0;
-    for (int lane = 0; lane < 32; lane++) found = max(found, __shfl_sync(~0u, value, lane));
+    for (int lane = 0; lane < 32; lane++) found = max(found, warp.words[lane][0]);
+    warp.meet.arrive_and_wait();
     return found;
 }
 inline void multiply_eight(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) { multiply(sum, {a[0], a[1], 0, 0}, b, 0); }
