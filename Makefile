@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 SETUP := pyproject.toml deploy/install
 # Passed on: make up ARGS="--decode 2", make test ARGS="tests/unit -k lease"
 ARGS ?=
+# The whole suite is shared out to several processes (tests/sharing.py says how); a part of it begins sooner in one.
+SHARED_OUT := --numprocesses auto
 
 .DEFAULT_GOAL := help
 .PHONY: help up test check format protos bench chaos clean
@@ -17,7 +19,7 @@ up: $(VENV)/serving ## Start a cluster with the default model (ARGS: see `foreba
 	@$(BIN)/forebay up $(ARGS)
 
 test: $(VENV)/developing ## Run the tests (ARGS: pytest's)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),$(SHARED_OUT))
 
 check: $(VENV)/developing ## Run the linters: style, types, imports between rooms, protocol
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import httpx
 
 from cli import plan
 from cli.plan import ClusterOptions
-from cli.ports import free_port, is_free
+from cli.ports import Reserved, is_free
 from cli.process import ProcessSpec, Supervised
 from cli.state import ProcessState, RunDirectory, RunState, now_ms
 from shared import healthcheck
@@ -38,9 +38,9 @@ class Cluster:
         self._options, self._directory, self._echo = options, directory, echo
         self._processes: list[Supervised] = []
         self._awaited: Sequence[str] = ()
-        port = 0 if options.redis_url else free_port(options.host)
-        self._embedded = plan.blackboard(options.host, port) if port else None
-        redis_url = options.redis_url or f"redis://{options.host}:{port}/0"
+        self._port = None if options.redis_url else Reserved(options.host)
+        self._embedded = plan.blackboard(options.host, self._port.number) if self._port else None
+        redis_url = f"redis://{options.host}:{self._port.number}/0" if self._port else options.redis_url
         self.state = RunState(supervisor_pid=0, started_unix_ms=now_ms(), redis_url=redis_url)
 
     async def start(self, supervisor_pid: int, deadline_s: float) -> None:
@@ -67,6 +67,8 @@ class Cluster:
         blackboard = by_role.pop(plan.BLACKBOARD, [])
         for group in [*by_role.values(), blackboard]:
             await asyncio.gather(*(process.stop(grace_s + CLOSE_S) for process in group))
+        if self._port:
+            self._port.close()
 
     def kill(self) -> None:
         """End all at once; `stop` then returns soon."""

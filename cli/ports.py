@@ -1,16 +1,31 @@
 """Ports of this machine."""
 
 import socket
+import sys
 
 
-def free_port(host: str) -> int:
-    """A port that nobody listens on now. Raises OSError if `host` is not this machine's."""
-    with socket.socket() as probe:
+class Reserved:
+    """A port, any unless one is named, that nobody is given by chance until it is closed: neither who asks for any port
+    nor who connects, before its server has begun to listen and while that is started again. A server sets SO_REUSEADDR.
+
+    Raises OSError if it is taken or `host` is not this machine's.
+    """
+
+    def __init__(self, host: str, number: int = 0) -> None:
+        self._socket = socket.socket()
         try:
-            probe.bind((host, 0))
+            self._socket.bind((host, number))
         except OSError as error:
+            self.close()
             raise OSError(f"cannot listen on {host}: {error.strerror}") from error
-        return int(probe.getsockname()[1])
+        self.number = int(self._socket.getsockname()[1])
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # now, so that nobody has reserved it, too
+        if sys.platform != "linux":  # where a port that is bound cannot be listened on by another
+            self.close()
+
+    def close(self) -> None:
+        """Leave it to whoever comes."""
+        self._socket.close()
 
 
 def is_free(host: str, port: int) -> bool:

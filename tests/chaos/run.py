@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from tests.chaos.faults import END, KILL, STOP, Faults
 from tests.chaos.load import Clients
-from tests.chaos.ports import two_free_ports
+from tests.chaos.ports import two_ports
 from tests.chaos.reclaim import clients_leave, readers_die
 from tests.chaos.report import Report
 from tests.chaos.requests import MODEL, asks, repeated
@@ -57,7 +57,7 @@ async def sim(plan: Plan) -> Report:
         f"--sim-prefill-ms-per-token {plan.prefill_ms_per_token} --sim-decode-ms {plan.decode_ms} --kv-cache-mb 64"
     )
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        port, text = two_free_ports(), write_tokenizer(Path(folder))
+        port, text = stack.enter_context(two_ports()), write_tokenizer(Path(folder))
         engine = ["--engine", "sim", f"--worker-flags={worker_flags}", f"--gateway-flags=--tokenizer sim={text}"]
         router_flags = "--router-flags=--local-prefill-max-tokens 32"
         cluster = stack.enter_context(running(*engine, router_flags, *plan.flags(port)))
@@ -72,7 +72,7 @@ async def sim(plan: Plan) -> Report:
 async def model(plan: Plan) -> Report:
     """The run on the default model in float32. What an answer must be is asked first, while nothing is wrong."""
     with ExitStack() as stack:
-        port = two_free_ports()
+        port = stack.enter_context(two_ports())
         flags = ["--dtype", "float32", "--worker-flags=--kv-cache-mb 256", *plan.flags(port)]
         cluster = stack.enter_context(running(*flags))
         todo = list(islice(asks(plan.seed, MODEL), NUM_RECORDED))

@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from tests.e2e.test_faults import Start
+from tests.e2e.client import Start
 
 
 def test_a_cluster_that_asks_for_keys_comes_up_and_is_talked_to(

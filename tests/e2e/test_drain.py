@@ -2,7 +2,7 @@
 
 import signal
 
-from tests.e2e.test_faults import PROMPT, SLOW, Start, client_of
+from tests.e2e.client import PROMPT, SLOW, Start, client_of
 
 
 async def test_a_stream_outlives_the_sigterm_of_its_gateway(start_cluster: Start) -> None:

@@ -1,11 +1,12 @@
 """A decode worker that dies amid an output: another goes on, and nobody can tell from the tokens."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.e2e.cluster import RunningCluster
-from tests.e2e.test_faults import PROMPT, SLOW, Start, client_of
+from tests.e2e.client import PROMPT, SLOW, client_of
+from tests.e2e.cluster import RunningCluster, running
 
 
 def busy(rows: dict[str, Any]) -> list[str]:
@@ -18,11 +19,18 @@ async def kill_the_busy_worker(cluster: RunningCluster) -> None:
     cluster.kill(busy(await cluster.status())[0])
 
 
+@pytest.fixture(scope="module")
+def two_decode_workers() -> Iterator[RunningCluster]:
+    with running("--engine", "sim", "--decode", "2", SLOW) as cluster:
+        yield cluster
+
+
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1, "seed": 11}])
 async def test_a_decode_worker_killed_amid_an_output_costs_no_token(
-    sampling: dict[str, float], start_cluster: Start
+    sampling: dict[str, float], two_decode_workers: RunningCluster
 ) -> None:
-    cluster = start_cluster("--engine", "sim", "--decode", "2", SLOW)
+    cluster = two_decode_workers
+    await cluster.until(lambda rows: all(row["state"] == "serving" for row in rows.values()))
     async with client_of(cluster) as client:
         expected = await client.complete(PROMPT[:200], max_tokens=200, **sampling)
         token_ids: list[int] = []

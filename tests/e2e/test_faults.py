@@ -1,62 +1,22 @@
 """Processes that die, stop or restart under a client, on the sim engine, whose pages are checked byte by byte."""
 
 import asyncio
-import json
 import signal
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
 
-import httpx
 import pytest
 
+from tests.e2e.client import PROMPT, SLOW, Start, client_of
 from tests.e2e.cluster import RunningCluster
-
-PROMPT = [token * 7 % 30_000 + 10 for token in range(2000)]
-SLOW = "--worker-flags=--sim-prefill-ms-per-token 2 --sim-decode-ms 20"
-Start = Callable[..., RunningCluster]
-
-
-class Client:
-    """Speaks to one cluster."""
-
-    def __init__(self, http: httpx.AsyncClient, model: str) -> None:
-        self._http, self._model = http, model
-
-    def body(self, prompt: list[int], **fields: Any) -> dict[str, Any]:
-        asked = {"prompt": prompt, "max_tokens": 40, "ignore_eos": True, "return_token_ids": True}
-        return {"model": self._model, "temperature": 0} | asked | fields
-
-    async def complete(self, prompt: list[int], **fields: Any) -> list[int]:
-        response = await self._http.post("/v1/completions", json=self.body(prompt, **fields))
-        assert response.status_code == 200, response.text
-        token_ids: list[int] = response.json()["choices"][0]["token_ids"]
-        return token_ids
-
-    async def stream(self, prompt: list[int], **fields: Any) -> AsyncGenerator[dict[str, Any], None]:
-        """Chunks, and an error as the last one if there is any."""
-        async with self._http.stream(
-            "POST", "/v1/completions", json=self.body(prompt, stream=True, **fields)
-        ) as response:
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    yield json.loads(line.removeprefix("data: "))
-
-
-@asynccontextmanager
-async def client_of(cluster: RunningCluster) -> AsyncGenerator[Client, None]:
-    async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
-        yield Client(http, cluster.model)
 
 
 async def test_a_prefill_worker_killed_amid_a_prompt_costs_no_token(start_cluster: Start) -> None:
     cluster = start_cluster("--engine", "sim", SLOW)
     async with client_of(cluster) as client:
         expected = await client.complete(PROMPT[:1500])
-        running = asyncio.create_task(client.complete([5, *PROMPT[:1500]]))
+        asked = asyncio.create_task(client.complete([5, *PROMPT[:1500]]))
         await cluster.until(lambda rows: rows["prefill-0"]["pages"]["held"] > 0)
         pid = cluster.kill("prefill-0")
-        interrupted = await running
+        interrupted = await asked
         await cluster.until_restarted("prefill-0", pid)
         assert await client.complete([5, *PROMPT[:1500]]) == interrupted
         assert await client.complete(PROMPT[:1500]) == expected
@@ -64,28 +24,28 @@ async def test_a_prefill_worker_killed_amid_a_prompt_costs_no_token(start_cluste
 
 
 async def test_a_prefill_worker_that_stops_answering_costs_no_token(start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim", SLOW)
+    cluster, prompt = start_cluster("--engine", "sim", SLOW), PROMPT[:1500]
     async with client_of(cluster) as client:
-        running = asyncio.create_task(client.complete(PROMPT[:1500]))
+        asked = asyncio.create_task(client.complete(prompt))
         await cluster.until(lambda rows: rows["prefill-0"]["pages"]["held"] > 0)
         pid = cluster.signal("prefill-0", signal.SIGSTOP)
         try:
-            interrupted = await running
+            interrupted = await asked
         finally:
             cluster.signal("prefill-0", signal.SIGCONT)
         assert cluster.pid("prefill-0") == pid
-        assert await client.complete(PROMPT[:1500]) == interrupted
+        assert await client.complete(prompt) == interrupted
     await cluster.until_pages_are_free()
 
 
 @pytest.mark.parametrize("name", ["router-0", "blackboard"])
-async def test_service_resumes_when_it_is_restarted(name: str, start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim")
+async def test_service_resumes_when_it_is_restarted(name: str, sim_cluster: RunningCluster) -> None:
+    cluster = sim_cluster
     async with client_of(cluster) as client:
         expected = await client.complete(PROMPT[:300])
-        running = asyncio.create_task(client.complete(PROMPT[:100], max_tokens=200))
+        asked = asyncio.create_task(client.complete(PROMPT[:100], max_tokens=200))
         pid = cluster.kill(name)
-        assert len(await running) == 200
+        assert len(await asked) == 200
         await cluster.until(
             lambda rows: all(row["state"] == "serving" for row in rows.values()) and rows[name]["pid"] != pid
         )
@@ -93,8 +53,8 @@ async def test_service_resumes_when_it_is_restarted(name: str, start_cluster: St
     await cluster.until_pages_are_free()
 
 
-async def test_a_request_that_finds_no_router_waits_for_its_restart(start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim")
+async def test_a_request_that_finds_no_router_waits_for_its_restart(sim_cluster: RunningCluster) -> None:
+    cluster = sim_cluster
     async with client_of(cluster) as client:
         expected = await client.complete(PROMPT[:300])
         pid = cluster.kill("router-0")
@@ -102,8 +62,8 @@ async def test_a_request_that_finds_no_router_waits_for_its_restart(start_cluste
         assert cluster.pid("router-0") not in (None, pid)
 
 
-async def test_a_restarted_decode_worker_serves_again_under_a_higher_epoch(start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim")
+async def test_a_restarted_decode_worker_serves_again_under_a_higher_epoch(sim_cluster: RunningCluster) -> None:
+    cluster = sim_cluster
     async with client_of(cluster) as client:
         expected = await client.complete(PROMPT[:300])
         epoch = (await cluster.status())["decode-0"]["epoch"]

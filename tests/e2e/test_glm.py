@@ -9,9 +9,9 @@ import pytest
 
 from shared.engine.models import tiny
 from tests.e2e import scripted_glm
+from tests.e2e.client import client_of
 from tests.e2e.cluster import HAND_OVER, RunningCluster, running
 from tests.e2e.test_failover import kill_the_busy_worker
-from tests.e2e.test_faults import client_of
 from tests.oracle import driver
 
 PROMPT = [token * 37 % 499 for token in range(700)]

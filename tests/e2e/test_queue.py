@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 
 from shared.blackboard.board import Blackboard
+from tests.e2e.client import Start, client_of
 from tests.e2e.cluster import RunningCluster
-from tests.e2e.test_faults import Start, client_of
 
 NARROW = "--worker-flags=--max-num-sequences 2 --sim-decode-ms 20"
 NUM_REQUESTS = 10

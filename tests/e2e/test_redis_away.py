@@ -3,7 +3,7 @@
 import asyncio
 import signal
 
-from tests.e2e.test_faults import PROMPT, Start, client_of
+from tests.e2e.client import PROMPT, Start, client_of
 
 # Registrations last 2 s.
 AWAY_S = 3.0

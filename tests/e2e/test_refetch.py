@@ -9,10 +9,10 @@ from typing import Any
 
 from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from shared import page_hash, rpc
+from tests.e2e.client import PROMPT, SLOW, Start, client_of
 from tests.e2e.cluster import DEADLINE_S, RunningCluster
 from tests.e2e.integrity import measures_at
 from tests.e2e.test_failover import busy
-from tests.e2e.test_faults import PROMPT, SLOW, Start, client_of
 
 LONG, PAGE = PROMPT[:1000], 16
 NUM_WHOLE = len(LONG) // PAGE * PAGE

@@ -3,17 +3,19 @@
 import asyncio
 import json
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.chaos.answers import COMPLETE, NOT_TAKEN, Answer
 from tests.chaos.load import Clients
-from tests.chaos.ports import two_free_ports
+from tests.chaos.ports import two_ports
 from tests.chaos.requests import asks
 from tests.chaos.twin import SimTwin, write_tokenizer, wrong
+from tests.e2e.client import SLOW, Start, client_of
 from tests.e2e.cluster import RunningCluster
-from tests.e2e.test_faults import SLOW, Start, client_of
 
 ROLES = ("gateway", "router", "prefill", "decode")
 NUM_CLIENTS = 4
@@ -42,8 +44,16 @@ async def restart(cluster: RunningCluster, number: int) -> None:
     )
 
 
-async def test_a_fleet_restarted_under_load_costs_no_client_an_error(start_cluster: Start, tmp_path: Path) -> None:
-    port, text = two_free_ports(), write_tokenizer(tmp_path)
+@pytest.fixture
+def port() -> Iterator[int]:
+    with two_ports() as first:
+        yield first
+
+
+async def test_a_fleet_restarted_under_load_costs_no_client_an_error(
+    port: int, start_cluster: Start, tmp_path: Path
+) -> None:
+    text = write_tokenizer(tmp_path)
     both = (argument for role in ROLES for argument in (f"--{role}s" if role in ROLES[:2] else f"--{role}", "2"))
     cluster = start_cluster("--engine", "sim", *both, "--port", str(port), f"--gateway-flags=--tokenizer sim={text}")
     async with load(cluster, port) as answers:

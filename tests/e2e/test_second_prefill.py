@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from tests.e2e.test_faults import PROMPT, SLOW, Start, client_of
+from tests.e2e.client import PROMPT, SLOW, Start, client_of
 from tests.e2e.test_refetch import measured
 
 LONG = PROMPT[:1000]

@@ -12,8 +12,8 @@ import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
+from tests.e2e.client import Start
 from tests.e2e.cluster import RunningCluster
-from tests.e2e.test_faults import Start
 
 TRACE_ID, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 ONE_REQUEST = (

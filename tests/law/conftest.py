@@ -57,12 +57,14 @@ def tiny_model(variant: str, path: Path, *, rejection: bool = False) -> MakeExec
 
 @dataclass(frozen=True)
 class Law:
-    """One model and one way to choose tokens. Tokens that end a sequence are ignored: all have something to compare."""
+    """One model and one way to choose tokens. Tokens that end a sequence are ignored: all have something to compare.
+    What is right is asked only once."""
 
     make_executor: MakeExecutor
     sampling: SamplingParams
     speculation: Speculation | None = field(default=None, kw_only=True)
     in_order: MakeExecutor | None = field(default=None, kw_only=True)
+    known: dict[tuple[object, ...], list[int]] = field(default_factory=dict, kw_only=True)
 
     def worker(self, num_pages: int = 64, max_step_tokens: int = 512) -> Worker:
         return Worker(self.make_executor(num_pages), max_step_tokens, self.speculation)
@@ -75,7 +77,10 @@ class Law:
 
     def tokens(self, prompt: list[int]) -> list[int]:
         """The output of a prompt that has an engine to itself and is computed whole, without drafts, step by step."""
-        return Worker((self.in_order or self.make_executor)(64)).run(self.request(prompt))
+        asked = (self.sampling, *prompt)
+        if asked not in self.known:
+            self.known[asked] = Worker((self.in_order or self.make_executor)(64)).run(self.request(prompt))
+        return self.known[asked]
 
 
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)

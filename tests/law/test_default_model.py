@@ -1,5 +1,6 @@
-"""The law once more with the weights that people will run, where they have been fetched."""
+"""The law once more with the weights that people will run."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -7,13 +8,10 @@ import pytest
 from shared.engine.api import SamplingParams
 from shared.engine.speculation.ngram import NgramProposer
 from shared.engine.speculation.speculator import Speculation
-from shared.models.store import default_cache
+from shared.models import store
+from shared.models.catalogue import DEFAULT_MODEL
 from tests.law import test_same_tokens as laws
 from tests.law.conftest import GREEDY, SAMPLED, Law, MakeExecutor, behind
-
-MODEL_DIR = default_cache() / "models" / "SmolLM2-135M-Instruct"
-
-pytestmark = pytest.mark.skipif(not MODEL_DIR.exists(), reason=f"{MODEL_DIR} has not been fetched")
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +24,9 @@ def make_executor() -> MakeExecutor:
     from shared.engine.models import registry
     from shared.engine.models.api import Placement
 
-    model = registry.load(MODEL_DIR, Placement(torch.float32, 1, "auto", default_cache()))
-    spec = load_executor(
-        MODEL_DIR, model_name="smollm2", dtype="float32", page_size=16, num_threads=1, num_pages=1
-    ).spec
+    path = store.resolve(DEFAULT_MODEL)
+    model = registry.load(path, Placement(torch.float32, 1, "auto", store.default_cache()))
+    spec = load_executor(path, model_name="smollm2", dtype="float32", page_size=16, num_threads=1, num_pages=1).spec
     return lambda num_pages: TorchExecutor(
         model, replace(spec, num_pages=num_pages), HostMemory(num_pages, spec.layout.page_bytes)
     )
@@ -47,11 +44,16 @@ def test_drafted_from_the_text_so_far(sampling: SamplingParams, make_executor: M
     assert sum(worker.engine.draft_counts().verified) > 0
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_launched_behind_the_step_before(sampling: SamplingParams, make_executor: MakeExecutor) -> None:
-    law = Law(lambda num_pages: behind(make_executor(num_pages)), sampling, in_order=make_executor)
-    laws.test_batched_with_others_that_come_and_go(law)
-    laws.test_preempted(law)
+@pytest.mark.parametrize(
+    ("how", "sampling"),
+    [(laws.test_batched_with_others_that_come_and_go, SAMPLED), (laws.test_preempted, GREEDY)],
+    ids=["batched and sampled", "preempted and greedy"],
+)
+def test_launched_behind_the_step_before(
+    how: Callable[[Law], None], sampling: SamplingParams, make_executor: MakeExecutor
+) -> None:
+    """The small models do the other two."""
+    how(Law(lambda num_pages: behind(make_executor(num_pages)), sampling, in_order=make_executor))
 
 
 def test_sampled_in_chunks_of_an_odd_size(make_executor: MakeExecutor) -> None:

@@ -1,7 +1,7 @@
 """The suite's law with drafts, most of them right and some wrong: they change how fast tokens come, never which."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 
@@ -39,18 +39,6 @@ CASES += [(f"sim {BEHIND}", drafts, SAMPLED) for drafts in (BY_A_PROPHET, BY_ITS
 FEW_TOKENS = tuple((token_id, 200.0) for token_id in (5, 6, 7))
 
 
-@dataclass(frozen=True)
-class RememberingLaw(Law):
-    """Asks only once what is right."""
-
-    known: dict[tuple[int, ...], list[int]] = field(default_factory=dict, kw_only=True)
-
-    def tokens(self, prompt: list[int]) -> list[int]:
-        if tuple(prompt) not in self.known:
-            self.known[tuple(prompt)] = super().tokens(prompt)
-        return self.known[tuple(prompt)]
-
-
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {case[1]}, {case[2].temperature}")
 def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Law:
     model, drafts, sampling = request.param
@@ -63,7 +51,7 @@ def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         make_executor = lambda num_pages: behind(in_order(num_pages))  # noqa: E731
     elif how == REJECTION:
         make_executor = tiny_model(name, path, rejection=True)
-    law = RememberingLaw(make_executor, sampling, in_order=in_order)
+    law = Law(make_executor, sampling, in_order=in_order)
     make_proposer = (lambda: Prophet(law)) if drafts == BY_A_PROPHET else None
     return replace(law, speculation=Speculation(NUM_DRAFTS, adaptive=False, make_proposer=make_proposer))
 

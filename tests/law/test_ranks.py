@@ -21,20 +21,6 @@ from tests.law.worker import Worker
 FAMILIES = ("llama-8-heads", "qwen3-8-heads", "glm")
 
 
-@dataclass(frozen=True)
-class RankedLaw(Law):
-    """Workers are groups of ranks; what is right is what one rank alone says."""
-
-    alone: MakeExecutor
-    known: dict[tuple[object, ...], list[int]]
-
-    def tokens(self, prompt: list[int]) -> list[int]:
-        key = (self.sampling, *prompt)
-        if key not in self.known:
-            self.known[key] = Worker(self.alone(64)).run(self.request(prompt))
-        return self.known[key]
-
-
 @dataclass
 class Model:
     """A model directory, and what one rank said so far."""
@@ -43,10 +29,12 @@ class Model:
     alone: MakeExecutor
     known: dict[tuple[object, ...], list[int]] = field(default_factory=dict)
 
-    def law(self, ranks: Ranks, sampling: SamplingParams, split: ExpertSplit = "experts") -> RankedLaw:
-        return RankedLaw(lambda pages: ranks.load(self.path, pages, split), sampling, self.alone, self.known)
+    def law(self, ranks: Ranks, sampling: SamplingParams, split: ExpertSplit = "experts") -> Law:
+        """Workers are groups of ranks; what is right is what one rank alone says."""
+        make_executor = lambda num_pages: ranks.load(self.path, num_pages, split)  # noqa: E731
+        return Law(make_executor, sampling, in_order=self.alone, known=self.known)
 
-    def drafted(self, ranks: Ranks, sampling: SamplingParams, split: ExpertSplit = "experts") -> RankedLaw:
+    def drafted(self, ranks: Ranks, sampling: SamplingParams, split: ExpertSplit = "experts") -> Law:
         """With drafts of the model's own layer, some of them right."""
         law = self.law(ranks, replace(sampling, logit_bias=FEW_TOKENS), split)
         return replace(law, speculation=Speculation(NUM_DRAFTS, adaptive=False))
@@ -74,6 +62,10 @@ def drafting_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(path, tiny_model("glm-mtp", path))
 
 
+# Of what does not depend on how many share the model out: that four do is in the other laws.
+by_two = pytest.mark.parametrize("ranks", [2], ids=["two ranks"], indirect=True)
+
+
 @pytest.fixture(scope="module", params=[2, 4], ids=["two ranks", "four ranks"])
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     made = Ranks(request.param)
@@ -81,9 +73,9 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     made.close()
 
 
+@by_two
 def test_sampled_preempted_and_batched(model: Model, ranks: Ranks) -> None:
-    if ranks.num_ranks == 2:  # what four would add is in the other laws
-        laws.test_preempted(model.law(ranks, SAMPLED))
+    laws.test_preempted(model.law(ranks, SAMPLED))
 
 
 def test_chunked_with_whole_experts(model: Model, ranks: Ranks) -> None:
@@ -131,14 +123,17 @@ def test_all_ranks_verify_by_rejection_as_one_would(drafting_model: Model, ranks
     assert sum(several.engine.draft_counts().accepted) > 0
 
 
+@by_two
 def test_drafted_and_chunked(drafting_model: Model, ranks: Ranks) -> None:
     laws.test_chunked_at_odd_sizes(7, drafting_model.drafted(ranks, GREEDY))
 
 
+@by_two
 def test_drafted_and_continued_by_several_ranks_where_one_was_lost(drafting_model: Model, ranks: Ranks) -> None:
     laws.test_continued_on_another_worker(9, drafting_model.drafted(ranks, SAMPLED))
 
 
+@by_two
 def test_drafted_preempted_and_batched(drafting_model: Model, ranks: Ranks) -> None:
     laws.test_preempted(drafting_model.drafted(ranks, SAMPLED))
 
@@ -150,7 +145,7 @@ def test_drafted_behind_a_prompt_of_another_number_of_ranks(
     """What is handed over has the drafting layer's state, and the drafts that one rank would have proposed."""
     law = drafting_model.drafted(ranks, SAMPLED)
     several = RankedWorker(ranks.load(drafting_model.path, 64), law.speculation)
-    one, other = AloneWorker(law.alone(64), law.speculation), AloneWorker(law.alone(64), law.speculation)
+    one, other = (AloneWorker(drafting_model.alone(64), law.speculation) for _ in range(2))
     prefill, decode = (several, one) if split_side == "prefill" else (one, several)
     prompt = law.prompt(49)
     first, pages = decode.pull(law.request(prompt), prefill)

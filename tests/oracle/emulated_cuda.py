@@ -1,4 +1,4 @@
-"""Our CUDA kernels on the CPU: compiled as C++ with a thread for each lane."""
+"""Our CUDA kernels on the CPU: compiled as C++ with a coroutine for each lane."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The kernels of a mixture beside torch: on the CPU, compiled as C++ with a thread for each lane, and on a GPU."""
+"""The kernels of a mixture beside torch: on the CPU, compiled as C++ with a coroutine for each lane, and on a GPU."""
 
 from functools import partial
 

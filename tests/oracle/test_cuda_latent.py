@@ -1,4 +1,4 @@
-"""The kernel that merges splits beside torch: on the CPU, compiled as C++ with a thread for each lane, and on a GPU."""
+"""The kernel that merges splits beside torch: on the CPU as C++ with a coroutine for each lane, and on a GPU."""
 
 import pytest
 import torch

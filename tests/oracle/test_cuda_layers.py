@@ -1,4 +1,4 @@
-"""The kernel of all layers beside its twin: on the CPU, compiled as C++ with a thread for each lane, and on a GPU."""
+"""The kernel of all layers beside its twin: on the CPU as C++ with a coroutine for each lane, and on a GPU."""
 
 import ctypes
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""The CUDA kernels' products beside their twins, on the CPU: compiled as C++ with a thread for each lane."""
+"""The CUDA kernels' products beside their twins, on the CPU: compiled as C++ with a coroutine for each lane."""
 
 import ctypes
 

@@ -295,10 +295,10 @@ async def test_a_step_that_does_not_end_ends_everybody_who_waits_for_it() -> Non
 
 
 async def test_many_steps_that_end_are_no_step_that_does_not() -> None:
-    rig = Rig(patience_s=0.05)
+    rig = Rig(patience_s=0.2)
     rig.loop.start()
     events = await collect(rig, request(max_tokens=200))
-    await asyncio.sleep(0.1)  # nor is having nothing to do
+    await asyncio.sleep(0.3)  # nor is having nothing to do
     await rig.loop.stop()
     assert rig.deaths == []
     assert len(events) == 200

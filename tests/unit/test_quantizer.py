@@ -70,6 +70,11 @@ def glm_52() -> ModelTensors:
     return tensor_list.of_config(GLM_52 | GLM)
 
 
+@pytest.fixture(scope="module")
+def glm_52_told(glm_52: ModelTensors) -> dict[Modules, ModelTensors]:
+    return {modules: told(glm_52, GLM_52 | GLM, modules) for modules in Modules}
+
+
 def told(model: ModelTensors, fields: dict[str, Any], modules: Modules) -> ModelTensors:
     """The model as a checkpoint's configuration describes it after quantizing."""
     ignored = choice.left_alone(model, set(choice.chosen(model, modules)))
@@ -77,21 +82,25 @@ def told(model: ModelTensors, fields: dict[str, Any], modules: Modules) -> Model
 
 
 @pytest.mark.parametrize("modules", Modules)
-def test_the_list_of_what_is_left_alone_names_exactly_that(glm_52: ModelTensors, modules: Modules) -> None:
-    after = told(glm_52, GLM_52 | GLM, modules)
-    assert {name for name, tensor in after.tensors.items() if tensor.form == "nvfp4"} == set(
-        choice.chosen(glm_52, modules)
-    )
+def test_the_list_of_what_is_left_alone_names_exactly_that(
+    glm_52: ModelTensors, glm_52_told: dict[Modules, ModelTensors], modules: Modules
+) -> None:
+    names = {name for name, tensor in glm_52_told[modules].tensors.items() if tensor.form == "nvfp4"}
+    assert names == set(choice.chosen(glm_52, modules))
 
 
-def test_routed_experts_of_glm_52_make_nvidias_checkpoint(glm_52: ModelTensors) -> None:
+def test_routed_experts_of_glm_52_make_nvidias_checkpoint(
+    glm_52: ModelTensors, glm_52_told: dict[Modules, ModelTensors]
+) -> None:
     assert choice.default(glm_52) is Modules.ROUTED_EXPERTS
-    after = told(glm_52, GLM_52 | GLM, Modules.ROUTED_EXPERTS)
-    assert round(sum(tensor.num_bytes for tensor in after.tensors.values()) / 1e9, 2) == 464.80
+    num_bytes = sum(tensor.num_bytes for tensor in glm_52_told[Modules.ROUTED_EXPERTS].tensors.values())
+    assert round(num_bytes / 1e9, 2) == 464.80
 
 
-def test_all_linears_are_all_but_head_embedding_router_and_mtp(glm_52: ModelTensors) -> None:
-    after = told(glm_52, GLM_52 | GLM, Modules.ALL_LINEARS)
+def test_all_linears_are_all_but_head_embedding_router_and_mtp(
+    glm_52: ModelTensors, glm_52_told: dict[Modules, ModelTensors]
+) -> None:
+    after = glm_52_told[Modules.ALL_LINEARS]
     plain = {entry.name for entry in accounting.module_classes(after) if entry.form != "nvfp4"}
     assert plain == {"norms and router", "embedding and head", "mtp"}
     ignored = choice.left_alone(glm_52, set(choice.chosen(glm_52, Modules.ALL_LINEARS)))
@@ -233,8 +242,7 @@ def test_a_full_disk_is_said_and_the_run_can_go_on(source: Path, tmp_path: Path)
     assert run(source, tmp_path / "made").num_kept
 
 
-@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("-inf"), "infinite")])
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize(("value", "word", "num_processes"), [(float("nan"), "NaN", 1), (float("-inf"), "infinite", 2)])
 def test_a_weight_that_is_no_number_is_named(
     source: Path, tmp_path: Path, value: float, word: str, num_processes: int
 ) -> None:

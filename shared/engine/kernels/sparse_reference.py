@@ -5,6 +5,7 @@ sequence, holding positions in rising order, -1 where fewer than K are visible. 
 what is needed besides the pages grows with the step and not with the context.
 """
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -15,8 +16,9 @@ from shared.engine.batch import Batch
 
 Selection = list[torch.Tensor]
 BLOCK_VALUES = 1 << 22
-# Keys that are scored at a time. Independent of the step, so that it makes no difference how a prompt is cut.
-BLOCK_KEYS = 4096
+# Keys that are scored at a time, and the first ones. Independent of the step, so that it makes no difference how a
+# prompt is cut.
+BLOCK_KEYS, FIRST_KEYS = 4096, 256
 # Scores of single heads that are computed at a time: about what a core's cache holds.
 BLOCK_SCORES = 1 << 19
 
@@ -78,8 +80,8 @@ def _highest_scored(
     best = torch.full((len(q), top_k), -torch.inf)
     chosen = torch.full((len(q), top_k), -1)
     size = max(1, BLOCK_SCORES // (q.shape[1] * BLOCK_KEYS))
-    for start in range(0, int(positions[-1]) + 1, BLOCK_KEYS):
-        at = torch.arange(start, min(start + BLOCK_KEYS, int(positions[-1]) + 1))
+    for start, end in _blocks(int(positions[-1]) + 1):
+        at = torch.arange(start, end)
         k = keys.read(own[at // keys.page_size], at % keys.page_size).float()
         first = int(torch.searchsorted(positions, start))  # rows before it see nothing of this block
         for row in range(first, len(q), size):
@@ -89,6 +91,16 @@ def _highest_scored(
                 scores.masked_fill_(at > positions[rows, None], -torch.inf)
             _keep_highest(best[rows], chosen[rows], scores, start)
     return chosen
+
+
+def _blocks(num_keys: int) -> Iterator[tuple[int, int]]:
+    """Begins and ends of blocks of keys. They grow, so that of no block but the first many keys are higher than the
+    highest before it."""
+    start = 0
+    while start < num_keys:
+        end = min(num_keys, start + BLOCK_KEYS, max(2 * start, FIRST_KEYS))
+        yield start, end
+        start = end
 
 
 def _scores(q: torch.Tensor, head_weights: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -101,8 +113,8 @@ def _keep_highest(best: torch.Tensor, chosen: torch.Tensor, scores: torch.Tensor
     """Put into `best` [r, K] and `chosen`, scores and positions so far, what is higher in `scores` [r, n], those of
     the positions from `start` on. Few are, behind the first blocks, so only they are looked at twice."""
     top_k = best.shape[1]
-    better = scores > best.amin(dim=1, keepdim=True)
-    found = torch.from_numpy(np.flatnonzero(better.numpy()))  # a quarter of the time of torch's
+    better = scores.numpy() > best.amin(dim=1, keepdim=True).numpy()
+    found = torch.from_numpy(np.flatnonzero(better))  # both in less than half the time of torch's
     if not len(found):
         return
     rows, columns = found // scores.shape[1], found % scores.shape[1]

@@ -1,15 +1,19 @@
-// The part of CUDA that the kernels use, in C++: a thread for each lane, the blocks of a cluster or of a cooperative launch
-// side by side, clusters one after the other. It is slow and exact, and says nothing of speed or of races within a warp.
+// The part of CUDA that the kernels use, in C++: a coroutine for each lane, the blocks of a cluster or of a cooperative launch
+// side by side, clusters one after the other. Whenever a lane waits, one that can go on is drawn by lot (the same each time):
+// no order may be relied on that no barrier makes. It is exact, and says nothing of speed or of races within a warp.
 #pragma once
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
 
 #include <algorithm>
-#include <barrier>
+#include <functional>
 #include <memory>
-#include <mutex>
-#include <thread>
+#include <random>
 #include <type_traits>
 #include <vector>
 
@@ -62,28 +66,90 @@ inline float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 using std::max;
 using std::min;
 
+// Lanes ------------------------------------------------------------------------------------------------------------------
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the lane that runs
+
+struct Lane {
+    ucontext_t state;
+    int rank;
+    unsigned thread;
+};
+// All lanes that are side by side, and those of them that can go on. The host's thread runs them, one at a time.
+struct Lanes {
+    static constexpr size_t STACK_BYTES = 256 << 10;
+    std::vector<Lane> all;
+    std::vector<Lane*> ready;
+    Lane* running = nullptr;
+    unsigned first_block = 0;
+    ucontext_t host;
+    std::minstd_rand lot;
+
+    void run(void (*begin)()) {
+        const size_t bytes = all.size() * STACK_BYTES;
+        char* const stacks = static_cast<char*>(
+            mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        if (stacks == MAP_FAILED) abort();
+        for (size_t i = 0; i < all.size(); i++) {
+            getcontext(&all[i].state);
+            all[i].state.uc_stack = {stacks + i * STACK_BYTES, 0, STACK_BYTES};
+            all[i].state.uc_link = &host;
+            makecontext(&all[i].state, begin, 0);
+            ready.push_back(&all[i]);
+        }
+        for (size_t i = 0; i < all.size(); i++) leave(&host);  // back when a lane has ended
+        munmap(stacks, bytes);
+    }
+    void wait() { leave(&running->state); }
+    void look_again_later() {
+        ready.push_back(running);
+        wait();
+    }
+
+  private:
+    void leave(ucontext_t* from) {
+        if (ready.empty()) fprintf(stderr, "all lanes wait for each other\n"), abort();
+        std::swap(ready[lot() % ready.size()], ready.back());
+        running = ready.back(), ready.pop_back();
+        threadIdx.x = running->thread, blockIdx.x = first_block + running->rank;
+        swapcontext(from, &running->state);
+    }
+};
+inline Lanes* lanes;
+
+struct Barrier {
+    size_t expected;
+    std::vector<Lane*> waiting;
+    explicit Barrier(int expected = 32) : expected(expected) {}
+    void arrive_and_wait() {
+        if (waiting.size() + 1 < expected) {
+            waiting.push_back(lanes->running);
+            return lanes->wait();
+        }
+        lanes->ready.insert(lanes->ready.end(), waiting.begin(), waiting.end());
+        waiting.clear();
+        lanes->look_again_later();
+    }
+};
 struct Warp {
-    std::barrier<> meet{32};
+    Barrier meet;
     uint32_t words[32][6];
 };
 struct Block {
-    std::barrier<> meet, some_meet;
+    Barrier meet, some_meet;
     std::vector<Warp> warps;
     std::vector<float> memory;
     Block(int threads, size_t bytes) : meet(threads), some_meet(std::max(1, threads - 32)), warps(threads / 32), memory(bytes / 4 + 1, NAN) {}
 };
 struct Blocks {
-    std::barrier<> meet;
-    std::vector<std::unique_ptr<Block>> blocks;
+    Barrier meet;
+    std::vector<Block> blocks;
     explicit Blocks(int threads) : meet(threads) {}
 };
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
-inline thread_local Blocks* my_cluster;
-inline thread_local Block* my_block;
-inline thread_local int my_rank;
-inline Warp& my_warp() { return my_block->warps[threadIdx.x / 32]; }
+inline Blocks* my_cluster;
+inline Block& my_block() { return my_cluster->blocks[lanes->running->rank]; }
+inline Warp& my_warp() { return my_block().warps[threadIdx.x / 32]; }
 
-inline void __syncthreads() { my_block->meet.arrive_and_wait(); }
+inline void __syncthreads() { my_block().meet.arrive_and_wait(); }
 inline void __syncwarp() { my_warp().meet.arrive_and_wait(); }
 inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) {
     Warp& warp = my_warp();
@@ -133,17 +199,17 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
     const bool whole = config->numAttrs && config->attrs[0].id == cudaLaunchAttributeCooperative;
     const int size = whole ? config->gridDim.x : config->numAttrs > 1 ? config->attrs[1].val.clusterDim.x : 1, threads = config->blockDim.x;
-    for (unsigned y = 0; y < config->gridDim.y; y++)
+    static std::function<void()> lane;
+    lane = [&] { kernel(static_cast<Parameters>(arguments)...); };
+    blockDim = config->blockDim, gridDim = config->gridDim;
+    for (blockIdx.y = 0; blockIdx.y < config->gridDim.y; blockIdx.y++)
         for (unsigned x = 0; x < config->gridDim.x; x += size) {
             Blocks cluster(threads * size);
-            for (int rank = 0; rank < size; rank++) cluster.blocks.push_back(std::make_unique<Block>(threads, config->dynamicSmemBytes));
-            std::vector<std::jthread> lanes;
-            for (int i = 0; i < threads * size; i++)
-                lanes.emplace_back([&, i] {
-                    my_rank = i / threads, my_cluster = &cluster, my_block = cluster.blocks[my_rank].get();
-                    threadIdx = dim3(i % threads), blockIdx = dim3(x + my_rank, y), blockDim = config->blockDim, gridDim = config->gridDim;
-                    kernel(static_cast<Parameters>(arguments)...);
-                });
+            Lanes beside;
+            for (int rank = 0; rank < size; rank++) cluster.blocks.emplace_back(threads, config->dynamicSmemBytes);
+            for (int i = 0; i < threads * size; i++) beside.all.push_back({{}, i / threads, static_cast<unsigned>(i % threads)});
+            my_cluster = &cluster, lanes = &beside, beside.first_block = x;
+            beside.run([] { lane(); });
         }
     return cudaSuccess;
 }
@@ -185,8 +251,12 @@ inline uint32_t as_halves(float a, float b) {
 inline uint32_t times_half(uint32_t a, uint32_t b) { return as_halves(of_halves(a, 0) * of_halves(b, 0), of_halves(a, 1) * of_halves(b, 1)); }
 inline void multiply_half(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply_by(of_halves, sum, a, b0, b1); }
 inline uint32_t largest_of_warp(uint32_t value) {
+    Warp& warp = my_warp();
+    warp.words[threadIdx.x % 32][0] = value;
+    warp.meet.arrive_and_wait();
     uint32_t found = 0;
-    for (int lane = 0; lane < 32; lane++) found = max(found, __shfl_sync(~0u, value, lane));
+    for (int lane = 0; lane < 32; lane++) found = max(found, warp.words[lane][0]);
+    warp.meet.arrive_and_wait();
     return found;
 }
 inline void multiply_eight(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) { multiply(sum, {a[0], a[1], 0, 0}, b, 0); }
@@ -201,21 +271,19 @@ inline void wait_for_inputs(const void*) {}
 inline void let_dependents_start() {}
 inline void in_order() {}
 template <class Value> void anew(Value&) {}
-inline float* dynamic_shared() { return my_block->memory.data(); }
+inline float* dynamic_shared() { return my_block().memory.data(); }
 struct Cluster {
     static void sync() { my_cluster->meet.arrive_and_wait(); }
-    static int rank() { return my_rank; }
+    static int rank() { return lanes->running->rank; }
     static const float* of(float* mine, int rank) {
-        return my_cluster->blocks[rank]->memory.data() + (mine - my_block->memory.data());
+        return my_cluster->blocks[rank].memory.data() + (mine - my_block().memory.data());
     }
 };
 
 // A signal's word: arrivals still to come, how many there are each time, bytes still to come (of a copy, none: it is made at
 // once), and whether its turn is an odd one.
-inline std::mutex signals;
 struct Signal { uint16_t pending, arrivals; int32_t bytes : 31; uint32_t parity : 1; };
 inline void signal_change(uint64_t* at, int arrivals, int bytes) {
-    const std::lock_guard<std::mutex> lock(signals);
     Signal& signal = *reinterpret_cast<Signal*>(at);
     signal.pending -= arrivals, signal.bytes += bytes;
     if (signal.pending == 0 && signal.bytes == 0) signal.pending = signal.arrivals, signal.parity ^= 1;
@@ -227,21 +295,18 @@ inline void signals_ready() {}
 inline void signal_arrive(uint64_t* at) { signal_change(at, 1, 0); }
 inline void signal_expect(uint64_t* at, uint32_t bytes) { signal_change(at, 1, bytes); }
 inline void signal_wait(uint64_t* at, uint32_t parity) {
-    for (;; std::this_thread::yield()) {
-        const std::lock_guard<std::mutex> lock(signals);
-        if (reinterpret_cast<Signal*>(at)->parity != parity) return;
-    }
+    while (reinterpret_cast<Signal*>(at)->parity == parity) lanes->look_again_later();
 }
 inline void copy_ahead(void* to, const void* from, uint32_t bytes, uint64_t* at) {
     memcpy(to, from, bytes);
     signal_change(at, 0, -static_cast<int>(bytes));
 }
 inline void copies_follow() {}
-template <int THREADS_MEETING> void meet() { my_block->some_meet.arrive_and_wait(); }
+template <int THREADS_MEETING> void meet() { my_block().some_meet.arrive_and_wait(); }
 inline uint32_t counted(uint32_t* counter) { return atomicAdd(counter, 1u); }
 inline void count(uint32_t* counter) { counted(counter); }
 inline void wait_until(const uint32_t* counter, uint32_t target) {
-    while (__atomic_load_n(counter, __ATOMIC_SEQ_CST) < target) std::this_thread::yield();
+    while (__atomic_load_n(counter, __ATOMIC_SEQ_CST) < target) lanes->look_again_later();
 }
 inline void expect_soon(const void*) {}
 inline uint4 fresh(const void* at) { return *static_cast<const uint4*>(at); }

@@ -1,0 +1,51 @@
+"""Who runs which tests where several processes share them out (`make test`, decisions/0050)."""
+
+import os
+from pathlib import PurePosixPath
+from typing import Any
+
+from xdist.scheduler import LoadScopeScheduling
+
+# The order in which tests begin. Clusters first, for they wait more than they compute; short files fill the end.
+ROOMS = ("chaos", "e2e", "law", "oracle", "services", "conformance", "architecture", "unit")
+# One cluster at a time is enough for two cores where processes die, stop and miss deadlines: these rooms are one
+# process' work, but for files whose clusters compute all the time, which are another's.
+CLUSTERS = ("chaos", "e2e")
+COMPUTING = ("e2e/test_long_context.py", "e2e/test_ranks.py")
+MOST_PROCESSES = 8  # each imports torch and transformers for itself
+
+
+def place(nodeid: str) -> tuple[int, bool]:
+    """Sorts tests: by rooms, and clusters that compute, which is for long, before the others."""
+    file = _file(nodeid)
+    return ROOMS.index(file.parts[0]), str(file) not in COMPUTING
+
+
+def work(nodeid: str) -> str:
+    """Tests of which this is the same are run by one process: those of a file, so that its fixtures are made once."""
+    file = _file(nodeid)
+    if file.parts[0] not in CLUSTERS:
+        return str(file)
+    return "clusters that compute" if str(file) in COMPUTING else "clusters"
+
+
+def num_processes() -> int:
+    """One more than there are cores: it waits for its clusters."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores + 1, MOST_PROCESSES)
+
+
+def _file(nodeid: str) -> PurePosixPath:
+    """Below `tests`."""
+    return PurePosixPath(nodeid.partition("::")[0]).relative_to("tests")
+
+
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Each process takes the next work when it has nearly done its own."""
+
+    def __init__(self, config: Any, log: Any) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False
+
+    def _split_scope(self, nodeid: str) -> str:
+        return work(nodeid)
