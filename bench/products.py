@@ -33,13 +33,15 @@ def microseconds(works: Sequence[Callable[[], object]]) -> float:
     return replays.milliseconds(lambda: [work() for work in works], replays=1, repeats=REPEATS) * 1e3 / len(works)
 
 
-def plans(num_tokens: int, rows: int) -> Iterator[Plan]:
+def plans(num_tokens: int, rows: int, has_wide: bool) -> Iterator[Plan]:
     eights = next(eights for eights in EIGHTS if num_tokens <= 8 * eights)
     for row_tiles, warps_rows, cluster in itertools.product((1, 2), (1, 2, 4, 8), (1, 2)):
         plan = Plan(eights, row_tiles, warps_rows, cluster)
         num_blocks = plan.num_blocks(rows)
         if (eights, row_tiles) != (8, 1) and num_blocks >= 64 and (cluster == 1 or num_blocks <= 600):
             yield plan
+    for cluster in (1, 2, 4, 8) if has_wide and num_tokens >= cuda_products.MIN_WIDE else ():
+        yield Plan(eights, 1, cuda_products.WARPS, cluster, is_wide=True)
 
 
 def try_shape(library: ctypes.CDLL, kind: str, shape: str, num_tokens: int, rate: float, device: torch.device) -> None:
@@ -56,7 +58,8 @@ def try_shape(library: ctypes.CDLL, kind: str, shape: str, num_tokens: int, rate
     x = torch.randn(num_tokens, columns, dtype=torch.bfloat16, device=device)
     expected = x @ (w4a16.unpack(first, torch.bfloat16)[0] if isinstance(first, w4a16.PackedWeight) else first).T
     found = []
-    for plan in plans(num_tokens, rows):
+    has_wide = kind == "nvfp4" and hasattr(library, "forebay_product_wide")
+    for plan in plans(num_tokens, rows, has_wide):
         products = CudaProducts(library, partial(_given, plan))
         error = (products.linear(x, first) - expected).norm() / expected.norm()
         if not error < 0.01:
@@ -65,7 +68,9 @@ def try_shape(library: ctypes.CDLL, kind: str, shape: str, num_tokens: int, rate
         works = [partial(products.linear, x, weight) for weight in weights]
         found.append((microseconds(works), plan))
     found.sort(key=lambda pair: pair[0])
-    planned = cuda_products.planned(kind == "nvfp4", num_tokens, rows, columns)
+    planned = (cuda_products.planned_wide if has_wide else cuda_products.planned)(
+        kind == "nvfp4", num_tokens, rows, columns
+    )
     ours = [time_us for time_us, plan in found if plan == planned]
     best = "; ".join(f"{time_us:.1f} {_short(plan)}" for time_us, plan in found[:4])
     share = num_bytes / rate * 1e6 / found[0][0]
@@ -81,7 +86,7 @@ def _given(plan: Plan, *_: object) -> Plan:
 
 
 def _short(plan: Plan) -> str:
-    return f"{plan.row_tiles}/{plan.warps_rows}/{plan.cluster}"
+    return f"wide/{plan.cluster}" if plan.is_wide else f"{plan.row_tiles}/{plan.warps_rows}/{plan.cluster}"
 
 
 def main() -> None:

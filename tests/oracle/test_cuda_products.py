@@ -45,6 +45,18 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found.float(), expected.float(), rtol=0.01, atol=0.004 * float(expected.abs().max()))
 
 
+@pytest.fixture(scope="module")
+def wide_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return ctypes.CDLL(str(compiled("wide.cu", tmp_path_factory.mktemp("wide"))))
+
+
+def wide(library: ctypes.CDLL, cluster: int) -> CudaProducts:
+    def plan(_packed: bool, num_tokens: int, _rows: int, _columns: int) -> Plan:
+        return Plan(next(eights for eights in (2, 4, 8) if num_tokens <= 8 * eights), 1, 8, cluster, is_wide=True)
+
+    return CudaProducts(library, plan)
+
+
 CUTS = [(1, 1, 1, 1), (5, 1, 4, 2), (12, 2, 2, 1), (30, 1, 8, 1), (30, 2, 4, 4), (64, 2, 2, 1)]
 
 
@@ -94,3 +106,32 @@ def test_a_stream_is_normed_before_its_first_product(library: ctypes.CDLL) -> No
 def test_dequantized_weights_are_those_that_were_packed(library: ctypes.CDLL, gated: bool) -> None:
     weight = packed(48, 208, 4, gated)
     assert torch.equal(CudaProducts(library).dequantized(weight), w4a16.unpack(weight, torch.bfloat16)[0])
+
+
+@pytest.mark.parametrize(("tokens", "cluster", "columns"), [(9, 1, 1200), (30, 2, 336), (64, 4, 2000), (33, 8, 336)])
+def test_wide_products_equal_those_of_torch(wide_library: ctypes.CDLL, tokens: int, cluster: int, columns: int) -> None:
+    weight = packed(200, columns, 1)
+    x, bias = activations(tokens, columns), activations(1, 200)[0]
+    expected = F.linear(x.float(), dense(weight), bias.float())
+    assert_close(wide(wide_library, cluster).linear(x, weight, bias), expected)
+
+
+def test_rows_of_a_wide_gated_matrix_come_in_their_old_order(wide_library: ctypes.CDLL) -> None:
+    weight, x = packed(288, 208, 6, gated=True), activations(17, 208)
+    assert_close(wide(wide_library, 2).linear(x, weight), F.linear(x.float(), dense(weight)))
+
+
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_a_norm_between_two_wide_products_is_that_of_torch(
+    library: ctypes.CDLL, wide_library: ctypes.CDLL, cluster: int
+) -> None:
+    products, tokens, size = wide(wide_library, cluster), 11, 256
+    first, second = packed(size, 512, 1), packed(160, size, 2, True)
+    inner, norm, stream = activations(tokens, 512), activations(1, size)[0] + 1, activations(tokens, size)
+    expected = (stream.float() + inner.float() @ dense(first).T).bfloat16()
+    normed = products.added(inner, first, Residual(stream, norm), EPS)
+    assert_close(stream, expected)
+    plain = F.linear(reference.rms_norm(expected.float(), norm.float(), EPS), dense(second))
+    assert_close(products.gated(normed, second), reference.silu_mul(plain))
+    assert_close(products.normed_linear(normed, second), plain)
+    assert_close(using(library, 1, 4, 1).normed_linear(normed, second), plain)  # which takes the same squares

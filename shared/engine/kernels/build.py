@@ -17,6 +17,7 @@ CUDA_SOURCES = Path(__file__).parent / "cuda"
 CUDA_FLAGS = ("-std=c++20", "-O3", "-t=2", "-I", str(CUDA_SOURCES), "-shared", "-Xcompiler", "-fPIC", "-cudart=static")
 MIN_CAPABILITY = (8, 0)  # the first with bf16 on its tensor cores
 LAYERS_CAPABILITY = (9, 0)  # the first with copies that complete a signal in shared memory
+WIDE_CAPABILITY = (9, 0)  # the only one whose warps multiply four together
 ARCH_SPECIFIC = 9  # capabilities from here on have instructions of their own
 TIMEOUT_S = 300
 
@@ -43,7 +44,7 @@ def cuda_library(cache_dir: Path, nvcc: str | None, capability: tuple[int, int])
         raise BuildError(f"the GPU's compute capability is {capability[0]}.{capability[1]}, and 8.0 is needed")
     arch = f"{capability[0]}{capability[1]}{'a' * (capability[0] >= ARCH_SPECIFIC)}"
     flags = (*CUDA_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}")
-    sources = ("products.cu", "layers.cu") if capability >= LAYERS_CAPABILITY else ("products.cu",)
+    sources = ["products.cu"] + ["layers.cu"] * (capability >= LAYERS_CAPABILITY) + ["wide.cu"] * (capability == WIDE_CAPABILITY)
     path = cache_dir / f"products-{arch}-{_key(nvcc, flags, CUDA_SOURCES)}.so"
     if not path.exists():
         _compile((nvcc, *flags, *(str(CUDA_SOURCES / source) for source in sources)), path)

@@ -1,4 +1,7 @@
-"""Products of few tokens by CUDA kernels of our own, `cuda/products.cu`, with weights in packed NVFP4 or in bf16."""
+"""Products of few tokens by CUDA kernels of our own, with weights in packed NVFP4 or in bf16.
+
+`cuda/products.cu` has them for any GPU and number of tokens, `cuda/wide.cu` for Hopper, packed weights and more than eight.
+"""
 
 import ctypes
 from collections.abc import Callable
@@ -14,8 +17,12 @@ Pointer, Int = ctypes.c_void_p, ctypes.c_int
 PLAIN, GATED, RESIDUAL, SPLIT = range(4)
 WARPS = 8
 MAX_TOKENS = 64
+MIN_WIDE = 9  # tokens
+MAX_PASSES = 3  # of 64 tokens each, in which many are multiplied faster than with weights that are dequantized first
 DENSE_STEP = 64  # columns
 MIDDLING, TALL = 5120, 16_384  # rows
+WIDE_MULTIPLE = 8  # rows, of gate and up together: a thread finishes four
+MAX_BLOCKS = 264  # two on each of an H100's multiprocessors
 
 
 class Product(ctypes.Structure):
@@ -34,16 +41,25 @@ class Product(ctypes.Structure):
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How a product is cut up: eights of tokens and tiles of rows for a warp; warps of a block that have rows of their
-    own, the others sharing out columns; blocks that share out columns."""
+    own, the others sharing out columns; blocks that share out columns. A wide one is computed by `cuda/wide.cu`."""
 
     eights: int
     row_tiles: int
     warps_rows: int
     cluster: int
+    is_wide: bool = False
 
     def num_blocks(self, num_rows: int) -> int:
         """Of one matrix."""
-        return -(-num_rows // (ROWS * self.row_tiles * self.warps_rows)) * self.cluster
+        return self._groups(num_rows) * self.cluster
+
+    def num_squares(self, num_rows: int) -> int:
+        """How many sums of squares a token has of one matrix: blocks of a cluster share out rows, or in a wide product
+        tokens."""
+        return self._groups(num_rows) * (1 if self.is_wide else self.cluster)
+
+    def _groups(self, num_rows: int) -> int:
+        return -(-num_rows // (ROWS * self.row_tiles * self.warps_rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +85,17 @@ class CudaProducts:
     (packed, tokens, rows, columns)."""
 
     def __init__(self, library: ctypes.CDLL, plan: Callable[[bool, int, int, int], Plan] | None = None) -> None:
-        self.library, self._plan = library, plan or planned
+        self.library, self._plan = library, plan or (planned_wide if hasattr(library, "forebay_product_wide") else planned)
 
     def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [M, K] times W' [M, N], plus `bias`."""
-        rows = _rows(weight)
-        if len(x) > MAX_TOKENS:
+        rows, passes = _rows(weight), -(-len(x) // MAX_TOKENS)
+        is_wide = passes > 1 and self._plan(isinstance(weight, PackedWeight), MAX_TOKENS, rows, x.shape[1]).is_wide
+        if passes > (MAX_PASSES if is_wide else 1):
             return F.linear(x, self.dequantized(weight), bias)
         out = x.new_empty(len(x), rows)
-        self._run(weight, x, Product(bias=_at(bias), out=_at(out), epilogue=PLAIN))
+        for part, into in zip(x.split(MAX_TOKENS), out.split(MAX_TOKENS), strict=True):
+            self._run(weight, part, Product(bias=_at(bias), out=_at(into), epilogue=PLAIN))
         return out
 
     def normed_linear(self, normed: Normed, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,7 +117,7 @@ class CudaProducts:
         rows = _rows(weight)
         plan = self._plan(isinstance(weight, PackedWeight), len(x), rows, x.shape[1])
         out = x.new_empty(len(x), rows)
-        squares = x.new_empty((len(x), plan.num_blocks(rows)), dtype=torch.float32)
+        squares = x.new_empty((len(x), plan.num_squares(rows)), dtype=torch.float32)
         product = Product(
             bias=_at(bias),
             out=_at(out),
@@ -135,6 +153,9 @@ class CudaProducts:
             product.epilogue = SPLIT  # rows come in their old order
         product.x, product.num_tokens = _at(x), len(x)
         product.warps_rows, product.cluster = plan.warps_rows, plan.cluster
+        if plan.is_wide:
+            self._call("forebay_product_wide", ctypes.byref(product), plan.eights, _stream(x))
+            return
         sizes = int(packed), plan.eights, plan.row_tiles
         self._call("forebay_product", ctypes.byref(product), *sizes, _stream(x))
 
@@ -165,12 +186,24 @@ def planned(packed: bool, num_tokens: int, num_rows: int, num_columns: int) -> P
     return Plan(eights, row_tiles, warps_rows, 1)
 
 
+def planned_wide(packed: bool, num_tokens: int, num_rows: int, num_columns: int) -> Plan:
+    """The same for a GPU that has wide products: so many blocks share out columns that there are two for each
+    multiprocessor, where that gives each a few steps."""
+    if not packed or num_tokens < MIN_WIDE or num_rows % WIDE_MULTIPLE:
+        return planned(packed, num_tokens, num_rows, num_columns)
+    groups, steps = -(-num_rows // (ROWS * WARPS)), -(-num_columns // CHUNK)
+    cluster = next((size for size in (8, 4, 2) if groups * size <= MAX_BLOCKS and size * 4 <= steps), 1)
+    return Plan(_eights(num_tokens), 1, WARPS, cluster, is_wide=True)
+
+
 def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes."""
     library = ctypes.CDLL(str(path))
     library.forebay_product.argtypes = (ctypes.POINTER(Product), Int, Int, Int, Pointer)
     library.forebay_dequantize.argtypes = (ctypes.POINTER(Product), Pointer)
     library.forebay_begin.argtypes = (Pointer, Pointer, Int, Int, Pointer, Pointer, Pointer)
+    if hasattr(library, "forebay_product_wide"):  # on Hopper
+        library.forebay_product_wide.argtypes = (ctypes.POINTER(Product), Int, Pointer)
     library.forebay_error.argtypes, library.forebay_error.restype = (Int,), ctypes.c_char_p
     return library
 

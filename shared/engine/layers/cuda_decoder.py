@@ -110,11 +110,10 @@ class CudaDecoder:
         places = torch.stack((batch.positions, _slots(batch, kv.shape[4])))
         token_ids, places = batch.token_ids.to(self._device), put(places, torch.int32, self._device)
         rows = torch.cat((token_ids[None], places))
-        x = self._hidden(rows, self._paged, kv)
-        if not len(batch.sampled_rows):
+        x = self._hidden(rows, self._paged, kv, put(batch.sampled_rows, torch.int32, self._device))
+        if not len(x):
             return x.new_empty((0, config.vocab_size), dtype=torch.float32)
-        logits = self._product(x[put(batch.sampled_rows, torch.int32, self._device)], self._head)
-        return self._group.join(logits).float()
+        return self._group.join(self._product(x, self._head)).float()
 
     def _replay(self, batch: Batch, width: int, kv: torch.Tensor) -> torch.Tensor:
         size = GRAPH_SIZES[bisect_left(GRAPH_SIZES, batch.num_sequences)]
@@ -153,8 +152,11 @@ class CudaDecoder:
         graph, found = self.recorder.record(logits)
         return Graph(graph, inputs, num_done, captured.lent(found))
 
-    def _hidden(self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor) -> torch.Tensor:
-        """The last norm's output [T, hidden]. `rows` int32 [3, T]: token ids, positions and slots."""
+    def _hidden(
+        self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The last norm's output [T, hidden], or its `wanted` rows, int32 [R]. `rows` int32 [3, T]: token ids, positions
+        and slots."""
         token_ids, positions, slots = rows
         x = self._embedding(token_ids)
         angles = rope.table(self._frequencies, positions)
@@ -163,7 +165,14 @@ class CudaDecoder:
             normed = triton_dense.add_rms_norm(x, delta, layer.input_norm, eps)
             qkv = self._product(normed, layer.qkv, layer.qkv_bias)
             q = self._rotated(qkv, angles, layer, slots, kv[:, index])
-            attended = self._summed(attend(q, kv[:, index]).flatten(1), layer.output, layer.output_bias)
+            if wanted is not None and index + 1 == len(self._layers):
+                # Of the others nothing is read behind the last layer's keys and values: a prompt's last row is enough.
+                if not len(wanted):
+                    return x[:0]
+                attended, x = attend(q, kv[:, index]).flatten(1)[wanted], x[wanted]
+            else:
+                attended = attend(q, kv[:, index]).flatten(1)
+            attended = self._summed(attended, layer.output, layer.output_bias)
             normed = triton_dense.add_rms_norm(x, attended, layer.post_norm, eps)
             inner = triton_dense.silu_mul(self._product(normed, layer.gate_up, layer.gate_up_bias))
             delta = self._summed(inner, layer.down, layer.down_bias)
@@ -183,6 +192,8 @@ class CudaDecoder:
             inner = products.gated(normed, layer.gate_up, layer.gate_up_bias)
             next_norm = layers[index + 1].input_norm if index + 1 < len(layers) else self._norm
             normed = self._added(products, inner, layer.down, Residual(x, next_norm), layer.down_bias)
+        if isinstance(self._head, torch.Tensor) and len(x) > MAX_FUSED_DENSE:
+            return F.linear(triton_dense.add_rms_norm(x, None, self._norm, eps), self._head)
         return products.normed_linear(normed, self._head)
 
     def _at_once(

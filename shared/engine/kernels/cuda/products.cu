@@ -1,4 +1,5 @@
 // The C side of `kernels.cuda_products`: launches, and what goes around products of packed weights.
+#include "launch.cuh"
 #include "products.cuh"
 
 #include <algorithm>
@@ -60,23 +61,6 @@ __global__ void __launch_bounds__(THREADS) begin(const __nv_bfloat16* x, const _
         for (int w = 1; w < WARPS; w++) total += sums[w];
         squares[blockIdx.x] = total;
     }
-}
-
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int cluster, cudaStream_t stream, Arguments... arguments) {
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
-    config.attrs = attributes, config.numAttrs = cluster > 1 ? 2 : 1;
-    int device = 0, major = 0;
-    if (const cudaError_t error = cudaGetDevice(&device)) return error;
-    if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
-    if (major < 9) config.numAttrs = 0;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <class Weights, int MT, int R, int DEPTH, int AHEAD, int BLOCKS>
