@@ -79,7 +79,7 @@ def at_once(model: Model, num_sequences: int, context: int, with_head: bool) -> 
     def run() -> object:
         x, angles = F.embedding(tokens, model.embedding), rope.table(frequencies, given.context_lens - 1)
         layers(x, angles, given, model.kv)
-        normed = model.products.begun(x, model.layers[0].input_norm, config.rms_norm_eps)
+        normed = model.products.begun(x, model.layers[0].input_norm, config.rms_norm_eps, model.head)
         return model.products.normed_linear(normed, model.head) if with_head else normed
 
     return run
@@ -99,7 +99,7 @@ def step(model: Model, num_sequences: int, context: int, parts: tuple[str, ...])
 
     def run() -> object:
         x, angles = F.embedding(tokens, model.embedding), rope.table(frequencies, positions)
-        normed = products.begun(x, model.layers[0].input_norm, eps)
+        normed = products.begun(x, model.layers[0].input_norm, eps, model.layers[0].qkv)
         for index, layer in enumerate(model.layers):
             qkv, q, kv = given, queries, model.kv[:, index]
             if "products" in parts:

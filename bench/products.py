@@ -65,7 +65,8 @@ def try_shape(library: ctypes.CDLL, kind: str, shape: str, num_tokens: int, rate
         if not error < 0.01:
             print(f"WRONG {kind} {shape} M={num_tokens} {plan}: {error}", flush=True)
             continue
-        works = [partial(products.linear, x, weight) for weight in weights]
+        given = products.arranged(x, first)
+        works = [partial(products.linear, given, weight) for weight in weights]
         found.append((microseconds(works), plan))
     found.sort(key=lambda pair: pair[0])
     planned = (cuda_products.planned_wide if has_wide else cuda_products.planned)(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from shared.engine.kernels import cuda_products, reference, w4a16
-from shared.engine.kernels.cuda_products import CudaProducts, Plan, Residual
+from shared.engine.kernels.cuda_products import Activations, Arranged, CudaProducts, Plan, Residual
 from shared.engine.quantization import nvfp4
 from tests.oracle.emulated_cuda import compiled
 
@@ -41,13 +41,14 @@ def dense(weight: w4a16.Weight) -> torch.Tensor:
     return weight.float() if isinstance(weight, torch.Tensor) else w4a16.unpack(weight)[0]
 
 
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(found: Activations, expected: torch.Tensor) -> None:
+    found = found.plain() if isinstance(found, Arranged) else found
     torch.testing.assert_close(found.float(), expected.float(), rtol=0.01, atol=0.004 * float(expected.abs().max()))
 
 
 @pytest.fixture(scope="module")
 def wide_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return ctypes.CDLL(str(compiled("wide.cu", tmp_path_factory.mktemp("wide"))))
+    return cuda_products.load(compiled("wide.cu", tmp_path_factory.mktemp("wide")))
 
 
 def wide(library: ctypes.CDLL, cluster: int) -> CudaProducts:
@@ -99,7 +100,7 @@ def test_a_stream_is_normed_before_its_first_product(library: ctypes.CDLL) -> No
     products, x, norm = using(library, 1, 1, 1), activations(2, 256), activations(1, 256)[0] + 1
     weight = packed(48, 256, 3)
     expected = F.linear(reference.rms_norm(x.float(), norm.float(), EPS), dense(weight))
-    assert_close(products.normed_linear(products.begun(x, norm, EPS), weight), expected)
+    assert_close(products.normed_linear(products.begun(x, norm, EPS, weight), weight), expected)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -134,4 +135,24 @@ def test_a_norm_between_two_wide_products_is_that_of_torch(
     plain = F.linear(reference.rms_norm(expected.float(), norm.float(), EPS), dense(second))
     assert_close(products.gated(normed, second), reference.silu_mul(plain))
     assert_close(products.normed_linear(normed, second), plain)
-    assert_close(using(library, 1, 4, 1).normed_linear(normed, second), plain)  # which takes the same squares
+    narrow = using(library, 1, 4, 1)  # which takes the same squares, and columns in their old order
+    assert_close(narrow.normed_linear(normed, second), plain)
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(9, 128), (33, 336)])
+def test_arranged_activations_are_the_same_in_their_old_order(
+    wide_library: ctypes.CDLL, tokens: int, columns: int
+) -> None:
+    x = activations(tokens, columns)
+    found = wide(wide_library, 1).arranged(x, packed(16, columns, 1))
+    assert isinstance(found, Arranged)
+    assert torch.equal(found.plain(), x)
+    whole = Arranged(found.values, found.values.shape[1], found.values.shape[0] * 64).plain()
+    assert not whole[:tokens, columns:].any()
+
+
+def test_a_stream_is_normed_before_a_first_wide_product(library: ctypes.CDLL, wide_library: ctypes.CDLL) -> None:
+    x, norm, weight = activations(12, 256), activations(1, 256)[0] + 1, packed(48, 256, 3)
+    found = wide(library, 2).begun(x, norm, EPS, weight)
+    expected = F.linear(reference.rms_norm(x.float(), norm.float(), EPS), dense(weight))
+    assert_close(wide(wide_library, 2).normed_linear(found, weight), expected)

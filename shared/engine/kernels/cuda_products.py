@@ -22,6 +22,7 @@ MAX_PASSES = 3  # of 64 tokens each, in which many are multiplied faster than wi
 DENSE_STEP = 64  # columns
 MIDDLING, TALL = 5120, 16_384  # rows
 WIDE_MULTIPLE = 8  # rows, of gate and up together: a thread finishes four
+ARRANGED_COLUMNS = 64
 MAX_BLOCKS = 264  # two on each of an H100's multiprocessors
 
 
@@ -33,7 +34,7 @@ class Product(ctypes.Structure):
         *((name, Pointer) for name in ("out", "residual", "squares_out")),
         *((name, Int) for name in ("num_tokens", "num_rows", "num_columns")),
         *((name, Int) for name in ("num_squares_in", "num_squares_out")),
-        *((name, Int) for name in ("epilogue", "warps_rows", "cluster")),
+        *((name, Int) for name in ("epilogue", "warps_rows", "cluster", "arranged")),
         ("eps", ctypes.c_float),
     )
 
@@ -63,11 +64,37 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Arranged:
+    """Activations [T, K] in the order in which wide products take them: bf16 [K / 64, 16, 32 or 64, 64], filled up with
+    zero columns to whole steps, and with rows that mean nothing. Of each token's 64 columns, those of four lanes take
+    turns in pairs, and groups of eight values are swizzled (`place` in products.cuh)."""
+
+    values: torch.Tensor
+    num_tokens: int
+    num_columns: int
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def plain(self) -> torch.Tensor:
+        """[T, K], in torch."""
+        chunks, tokens, _ = self.values.shape
+        order = torch.arange(tokens, device=self.values.device)[:, None] % 8 ^ torch.arange(8, device=self.values.device)
+        groups = self.values.view(chunks, tokens, 8, 8).gather(2, order[None, :, :, None].expand(chunks, tokens, 8, 8))
+        # [chunk, token, of two eights, of two fours, of two pairs, lane, of two] -> columns as they follow each other
+        columns = groups.view(chunks, tokens, 2, 2, 2, 4, 2).permute(1, 0, 5, 2, 3, 4, 6).reshape(tokens, -1)
+        return columns[: self.num_tokens, : self.num_columns].contiguous()
+
+
+Activations = torch.Tensor | Arranged
+
+
+@dataclass(frozen=True, slots=True)
 class Normed:
     """Activations on their way through a norm: x [T, K] times the norm's weight, and float32 [T, B] sums of squares of
     what they were before. Their product is divided by the root of the mean afterwards."""
 
-    x: torch.Tensor
+    x: Activations
     squares: torch.Tensor
     eps: float
 
@@ -87,54 +114,58 @@ class CudaProducts:
     def __init__(self, library: ctypes.CDLL, plan: Callable[[bool, int, int, int], Plan] | None = None) -> None:
         self.library, self._plan = library, plan or (planned_wide if hasattr(library, "forebay_product_wide") else planned)
 
-    def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, x: Activations, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [M, K] times W' [M, N], plus `bias`."""
-        rows, passes = _rows(weight), -(-len(x) // MAX_TOKENS)
-        is_wide = passes > 1 and self._plan(isinstance(weight, PackedWeight), MAX_TOKENS, rows, x.shape[1]).is_wide
-        if passes > (MAX_PASSES if is_wide else 1):
-            return F.linear(x, self.dequantized(weight), bias)
-        out = x.new_empty(len(x), rows)
-        for part, into in zip(x.split(MAX_TOKENS), out.split(MAX_TOKENS), strict=True):
-            self._run(weight, part, Product(bias=_at(bias), out=_at(into), epilogue=PLAIN))
+        if isinstance(x, torch.Tensor) and len(x) > MAX_TOKENS:
+            return self._many(x, weight, bias)
+        values = x.values if isinstance(x, Arranged) else x
+        out = values.new_empty(len(x), _rows(weight))
+        self._run(weight, x, Product(bias=_at(bias), out=_at(out), epilogue=PLAIN))
         return out
 
     def normed_linear(self, normed: Normed, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """As `linear`, of what a norm gives."""
-        out = normed.x.new_empty(len(normed.x), _rows(weight))
+        out = normed.squares.new_empty((len(normed.x), _rows(weight)), dtype=torch.bfloat16)
         self._run(weight, normed.x, _normed(normed, Product(bias=_at(bias), out=_at(out), epilogue=PLAIN)))
         return out
 
-    def gated(self, normed: Normed, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """silu(gate) * up [T, I] of `weight` [2 I, K], gate first."""
-        out = normed.x.new_empty(len(normed.x), _rows(weight) // 2)
-        self._run(weight, normed.x, _normed(normed, Product(bias=_at(bias), out=_at(out), epilogue=GATED)))
+    def gated(self, normed: Normed, weight: Weight, bias: torch.Tensor | None = None) -> Activations:
+        """silu(gate) * up [T, I] of `weight` [2 I, K], gate first; arranged if the product is a wide one."""
+        out, product = self._output(weight, normed.x, _rows(weight) // 2, normed.squares.device)
+        product.bias, product.epilogue = _at(bias), GATED
+        self._run(weight, normed.x, _normed(normed, product))
         return out
 
     def added(
-        self, x: torch.Tensor, weight: Weight, residual: Residual, eps: float, bias: torch.Tensor | None = None
+        self, x: Activations, weight: Weight, residual: Residual, eps: float, bias: torch.Tensor | None = None
     ) -> Normed:
-        """Add the product to the residual stream, in place; return what the next norm takes."""
-        rows = _rows(weight)
-        plan = self._plan(isinstance(weight, PackedWeight), len(x), rows, x.shape[1])
-        out = x.new_empty(len(x), rows)
-        squares = x.new_empty((len(x), plan.num_squares(rows)), dtype=torch.float32)
-        product = Product(
-            bias=_at(bias),
-            out=_at(out),
-            residual=_at(residual.stream),
-            next_norm=_at(residual.next_norm),
-            squares_out=_at(squares),
-            num_squares_out=squares.shape[1],
-            epilogue=RESIDUAL,
-        )
+        """Add the product to the residual stream, in place; return what the next norm takes, arranged as by `gated`."""
+        rows, stream = _rows(weight), residual.stream
+        out, product = self._output(weight, x, rows, stream.device)
+        num_squares = self._planned(weight, len(x)).num_squares(rows)
+        squares = stream.new_empty((len(x), num_squares), dtype=torch.float32)
+        product.bias, product.epilogue = _at(bias), RESIDUAL
+        product.residual, product.next_norm = _at(stream), _at(residual.next_norm)
+        product.squares_out, product.num_squares_out = _at(squares), num_squares
         self._run(weight, x, product)
         return Normed(out, squares, eps)
 
-    def begun(self, x: torch.Tensor, norm: torch.Tensor, eps: float) -> Normed:
-        """A residual stream [T, K] before its first norm."""
-        out, squares = torch.empty_like(x), x.new_empty((len(x), 1), dtype=torch.float32)
-        self._call("forebay_begin", _at(x), _at(norm), len(x), x.shape[1], _at(out), _at(squares), _stream(x))
+    def begun(self, x: torch.Tensor, norm: torch.Tensor, eps: float, first: Weight) -> Normed:
+        """A residual stream [T, K] before its first norm, for a product with `first`."""
+        squares = x.new_empty((len(x), 1), dtype=torch.float32)
+        out, product = self._output(first, x, x.shape[1], x.device)
+        sizes = len(x), x.shape[1], product.arranged
+        self._call("forebay_begin", _at(x), _at(norm), *sizes, product.out, _at(squares), _stream(x))
         return Normed(out, squares, eps)
+
+    def arranged(self, x: torch.Tensor, weight: Weight) -> Activations:
+        """x [T, K] as a product with `weight` takes it, T being at most 64."""
+        plan = self._planned(weight, len(x))
+        if not plan.is_wide:
+            return x
+        found = _room(len(x), x.shape[1], plan, x.device)
+        self._call("forebay_arrange", _at(x), *x.shape, 8 * plan.eights, _at(found.values), _stream(x))
+        return found
 
     def dequantized(self, weight: Weight) -> torch.Tensor:
         """bf16 [N, K], rows in their old order."""
@@ -145,19 +176,45 @@ class CudaProducts:
         self._call("forebay_dequantize", ctypes.byref(_weighed(weight, product)), _stream(out))
         return out
 
-    def _run(self, weight: Weight, x: torch.Tensor, product: Product) -> None:
-        packed, rows = isinstance(weight, PackedWeight), _rows(weight)
-        plan = self._plan(packed, len(x), rows, x.shape[1])
+    def _many(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `linear`, of more tokens than the kernels take at once."""
+        if len(x) > MAX_PASSES * MAX_TOKENS or not self._planned(weight, MAX_TOKENS).is_wide:
+            return F.linear(x, self.dequantized(weight), bias)
+        out = x.new_empty(len(x), _rows(weight))
+        for part, into in zip(x.split(MAX_TOKENS), out.split(MAX_TOKENS), strict=True):
+            self._run(weight, part, Product(bias=_at(bias), out=_at(into), epilogue=PLAIN))
+        return out
+
+    def _planned(self, weight: Weight, num_tokens: int) -> Plan:
+        columns = weight.num_columns if isinstance(weight, PackedWeight) else weight.shape[1]
+        return self._plan(isinstance(weight, PackedWeight), num_tokens, _rows(weight), columns)
+
+    def _output(self, weight: Weight, x: Activations, columns: int, device: torch.device) -> tuple[Activations, Product]:
+        """Room for activations [T, columns] beside a product with `weight`, arranged if that is a wide one."""
+        plan = self._planned(weight, len(x))
+        if not plan.is_wide:
+            out = torch.empty(len(x), columns, dtype=torch.bfloat16, device=device)
+            return out, Product(out=_at(out))
+        arranged = _room(len(x), columns, plan, device)
+        return arranged, Product(out=_at(arranged.values), arranged=8 * plan.eights)
+
+    def _run(self, weight: Weight, x: Activations, product: Product) -> None:
+        plan = self._planned(weight, len(x))
+        if isinstance(x, Arranged) and not plan.is_wide:
+            x = x.plain()
+        elif isinstance(x, torch.Tensor):
+            x = self.arranged(x, weight)
+        given = x.values if isinstance(x, Arranged) else x
         _weighed(weight, product)
         if isinstance(weight, PackedWeight) and weight.gated and product.epilogue == PLAIN:
             product.epilogue = SPLIT  # rows come in their old order
-        product.x, product.num_tokens = _at(x), len(x)
+        product.x, product.num_tokens = _at(given), len(x)
         product.warps_rows, product.cluster = plan.warps_rows, plan.cluster
         if plan.is_wide:
-            self._call("forebay_product_wide", ctypes.byref(product), plan.eights, _stream(x))
+            self._call("forebay_product_wide", ctypes.byref(product), plan.eights, _stream(given))
             return
-        sizes = int(packed), plan.eights, plan.row_tiles
-        self._call("forebay_product", ctypes.byref(product), *sizes, _stream(x))
+        sizes = int(isinstance(weight, PackedWeight)), plan.eights, plan.row_tiles
+        self._call("forebay_product", ctypes.byref(product), *sizes, _stream(given))
 
     def _call(self, name: str, *arguments: object) -> None:
         error = getattr(self.library, name)(*arguments)
@@ -201,11 +258,19 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.forebay_product.argtypes = (ctypes.POINTER(Product), Int, Int, Int, Pointer)
     library.forebay_dequantize.argtypes = (ctypes.POINTER(Product), Pointer)
-    library.forebay_begin.argtypes = (Pointer, Pointer, Int, Int, Pointer, Pointer, Pointer)
+    library.forebay_begin.argtypes = (Pointer, Pointer, Int, Int, Int, Pointer, Pointer, Pointer)
     if hasattr(library, "forebay_product_wide"):  # on Hopper
         library.forebay_product_wide.argtypes = (ctypes.POINTER(Product), Int, Pointer)
+        library.forebay_arrange.argtypes = (Pointer, Int, Int, Int, Pointer, Pointer)
     library.forebay_error.argtypes, library.forebay_error.restype = (Int,), ctypes.c_char_p
     return library
+
+
+def _room(num_tokens: int, columns: int, plan: Plan, device: torch.device) -> Arranged:
+    make = torch.empty if columns % CHUNK == 0 else torch.zeros
+    chunks = -(-columns // CHUNK) * (CHUNK // ARRANGED_COLUMNS)
+    values = make(chunks, 8 * plan.eights, ARRANGED_COLUMNS, dtype=torch.bfloat16, device=device)
+    return Arranged(values, num_tokens, columns)
 
 
 def _eights(num_tokens: int) -> int:

@@ -22,7 +22,7 @@ from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kernels import cuda_layers, cuda_products, triton_dense, triton_paged, w4a4
 from shared.engine.kernels.cuda_layers import CudaLayers, Table
-from shared.engine.kernels.cuda_products import CudaProducts, Normed, Residual
+from shared.engine.kernels.cuda_products import Activations, CudaProducts, Normed, Residual
 from shared.engine.kernels.flashinfer_paged import PagedAttention, PagedShape
 from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.kernels.w4a16 import PackedWeight, Weight
@@ -184,7 +184,7 @@ class CudaDecoder:
         eps, layers = self._config.rms_norm_eps, self._fusible
         assert not isinstance(self._head, w4a4.Weight), "nothing is fused where it is"
         x, angles = self._embedding(token_ids), rope.table(self._frequencies, positions)
-        normed = products.begun(x, layers[0].input_norm, eps)
+        normed = products.begun(x, layers[0].input_norm, eps, layers[0].qkv)
         for index, layer in enumerate(layers):
             qkv = products.normed_linear(normed, layer.qkv, layer.qkv_bias)
             attended = attend(self._rotated(qkv, angles, layer, slots, kv[:, index]), kv[:, index]).flatten(1)
@@ -204,7 +204,7 @@ class CudaDecoder:
         assert not isinstance(self._head, w4a4.Weight), "all layers are at once only where it is none"
         x, angles = self._embedding(token_ids), rope.table(self._frequencies, positions)
         layers(x, angles, table, kv)
-        return products.normed_linear(products.begun(x, self._norm, self._config.rms_norm_eps), self._head)
+        return products.normed_linear(products.begun(x, self._norm, self._config.rms_norm_eps, self._head), self._head)
 
     def _rotated(
         self,
@@ -218,7 +218,7 @@ class CudaDecoder:
         return triton_dense.rotate_and_append(qkv, angles, norms, self._config.rms_norm_eps, slots, kv)
 
     def _added(
-        self, products: CudaProducts, x: torch.Tensor, weight: Weight, residual: Residual, bias: torch.Tensor | None
+        self, products: CudaProducts, x: Activations, weight: Weight, residual: Residual, bias: torch.Tensor | None
     ) -> Normed:
         """Add a product, summed over the ranks, to the residual stream; what the next norm takes."""
         eps = self._config.rms_norm_eps

@@ -28,6 +28,7 @@ struct dim3 {
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 struct alignas(8) uint2 { uint32_t x, y; };
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 struct alignas(16) float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -73,14 +74,17 @@ inline Warp& my_warp() { return my_block->warps[threadIdx.x / 32]; }
 
 inline void __syncthreads() { my_block->meet.arrive_and_wait(); }
 inline void __syncwarp() { my_warp().meet.arrive_and_wait(); }
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int mask) {
     Warp& warp = my_warp();
     const int lane = threadIdx.x % 32;
-    warp.words[lane][0] = __float_as_uint(value);
+    warp.words[lane][0] = value;
     warp.meet.arrive_and_wait();
-    const float theirs = __uint_as_float(warp.words[lane ^ mask][0]);
+    const uint32_t theirs = warp.words[lane ^ mask][0];
     warp.meet.arrive_and_wait();
     return theirs;
+}
+inline float __shfl_xor_sync(unsigned all, float value, int mask) {
+    return __uint_as_float(__shfl_xor_sync(all, __float_as_uint(value), mask));
 }
 template <class T> T atomicAdd(T* at, T value) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }
 
@@ -193,7 +197,9 @@ inline void copy_ahead(void* to, const void* from, uint32_t bytes, uint64_t* at)
     memcpy(to, from, bytes);
     signal_change(at, 0, -static_cast<int>(bytes));
 }
+inline void copy_again(void* to, const void* from, uint32_t bytes, uint64_t* at) { copy_ahead(to, from, bytes, at); }
 inline void copies_follow() {}
+inline void copies_follow_inputs() {}
 template <int THREADS_MEETING> void meet() { my_block->some_meet.arrive_and_wait(); }
 inline uint32_t counted(uint32_t* counter) { return atomicAdd(counter, 1u); }
 inline void count(uint32_t* counter) { counted(counter); }

@@ -116,6 +116,13 @@ __device__ __forceinline__ void copy_ahead(void* to, const void* from, uint32_t 
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(in_shared(to)),
                  "l"(from), "r"(bytes), "r"(in_shared(signal)), "l"(policy) : "memory");
 }
+// The same of bytes that others read too.
+__device__ __forceinline__ void copy_again(void* to, const void* from, uint32_t bytes, uint64_t* signal) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(in_shared(to)), "l"(from), "r"(bytes),
+                 "r"(in_shared(signal)) : "memory");
+}
+// Of what a kernel before this one has written.
+__device__ __forceinline__ void copies_follow_inputs() { asm volatile("fence.proxy.async;" ::: "memory"); }
 // Into what has been written just now.
 __device__ __forceinline__ void copies_follow() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 template <int THREADS_MEETING>
@@ -154,9 +161,9 @@ __device__ __forceinline__ uint32_t transposed(uint32_t word) {
 // which a warp has its rows' sums as in so many `multiply`. b lies in shared memory, 64 values of each token one behind the other, of which
 // `tokens` is the first token's first: sixteen bytes at a time, where a swizzle of 128 bytes puts them (`swizzled`). Nothing is waited for: what is
 // multiplied stays as it is until `multiplied`.
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 __device__ __forceinline__ int swizzled(int token, int sixteen) { return token * 128 + (sixteen ^ token % 8) * 16; }
 
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 __device__ __forceinline__ void multiplying() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void multiply_together() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LATER>  // groups that may still be under way

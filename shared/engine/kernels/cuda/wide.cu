@@ -4,24 +4,25 @@
 //
 // A block has 128 rows, a tile of 16 each warp. A warp brings its own tile's codes and scales, SPAN steps of 128 columns at a time, into
 // a ring of its own by copies that go on by themselves; the first of them before the kernel before this one has ended. Nobody else reads them,
-// so no warp waits for another's. Tokens are brought by all threads for all, a step ahead of the one that is multiplied, in the order of columns
-// in which lanes have weights (`w4a16.pack`). Blocks of a cluster share columns out, and then tokens: each adds up its share of them.
+// so no warp waits for another's. Tokens come by such copies too, some steps ahead, which is why they have to lie in memory as they are multiplied
+// (`place`): whoever computes activations writes them so. Blocks of a cluster share columns out, and then tokens: each adds up its share of them.
 #include "launch.cuh"
 #include "products.cuh"
 
 namespace forebay {
 
-constexpr int WIDE_ROWS = WARPS * ROWS, SPAN = 2, MAX_CLUSTER = 8;
+constexpr int WIDE_ROWS = WARPS * ROWS, MAX_CLUSTER = 8;
 constexpr int CODES = 1024, SCALES = 128;  // bytes of a step of a tile
 constexpr int PART_STRIDE = WIDE_ROWS + 4;  // so that lanes of a warp write to banks of their own
 
-// Where things are in a block's shared memory. Sums take the place of tokens when all is multiplied.
+// Where things are in a block's shared memory: so many stages of tokens, a step each, and DEPTH times SPAN steps of each warp's weights. Sums
+// take the place of tokens when all is multiplied.
 template <int TOKENS>
 struct Room {
-    static constexpr int STAGES = 3;  // of tokens: multiplied with, complete, and being written
-    static constexpr int STAGE = TOKENS * Packed::COLUMNS * 2, DEPTH = TOKENS == 64 ? 3 : 4, RING = DEPTH * SPAN * (CODES + SCALES);
+    static constexpr int STAGES = TOKENS == 64 ? 4 : TOKENS == 32 ? 6 : 8, STAGE = TOKENS * Packed::COLUMNS * 2;
+    static constexpr int SPAN = TOKENS == 64 ? 1 : 2, DEPTH = TOKENS == 32 ? 3 : 4, RING = DEPTH * SPAN * (CODES + SCALES);
     static constexpr int RINGS = STAGES * STAGE, NORMS = RINGS + WARPS * RING, SIGNALS = NORMS + MAX_TOKENS * 4;
-    static constexpr int BYTES = SIGNALS + WARPS * DEPTH * 8;
+    static constexpr int BYTES = SIGNALS + (WARPS * DEPTH + 2 * STAGES) * 8;
     static_assert(TOKENS * PART_STRIDE * 4 <= RINGS && 2 * (BYTES + 1024) <= 227 << 10);  // two blocks a multiprocessor
 };
 
@@ -29,6 +30,7 @@ struct Room {
 template <int TOKENS>
 struct Tile {
     using Place = Room<TOKENS>;
+    static constexpr int SPAN = Place::SPAN;
     const char *codes, *scales;
     char* ring;
     uint64_t* signals;
@@ -74,32 +76,40 @@ struct Tile {
     }
 };
 
-// A thread's part of the tokens: pieces of eight columns, on their way from memory to where they are multiplied.
+// The tokens of all steps, arranged, as they come and go: one thread brings them, all warps multiply with them.
 template <int TOKENS>
-struct Pieces {
-    static constexpr int COUNT = TOKENS * Packed::COLUMNS / 8 / THREADS;
-    uint4 pieces[COUNT];
+struct Tokens {
+    using Place = Room<TOKENS>;
+    const char* values;
+    uint64_t *full, *free;
+    int num_steps;
 
-    __device__ static int token(int i) { return (threadIdx.x + i * THREADS) / 8 % TOKENS; }
-    __device__ static int half(int i) { return (threadIdx.x + i * THREADS) / (8 * TOKENS); }
-    __device__ __forceinline__ void fetch(const Product& p, int step) {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            const int column = step * Packed::COLUMNS + half(i) * 64 + threadIdx.x % 8 * 8;
-            pieces[i] = make_uint4(0, 0, 0, 0);
-            if (token(i) < p.num_tokens && column < p.num_columns) pieces[i] = fresh(p.x + static_cast<int64_t>(token(i)) * p.num_columns + column);
-        }
+    __device__ Tokens(const Product& p, int first, int num_steps) : num_steps(num_steps) {
+        values = reinterpret_cast<const char*>(p.x) + static_cast<int64_t>(first) * Place::STAGE;
+        full = reinterpret_cast<uint64_t*>(aligned_shared() + Place::SIGNALS) + WARPS * Place::DEPTH, free = full + Place::STAGES;
+        if (threadIdx.x != 0) return;
+        for (int i = 0; i < Place::STAGES; i++) signal_init(full + i, 1), signal_init(free + i, WARPS);
+        signals_ready();
     }
-    // Lane q of four has columns 16 q to 16 q + 15, two of each in an instruction's first eight and two in its last.
-    __device__ __forceinline__ void put(char* stage) const {
-        const int q = threadIdx.x % 8 / 2, piece = threadIdx.x % 2;
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            const uint32_t words[4] = {pieces[i].x, pieces[i].y, pieces[i].z, pieces[i].w};
-#pragma unroll
-            for (int w = 0; w < 4; w++)
-                *reinterpret_cast<uint32_t*>(stage + half(i) * TOKENS * 128 + swizzled(token(i), piece * 4 + w) + q * 4) = words[w];
-        }
+    __device__ __forceinline__ const char* place(int step) const { return aligned_shared() + step % Place::STAGES * Place::STAGE; }
+    __device__ __forceinline__ void bring(int step) const {
+        if (step >= num_steps) return;
+        signal_expect(full + step % Place::STAGES, Place::STAGE);
+        copy_again(const_cast<char*>(place(step)), values + static_cast<int64_t>(step) * Place::STAGE, Place::STAGE, full + step % Place::STAGES);
+    }
+    __device__ __forceinline__ void begin() const {
+        if (threadIdx.x != 0) return;
+        copies_follow_inputs();
+        for (int i = 0; i < Place::STAGES; i++) bring(i);
+    }
+    __device__ __forceinline__ void wait(int step) const { signal_wait(full + step % Place::STAGES, step / Place::STAGES & 1); }
+    // A warp has multiplied with all of the step before `step`. One thread then brings what is next in the place of the step
+    // before that: with that, other warps are likely to be done too.
+    __device__ __forceinline__ void go_on(int step) const {
+        if (step > 0 && threadIdx.x % 32 == 0) signal_arrive(free + (step - 1) % Place::STAGES);
+        if (step < 2 || threadIdx.x != 0 || step - 2 + Place::STAGES >= num_steps) return;
+        signal_wait(free + (step - 2) % Place::STAGES, (step - 2) / Place::STAGES & 1);
+        bring(step - 2 + Place::STAGES);
     }
 };
 
@@ -137,9 +147,21 @@ __device__ __forceinline__ void scale(const Product& p, int row, float norm, flo
     }
 }
 
+__device__ __forceinline__ uint32_t pair(float low, float high) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+
 __device__ __forceinline__ void write(__nv_bfloat16* to, const float (&values)[4]) {
-    __nv_bfloat162 both[2] = {__floats2bfloat162_rn(values[0], values[1]), __floats2bfloat162_rn(values[2], values[3])};
-    *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(both);
+    *reinterpret_cast<uint2*>(to) = make_uint2(pair(values[0], values[1]), pair(values[2], values[3]));
+}
+
+// Four columns of a token's output, in the order that its reader wants.
+__device__ __forceinline__ void write(const Product& p, int64_t row_size, int n, int column, const float (&values)[4]) {
+    if (!p.arranged) return write(p.out + n * row_size + column, values);
+    char* out = reinterpret_cast<char*>(p.out);
+    *reinterpret_cast<uint32_t*>(out + place(p.arranged, n, column)) = pair(values[0], values[1]);
+    *reinterpret_cast<uint32_t*>(out + place(p.arranged, n, column + 2)) = pair(values[2], values[3]);
 }
 
 // Four rows of gate and of up, which have become `sums` and `others`.
@@ -147,12 +169,12 @@ __device__ __forceinline__ void finish_pair(const Product& p, int n, int row, fl
     const int half = p.num_rows / 2;
     scale(p, row, norm, sums), scale(p, row + half, norm, others);
     if (p.epilogue == SPLIT) {
-        write(p.out + static_cast<int64_t>(n) * p.num_rows + row, sums), write(p.out + static_cast<int64_t>(n) * p.num_rows + half + row, others);
+        write(p, p.num_rows, n, row, sums), write(p, p.num_rows, n, row + half, others);
         return;
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) sums[i] = gated(sums[i], others[i]);
-    write(p.out + static_cast<int64_t>(n) * half + row, sums);
+    write(p, half, n, row, sums);
 }
 
 // Four rows of any other matrix; returns the squares of what is now in the residual stream.
@@ -168,9 +190,9 @@ __device__ __forceinline__ float finish_rows(const Product& p, int n, int row, f
             weighed[i] = sums[i] * __bfloat162float(p.next_norm[row + i]);
             squares += sums[i] * sums[i];
         }
-        write(p.residual + to, sums), write(p.out + to, weighed);
+        write(p.residual + to, sums), write(p, p.num_rows, n, row, weighed);
     } else {
-        write(p.out + to, sums);
+        write(p, p.num_rows, n, row, sums);
     }
     return squares;
 }
@@ -211,13 +233,11 @@ __global__ void __launch_bounds__(THREADS, 2) product_wide(const __grid_constant
     float* norms = reinterpret_cast<float*>(shared + Place::NORMS);
     // Rows beyond the last are somebody's whom nobody reads.
     const Tile<TOKENS> tile(p, min(group * WARPS + warp, tiles - 1), first, num_steps);
+    const Tokens<TOKENS> tokens(p, first, num_steps);
     wait_for_inputs(p.x);
-    Pieces<TOKENS> pieces;
-    if (num_steps > 0) pieces.fetch(p, first);
+    tokens.begin();
     find_norms(p, norms);
-    if (num_steps > 0) pieces.put(shared);
-    if (num_steps > 1) pieces.fetch(p, first + 1);
-    copies_follow();
+    __syncthreads();  // signals are ready
 
     float sums[TOKENS / 2] = {};
     uint32_t a[2][2][2][4];
@@ -226,23 +246,18 @@ __global__ void __launch_bounds__(THREADS, 2) product_wide(const __grid_constant
         if (tile.is_brought(step)) let_dependents_start();  // whose loads could have delayed these
         tile.wait(step);
         tile.load(stage, step);
-        __syncthreads();  // this step's tokens are there; the last but one's are multiplied
-        const char* tokens = shared + step % Place::STAGES * Place::STAGE;
+        tokens.wait(step);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             multiplied<1>();  // what the same registers held
             stage.operands(half, 0, a[half][0]), stage.operands(half, 1, a[half][1]);
             multiplying();
 #pragma unroll
-            for (int i = 0; i < 4; i++) multiply_wide<TOKENS>(sums, a[half][i / 2][i % 2], tokens + half * TOKENS * 128 + i * 32);
+            for (int i = 0; i < 4; i++)
+                multiply_wide<TOKENS>(sums, a[half][i / 2][i % 2], tokens.place(step) + half * TOKENS * 128 + i * 32);
             multiply_together();
         }
-        tile.go_on(step);
-        if (step + 1 < num_steps) {
-            pieces.put(shared + (step + 1) % Place::STAGES * Place::STAGE);
-            copies_follow();
-        }
-        if (step + 2 < num_steps) pieces.fetch(p, first + step + 2);
+        tile.go_on(step), tokens.go_on(step);
     }
     multiplied<0>();
     __syncthreads();
@@ -261,6 +276,20 @@ __global__ void __launch_bounds__(THREADS, 2) product_wide(const __grid_constant
     if (p.cluster > 1) Cluster::sync();  // nobody leaves while others read from it
 }
 
+// Activations [tokens, columns] as wide products take them; columns beyond the last are zeros. A thread for eight columns of a token.
+__global__ void __launch_bounds__(THREADS) arrange(const __nv_bfloat16* x, int num_tokens, int num_columns, int arranged, char* out) {
+    const int piece = blockIdx.x * THREADS + threadIdx.x, pieces = (num_columns + Packed::COLUMNS - 1) / Packed::COLUMNS * (Packed::COLUMNS / 8);
+    const int n = piece / pieces, column = piece % pieces * 8;
+    let_dependents_start();
+    wait_for_inputs(x);
+    if (n >= num_tokens) return;
+    uint4 values = make_uint4(0, 0, 0, 0);
+    if (column < num_columns) values = fresh(x + static_cast<int64_t>(n) * num_columns + column);
+    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+    for (int w = 0; w < 4; w++) *reinterpret_cast<uint32_t*>(out + place(arranged, n, column + 2 * w)) = words[w];
+}
+
 template <int TOKENS>
 cudaError_t run_wide(const Product& p, cudaStream_t stream) {
     auto* kernel = product_wide<TOKENS>;
@@ -272,8 +301,10 @@ cudaError_t run_wide(const Product& p, cudaStream_t stream) {
 
 }  // namespace forebay
 
-// Returns a cudaError_t. For `eights` eights of tokens; rows are a multiple of 4, of gate and of up each if there are both.
-extern "C" int forebay_product_wide(const forebay::Product* p, int eights, void* stream) {
+// Each returns a cudaError_t. For `eights` eights of tokens; rows are a multiple of 4, of gate and of up each if there are both.
+extern "C" {
+
+int forebay_product_wide(const forebay::Product* p, int eights, void* stream) {
     auto* s = static_cast<cudaStream_t>(stream);
     switch (eights) {
         case 2: return forebay::run_wide<16>(*p, s);
@@ -281,4 +312,11 @@ extern "C" int forebay_product_wide(const forebay::Product* p, int eights, void*
         case 8: return forebay::run_wide<64>(*p, s);
         default: return cudaErrorInvalidValue;
     }
+}
+
+int forebay_arrange(const __nv_bfloat16* x, int num_tokens, int num_columns, int arranged, char* out, void* stream) {
+    const int pieces = (num_columns + forebay::Packed::COLUMNS - 1) / forebay::Packed::COLUMNS * (forebay::Packed::COLUMNS / 8);
+    const dim3 grid((num_tokens * pieces + forebay::THREADS - 1) / forebay::THREADS);
+    return forebay::launch(forebay::arrange, grid, forebay::THREADS, 0, 1, static_cast<cudaStream_t>(stream), x, num_tokens, num_columns, arranged, out);
+}
 }
