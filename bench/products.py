@@ -40,7 +40,7 @@ def plans(num_tokens: int, rows: int, has_wide: bool) -> Iterator[Plan]:
         num_blocks = plan.num_blocks(rows)
         if (eights, row_tiles) != (8, 1) and num_blocks >= 64 and (cluster == 1 or num_blocks <= 600):
             yield plan
-    for cluster in (1, 2, 4, 8) if has_wide and num_tokens >= cuda_products.MIN_WIDE else ():
+    for cluster in range(1, 9) if has_wide and num_tokens >= cuda_products.MIN_WIDE else ():
         yield Plan(eights, 1, cuda_products.WARPS, cluster, is_wide=True)
 
 

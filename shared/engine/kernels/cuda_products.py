@@ -23,7 +23,8 @@ DENSE_STEP = 64  # columns
 MIDDLING, TALL = 5120, 16_384  # rows
 WIDE_MULTIPLE = 8  # rows, of gate and up together: a thread finishes four
 ARRANGED_COLUMNS = 64
-MAX_BLOCKS = 264  # two on each of an H100's multiprocessors
+# Of wide products: blocks that an H100 has at once in clusters of up to seven (with eight, 240), and steps for each.
+MAX_BLOCKS, MAX_CLUSTER, MIN_STEPS = 248, 7, 8
 
 
 class Product(ctypes.Structure):
@@ -244,13 +245,13 @@ def planned(packed: bool, num_tokens: int, num_rows: int, num_columns: int) -> P
 
 
 def planned_wide(packed: bool, num_tokens: int, num_rows: int, num_columns: int) -> Plan:
-    """The same for a GPU that has wide products: so many blocks share out columns that there are two for each
-    multiprocessor, where that gives each a few steps."""
+    """The same for a GPU that has wide products: as many blocks share out columns as find a place at once, where that
+    gives each some steps."""
     if not packed or num_tokens < MIN_WIDE or num_rows % WIDE_MULTIPLE:
         return planned(packed, num_tokens, num_rows, num_columns)
     groups, steps = -(-num_rows // (ROWS * WARPS)), -(-num_columns // CHUNK)
-    cluster = next((size for size in (8, 4, 2) if groups * size <= MAX_BLOCKS and size * 4 <= steps), 1)
-    return Plan(_eights(num_tokens), 1, WARPS, cluster, is_wide=True)
+    most = min(MAX_CLUSTER, MAX_BLOCKS // groups, steps // MIN_STEPS)
+    return Plan(_eights(num_tokens), 1, WARPS, max(1, most), is_wide=True)
 
 
 def load(path: Path) -> ctypes.CDLL:

@@ -225,8 +225,8 @@ inline void multiplying() {}
 inline void multiply_together() {}
 template <int LATER> void multiplied() {}
 template <int TOKENS>
-void multiply_wide(float (&sum)[TOKENS / 2], const uint32_t (&a)[4], const void* tokens) {
-    const auto at = reinterpret_cast<uintptr_t>(tokens);
+void multiply_wide(float (&sum)[TOKENS / 2], const uint32_t (&a)[4], const void* tokens, int offset) {
+    const auto at = reinterpret_cast<uintptr_t>(tokens) + offset;
     for (int m = 0; m < TOKENS / 8; m++) {
         const int lane = threadIdx.x % 32, token = m * 8 + lane / 4, sixteen = at / 16 % 8;
         const char* chunk = reinterpret_cast<const char*>(at / 1024 * 1024);

@@ -159,7 +159,7 @@ __device__ __forceinline__ uint32_t transposed(uint32_t word) {
 
 // Four warps' product with many tokens. sum += a b, a of 64 rows by 16, 16 rows of a warp as in `multiply`; b of 16 by TOKENS columns, of
 // which a warp has its rows' sums as in so many `multiply`. b lies in shared memory, 64 values of each token one behind the other, of which
-// `tokens` is the first token's first: sixteen bytes at a time, where a swizzle of 128 bytes puts them (`swizzled`). Nothing is waited for: what is
+// `tokens` and `offset` bytes are the first token's first: sixteen bytes at a time, where a swizzle of 128 bytes puts them (`swizzled`). Nothing is waited for: what is
 // multiplied stays as it is until `multiplied`.
 __device__ __forceinline__ int swizzled(int token, int sixteen) { return token * 128 + (sixteen ^ token % 8) * 16; }
 
@@ -172,9 +172,9 @@ __device__ __forceinline__ void multiplied() { asm volatile("wgmma.wait_group.sy
 #define FOUR(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
 #define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
 template <int TOKENS>
-__device__ __forceinline__ void multiply_wide(float (&sum)[TOKENS / 2], const uint32_t (&a)[4], const void* tokens) {
+__device__ __forceinline__ void multiply_wide(float (&sum)[TOKENS / 2], const uint32_t (&a)[4], const void* tokens, int offset) {
     // Address, and 1024 bytes from eight tokens to the next, in sixteens; a swizzle of 128 bytes.
-    const uint64_t b = (in_shared(tokens) & 0x3FFFF) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+    const uint64_t b = static_cast<uint64_t>(64 | 1 << 30) << 32 | (((in_shared(tokens) & 0x3FFFF) >> 4 | 1 << 16) + offset / 16);
     if constexpr (TOKENS == 16) {
         asm volatile(
             "{.reg .pred add; setp.eq.u32 add, 0, 0;\n"

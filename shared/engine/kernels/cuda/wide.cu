@@ -2,10 +2,10 @@
 // in registers, are the first operand; tokens, in shared memory, the second, which all of a block's rows read from there. (In
 // `products.cuh` each warp fetches tokens for 16 rows of its own; of 64 tokens those are 14 times the bytes of its weights.)
 //
-// A block has 128 rows, a tile of 16 each warp. A warp brings its own tile's codes and scales, SPAN steps of 128 columns at a time, into
-// a ring of its own by copies that go on by themselves; the first of them before the kernel before this one has ended. Nobody else reads them,
-// so no warp waits for another's. Tokens come by such copies too, some steps ahead, which is why they have to lie in memory as they are multiplied
-// (`place`): whoever computes activations writes them so. Blocks of a cluster share columns out, and then tokens: each adds up its share of them.
+// A block has 128 rows, a tile of 16 for each of eight warps. One more warp brings what they multiply, some steps of 128 columns ahead, by
+// copies that go on by themselves: weights from before the kernel before this one has ended, tokens from then on. For that, tokens lie in memory
+// as they are multiplied (`place`): whoever computes activations writes them so. Blocks of a cluster share columns out, and then tokens: each
+// adds up its share of them.
 #include "launch.cuh"
 #include "products.cuh"
 
@@ -15,103 +15,62 @@ constexpr int WIDE_ROWS = WARPS * ROWS, MAX_CLUSTER = 8;
 constexpr int CODES = 1024, SCALES = 128;  // bytes of a step of a tile
 constexpr int PART_STRIDE = WIDE_ROWS + 4;  // so that lanes of a warp write to banks of their own
 
-// Where things are in a block's shared memory: so many stages of tokens, a step each, and DEPTH times SPAN steps of each warp's weights. Sums
-// take the place of tokens when all is multiplied.
+// Where things are in a block's shared memory: stages of a step each, its tokens, then codes and scales of each tile. Sums take their place when
+// all is multiplied.
 template <int TOKENS>
 struct Room {
-    static constexpr int STAGES = TOKENS == 64 ? 4 : TOKENS == 32 ? 6 : 8, STAGE = TOKENS * Packed::COLUMNS * 2;
-    static constexpr int SPAN = TOKENS == 64 ? 1 : 2, DEPTH = TOKENS == 32 ? 3 : 4, RING = DEPTH * SPAN * (CODES + SCALES);
-    static constexpr int RINGS = STAGES * STAGE, NORMS = RINGS + WARPS * RING, SIGNALS = NORMS + MAX_TOKENS * 4;
-    static constexpr int BYTES = SIGNALS + (WARPS * DEPTH + 2 * STAGES) * 8;
-    static_assert(TOKENS * PART_STRIDE * 4 <= RINGS && 2 * (BYTES + 1024) <= 227 << 10);  // two blocks a multiprocessor
+    static constexpr int STAGES = TOKENS == 64 ? 4 : TOKENS == 32 ? 6 : 8, TOKEN_BYTES = TOKENS * Packed::COLUMNS * 2;
+    static constexpr int STAGE = TOKEN_BYTES + WARPS * (CODES + SCALES), NORMS = STAGES * STAGE, SIGNALS = NORMS + MAX_TOKENS * 4;
+    static constexpr int BYTES = SIGNALS + 2 * STAGES * 8;
+    static_assert(STAGE % 1024 == 0);  // where a swizzle begins
+    static_assert(TOKENS * PART_STRIDE * 4 <= NORMS && 2 * (BYTES + 1024) <= 227 << 10);  // two blocks a multiprocessor
 };
 
-// A warp's tile, `num_steps` steps of it from `first` on.
+// The stages, as steps come and go: `full` signals that all of one has come, `free` that all warps are done with it.
 template <int TOKENS>
-struct Tile {
+struct Stages {
     using Place = Room<TOKENS>;
-    static constexpr int SPAN = Place::SPAN;
-    const char *codes, *scales;
-    char* ring;
-    uint64_t* signals;
-    int num_steps, lane;
+    int at = 0, parity = 0;
 
-    __device__ Tile(const Product& p, int tile, int first, int num_steps) : num_steps(num_steps), lane(threadIdx.x % 32) {
-        const int warp = threadIdx.x / 32, all_steps = (p.num_columns + Packed::COLUMNS - 1) / Packed::COLUMNS;
-        const int64_t at = static_cast<int64_t>(tile) * all_steps + first;
-        codes = static_cast<const char*>(p.weights) + at * CODES, scales = reinterpret_cast<const char*>(p.scales) + at * SCALES;
-        ring = aligned_shared() + Place::RINGS + warp * Place::RING;
-        signals = reinterpret_cast<uint64_t*>(aligned_shared() + Place::SIGNALS) + warp * Place::DEPTH;
-        if (lane == 0) {
-            for (int i = 0; i < Place::DEPTH; i++) signal_init(signals + i, 1);
-            signals_ready();
-            for (int i = 0; i < Place::DEPTH; i++) bring(i);
-        }
-        __syncwarp();
-    }
-    __device__ __forceinline__ char* place(int span) const { return ring + span % Place::DEPTH * (SPAN * (CODES + SCALES)); }
-    __device__ __forceinline__ void bring(int span) const {
-        const int step = span * SPAN, count = min(SPAN, num_steps - step);
-        if (count <= 0) return;
-        uint64_t* signal = signals + span % Place::DEPTH;
-        signal_expect(signal, count * (CODES + SCALES));
-        copy_ahead(place(span), codes + static_cast<int64_t>(step) * CODES, count * CODES, signal);
-        copy_ahead(place(span) + SPAN * CODES, scales + static_cast<int64_t>(step) * SCALES, count * SCALES, signal);
-    }
-    __device__ __forceinline__ bool is_brought(int step) const { return (step / SPAN + Place::DEPTH) * SPAN >= num_steps; }
-    __device__ __forceinline__ void wait(int step) const {
-        if (step % SPAN == 0) signal_wait(signals + step / SPAN % Place::DEPTH, step / SPAN / Place::DEPTH & 1);
-    }
-    __device__ __forceinline__ void load(Packed& stage, int step) const {
-        const char* at = place(step / SPAN);
-        stage.codes[0] = reinterpret_cast<const uint4*>(at + step % SPAN * CODES)[lane];
-        stage.codes[1] = reinterpret_cast<const uint4*>(at + step % SPAN * CODES)[32 + lane];
-        stage.scales = reinterpret_cast<const uint32_t*>(at + SPAN * CODES + step % SPAN * SCALES)[lane];
-    }
-    // What is next where `step` was, once all lanes have loaded that.
-    __device__ __forceinline__ void go_on(int step) const {
-        if (step % SPAN != SPAN - 1) return;
-        __syncwarp();
-        if (lane == 0) bring(step / SPAN + Place::DEPTH);
+    __device__ __forceinline__ char* stage() const { return aligned_shared() + at * Place::STAGE; }
+    __device__ __forceinline__ uint64_t* full() const { return reinterpret_cast<uint64_t*>(aligned_shared() + Place::SIGNALS) + at; }
+    __device__ __forceinline__ uint64_t* free() const { return full() + Place::STAGES; }
+    __device__ __forceinline__ void go_on() {
+        if (++at == Place::STAGES) at = 0, parity ^= 1;
     }
 };
 
-// The tokens of all steps, arranged, as they come and go: one thread brings them, all warps multiply with them.
+// What one warp does: it brings `num_steps` steps from `first` on.
 template <int TOKENS>
-struct Tokens {
+__device__ void bring_steps(const Product& p, int group, int first, int num_steps) {
     using Place = Room<TOKENS>;
-    const char* values;
-    uint64_t *full, *free;
-    int num_steps;
-
-    __device__ Tokens(const Product& p, int first, int num_steps) : num_steps(num_steps) {
-        values = reinterpret_cast<const char*>(p.x) + static_cast<int64_t>(first) * Place::STAGE;
-        full = reinterpret_cast<uint64_t*>(aligned_shared() + Place::SIGNALS) + WARPS * Place::DEPTH, free = full + Place::STAGES;
-        if (threadIdx.x != 0) return;
-        for (int i = 0; i < Place::STAGES; i++) signal_init(full + i, 1), signal_init(free + i, WARPS);
-        signals_ready();
+    const int lane = threadIdx.x % 32, tiles = (p.num_rows + ROWS - 1) / ROWS, all_steps = (p.num_columns + Packed::COLUMNS - 1) / Packed::COLUMNS;
+    // Rows beyond the last are somebody's whom nobody reads. Half of the lanes bring a tile's codes or scales each.
+    const int64_t tile = min(group * WARPS + lane % WARPS, tiles - 1), at = tile * all_steps + first;
+    const bool is_code = lane < WARPS;
+    const char* from = is_code ? static_cast<const char*>(p.weights) + at * CODES : reinterpret_cast<const char*>(p.scales) + at * SCALES;
+    const int size = is_code ? CODES : SCALES, to = Place::TOKEN_BYTES + (is_code ? 0 : WARPS * CODES) + lane % WARPS * size;
+    const char* tokens = reinterpret_cast<const char*>(p.x) + static_cast<int64_t>(first) * Place::TOKEN_BYTES;
+    const auto bring_weights = [&](const Stages<TOKENS>& stages, int step) {
+        if (lane == 0) signal_expect(stages.full(), Place::STAGE);
+        __syncwarp();
+        if (lane < 2 * WARPS) copy_ahead(stages.stage() + to, from + static_cast<int64_t>(step) * size, size, stages.full());
+    };
+    const auto bring_tokens = [&](const Stages<TOKENS>& stages, int step) {
+        if (lane == 0) copy_again(stages.stage(), tokens + static_cast<int64_t>(step) * Place::TOKEN_BYTES, Place::TOKEN_BYTES, stages.full());
+    };
+    const int ahead = min(num_steps, Place::STAGES);
+    Stages<TOKENS> weights, stages;
+    for (int step = 0; step < ahead; step++, weights.go_on()) bring_weights(weights, step);
+    wait_for_inputs(p.x);
+    copies_follow_inputs();
+    for (int step = 0; step < ahead; step++, stages.go_on()) bring_tokens(stages, step);
+    for (int step = ahead; step < num_steps; step++, stages.go_on()) {
+        signal_wait(stages.free(), stages.parity ^ 1);
+        bring_weights(stages, step), bring_tokens(stages, step);
     }
-    __device__ __forceinline__ const char* place(int step) const { return aligned_shared() + step % Place::STAGES * Place::STAGE; }
-    __device__ __forceinline__ void bring(int step) const {
-        if (step >= num_steps) return;
-        signal_expect(full + step % Place::STAGES, Place::STAGE);
-        copy_again(const_cast<char*>(place(step)), values + static_cast<int64_t>(step) * Place::STAGE, Place::STAGE, full + step % Place::STAGES);
-    }
-    __device__ __forceinline__ void begin() const {
-        if (threadIdx.x != 0) return;
-        copies_follow_inputs();
-        for (int i = 0; i < Place::STAGES; i++) bring(i);
-    }
-    __device__ __forceinline__ void wait(int step) const { signal_wait(full + step % Place::STAGES, step / Place::STAGES & 1); }
-    // A warp has multiplied with all of the step before `step`. One thread then brings what is next in the place of the step
-    // before that: with that, other warps are likely to be done too.
-    __device__ __forceinline__ void go_on(int step) const {
-        if (step > 0 && threadIdx.x % 32 == 0) signal_arrive(free + (step - 1) % Place::STAGES);
-        if (step < 2 || threadIdx.x != 0 || step - 2 + Place::STAGES >= num_steps) return;
-        signal_wait(free + (step - 2) % Place::STAGES, (step - 2) / Place::STAGES & 1);
-        bring(step - 2 + Place::STAGES);
-    }
-};
+    let_dependents_start();  // whose loads could have delayed these
+}
 
 // As `find_scales`, four threads a token.
 __device__ inline void find_norms(const Product& p, float* norms) {
@@ -222,47 +181,40 @@ __device__ inline void finish_wide(const Product& p, int group, float* parts, co
     }
 }
 
+// What the other warps do: multiply, and leave sums as `parts`.
 template <int TOKENS>
-__global__ void __launch_bounds__(THREADS, 2) product_wide(const __grid_constant__ Product p) {
+__device__ __forceinline__ void multiply_steps(const Product& p, int num_steps) {
     using Place = Room<TOKENS>;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const int rank = blockIdx.x % p.cluster, group = blockIdx.x / p.cluster, tiles = (p.num_rows + ROWS - 1) / ROWS;
-    const int all_steps = (p.num_columns + Packed::COLUMNS - 1) / Packed::COLUMNS;
-    const int first = all_steps * rank / p.cluster, num_steps = all_steps * (rank + 1) / p.cluster - first;
-    char* shared = aligned_shared();
-    float* norms = reinterpret_cast<float*>(shared + Place::NORMS);
-    // Rows beyond the last are somebody's whom nobody reads.
-    const Tile<TOKENS> tile(p, min(group * WARPS + warp, tiles - 1), first, num_steps);
-    const Tokens<TOKENS> tokens(p, first, num_steps);
-    wait_for_inputs(p.x);
-    tokens.begin();
-    find_norms(p, norms);
-    __syncthreads();  // signals are ready
-
     float sums[TOKENS / 2] = {};
     uint32_t a[2][2][2][4];
     Packed stage;
-    for (int step = 0; step < num_steps; step++) {
-        if (tile.is_brought(step)) let_dependents_start();  // whose loads could have delayed these
-        tile.wait(step);
-        tile.load(stage, step);
-        tokens.wait(step);
+    Stages<TOKENS> stages, before;
+    for (int step = 0; step < num_steps; step++, stages.go_on()) {
+        const char* tokens = stages.stage();
+        const char* codes = tokens + Place::TOKEN_BYTES + warp * CODES;
+        const char* scales = tokens + Place::TOKEN_BYTES + WARPS * CODES + warp * SCALES;
+        signal_wait(stages.full(), stages.parity);
+        stage.codes[0] = reinterpret_cast<const uint4*>(codes)[lane], stage.codes[1] = reinterpret_cast<const uint4*>(codes)[32 + lane];
+        stage.scales = reinterpret_cast<const uint32_t*>(scales)[lane];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             multiplied<1>();  // what the same registers held
             stage.operands(half, 0, a[half][0]), stage.operands(half, 1, a[half][1]);
             multiplying();
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                multiply_wide<TOKENS>(sums, a[half][i / 2][i % 2], tokens.place(step) + half * TOKENS * 128 + i * 32);
+            for (int i = 0; i < 4; i++) multiply_wide<TOKENS>(sums, a[half][i / 2][i % 2], tokens, half * TOKENS * 128 + i * 32);
             multiply_together();
         }
-        tile.go_on(step), tokens.go_on(step);
+        // With that, all of the step before is multiplied.
+        if (step > 0) {
+            if (lane == 0) signal_arrive(before.free());
+            before.go_on();
+        }
     }
     multiplied<0>();
-    __syncthreads();
-    let_dependents_start();
-    float* parts = reinterpret_cast<float*>(shared);
+    meet<THREADS>();
+    float* parts = reinterpret_cast<float*>(aligned_shared());
 #pragma unroll
     for (int m = 0; m < TOKENS / 8; m++)
 #pragma unroll
@@ -270,9 +222,31 @@ __global__ void __launch_bounds__(THREADS, 2) product_wide(const __grid_constant
             const int n = m * 8 + q * 2 + i % 2, row = warp * ROWS + g + i / 2 * 8;
             parts[n * PART_STRIDE + row] = sums[m * 4 + i];
         }
+}
+
+template <int TOKENS>
+__global__ void __launch_bounds__(THREADS + 32, 2) product_wide(const __grid_constant__ Product p) {
+    using Place = Room<TOKENS>;
+    const int rank = blockIdx.x % p.cluster, group = blockIdx.x / p.cluster, all_steps = (p.num_columns + Packed::COLUMNS - 1) / Packed::COLUMNS;
+    const int first = all_steps * rank / p.cluster, num_steps = all_steps * (rank + 1) / p.cluster - first;
+    const bool is_multiplying = threadIdx.x < THREADS;
+    float* norms = reinterpret_cast<float*>(aligned_shared() + Place::NORMS);
+    if (threadIdx.x == 0) {
+        Stages<TOKENS> stages;
+        for (int i = 0; i < Place::STAGES; i++, stages.go_on()) signal_init(stages.full(), 1), signal_init(stages.free(), WARPS);
+        signals_ready();
+    }
+    __syncthreads();
+    if (is_multiplying) {
+        wait_for_inputs(p.x);
+        find_norms(p, norms);
+        multiply_steps<TOKENS>(p, num_steps);
+    } else {
+        bring_steps<TOKENS>(p, group, first, num_steps);
+    }
     if (p.cluster > 1) Cluster::sync();
     else __syncthreads();
-    finish_wide(p, group, parts, norms);
+    if (is_multiplying) finish_wide(p, group, reinterpret_cast<float*>(aligned_shared()), norms);
     if (p.cluster > 1) Cluster::sync();  // nobody leaves while others read from it
 }
 
@@ -296,7 +270,7 @@ cudaError_t run_wide(const Product& p, cudaStream_t stream) {
     constexpr int BYTES = Room<TOKENS>::BYTES;
     if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES)) return error;
     const int groups = (p.num_rows + WIDE_ROWS - 1) / WIDE_ROWS;
-    return launch(kernel, dim3(groups * p.cluster), THREADS, BYTES, p.cluster, stream, p);
+    return launch(kernel, dim3(groups * p.cluster), THREADS + 32, BYTES, p.cluster, stream, p);
 }
 
 }  // namespace forebay
