@@ -17,14 +17,14 @@ Pointer, Int = ctypes.c_void_p, ctypes.c_int
 PLAIN, GATED, RESIDUAL, SPLIT = range(4)
 WARPS = 8
 MAX_TOKENS = 64
-MIN_WIDE = 9  # tokens
+MIN_WIDE = 17  # tokens; of fewer, theirs are fetched as fast by each warp for itself
 MAX_PASSES = 3  # of 64 tokens each, in which many are multiplied faster than with weights that are dequantized first
 DENSE_STEP = 64  # columns
 MIDDLING, TALL = 5120, 16_384  # rows
 WIDE_MULTIPLE = 8  # rows, of gate and up together: a thread finishes four
 ARRANGED_COLUMNS = 64
 # Of wide products: blocks that an H100 has at once in clusters of up to seven (with eight, 240), and steps for each.
-MAX_BLOCKS, MAX_CLUSTER, MIN_STEPS = 248, 7, 8
+MAX_BLOCKS, MAX_CLUSTER, MIN_STEPS = 248, 6, 8
 
 
 class Product(ctypes.Structure):
@@ -255,15 +255,21 @@ def planned_wide(packed: bool, num_tokens: int, num_rows: int, num_columns: int)
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The library that `build.cuda_library` makes."""
+    """The library that `build.cuda_library` makes: what a GPU has no use for is not in it."""
     library = ctypes.CDLL(str(path))
-    library.forebay_product.argtypes = (ctypes.POINTER(Product), Int, Int, Int, Pointer)
-    library.forebay_dequantize.argtypes = (ctypes.POINTER(Product), Pointer)
-    library.forebay_begin.argtypes = (Pointer, Pointer, Int, Int, Int, Pointer, Pointer, Pointer)
-    if hasattr(library, "forebay_product_wide"):  # on Hopper
-        library.forebay_product_wide.argtypes = (ctypes.POINTER(Product), Int, Pointer)
-        library.forebay_arrange.argtypes = (Pointer, Int, Int, Int, Pointer, Pointer)
-    library.forebay_error.argtypes, library.forebay_error.restype = (Int,), ctypes.c_char_p
+    product = ctypes.POINTER(Product)
+    signatures = {
+        "forebay_product": (product, Int, Int, Int, Pointer),
+        "forebay_product_wide": (product, Int, Pointer),
+        "forebay_arrange": (Pointer, Int, Int, Int, Pointer, Pointer),
+        "forebay_dequantize": (product, Pointer),
+        "forebay_begin": (Pointer, Pointer, Int, Int, Int, Pointer, Pointer, Pointer),
+        "forebay_error": (Int,),
+    }
+    for name, types in signatures.items():
+        if hasattr(library, name):
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, ctypes.c_char_p if name == "forebay_error" else Int
     return library
 
 
