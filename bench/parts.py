@@ -19,7 +19,7 @@ from shared.engine.kernels import triton_dense, triton_paged, w4a16
 from shared.engine.kernels.cuda_layers import Table
 from shared.engine.kernels.cuda_products import CudaProducts, Residual
 from shared.engine.layers import rope
-from shared.engine.layers.cuda_decoder import layers_at_once
+from shared.engine.layers.cuda_decoder import MAX_FUSED_DENSE, layers_at_once
 from shared.engine.models.config import DenseConfig, parse
 from shared.engine.models.weights import LayerOf
 from shared.engine.parallel.group import Alone
@@ -111,7 +111,11 @@ def step(model: Model, num_sequences: int, context: int, parts: tuple[str, ...])
                 normed = products.added(attended.flatten(1), layer.output, Residual(x, layer.post_norm), eps)
                 inner = products.gated(normed, layer.gate_up)
                 normed = products.added(inner, layer.down, Residual(x, layer.input_norm), eps)
-        return products.normed_linear(normed, model.head) if "head" in parts else normed
+        if "head" not in parts:
+            return normed
+        if isinstance(model.head, torch.Tensor) and num_sequences > MAX_FUSED_DENSE:
+            return F.linear(triton_dense.add_rms_norm(x, None, model.layers[0].input_norm, eps), model.head)
+        return products.normed_linear(normed, model.head)
 
     return run
 

@@ -240,7 +240,8 @@ def profile(engine: TorchExecutor, items: list[BatchItem], steps: int) -> None:
         end = max(end, last)
     whole_us = end - kernels[0][0]
     num_tokens = sum(len(item.token_ids) for item in items)
-    print(f"\n{len(items)} sequences, {num_tokens} tokens: {whole_us / steps / 1e3:.3f} ms a step, {1 - busy_us / whole_us:.1%} of it idle")
+    print(f"\n{len(items)} sequences, {num_tokens} tokens", end=": ")
+    print(f"{whole_us / steps / 1e3:.3f} ms a step, {1 - busy_us / whole_us:.1%} of it idle")
     print("| us a step | number | kernel |\n|---|---|---|")
     for name, total_us in totals.most_common(12):
         print(f"| {total_us / steps:.0f} | {numbers[name] / steps:g} | {name[:90]} |", flush=True)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from shared.engine.kernels import cuda_products, reference, w4a16
-from shared.engine.kernels.cuda_products import Activations, Arranged, CudaProducts, Plan, Residual
+from shared.engine.kernels.cuda_products import Activations, Arranged, CudaProducts, Residual
+from shared.engine.kernels.product_plan import Plan
 from shared.engine.quantization import nvfp4
 from tests.oracle.emulated_cuda import compiled
 

@@ -44,7 +44,8 @@ def cuda_library(cache_dir: Path, nvcc: str | None, capability: tuple[int, int])
         raise BuildError(f"the GPU's compute capability is {capability[0]}.{capability[1]}, and 8.0 is needed")
     arch = f"{capability[0]}{capability[1]}{'a' * (capability[0] >= ARCH_SPECIFIC)}"
     flags = (*CUDA_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}")
-    sources = ["products.cu"] + ["layers.cu"] * (capability >= LAYERS_CAPABILITY) + ["wide.cu"] * (capability == WIDE_CAPABILITY)
+    sources = ["products.cu"]
+    sources += ["layers.cu"] * (capability >= LAYERS_CAPABILITY) + ["wide.cu"] * (capability == WIDE_CAPABILITY)
     path = cache_dir / f"products-{arch}-{_key(nvcc, flags, CUDA_SOURCES)}.so"
     if not path.exists():
         _compile((nvcc, *flags, *(str(CUDA_SOURCES / source) for source in sources)), path)

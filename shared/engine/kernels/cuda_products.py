@@ -1,30 +1,23 @@
 """Products of few tokens by CUDA kernels of our own, with weights in packed NVFP4 or in bf16.
 
-`cuda/products.cu` has them for any GPU and number of tokens, `cuda/wide.cu` for Hopper, packed weights and more than eight.
+`cuda/products.cu` has them for any GPU, `cuda/wide.cu` for Hopper, packed weights and more than a few tokens.
 """
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from shared.engine.kernels.product_plan import DENSE_STEP, MAX_TOKENS, Plan, Planned, planned, planned_wide
+from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.kernels.w4a16 import CHUNK, ROWS, PackedWeight, Weight
 
 Pointer, Int = ctypes.c_void_p, ctypes.c_int
 PLAIN, GATED, RESIDUAL, SPLIT = range(4)
-WARPS = 8
-MAX_TOKENS = 64
-MIN_WIDE = 17  # tokens; of fewer, theirs are fetched as fast by each warp for itself
 MAX_PASSES = 3  # of 64 tokens each, in which many are multiplied faster than with weights that are dequantized first
-DENSE_STEP = 64  # columns
-MIDDLING, TALL = 5120, 16_384  # rows
-WIDE_MULTIPLE = 8  # rows, of gate and up together: a thread finishes four
 ARRANGED_COLUMNS = 64
-# Of wide products: blocks that an H100 has at once in clusters of up to seven (with eight, 240), and steps for each.
-MAX_BLOCKS, MAX_CLUSTER, MIN_STEPS = 248, 6, 8
 
 
 class Product(ctypes.Structure):
@@ -38,30 +31,6 @@ class Product(ctypes.Structure):
         *((name, Int) for name in ("epilogue", "warps_rows", "cluster", "arranged")),
         ("eps", ctypes.c_float),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How a product is cut up: eights of tokens and tiles of rows for a warp; warps of a block that have rows of their
-    own, the others sharing out columns; blocks that share out columns. A wide one is computed by `cuda/wide.cu`."""
-
-    eights: int
-    row_tiles: int
-    warps_rows: int
-    cluster: int
-    is_wide: bool = False
-
-    def num_blocks(self, num_rows: int) -> int:
-        """Of one matrix."""
-        return self._groups(num_rows) * self.cluster
-
-    def num_squares(self, num_rows: int) -> int:
-        """How many sums of squares a token has of one matrix: blocks of a cluster share out rows, or in a wide product
-        tokens."""
-        return self._groups(num_rows) * (1 if self.is_wide else self.cluster)
-
-    def _groups(self, num_rows: int) -> int:
-        return -(-num_rows // (ROWS * self.row_tiles * self.warps_rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +49,9 @@ class Arranged:
     def plain(self) -> torch.Tensor:
         """[T, K], in torch."""
         chunks, tokens, _ = self.values.shape
-        order = torch.arange(tokens, device=self.values.device)[:, None] % 8 ^ torch.arange(8, device=self.values.device)
+        order = torch.arange(tokens, device=self.values.device)[:, None] % 8 ^ torch.arange(
+            8, device=self.values.device
+        )
         groups = self.values.view(chunks, tokens, 8, 8).gather(2, order[None, :, :, None].expand(chunks, tokens, 8, 8))
         # [chunk, token, of two eights, of two fours, of two pairs, lane, of two] -> columns as they follow each other
         columns = groups.view(chunks, tokens, 2, 2, 2, 4, 2).permute(1, 0, 5, 2, 3, 4, 6).reshape(tokens, -1)
@@ -109,11 +80,11 @@ class Residual:
 
 
 class CudaProducts:
-    """Satisfies `w4a16.Products`, and fuses what a decoder has around its products. `plan` says how to cut one up: of
-    (packed, tokens, rows, columns)."""
+    """Satisfies `w4a16.Products`, and fuses what a decoder has around its products. `plan` says how to cut one up; by
+    default as the GPU can that the library is for."""
 
-    def __init__(self, library: ctypes.CDLL, plan: Callable[[bool, int, int, int], Plan] | None = None) -> None:
-        self.library, self._plan = library, plan or (planned_wide if hasattr(library, "forebay_product_wide") else planned)
+    def __init__(self, library: ctypes.CDLL, plan: Planned | None = None) -> None:
+        self.library, self._plan = library, plan or _planned(library)
 
     def linear(self, x: Activations, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [M, K] times W' [M, N], plus `bias`."""
@@ -190,7 +161,9 @@ class CudaProducts:
         columns = weight.num_columns if isinstance(weight, PackedWeight) else weight.shape[1]
         return self._plan(isinstance(weight, PackedWeight), num_tokens, _rows(weight), columns)
 
-    def _output(self, weight: Weight, x: Activations, columns: int, device: torch.device) -> tuple[Activations, Product]:
+    def _output(
+        self, weight: Weight, x: Activations, columns: int, device: torch.device
+    ) -> tuple[Activations, Product]:
         """Room for activations [T, columns] beside a product with `weight`, arranged if that is a wide one."""
         plan = self._planned(weight, len(x))
         if not plan.is_wide:
@@ -228,32 +201,6 @@ def suits(weight: Weight) -> bool:
     return isinstance(weight, PackedWeight) or not (weight.shape[0] % ROWS or weight.shape[1] % DENSE_STEP)
 
 
-def planned(packed: bool, num_tokens: int, num_rows: int, num_columns: int) -> Plan:
-    """The cut that was fastest on an H100 (docs/LOG.md): the more tokens, the more rows share what a warp reads of
-    them, as far as there are rows enough for all multiprocessors."""
-    eights, steps = _eights(num_tokens), -(-num_columns // (CHUNK if packed else DENSE_STEP))
-    is_tall = num_rows >= TALL
-    row_tiles = 2 if eights == 8 or (packed and num_rows > MIDDLING and eights <= 2) or (eights >= 2 and is_tall) else 1
-    warps_rows = 1
-    if is_tall and (packed or eights > 1):
-        warps_rows = 8 if eights == 8 else 4
-    elif num_rows > MIDDLING and eights >= 4:
-        warps_rows = 2
-    while warps_rows < WARPS and WARPS // warps_rows > steps:
-        warps_rows *= 2
-    return Plan(eights, row_tiles, warps_rows, 1)
-
-
-def planned_wide(packed: bool, num_tokens: int, num_rows: int, num_columns: int) -> Plan:
-    """The same for a GPU that has wide products: as many blocks share out columns as find a place at once, where that
-    gives each some steps."""
-    if not packed or num_tokens < MIN_WIDE or num_rows % WIDE_MULTIPLE:
-        return planned(packed, num_tokens, num_rows, num_columns)
-    groups, steps = -(-num_rows // (ROWS * WARPS)), -(-num_columns // CHUNK)
-    most = min(MAX_CLUSTER, MAX_BLOCKS // groups, steps // MIN_STEPS)
-    return Plan(_eights(num_tokens), 1, WARPS, max(1, most), is_wide=True)
-
-
 def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes: what a GPU has no use for is not in it."""
     library = ctypes.CDLL(str(path))
@@ -273,15 +220,18 @@ def load(path: Path) -> ctypes.CDLL:
     return library
 
 
+def _planned(library: ctypes.CDLL) -> Planned:
+    obstacle = None if hasattr(library, "forebay_product_wide") else "the GPU's compute capability is not 9.0"
+    return choose(
+        (Candidate("wide product", obstacle, planned_wide), Candidate("product", None, planned)), "auto"
+    ).built
+
+
 def _room(num_tokens: int, columns: int, plan: Plan, device: torch.device) -> Arranged:
     make = torch.empty if columns % CHUNK == 0 else torch.zeros
     chunks = -(-columns // CHUNK) * (CHUNK // ARRANGED_COLUMNS)
     values = make(chunks, 8 * plan.eights, ARRANGED_COLUMNS, dtype=torch.bfloat16, device=device)
     return Arranged(values, num_tokens, columns)
-
-
-def _eights(num_tokens: int) -> int:
-    return next(eights for eights in (1, 2, 4, 8) if min(num_tokens, MAX_TOKENS) <= 8 * eights)
 
 
 def _rows(weight: Weight) -> int:

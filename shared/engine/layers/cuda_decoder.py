@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
-from shared.engine.kernels import cuda_layers, cuda_products, triton_dense, triton_paged, w4a4
+from shared.engine.kernels import cuda_layers, cuda_products, product_plan, triton_dense, triton_paged, w4a4
 from shared.engine.kernels.cuda_layers import CudaLayers, Table
 from shared.engine.kernels.cuda_products import Activations, CudaProducts, Normed, Residual
 from shared.engine.kernels.flashinfer_paged import PagedAttention, PagedShape
@@ -88,7 +88,7 @@ class CudaDecoder:
         matrices = [self._head] + [m for w in self._layers for m in (w.qkv, w.output, w.gate_up, w.down)]
         suits = products is not None and all(map(_is_fusible, matrices))
         is_packed = any(isinstance(matrix, PackedWeight) for matrix in matrices)
-        self._max_fused = (cuda_products.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
+        self._max_fused = (product_plan.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
         self._whole = layers_at_once(config, self._fusible, products, group)
         self._graphs: dict[tuple[int, int], Graph] = {}
         self.recorder = captured.Recorder(device)
@@ -155,8 +155,8 @@ class CudaDecoder:
     def _hidden(
         self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor, wanted: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The last norm's output [T, hidden], or its `wanted` rows, int32 [R]. `rows` int32 [3, T]: token ids, positions
-        and slots."""
+        """The last norm's output [T, hidden], or its `wanted` rows, int32 [R]. `rows` int32 [3, T]: token ids,
+        positions and slots."""
         token_ids, positions, slots = rows
         x = self._embedding(token_ids)
         angles = rope.table(self._frequencies, positions)
