@@ -49,9 +49,8 @@ class Arranged:
     def plain(self) -> torch.Tensor:
         """[T, K], in torch."""
         chunks, tokens, _ = self.values.shape
-        order = torch.arange(tokens, device=self.values.device)[:, None] % 8 ^ torch.arange(
-            8, device=self.values.device
-        )
+        token, eight = (torch.arange(size, device=self.values.device) for size in (tokens, 8))
+        order = token[:, None] % 8 ^ eight
         groups = self.values.view(chunks, tokens, 8, 8).gather(2, order[None, :, :, None].expand(chunks, tokens, 8, 8))
         # [chunk, token, of two eights, of two fours, of two pairs, lane, of two] -> columns as they follow each other
         columns = groups.view(chunks, tokens, 2, 2, 2, 4, 2).permute(1, 0, 5, 2, 3, 4, 6).reshape(tokens, -1)

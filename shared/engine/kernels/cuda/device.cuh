@@ -158,9 +158,9 @@ __device__ __forceinline__ uint32_t transposed(uint32_t word) {
 #endif
 
 // Four warps' product with many tokens. sum += a b, a of 64 rows by 16, 16 rows of a warp as in `multiply`; b of 16 by TOKENS columns, of
-// which a warp has its rows' sums as in so many `multiply`. b lies in shared memory, 64 values of each token one behind the other, of which
-// `tokens` and `offset` bytes are the first token's first: sixteen bytes at a time, where a swizzle of 128 bytes puts them (`swizzled`). Nothing is waited for: what is
-// multiplied stays as it is until `multiplied`.
+// which a warp has its rows' sums as in so many `multiply`. b lies in shared memory, 64 values of each token one behind the other, sixteen
+// bytes at a time where a swizzle of 128 bytes puts them (`swizzled`); `offset` bytes from `tokens` on are the first token's first. Nothing is
+// waited for: what is multiplied stays as it is until `multiplied`.
 __device__ __forceinline__ int swizzled(int token, int sixteen) { return token * 128 + (sixteen ^ token % 8) * 16; }
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
