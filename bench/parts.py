@@ -19,7 +19,7 @@ from shared.engine.kernels import triton_dense, triton_paged, w4a16
 from shared.engine.kernels.cuda_layers import Table
 from shared.engine.kernels.cuda_products import CudaProducts, Residual
 from shared.engine.layers import rope
-from shared.engine.layers.cuda_decoder import layers_at_once
+from shared.engine.layers.cuda_decoder import MAX_FUSED_DENSE, layers_at_once
 from shared.engine.models.config import DenseConfig, parse
 from shared.engine.models.weights import LayerOf
 from shared.engine.parallel.group import Alone
@@ -79,7 +79,7 @@ def at_once(model: Model, num_sequences: int, context: int, with_head: bool) -> 
     def run() -> object:
         x, angles = F.embedding(tokens, model.embedding), rope.table(frequencies, given.context_lens - 1)
         layers(x, angles, given, model.kv)
-        normed = model.products.begun(x, model.layers[0].input_norm, config.rms_norm_eps)
+        normed = model.products.begun(x, model.layers[0].input_norm, config.rms_norm_eps, model.head)
         return model.products.normed_linear(normed, model.head) if with_head else normed
 
     return run
@@ -99,7 +99,7 @@ def step(model: Model, num_sequences: int, context: int, parts: tuple[str, ...])
 
     def run() -> object:
         x, angles = F.embedding(tokens, model.embedding), rope.table(frequencies, positions)
-        normed = products.begun(x, model.layers[0].input_norm, eps)
+        normed = products.begun(x, model.layers[0].input_norm, eps, model.layers[0].qkv)
         for index, layer in enumerate(model.layers):
             qkv, q, kv = given, queries, model.kv[:, index]
             if "products" in parts:
@@ -111,7 +111,11 @@ def step(model: Model, num_sequences: int, context: int, parts: tuple[str, ...])
                 normed = products.added(attended.flatten(1), layer.output, Residual(x, layer.post_norm), eps)
                 inner = products.gated(normed, layer.gate_up)
                 normed = products.added(inner, layer.down, Residual(x, layer.input_norm), eps)
-        return products.normed_linear(normed, model.head) if "head" in parts else normed
+        if "head" not in parts:
+            return normed
+        if isinstance(model.head, torch.Tensor) and num_sequences > MAX_FUSED_DENSE:
+            return F.linear(triton_dense.add_rms_norm(x, None, model.layers[0].input_norm, eps), model.head)
+        return products.normed_linear(normed, model.head)
 
     return run
 

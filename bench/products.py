@@ -3,7 +3,7 @@
     python -m bench.products [--weights nvfp4 bf16] [--tokens 1 8 16 32 64] [--shapes 4096x4096 ...] [--seconds 100]
 
 Each time is the median of graph replays over more weights than the GPU's cache holds, beside the bandwidth that a plain
-sum over 4 GiB reaches, and torch's product with bf16 weights. The best cuts belong in `cuda_products.planned`.
+sum over 4 GiB reaches, and torch's product with bf16 weights. The best cuts belong in `product_plan`.
 """
 
 import argparse
@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from bench import provenance, replays
 from bench.bandwidth import read_bandwidth
 from bench.shapes import library_for, random_packed
-from shared.engine.kernels import cuda_products, w4a16
-from shared.engine.kernels.cuda_products import CudaProducts, Plan
+from shared.engine.kernels import product_plan, w4a16
+from shared.engine.kernels.cuda_products import CudaProducts
+from shared.engine.kernels.product_plan import Plan
 
 SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
 ROTATED_BYTES = 320 << 20
@@ -33,13 +34,15 @@ def microseconds(works: Sequence[Callable[[], object]]) -> float:
     return replays.milliseconds(lambda: [work() for work in works], replays=1, repeats=REPEATS) * 1e3 / len(works)
 
 
-def plans(num_tokens: int, rows: int) -> Iterator[Plan]:
+def plans(num_tokens: int, rows: int, has_wide: bool) -> Iterator[Plan]:
     eights = next(eights for eights in EIGHTS if num_tokens <= 8 * eights)
     for row_tiles, warps_rows, cluster in itertools.product((1, 2), (1, 2, 4, 8), (1, 2)):
         plan = Plan(eights, row_tiles, warps_rows, cluster)
         num_blocks = plan.num_blocks(rows)
         if (eights, row_tiles) != (8, 1) and num_blocks >= 64 and (cluster == 1 or num_blocks <= 600):
             yield plan
+    for cluster in range(1, 9) if has_wide and num_tokens > 8 else ():
+        yield Plan(eights, 1, product_plan.WARPS, cluster, is_wide=True)
 
 
 def try_shape(library: ctypes.CDLL, kind: str, shape: str, num_tokens: int, rate: float, device: torch.device) -> None:
@@ -56,18 +59,21 @@ def try_shape(library: ctypes.CDLL, kind: str, shape: str, num_tokens: int, rate
     x = torch.randn(num_tokens, columns, dtype=torch.bfloat16, device=device)
     expected = x @ (w4a16.unpack(first, torch.bfloat16)[0] if isinstance(first, w4a16.PackedWeight) else first).T
     found = []
-    for plan in plans(num_tokens, rows):
-        products = CudaProducts(library, partial(_given, plan))
+    has_wide = kind == "nvfp4" and hasattr(library, "forebay_product_wide")
+    for each in plans(num_tokens, rows, has_wide):
+        products = CudaProducts(library, partial(_given, each))
         error = (products.linear(x, first) - expected).norm() / expected.norm()
         if not error < 0.01:
-            print(f"WRONG {kind} {shape} M={num_tokens} {plan}: {error}", flush=True)
+            print(f"WRONG {kind} {shape} M={num_tokens} {each}: {error}", flush=True)
             continue
-        works = [partial(products.linear, x, weight) for weight in weights]
-        found.append((microseconds(works), plan))
+        given = products.arranged(x, first)
+        works = [partial(products.linear, given, weight) for weight in weights]
+        found.append((microseconds(works), each))
     found.sort(key=lambda pair: pair[0])
-    planned = cuda_products.planned(kind == "nvfp4", num_tokens, rows, columns)
-    ours = [time_us for time_us, plan in found if plan == planned]
-    best = "; ".join(f"{time_us:.1f} {_short(plan)}" for time_us, plan in found[:4])
+    plan = product_plan.planned_wide if has_wide else product_plan.planned
+    planned = plan(kind == "nvfp4", num_tokens, rows, columns)
+    ours = [time_us for time_us, each in found if each == planned]
+    best = "; ".join(f"{time_us:.1f} {_short(each)}" for time_us, each in found[:4])
     share = num_bytes / rate * 1e6 / found[0][0]
     own = f"{_short(planned)}: {ours[0] if ours else 0:.1f}"
     row = f"| {kind} | {shape} | {num_tokens} | {share:.0%} | {best} | {own} |"
@@ -81,7 +87,7 @@ def _given(plan: Plan, *_: object) -> Plan:
 
 
 def _short(plan: Plan) -> str:
-    return f"{plan.row_tiles}/{plan.warps_rows}/{plan.cluster}"
+    return f"wide/{plan.cluster}" if plan.is_wide else f"{plan.row_tiles}/{plan.warps_rows}/{plan.cluster}"
 
 
 def main() -> None:

@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
     parser.add_argument("--weights", nargs="+", default=["bf16", "nvfp4"], choices=["bf16", "nvfp4"])
     parser.add_argument("--skip", nargs="*", default=[], choices=["decode", "verify", "prefill"])
-    parser.add_argument("--profile", action="store_true", help="kernels of decode steps, by their time, and the gaps")
+    parser.add_argument("--profile", action="store_true", help="kernels of some steps, by their time, and the gaps")
     args = parser.parse_args()
     print(provenance.banner("bench.shapes"))
     device = torch.device("cuda", 0)
@@ -203,8 +203,10 @@ def measure(config: DenseConfig, device: torch.device, packed: bool, rate: float
         items = [item(0, 0, length, room)]
         times = seconds(lambda items=items: engine.forward(items), 5)  # type: ignore[misc]
         row(f"prefill {length}", times, length)
-    for size in (1, 32) if args.profile else ():
-        profile(engine, [item(sequence, 1023, 1, 65) for sequence in range(size)])
+    for size in (1, 32, 64) if args.profile and "decode" not in args.skip else ():
+        profile(engine, [item(sequence, 1023, 1, 65) for sequence in range(size)], 20)
+    if args.profile and "prefill" not in args.skip:
+        profile(engine, [item(0, 0, 4096, room)], 4)
 
 
 def weight_bytes(config: DenseConfig, packed: bool) -> float:
@@ -217,10 +219,9 @@ def weight_bytes(config: DenseConfig, packed: bool) -> float:
     return total
 
 
-def profile(engine: TorchExecutor, items: list[BatchItem]) -> None:
-    """Print what the GPU does in 20 steps, kernel by kernel, and how much of the time it does nothing."""
+def profile(engine: TorchExecutor, items: list[BatchItem], steps: int) -> None:
+    """Print what the GPU does in so many steps, kernel by kernel, and how much of the time it does nothing."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    steps = 20
     with torch.profiler.profile(activities=activities) as run:
         for _ in range(steps):
             engine.forward(items)
@@ -238,7 +239,9 @@ def profile(engine: TorchExecutor, items: list[BatchItem]) -> None:
         busy_us += max(0.0, last - max(first, end))
         end = max(end, last)
     whole_us = end - kernels[0][0]
-    print(f"\n{len(items)} sequences: {whole_us / steps / 1e3:.3f} ms a step, {1 - busy_us / whole_us:.1%} of it idle")
+    num_tokens = sum(len(item.token_ids) for item in items)
+    print(f"\n{len(items)} sequences, {num_tokens} tokens", end=": ")
+    print(f"{whole_us / steps / 1e3:.3f} ms a step, {1 - busy_us / whole_us:.1%} of it idle")
     print("| us a step | number | kernel |\n|---|---|---|")
     for name, total_us in totals.most_common(12):
         print(f"| {total_us / steps:.0f} | {numbers[name] / steps:g} | {name[:90]} |", flush=True)

@@ -171,6 +171,12 @@ def test_the_first_graph_brings_the_attention_of_those_that_are_likely_to_follow
         assert "_attend" in compiled
 
 
+def test_a_chunk_that_asks_for_no_token_leaves_what_the_next_one_reads(both: Both) -> None:
+    assert [len(logits) for logits in both.logits([item(0, 0, 20, sample=False)])] == [0, 0]
+    assert_close(*both.logits([item(0, 20, 7)]))
+    assert_close(*(kv.float() for kv in both.kv))
+
+
 def test_decoding_and_verifying_equal_the_twin_whatever_ran_before(both: Both) -> None:
     state = torch.randn(both.kv[0].shape, generator=torch.Generator("cuda").manual_seed(5), device="cuda")
     for kv in both.kv:
@@ -267,7 +273,7 @@ def test_small_kernels_equal_the_reference() -> None:
     assert torch.equal(x, total)
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 7, 16, 30, 64, 100])
+@pytest.mark.parametrize("tokens", [1, 4, 7, 9, 16, 30, 64, 100, 150, 200])
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_products_equal_those_of_torch(tokens: int, is_packed: bool) -> None:
     dense = torch.randn(640, 1280, dtype=torch.bfloat16, device="cuda") * 0.03

@@ -15,10 +15,10 @@ SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-pthread", "-shared", "-fPIC")
 CUDA_SOURCES = Path(__file__).parent / "cuda"
 CUDA_FLAGS = ("-std=c++20", "-O3", "-t=2", "-I", str(CUDA_SOURCES), "-shared", "-Xcompiler", "-fPIC", "-cudart=static")
-# What further sources have needs a capability of LAYERS_CAPABILITY.
-CUDA_LIBRARIES = {"products": ("products.cu", "layers.cu"), "glm": ("experts.cu", "latent.cu")}
+CUDA_LIBRARIES = {"products": ("products.cu", "layers.cu", "wide.cu"), "glm": ("experts.cu", "latent.cu")}
 MIN_CAPABILITY = (8, 0)  # the first with bf16 on its tensor cores
 LAYERS_CAPABILITY = (9, 0)  # the first with copies that complete a signal in shared memory
+WIDE_CAPABILITY = (9, 0)  # the only one whose warps multiply four together
 ARCH_SPECIFIC = 9  # capabilities from here on have instructions of their own
 TIMEOUT_S = 300
 
@@ -46,7 +46,7 @@ def cuda_library(cache_dir: Path, nvcc: str | None, capability: tuple[int, int],
         raise BuildError(f"the GPU's compute capability is {capability[0]}.{capability[1]}, and 8.0 is needed")
     arch = f"{capability[0]}{capability[1]}{'a' * (capability[0] >= ARCH_SPECIFIC)}"
     flags = (*CUDA_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}")
-    sources = CUDA_LIBRARIES[name] if capability >= LAYERS_CAPABILITY else CUDA_LIBRARIES[name][:1]
+    sources = [source for source in CUDA_LIBRARIES[name] if _suits(source, capability)]
     path = cache_dir / f"{name}-{arch}-{_key(nvcc, flags, CUDA_SOURCES)}.so"
     if not path.exists():
         _compile((nvcc, *flags, *(str(CUDA_SOURCES / source) for source in sources)), path)
@@ -63,6 +63,12 @@ def cuda_compiler() -> str | None:
     return shutil.which("nvcc") or shutil.which(
         "nvcc", path=str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
     )
+
+
+def _suits(source: str, capability: tuple[int, int]) -> bool:
+    if source == "wide.cu":
+        return capability == WIDE_CAPABILITY
+    return source not in ("layers.cu", "latent.cu") or capability >= LAYERS_CAPABILITY
 
 
 def _key(program: str, flags: Sequence[str], sources: Path, processor: bytes = b"") -> str:

@@ -54,5 +54,6 @@ class PagedAttention:
 
     def __call__(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """q [T, H, D] -> [T, H, D]. kv [pages, 2, Hkv, page_size, D], one layer's view of the pool."""
-        out: torch.Tensor = self._wrapper.run(q, kv)
+        # Into a tensor of ours: its own it would fill with zeros first.
+        out: torch.Tensor = self._wrapper.run(q, kv, out=torch.empty_like(q))
         return out

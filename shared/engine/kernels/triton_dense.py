@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 SILU_BLOCK = 1024
+FEW_ROWS, MANY_HEADS = 64, 16
 
 
 @triton.jit
@@ -44,38 +45,39 @@ def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
 def _rotate_and_append(
     qkv, cos, sin, q_norm, k_norm, slots, q_out, kv, page_stride, kind_stride, head_stride, eps,
     NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, PAGE_SIZE: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
-    PDL: tl.constexpr,
+    HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = tl.arange(0, HALF)
-    source = qkv + (row * (NUM_Q + 2 * NUM_KV) + head) * 2 * HALF
+    row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    at, inside = tl.arange(0, HALF)[None, :], heads < NUM_Q + 2 * NUM_KV
+    source = qkv + (row * (NUM_Q + 2 * NUM_KV) + heads) * 2 * HALF + at
     # Not from L1, which may hold what was there before: this kernel starts while others still run.
-    low, high = tl.load(source + at, cache_modifier=".cg"), tl.load(source + HALF + at, cache_modifier=".cg")
-    if head < NUM_Q + NUM_KV:
-        first, second = low.to(tl.float32), high.to(tl.float32)
-        if NORM:
-            weight = q_norm if head < NUM_Q else k_norm
-            scale = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / (2 * HALF) + eps)
-            first = ((first * scale).to(low.dtype) * tl.load(weight + at)).to(tl.float32)
-            second = ((second * scale).to(low.dtype) * tl.load(weight + HALF + at)).to(tl.float32)
-        c, s = tl.load(cos + row * HALF + at), tl.load(sin + row * HALF + at)
-        low = (first * c - second * s).to(low.dtype)
-        high = (second * c + first * s).to(low.dtype)
-    if head < NUM_Q:
-        target = q_out + (row * NUM_Q + head) * 2 * HALF
-        tl.store(target + at, low)
-        tl.store(target + HALF + at, high)
-    else:
-        slot = tl.load(slots + row).to(tl.int64)
-        if slot >= 0:
-            kind, kv_head = (head - NUM_Q) // NUM_KV, (head - NUM_Q) % NUM_KV
-            page = kv + (slot // PAGE_SIZE) * page_stride + kind * kind_stride + kv_head * head_stride
-            target = page + (slot % PAGE_SIZE) * 2 * HALF
-            tl.store(target + at, low)
-            tl.store(target + HALF + at, high)
+    low = tl.load(source, inside, 0.0, cache_modifier=".cg")
+    high = tl.load(source + HALF, inside, 0.0, cache_modifier=".cg")
+    is_query, is_value = heads < NUM_Q, heads >= NUM_Q + NUM_KV
+    first, second = low.to(tl.float32), high.to(tl.float32)
+    if NORM:
+        norm = tl.where(is_query, tl.load(q_norm + at), tl.load(k_norm + at))
+        high_norm = tl.where(is_query, tl.load(q_norm + HALF + at), tl.load(k_norm + HALF + at))
+        squares = tl.sum(first * first, 1, keep_dims=True) + tl.sum(second * second, 1, keep_dims=True)
+        scale = tl.rsqrt(squares / (2 * HALF) + eps)
+        first = ((first * scale).to(low.dtype) * norm).to(tl.float32)
+        second = ((second * scale).to(low.dtype) * high_norm).to(tl.float32)
+    c, s = tl.load(cos + row * HALF + at), tl.load(sin + row * HALF + at)
+    low = tl.where(is_value, low, (first * c - second * s).to(low.dtype))
+    high = tl.where(is_value, high, (second * c + first * s).to(low.dtype))
+    target = q_out + (row * NUM_Q + heads) * 2 * HALF + at
+    tl.store(target, low, is_query)
+    tl.store(target + HALF, high, is_query)
+    slot = tl.load(slots + row).to(tl.int64)
+    kind, kv_head = (heads - NUM_Q) // NUM_KV, (heads - NUM_Q) % NUM_KV
+    page = kv + (slot // PAGE_SIZE) * page_stride + kind * kind_stride + kv_head * head_stride
+    target = page + (slot % PAGE_SIZE) * 2 * HALF + at
+    is_kept = inside & (heads >= NUM_Q) & (slot >= 0)
+    tl.store(target, low, is_kept)
+    tl.store(target + HALF, high, is_kept)
 
 
 def launch_options(device: torch.device) -> tuple[bool, dict[str, Any]]:
@@ -123,8 +125,10 @@ def rotate_and_append(
     q_norm, k_norm = norms
     page_stride, kind_stride, head_stride = kv.stride()[:3]
     pdl, options = launch_options(qkv.device)
-    _rotate_and_append[(qkv.shape[0], num_q + 2 * num_kv)](
+    # Of few rows, a head each is done soonest; of many, so many blocks are what takes longest.
+    heads = 1 if qkv.shape[0] <= FEW_ROWS else MANY_HEADS
+    _rotate_and_append[(qkv.shape[0], triton.cdiv(num_q + 2 * num_kv, heads))](
         qkv, *angles, q_norm, k_norm, slots, q, kv, page_stride, kind_stride, head_stride, eps,
-        num_q, num_kv, page_size, head_dim // 2, q_norm is not None, pdl, num_warps=1, **options,
+        num_q, num_kv, page_size, head_dim // 2, q_norm is not None, heads, pdl, num_warps=min(heads, 4), **options,
     )  # fmt: skip
     return q

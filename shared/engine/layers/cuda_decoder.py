@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
-from shared.engine.kernels import cuda_layers, cuda_products, triton_dense, triton_paged, w4a4
+from shared.engine.kernels import cuda_layers, cuda_products, product_plan, triton_dense, triton_paged, w4a4
 from shared.engine.kernels.cuda_layers import CudaLayers, Table
-from shared.engine.kernels.cuda_products import CudaProducts, Normed, Residual
+from shared.engine.kernels.cuda_products import Activations, CudaProducts, Normed, Residual
 from shared.engine.kernels.flashinfer_paged import PagedAttention, PagedShape
 from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.kernels.w4a16 import PackedWeight, Weight
@@ -88,7 +88,7 @@ class CudaDecoder:
         matrices = [self._head] + [m for w in self._layers for m in (w.qkv, w.output, w.gate_up, w.down)]
         suits = products is not None and all(map(_is_fusible, matrices))
         is_packed = any(isinstance(matrix, PackedWeight) for matrix in matrices)
-        self._max_fused = (cuda_products.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
+        self._max_fused = (product_plan.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
         self._whole = layers_at_once(config, self._fusible, products, group)
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._compiled: set[tuple[int, int]] = set()
@@ -111,11 +111,10 @@ class CudaDecoder:
         places = torch.stack((batch.positions, _slots(batch, kv.shape[4])))
         token_ids, places = batch.token_ids.to(self._device), put(places, torch.int32, self._device)
         rows = torch.cat((token_ids[None], places))
-        x = self._hidden(rows, self._paged, kv)
-        if not len(batch.sampled_rows):
+        x = self._hidden(rows, self._paged, kv, put(batch.sampled_rows, torch.int32, self._device))
+        if not len(x):
             return x.new_empty((0, config.vocab_size), dtype=torch.float32)
-        logits = self._product(x[put(batch.sampled_rows, torch.int32, self._device)], self._head)
-        return self._group.join(logits).float()
+        return self._group.join(self._product(x, self._head)).float()
 
     def _replay(self, batch: Batch, width: int, kv: torch.Tensor) -> torch.Tensor:
         size = GRAPH_SIZES[bisect_left(GRAPH_SIZES, batch.num_sequences)]
@@ -175,8 +174,11 @@ class CudaDecoder:
             triton_paged.attend(q, pages, ids, starts, lengths, num_done, only_compile=True)
         self._compiled |= likely
 
-    def _hidden(self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor) -> torch.Tensor:
-        """The last norm's output [T, hidden]. `rows` int32 [3, T]: token ids, positions and slots."""
+    def _hidden(
+        self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The last norm's output [T, hidden], or its `wanted` rows, int32 [R]. `rows` int32 [3, T]: token ids,
+        positions and slots."""
         token_ids, positions, slots = rows
         x = self._embedding(token_ids)
         angles = rope.table(self._frequencies, positions)
@@ -185,7 +187,14 @@ class CudaDecoder:
             normed = triton_dense.add_rms_norm(x, delta, layer.input_norm, eps)
             qkv = self._product(normed, layer.qkv, layer.qkv_bias)
             q = self._rotated(qkv, angles, layer, slots, kv[:, index])
-            attended = self._summed(attend(q, kv[:, index]).flatten(1), layer.output, layer.output_bias)
+            if wanted is not None and index + 1 == len(self._layers):
+                # Of the others nothing is read behind the last layer's keys and values: a prompt's last row is enough.
+                if not len(wanted):
+                    return x[:0]
+                attended, x = attend(q, kv[:, index]).flatten(1)[wanted], x[wanted]
+            else:
+                attended = attend(q, kv[:, index]).flatten(1)
+            attended = self._summed(attended, layer.output, layer.output_bias)
             normed = triton_dense.add_rms_norm(x, attended, layer.post_norm, eps)
             inner = triton_dense.silu_mul(self._product(normed, layer.gate_up, layer.gate_up_bias))
             delta = self._summed(inner, layer.down, layer.down_bias)
@@ -197,7 +206,7 @@ class CudaDecoder:
         eps, layers = self._config.rms_norm_eps, self._fusible
         assert not isinstance(self._head, w4a4.Weight), "nothing is fused where it is"
         x, angles = self._embedding(token_ids), rope.table(self._frequencies, positions)
-        normed = products.begun(x, layers[0].input_norm, eps)
+        normed = products.begun(x, layers[0].input_norm, eps, layers[0].qkv)
         for index, layer in enumerate(layers):
             qkv = products.normed_linear(normed, layer.qkv, layer.qkv_bias)
             attended = attend(self._rotated(qkv, angles, layer, slots, kv[:, index]), kv[:, index]).flatten(1)
@@ -205,6 +214,8 @@ class CudaDecoder:
             inner = products.gated(normed, layer.gate_up, layer.gate_up_bias)
             next_norm = layers[index + 1].input_norm if index + 1 < len(layers) else self._norm
             normed = self._added(products, inner, layer.down, Residual(x, next_norm), layer.down_bias)
+        if isinstance(self._head, torch.Tensor) and len(x) > MAX_FUSED_DENSE:
+            return F.linear(triton_dense.add_rms_norm(x, None, self._norm, eps), self._head)
         return products.normed_linear(normed, self._head)
 
     def _at_once(
@@ -215,7 +226,7 @@ class CudaDecoder:
         assert not isinstance(self._head, w4a4.Weight), "all layers are at once only where it is none"
         x, angles = self._embedding(token_ids), rope.table(self._frequencies, positions)
         layers(x, angles, table, kv)
-        return products.normed_linear(products.begun(x, self._norm, self._config.rms_norm_eps), self._head)
+        return products.normed_linear(products.begun(x, self._norm, self._config.rms_norm_eps, self._head), self._head)
 
     def _rotated(
         self,
@@ -229,7 +240,7 @@ class CudaDecoder:
         return triton_dense.rotate_and_append(qkv, angles, norms, self._config.rms_norm_eps, slots, kv)
 
     def _added(
-        self, products: CudaProducts, x: torch.Tensor, weight: Weight, residual: Residual, bias: torch.Tensor | None
+        self, products: CudaProducts, x: Activations, weight: Weight, residual: Residual, bias: torch.Tensor | None
     ) -> Normed:
         """Add a product, summed over the ranks, to the residual stream; what the next norm takes."""
         eps = self._config.rms_norm_eps

@@ -31,6 +31,10 @@ struct dim3 {
 };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+struct alignas(8) uint2 { uint32_t x, y; };
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+struct alignas(16) float4 { float x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct float2 { float x, y; };
 
@@ -137,8 +141,11 @@ struct Warp {
 struct Block {
     Barrier meet, some_meet;
     std::vector<Warp> warps;
-    std::vector<float> memory;
-    Block(int threads, size_t bytes) : meet(threads), some_meet(std::max(1, threads - 32)), warps(threads / 32), memory(bytes / 4 + 1, NAN) {}
+    std::vector<float> room;
+    float* memory;  // where a swizzle of 128 bytes begins
+    Block(int threads, size_t bytes) : meet(threads), some_meet(std::max(1, threads - 32)), warps(threads / 32), room(bytes / 4 + 256, NAN) {
+        memory = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room.data()) + 1023) / 1024 * 1024);
+    }
 };
 struct Blocks {
     Barrier meet;
@@ -159,8 +166,11 @@ inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) {
     warp.meet.arrive_and_wait();
     return theirs;
 }
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-    return __uint_as_float(__shfl_sync(~0u, __float_as_uint(value), threadIdx.x % 32 ^ mask));
+inline uint32_t __shfl_xor_sync(unsigned all, uint32_t value, int mask) {
+    return __shfl_sync(all, value, threadIdx.x % 32 ^ mask);
+}
+inline float __shfl_xor_sync(unsigned all, float value, int mask) {
+    return __uint_as_float(__shfl_xor_sync(all, __float_as_uint(value), mask));
 }
 inline uint32_t __shfl_up_sync(unsigned, uint32_t value, int by) {
     const int lane = threadIdx.x % 32;
@@ -271,12 +281,13 @@ inline void wait_for_inputs(const void*) {}
 inline void let_dependents_start() {}
 inline void in_order() {}
 template <class Value> void anew(Value&) {}
-inline float* dynamic_shared() { return my_block().memory.data(); }
+inline float* dynamic_shared() { return my_block().memory; }
+inline char* aligned_shared() { return reinterpret_cast<char*>(my_block().memory); }
 struct Cluster {
     static void sync() { my_cluster->meet.arrive_and_wait(); }
     static int rank() { return lanes->running->rank; }
     static const float* of(float* mine, int rank) {
-        return my_cluster->blocks[rank].memory.data() + (mine - my_block().memory.data());
+        return my_cluster->blocks[rank].memory + (mine - my_block().memory);
     }
 };
 
@@ -301,7 +312,9 @@ inline void copy_ahead(void* to, const void* from, uint32_t bytes, uint64_t* at)
     memcpy(to, from, bytes);
     signal_change(at, 0, -static_cast<int>(bytes));
 }
+inline void copy_again(void* to, const void* from, uint32_t bytes, uint64_t* at) { copy_ahead(to, from, bytes, at); }
 inline void copies_follow() {}
+inline void copies_follow_inputs() {}
 template <int THREADS_MEETING> void meet() { my_block().some_meet.arrive_and_wait(); }
 inline uint32_t counted(uint32_t* counter) { return atomicAdd(counter, 1u); }
 inline void count(uint32_t* counter) { counted(counter); }
@@ -321,6 +334,22 @@ inline uint32_t transposed(uint32_t word) {
     const uint32_t result = half(q * 2) | half(q * 2 + 1) << 16;
     warp.meet.arrive_and_wait();
     return result;
+}
+
+inline int swizzled(int token, int sixteen) { return token * 128 + (sixteen ^ token % 8) * 16; }
+inline void multiplying() {}
+inline void multiply_together() {}
+template <int LATER> void multiplied() {}
+template <int TOKENS>
+void multiply_wide(float (&sum)[TOKENS / 2], const uint32_t (&a)[4], const void* tokens, int offset) {
+    const auto at = reinterpret_cast<uintptr_t>(tokens) + offset;
+    for (int m = 0; m < TOKENS / 8; m++) {
+        const int lane = threadIdx.x % 32, token = m * 8 + lane / 4, sixteen = at / 16 % 8;
+        const char* chunk = reinterpret_cast<const char*>(at / 1024 * 1024);
+        uint32_t b[2];
+        for (int late = 0; late < 2; late++) memcpy(b + late, chunk + swizzled(token, sixteen + late) + lane % 4 * 4, 4);
+        multiply(reinterpret_cast<float (&)[4]>(sum[m * 4]), a, b[0], b[1]);
+    }
 }
 
 }  // namespace forebay

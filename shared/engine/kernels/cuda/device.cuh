@@ -100,6 +100,10 @@ __device__ __forceinline__ float* dynamic_shared() {
     extern __shared__ float memory[];
     return memory;
 }
+__device__ __forceinline__ char* aligned_shared() {  // the same where a kernel has no other: as a swizzle wants it
+    extern __shared__ __align__(1024) char aligned_memory[];
+    return aligned_memory;
+}
 
 // What one kernel needs that stays on all multiprocessors for a whole step: copies that go on by themselves, signals in shared memory
 // that they complete, and counters by which blocks wait for one another. Whoever waits for seconds ends in an error.
@@ -140,6 +144,13 @@ __device__ __forceinline__ void copy_ahead(void* to, const void* from, uint32_t 
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(in_shared(to)),
                  "l"(from), "r"(bytes), "r"(in_shared(signal)), "l"(policy) : "memory");
 }
+// The same of bytes that others read too.
+__device__ __forceinline__ void copy_again(void* to, const void* from, uint32_t bytes, uint64_t* signal) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(in_shared(to)), "l"(from), "r"(bytes),
+                 "r"(in_shared(signal)) : "memory");
+}
+// Of what a kernel before this one has written.
+__device__ __forceinline__ void copies_follow_inputs() { asm volatile("fence.proxy.async;" ::: "memory"); }
 // Into what has been written just now.
 __device__ __forceinline__ void copies_follow() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 template <int THREADS_MEETING>
@@ -173,6 +184,48 @@ __device__ __forceinline__ uint32_t transposed(uint32_t word) {
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(word));
     return result;
 }
+#endif
+
+// Four warps' product with many tokens. sum += a b, a of 64 rows by 16, 16 rows of a warp as in `multiply`; b of 16 by TOKENS columns, of
+// which a warp has its rows' sums as in so many `multiply`. b lies in shared memory, 64 values of each token one behind the other, sixteen
+// bytes at a time where a swizzle of 128 bytes puts them (`swizzled`); `offset` bytes from `tokens` on are the first token's first. Nothing is
+// waited for: what is multiplied stays as it is until `multiplied`.
+__device__ __forceinline__ int swizzled(int token, int sixteen) { return token * 128 + (sixteen ^ token % 8) * 16; }
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__device__ __forceinline__ void multiplying() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void multiply_together() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LATER>  // groups that may still be under way
+__device__ __forceinline__ void multiplied() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory"); }
+
+#define FOUR(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
+#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
+template <int TOKENS>
+__device__ __forceinline__ void multiply_wide(float (&sum)[TOKENS / 2], const uint32_t (&a)[4], const void* tokens, int offset) {
+    // Address, and 1024 bytes from eight tokens to the next, in sixteens; a swizzle of 128 bytes.
+    const uint64_t b = static_cast<uint64_t>(64 | 1 << 30) << 32 | (((in_shared(tokens) & 0x3FFFF) >> 4 | 1 << 16) + offset / 16);
+    if constexpr (TOKENS == 16) {
+        asm volatile(
+            "{.reg .pred add; setp.eq.u32 add, 0, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, add, 1, 1, 0;}"
+            : FOUR(0), FOUR(4) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    } else if constexpr (TOKENS == 32) {
+        asm volatile(
+            "{.reg .pred add; setp.eq.u32 add, 0, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+            "{%16,%17,%18,%19}, %20, add, 1, 1, 0;}"
+            : SIXTEEN(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    } else {
+        static_assert(TOKENS == 64);
+        asm volatile(
+            "{.reg .pred add; setp.eq.u32 add, 0, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+            "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, add, 1, 1, 0;}"
+            : SIXTEEN(0), SIXTEEN(16) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    }
+}
+#undef SIXTEEN
+#undef FOUR
 #endif
 
 }  // namespace forebay

@@ -1,4 +1,5 @@
 // The C side of `kernels.cuda_products`: launches, and what goes around products of packed weights.
+#include "launch.cuh"
 #include "products.cuh"
 
 #include <algorithm>
@@ -20,28 +21,34 @@ __global__ void __launch_bounds__(THREADS) dequantize(Product p) {
     for (int h = 0; h < 2; h++) {
         uint32_t a[2][2][4];
         stage.operands(h, 0, a[0]), stage.operands(h, 1, a[1]);
-        const int column = Packed::column(step, h, 0, q);
 #pragma unroll
         for (int side = 0; side < 2; side++) {
             const int row = p.epilogue == GATED ? side * half + tile * 8 + g : tile * ROWS + side * 8 + g;
-            if (row >= p.num_rows || column >= p.num_columns) continue;
-            const float factor = p.factors[row] * Packed::FACTOR;
-            uint32_t out[8];
+            const float factor = row < p.num_rows ? p.factors[row] * Packed::FACTOR : 0;
+            uint32_t words[8];
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const uint32_t both = a[i / 4][i / 2 % 2][i % 2 * 2 + side];
                 const __nv_bfloat162 pair = __floats2bfloat162_rn(
                     __uint_as_float(both << 16) * factor, __uint_as_float(both & 0xFFFF0000u) * factor);
-                out[i] = *reinterpret_cast<const uint32_t*>(&pair);
+                words[i] = *reinterpret_cast<const uint32_t*>(&pair);
             }
+            // Two lanes write 32 bytes side by side, a sector of the cache at once: first the even lane's, then the odd one's.
+            const bool odd = q % 2;
+            uint32_t theirs[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) theirs[i] = __shfl_xor_sync(~0u, odd ? words[i] : words[4 + i], 1);
+            const int column = step * Packed::COLUMNS + h * 64 + q / 2 * 32 + odd * 8;
             auto* to = reinterpret_cast<uint4*>(p.out + static_cast<int64_t>(row) * p.num_columns + column);
-            to[0] = make_uint4(out[0], out[1], out[2], out[3]), to[1] = make_uint4(out[4], out[5], out[6], out[7]);
+            if (row >= p.num_rows) continue;
+            if (column < p.num_columns) to[0] = odd ? make_uint4(theirs[0], theirs[1], theirs[2], theirs[3]) : make_uint4(words[0], words[1], words[2], words[3]);
+            if (column + 16 < p.num_columns) to[2] = odd ? make_uint4(words[4], words[5], words[6], words[7]) : make_uint4(theirs[0], theirs[1], theirs[2], theirs[3]);
         }
     }
 }
 
-// A residual stream as a first product takes it: times the norm's weight, and its sum of squares. A block a token.
-__global__ void __launch_bounds__(THREADS) begin(const __nv_bfloat16* x, const __nv_bfloat16* norm, int size, __nv_bfloat16* out,
+// A residual stream as a first product takes it, arranged or not: times the norm's weight, and its sum of squares. A block a token.
+__global__ void __launch_bounds__(THREADS) begin(const __nv_bfloat16* x, const __nv_bfloat16* norm, int size, int arranged, __nv_bfloat16* out,
                                                 float* squares) {
     __shared__ float sums[WARPS];
     const int64_t row = static_cast<int64_t>(blockIdx.x) * size;
@@ -51,7 +58,7 @@ __global__ void __launch_bounds__(THREADS) begin(const __nv_bfloat16* x, const _
     for (int i = threadIdx.x; i < size; i += THREADS) {
         const float value = __bfloat162float(x[row + i]);
         total += value * value;
-        out[row + i] = __float2bfloat16(value * __bfloat162float(norm[i]));
+        out[arranged ? place(arranged, blockIdx.x, i) / 2 : row + i] = __float2bfloat16(value * __bfloat162float(norm[i]));
     }
     for (int i = 16; i; i /= 2) total += __shfl_xor_sync(~0u, total, i);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = total;
@@ -60,23 +67,6 @@ __global__ void __launch_bounds__(THREADS) begin(const __nv_bfloat16* x, const _
         for (int w = 1; w < WARPS; w++) total += sums[w];
         squares[blockIdx.x] = total;
     }
-}
-
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int cluster, cudaStream_t stream, Arguments... arguments) {
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
-    config.attrs = attributes, config.numAttrs = cluster > 1 ? 2 : 1;
-    int device = 0, major = 0;
-    if (const cudaError_t error = cudaGetDevice(&device)) return error;
-    if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
-    if (major < 9) config.numAttrs = 0;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <class Weights, int MT, int R, int DEPTH, int AHEAD, int BLOCKS>
@@ -130,10 +120,10 @@ int forebay_dequantize(const Product* p, void* stream) {
     return forebay::launch(forebay::dequantize, grid, forebay::THREADS, 0, 1, static_cast<cudaStream_t>(stream), *p);
 }
 
-int forebay_begin(const __nv_bfloat16* x, const __nv_bfloat16* norm, int num_tokens, int size, __nv_bfloat16* out, float* squares,
-                  void* stream) {
+int forebay_begin(const __nv_bfloat16* x, const __nv_bfloat16* norm, int num_tokens, int size, int arranged, __nv_bfloat16* out,
+                  float* squares, void* stream) {
     return forebay::launch(forebay::begin, dim3(num_tokens), forebay::THREADS, 0, 1, static_cast<cudaStream_t>(stream), x, norm,
-                           size, out, squares);
+                           size, arranged, out, squares);
 }
 
 const char* forebay_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -35,8 +35,17 @@ struct Product {
     float* squares_out;       // [tokens, num_squares_out]
     int num_tokens, num_rows, num_columns, num_squares_in, num_squares_out;
     int epilogue, warps_rows, cluster;
+    int arranged;  // 0, or for how many tokens `out` is arranged (`place`)
     float eps;
 };
+
+// Where in bytes a token's column is if activations are arranged for wide products (`wide.cu`) of so many tokens: 64 columns of all
+// tokens together, in the order in which lanes have weights. Of 16 columns, lane q of four has those from 16 q on, and of these, pairs are
+// an instruction's first eight columns and its last eight in turn.
+__device__ inline int64_t place(int num_tokens, int token, int column) {
+    const int64_t chunk = column / 64;
+    return chunk * num_tokens * 128 + swizzled(token, column % 16 / 2) + column % 64 / 16 * 4 + column % 2 * 2;
+}
 
 // bf16 [N, K] as it is. A step is 64 columns: of each row a lane takes 8 of the first 32 and 8 of the last.
 struct Dense {
@@ -205,6 +214,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
 #pragma unroll
     for (int d = 0; d < DEPTH; d++)
         if (d < num_steps) load(stage[d], group, d);
+    if constexpr (Weights::TILES == 1) let_dependents_start();  // of bf16, memory is busy whoever it serves
     wait_for_inputs(p.x);
     find_scales(p, scales);
 
@@ -230,7 +240,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
         for (int base = 0; base < num_steps; base += DEPTH) {
             const bool last = base + DEPTH >= num_steps;
             const int next_group = last ? group + num_bands : group, next_base = last ? 0 : base + DEPTH;
-            if (next_group >= num_groups) let_dependents_start();  // whose loads could have delayed these
+            if (Weights::TILES == 2 && next_group >= num_groups) let_dependents_start();  // whose loads could have delayed these
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) {
                 const int step = base + d, next_step = step + 1 < num_steps ? step + 1 : 0;
