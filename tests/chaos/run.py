@@ -59,8 +59,7 @@ async def sim(plan: Plan) -> Report:
     with TemporaryDirectory() as folder, ExitStack() as stack:
         port, text = stack.enter_context(two_ports()), write_tokenizer(Path(folder))
         engine = ["--engine", "sim", f"--worker-flags={worker_flags}", f"--gateway-flags=--tokenizer sim={text}"]
-        router_flags = "--router-flags=--local-prefill-max-tokens 32"
-        cluster = stack.enter_context(running(*engine, router_flags, *plan.flags(port)))
+        cluster = stack.enter_context(running(*engine, *plan.flags(port)))
         clients = Clients(_urls(port), cluster.model, asks(plan.seed), plan.client_pause_s)
         report, faults = await run(plan, cluster, clients, SimTwin())
         report.reclaim_s["after clients left"] = await clients_leave(cluster, clients.urls[0], LEASE_S + 5)
