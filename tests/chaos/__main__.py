@@ -37,11 +37,9 @@ def main() -> int:
     plan = replace(plan, worker_pause_s=options.every or plan.worker_pause_s)
     report = asyncio.run(run(plan))
     violations = report.violations(limits)
-    sys.stdout.write(
-        "\n".join(
-            ["", report.table(), "", report.phases(), "", *(violations or ["nothing happened that must not"]), ""]
-        )
-    )
+    phases = [line for kind in STALL_LIMITS_S for line in (report.phases(kind), "")]
+    said = violations or ["nothing happened that must not"]
+    sys.stdout.write("\n".join(["", report.table(), "", *phases, *said, ""]))
     return 1 if violations else 0
 
 

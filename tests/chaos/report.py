@@ -134,15 +134,15 @@ class Report:
         }
         return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
-    def phases(self, num_worst: int = 5) -> str:
-        """Markdown: where the time of stalls after a kill alone went, all in all and in the longest."""
-        found = [(stall, parts) for stall in self.stalls_after(KILL) if (parts := phases(stall, self.said))]
-        lines = ["| phase of a stall after a kill, ms | median | p99 | longest |", "|---|---|---|---|"]
+    def phases(self, kind: str, num_worst: int = 5) -> str:
+        """Markdown: where the time of stalls after a kind of fault alone went, all in all and in the longest."""
+        found = [(stall, parts) for stall in self.stalls_after(kind) if (parts := phases(stall, self.said))]
+        lines = [f"| phase of a stall after a {kind}, ms | median | p99 | longest |", "|---|---|---|---|"]
         for name, what in PHASES.items():
             times = [percentile([parts[name] for _, parts in found], share) for share in (0.5, 0.99, 1.0)]
             lines.append(f"| {name}: {what} | {' | '.join(f'{s * 1000:.0f}' for s in times)} |")
         lines += ["", f"longest of {len(found)}, in ms:"]
-        for stall, parts in sorted(found, key=lambda each: -each[0].beyond_s)[:num_worst]:
+        for stall, parts in sorted(found, key=lambda each: -_seconds(each[0]))[:num_worst]:
             each = ", ".join(f"{name} {seconds * 1000:.0f}" for name, seconds in parts.items())
             took = f"recomputing {stall.recompute_s * 1000:.0f}, of other streams {stall.others_s * 1000:.0f}"
             whole = f"{stall.beyond_s * 1000:.0f} of {stall.gap_s * 1000:.0f}"

@@ -167,7 +167,7 @@ def test_the_phases_of_a_stall_add_up_to_it() -> None:
     assert list(rounded.values()) == [10, 20, 80, 20, 50, 200, 10, 20]
     assert sum(rounded.values()) == round(stall.gap_s * 1000)
     assert phases(stall, replace(SAID, took_over=[])) is None
-    assert "compute" in report(answer(output), stalls=[stall], said=SAID).phases()
+    assert "compute" in report(answer(output), stalls=[stall], said=SAID).phases(KILL)
 
 
 def test_a_worker_that_goes_on_taking_requests_after_it_was_told_to_end_is_told() -> None:
