@@ -156,21 +156,6 @@ def test_steps_of_every_kind_equal_the_twin(both: Both) -> None:
     assert_close(*(kv.float() for kv in both.kv))
 
 
-def test_the_first_graph_brings_the_attention_of_those_that_are_likely_to_follow(both: Both) -> None:
-    from triton import knobs
-
-    compiled: list[str] = []
-    both.logits([item(0, 0, 17)])
-    both.logits([item(0, 17, 1)])
-    with knobs.compilation.scope():
-        knobs.compilation.listener = lambda *, src, **_: compiled.append(src.name)
-        both.logits([item(0, 18, 3)])  # what was left of a prompt
-        both.logits([item(0, 21, 1), item(12, 0, 1)])
-        assert "_attend" not in compiled
-        both.logits([item(0, 22, 2), item(12, 1, 2)])
-        assert "_attend" in compiled
-
-
 def test_a_chunk_that_asks_for_no_token_leaves_what_the_next_one_reads(both: Both) -> None:
     assert [len(logits) for logits in both.logits([item(0, 0, 20, sample=False)])] == [0, 0]
     assert_close(*both.logits([item(0, 20, 7)]))

@@ -6,11 +6,6 @@ the batch alone, so that a captured graph fits every context; a split that a sho
 and is not waited for. The twin is `reference.paged_attention`.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from os import cpu_count
-
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +18,6 @@ MIN_ROWS = 16  # of a matrix product
 MAX_SPLITS = 32
 MERGED_ROWS = 32  # rows times splits whose values a block has in registers at once
 MERGED_TOGETHER = 8  # loads of so many values that wait together; to compile more of them in a row takes seconds
-MAX_COMPILERS = 16
 BLOCKS_PER_GPU = 264  # two for each multiprocessor of an H100
 
 
@@ -143,13 +137,11 @@ def attend(
     page_starts: torch.Tensor,
     context_lens: torch.Tensor,
     num_done: torch.Tensor,
-    *,
-    only_compile: bool = False,
 ) -> torch.Tensor:
     """Causal attention of the last tokens of S sequences, equally many of each. q [T, H, D] -> [T, H, D].
 
     kv [pages, 2, Hkv, page_size, D], one layer's view of the pool; the page table as in `Batch`, int32 on the device;
-    `num_done` are `counters`. With `only_compile` nothing is launched, and the result says nothing.
+    `num_done` are `counters`.
     """
     num_sequences, (num_rows, num_heads, head_dim) = len(context_lens), q.shape
     num_kv, page_size = kv.shape[2:4]
@@ -161,18 +153,10 @@ def attend(
     num = max(1, min(splits, MERGED_ROWS // used))
     scale = head_dim**-0.5 * 1.4426950408889634  # to base 2
     pdl, options = launch_options(q.device)
-    launch = _attend.warmup if only_compile else partial(_attend.run, warmup=False)
-    launch(
+    _attend[(num_sequences, num_kv, splits)](
         q, kv, page_ids, page_starts, context_lens, out, parts, maxima, sums, num_done, *kv.stride()[:3], scale,
         group, width, max(MIN_ROWS, used), used, head_dim, page_size,
         splits, num, min(MERGED_TOGETHER, splits // num), TOKENS, pdl,
-        grid=(num_sequences, num_kv, splits), num_warps=4, num_stages=3, **options,
+        num_warps=4, num_stages=3, **options,
     )  # fmt: skip
     return out
-
-
-def compile_together(ask: Callable[[], None]) -> None:
-    """Compile what `ask` asks for by `only_compile`, side by side: each takes about a second, most of it outside of
-    Python."""
-    with ThreadPoolExecutor(min(MAX_COMPILERS, cpu_count() or 1)) as threads, triton.AsyncCompileMode(threads):
-        ask()

@@ -91,7 +91,6 @@ class CudaDecoder:
         self._max_fused = (product_plan.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
         self._whole = layers_at_once(config, self._fusible, products, group)
         self._graphs: dict[tuple[int, int], Graph] = {}
-        self._compiled: set[tuple[int, int]] = set()
         self.recorder = captured.Recorder(device)
         self._paged: PagedAttention | None = None
 
@@ -132,11 +131,12 @@ class CudaDecoder:
 
     def _capture(self, size: int, width: int, kv: torch.Tensor) -> Graph:
         """Record a step of `size` sequences of `width` tokens each."""
-        if (size, width) not in self._compiled:
-            triton_paged.compile_together(lambda: self._compile_beside(width, kv[:, 0]))
         num_rows = size * width
-        inputs = self._inputs(size, width)
-        rows, (lengths, starts, ids) = inputs[: 3 * num_rows].view(3, num_rows), _table(inputs, size, width)
+        inputs = torch.zeros(3 * num_rows + 2 * size + 1 + MAX_GRAPH_PAGES, dtype=torch.int32, device=self._device)
+        inputs[2 * num_rows : 3 * num_rows] = NOBODY
+        inputs[3 * num_rows : 3 * num_rows + size] = width
+        rows, table = inputs[: 3 * num_rows].view(3, num_rows), inputs[3 * num_rows :]
+        lengths, starts, ids = table[:size], table[size : 2 * size + 1], table[2 * size + 1 :]
         num_done = triton_paged.counters(size, self._config.num_kv_heads, self._device)
 
         def attend(q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
@@ -151,28 +151,6 @@ class CudaDecoder:
 
         graph, found = self.recorder.record(logits)
         return Graph(graph, inputs, num_done, captured.lent(found))
-
-    def _inputs(self, size: int, width: int) -> torch.Tensor:
-        """As `Graph` has them, of sequences that are nobody's."""
-        num_rows = size * width
-        inputs = torch.zeros(3 * num_rows + 2 * size + 1 + MAX_GRAPH_PAGES, dtype=torch.int32, device=self._device)
-        inputs[2 * num_rows : 3 * num_rows] = NOBODY
-        inputs[3 * num_rows : 3 * num_rows + size] = width
-        return inputs
-
-    def _compile_beside(self, width: int, pages: torch.Tensor) -> None:
-        """Ask for the attention of graphs of so many tokens of each sequence; and with the first, of one alone, of
-        which any few tokens may be left behind a cached prompt."""
-        likely = {(size, width) for size in GRAPH_SIZES} | {(1, each) for each in range(1, MAX_GRAPH_WIDTH + 1)}
-        config, whole = self._config, self._whole
-        for size, each in sorted(likely - self._compiled):
-            if whole is not None and whole.takes(size, each):
-                continue  # which attends itself
-            lengths, starts, ids = _table(self._inputs(size, each), size, each)
-            q = pages.new_empty(size * each, config.num_heads, config.head_dim)
-            num_done = triton_paged.counters(size, config.num_kv_heads, self._device)
-            triton_paged.attend(q, pages, ids, starts, lengths, num_done, only_compile=True)
-        self._compiled |= likely
 
     def _hidden(
         self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor, wanted: torch.Tensor | None = None
@@ -302,12 +280,6 @@ def _head(weights: DenseWeights, embedding: torch.Tensor, group: Group, *, is_pa
     if isinstance(head, torch.Tensor) and len(head) < size:
         return F.pad(head, (0, 0, 0, size - len(head)))
     return head
-
-
-def _table(inputs: torch.Tensor, size: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Context lengths, page starts and page ids among a graph's inputs."""
-    table = inputs[3 * size * width :]
-    return table[:size], table[size : 2 * size + 1], table[2 * size + 1 :]
 
 
 def _is_fusible(matrix: Matrix) -> bool:
