@@ -8,7 +8,6 @@ the median of the rounds' differences with its 95 % interval.
 """
 
 import argparse
-import asyncio
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,35 +20,18 @@ import uvloop
 
 from bench import provenance, turns
 from bench.placement.client import Client
-from bench.placement.path import NUM_OUTPUT, prompt
+from bench.placement.path import IN_NO_TIME, ask_all, flags, prompt
 from cli import background
 from cli.background import Background
 from cli.process import ROOT
-from shared.models import store
-from shared.models.catalogue import DEFAULT_MODEL
 
 PROMPT_TOKENS = 512
 # A burst at the start shows in few requests, and the clock of a process ticks every 10 ms.
 MIN_REQUESTS = 200
-FREE = "--sim-prefill-ms-per-token 0 --sim-decode-ms 0 --sim-decode-ms-per-sequence 0 --max-num-sequences 256"
-FLAGS = ("--engine", "sim", "--prefill", "0", "--decode", "2", "--worker-flags", FREE)
 BOTH = "gateway and router"
 
 Found = dict[tuple[int, str], dict[str, list[float]]]
 """CPU seconds per 1,000 requests by number of streams and role, then by checkout, round by round."""
-
-
-async def burst(client: Client, prompts: Sequence[str], num_streams: int) -> None:
-    """Have all prompts answered, so many at once. Raises RuntimeError if one is not."""
-    free = asyncio.Semaphore(num_streams)
-
-    async def one(text: str) -> None:
-        async with free:
-            answer = (await client.ask(text, NUM_OUTPUT, ids=False)).answer
-        if answer.fault:
-            raise RuntimeError(answer.fault)
-
-    await asyncio.gather(*map(one, prompts))
 
 
 async def measure(clusters: Mapping[str, Background], streams: Sequence[int], num_rounds: int, chance: Random) -> Found:
@@ -59,7 +41,8 @@ async def measure(clusters: Mapping[str, Background], streams: Sequence[int], nu
     async def one(name: str, num_streams: int, prompts: Sequence[str]) -> None:
         running = clusters[name]
         before = background.cpu_s(running)
-        await burst(Client(running.run.url, running.run.model), prompts, num_streams)
+        if await ask_all(Client(running.run.url, running.run.model), prompts, num_streams):
+            raise RuntimeError("requests failed")
         spent = {role: (s - before[role]) * 1e3 / len(prompts) for role, s in background.cpu_s(running).items()}
         for role, taken in {BOTH: spent["gateway"] + spent["router"], **spent}.items():
             found[num_streams, role][name].append(taken)
@@ -91,9 +74,11 @@ def main() -> None:
     args = parser.parse_args()
     print(provenance.banner("bench.front"), flush=True)
     checkouts = {"here": ROOT} | ({"beside": Path(args.beside).resolve()} if args.beside else {})
-    flags, chance = (*FLAGS, "--gateway-flags", f"--tokenizer sim={store.resolve(DEFAULT_MODEL)}"), Random(args.seed)
+    chance = Random(args.seed)
     with ExitStack() as stack:
-        clusters = {name: stack.enter_context(background.cluster(*flags, root=at)) for name, at in checkouts.items()}
+        clusters = {
+            name: stack.enter_context(background.cluster(*flags(IN_NO_TIME), root=at)) for name, at in checkouts.items()
+        }
         uvloop.run(measure(clusters, args.streams, 1, chance))
         report(uvloop.run(measure(clusters, args.streams, args.rounds, chance)), list(clusters))
 

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections.abc import Sequence
 from statistics import median
 
 from bench.placement.client import Client
@@ -32,6 +33,7 @@ WORDS = (
 )
 MS_PER_TOKEN = 0.1
 NUM_OUTPUT = 32
+IN_NO_TIME = "--sim-prefill-ms-per-token 0 --sim-decode-ms 0 --sim-decode-ms-per-sequence 0 --max-num-sequences 256"
 
 
 def prompt(chance: random.Random, num_tokens: int) -> str:
@@ -39,18 +41,32 @@ def prompt(chance: random.Random, num_tokens: int) -> str:
     return " ".join(chance.choices(WORDS, k=num_tokens))
 
 
+def flags(of_workers: str) -> tuple[str, ...]:
+    """Of a cluster of two sim workers, behind real tokenization."""
+    gateway = f"--tokenizer sim={store.resolve(DEFAULT_MODEL)}"
+    return (
+        "--engine",
+        "sim",
+        "--prefill",
+        "0",
+        "--decode",
+        "2",
+        "--gateway-flags",
+        gateway,
+        "--worker-flags",
+        of_workers,
+    )
+
+
 def measure(num_requests: int, concurrencies: list[int], seed: int) -> None:
     """Print CPU and throughput at each number of streams, then what is added to the first token."""
-    gateway = f"--tokenizer sim={store.resolve(DEFAULT_MODEL)}"
-    common = ("--engine", "sim", "--prefill", "0", "--decode", "2", "--gateway-flags", gateway)
-    free = "--sim-prefill-ms-per-token 0 --sim-decode-ms 0 --sim-decode-ms-per-sequence 0 --max-num-sequences 256"
     print("| streams | requests/s | CPU s per 1,000 requests: gateway | router | workers | blackboard | client |")
     print("|---|---|---|---|---|---|---|")
-    with cluster(*common, "--worker-flags", free) as running:
+    with cluster(*flags(IN_NO_TIME)) as running:
         for concurrency in concurrencies:
             print(_row(running, concurrency, num_requests, seed), flush=True)
     timed = f"--sim-prefill-ms-per-token {MS_PER_TOKEN} --sim-decode-ms 0"
-    with cluster(*common, "--worker-flags", timed) as running:
+    with cluster(*flags(timed)) as running:
         client = Client(running.run.url, running.run.model)
         for num_tokens in (512, 4096):
             added = asyncio.run(_added_ms(client, num_tokens, seed))
@@ -61,7 +77,7 @@ def _row(running: Background, concurrency: int, num_requests: int, seed: int) ->
     chance = random.Random(f"path {concurrency} {seed}")
     prompts = [prompt(chance, 512) for _ in range(num_requests)]
     before, own, started = cpu_s(running), time.process_time(), time.perf_counter()
-    num_failed = asyncio.run(_all(Client(running.run.url, running.run.model), prompts, concurrency))
+    num_failed = asyncio.run(ask_all(Client(running.run.url, running.run.model), prompts, concurrency))
     wall_s, own = time.perf_counter() - started, time.process_time() - own
     spent = {role: (after - before[role]) * 1000 / num_requests for role, after in cpu_s(running).items()}
     workers = spent["decode"] + spent.get("prefill", 0.0)
@@ -72,7 +88,7 @@ def _row(running: Background, concurrency: int, num_requests: int, seed: int) ->
     )
 
 
-async def _all(client: Client, prompts: list[str], concurrency: int) -> int:
+async def ask_all(client: Client, prompts: Sequence[str], concurrency: int) -> int:
     """Ask everything, so many at once; how many failed."""
     free, failed = asyncio.Semaphore(concurrency), 0
 

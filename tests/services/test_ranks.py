@@ -49,6 +49,14 @@ async def pair(path: Path, valkey: ValkeyProcess, prefill: int, decode: int, *mo
         await made.close()
 
 
+async def status_with_rank(workers: Pair, rank: int) -> int:
+    """With which the decode worker ends, and that process of another rank with it."""
+    status = await asyncio.to_thread(workers.processes["decode"].wait, PATIENCE_S)
+    with pytest.raises(ProcessLookupError):
+        os.kill(rank, 0)
+    return status
+
+
 # Ranks of a busy machine may be later than they will be here, so they do not meet before; on GPUs they must have met.
 STANDS_STILL = [
     pytest.param(("--device", "cpu", "--rank-timeout-ms", "2000", "--warm-up-s", "0"), id="cpu"),
@@ -66,9 +74,7 @@ async def test_a_rank_that_stands_still_ends_its_worker_within_its_time(
         os.kill(rank, signal.SIGSTOP)
         with pytest.raises(WorkerLost):
             await workers.aggregated(workers.request(20, NUM_TOKENS))
-        assert await asyncio.to_thread(workers.processes["decode"].wait, PATIENCE_S) == 1
-        with pytest.raises(ProcessLookupError):
-            os.kill(rank, 0)
+        assert await status_with_rank(workers, rank) == 1
 
 
 @pytest.mark.parametrize(
@@ -83,9 +89,7 @@ async def test_a_worker_of_two_ranks_that_is_told_to_end_ends_with_them(
         (rank,) = workers.found["decode"].rank_pids
         assert len(await workers.aggregated(workers.request(20, NUM_TOKENS))) == NUM_TOKENS
         workers.processes["decode"].send_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(workers.processes["decode"].wait, PATIENCE_S) == 0
-        with pytest.raises(ProcessLookupError):
-            os.kill(rank, 0)
+        assert await status_with_rank(workers, rank) == 0
 
 
 def test_a_model_that_so_many_ranks_cannot_share_is_refused(tmp_path: Path) -> None:

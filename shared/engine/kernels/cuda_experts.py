@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from shared.engine.kernels.cuda_call import call
 from shared.engine.kernels.experts import Experts, SharedExpert
 
 Pointer, Int = ctypes.c_void_p, ctypes.c_int
@@ -63,7 +64,7 @@ class CudaExperts:
         parts = (logits, bias, groups)
         sizes = num_tokens, num_experts, top_k, logits.stride(0), int(normalize)
         arguments = Routing(*(part.data_ptr() for part in parts), *sizes, factor)
-        self._check(self._library.forebay_route(ctypes.byref(arguments), int(pdl), _stream(logits)))
+        call(self._library, "forebay_route", logits.device, ctypes.byref(arguments), int(pdl))
         return Choice(groups, min(num_tokens * top_k, num_experts))
 
     def __call__(
@@ -82,12 +83,8 @@ class CudaExperts:
             shared.gate_up, shared.down, choice.groups, inner, shared_inner, out,
         )  # fmt: skip
         arguments = Arguments(*(part.data_ptr() for part in parts), num_tokens, hidden, TILES)
-        self._check(self._library.forebay_experts(ctypes.byref(arguments), choice.most, int(pdl), _stream(x)))
+        call(self._library, "forebay_experts", x.device, ctypes.byref(arguments), choice.most, int(pdl))
         return out
-
-    def _check(self, error: int) -> None:
-        if error:
-            raise RuntimeError(f"forebay_experts: {self._library.forebay_error(error).decode()}")
 
 
 def suits(experts: Experts, shared: SharedExpert, top_k: int) -> bool:
@@ -110,7 +107,3 @@ def load(path: Path) -> ctypes.CDLL:
     library.forebay_experts.argtypes = (ctypes.POINTER(Arguments), Int, Int, Pointer)
     library.forebay_error.argtypes, library.forebay_error.restype = (Int,), ctypes.c_char_p
     return library
-
-
-def _stream(tensor: torch.Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0

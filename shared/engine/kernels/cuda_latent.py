@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from shared.engine.kernels.cuda_call import call
 from shared.engine.kernels.splits import Parts
 
 Pointer, Int = ctypes.c_void_p, ctypes.c_int
@@ -32,10 +33,7 @@ class CudaLatent:
         out = up_value.new_empty(num_tokens, heads * VALUE)
         tensors = (parts.means, parts.maxima, parts.sums, up_value, out)
         arguments = Merge(*(tensor.data_ptr() for tensor in tensors), heads, splits)
-        stream = torch.cuda.current_stream(out.device).cuda_stream if out.is_cuda else 0
-        error = self._library.forebay_merge(ctypes.byref(arguments), num_tokens, int(pdl), stream)
-        if error:
-            raise RuntimeError(f"forebay_merge: {self._library.forebay_error(error).decode()}")
+        call(self._library, "forebay_merge", out.device, ctypes.byref(arguments), num_tokens, int(pdl))
         return out
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shared.engine.kernels.cuda_call import call
 from shared.engine.kernels.cuda_products import CudaProducts
 from shared.engine.kernels.w4a16 import CHUNK, ROWS, PackedWeight, Weight
 from shared.engine.models.config import DenseConfig
@@ -114,10 +115,7 @@ class CudaLayers:
             page_size=kv.shape[4], splits=splits, depth=MAX_DEPTH, eps=config.rms_norm_eps,
         )  # fmt: skip
         step.page_stride, step.layer_stride, step.kind_stride, step.head_stride = kv.stride()[:4]
-        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        error = self._library.forebay_layers(ctypes.byref(step), self._num_blocks, num_parts, Pointer(stream))
-        if error:
-            raise RuntimeError(f"forebay_layers: {self._library.forebay_error(error).decode()}")
+        call(self._library, "forebay_layers", x.device, ctypes.byref(step), self._num_blocks, num_parts)
 
 
 def obstacle(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from shared.engine.kernels.cuda_call import call
 from shared.engine.kernels.product_plan import DENSE_STEP, MAX_TOKENS, Plan, Planned, planned, planned_wide
 from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.kernels.w4a16 import CHUNK, ROWS, PackedWeight, Weight
@@ -126,7 +127,7 @@ class CudaProducts:
         squares = x.new_empty((len(x), 1), dtype=torch.float32)
         out, product = self._output(first, x, x.shape[1], x.device)
         sizes = len(x), x.shape[1], product.arranged
-        self._call("forebay_begin", _at(x), _at(norm), *sizes, product.out, _at(squares), _stream(x))
+        call(self.library, "forebay_begin", x.device, _at(x), _at(norm), *sizes, product.out, _at(squares))
         return Normed(out, squares, eps)
 
     def arranged(self, x: torch.Tensor, weight: Weight) -> Activations:
@@ -135,7 +136,7 @@ class CudaProducts:
         if not plan.is_wide:
             return x
         found = _room(len(x), x.shape[1], plan, x.device)
-        self._call("forebay_arrange", _at(x), *x.shape, 8 * plan.eights, _at(found.values), _stream(x))
+        call(self.library, "forebay_arrange", x.device, _at(x), *x.shape, 8 * plan.eights, _at(found.values))
         return found
 
     def dequantized(self, weight: Weight) -> torch.Tensor:
@@ -144,7 +145,7 @@ class CudaProducts:
             return weight
         out = torch.empty(weight.num_rows, weight.num_columns, dtype=torch.bfloat16, device=weight.codes.device)
         product = Product(out=_at(out), epilogue=GATED if weight.gated else PLAIN)
-        self._call("forebay_dequantize", ctypes.byref(_weighed(weight, product)), _stream(out))
+        call(self.library, "forebay_dequantize", out.device, ctypes.byref(_weighed(weight, product)))
         return out
 
     def _many(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -184,15 +185,10 @@ class CudaProducts:
         product.x, product.num_tokens = _at(given), len(x)
         product.warps_rows, product.cluster = plan.warps_rows, plan.cluster
         if plan.is_wide:
-            self._call("forebay_product_wide", ctypes.byref(product), plan.eights, _stream(given))
+            call(self.library, "forebay_product_wide", given.device, ctypes.byref(product), plan.eights)
             return
         sizes = int(isinstance(weight, PackedWeight)), plan.eights, plan.row_tiles
-        self._call("forebay_product", ctypes.byref(product), *sizes, _stream(given))
-
-    def _call(self, name: str, *arguments: object) -> None:
-        error = getattr(self.library, name)(*arguments)
-        if error:
-            raise RuntimeError(f"{name}: {self.library.forebay_error(error).decode()}")
+        call(self.library, "forebay_product", given.device, ctypes.byref(product), *sizes)
 
 
 def suits(weight: Weight) -> bool:
@@ -253,7 +249,3 @@ def _weighed(weight: Weight, product: Product) -> Product:
 
 def _at(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _stream(tensor: torch.Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
