@@ -1,8 +1,10 @@
 """What every transport must do. `local` is the in-process twin; `nixl-tcp` is NIXL without shared memory."""
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,6 +198,31 @@ async def test_a_stopped_owner_cannot_hold_up_a_connect_past_its_time(world: Wor
     owner.resume()
     peer = await world.reader.connect(owner.pool, LONG_S)
     assert await world.reader.read(peer, [1], [1], LONG_S) == PAGE_BYTES
+
+
+def num_open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_what_was_given_up_while_an_owner_was_stopped_goes_once_it_answers_and_does_not_end_it(
+    world: World,
+) -> None:
+    owner, peer = await connected(world)
+    gc.collect()  # pipes of owners of other tests
+    num_open = num_open_files()
+    owner.stop()
+    for _ in range(2):
+        with pytest.raises(DeadlineExceeded):
+            await world.reader.connect(owner.pool, SHORT_S)
+    owner.resume()
+    async with asyncio.timeout(LONG_S):
+        while True:
+            await world.reader.read(peer, [1], [1], LONG_S)
+            if num_open_files() <= num_open:
+                break
+            await asyncio.sleep(0.05)
+    await world.reader.read(peer, [2], [2], LONG_S)
+    assert owner.is_alive()
 
 
 async def test_a_stopped_owner_cannot_hold_up_a_read_past_its_time(world: World) -> None:

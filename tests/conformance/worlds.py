@@ -123,6 +123,8 @@ class NixlOwner(Owner):
 
     def stop(self) -> None:
         os.kill(self.process.pid, signal.SIGSTOP)
+        # The signal is only sent by now: on a busy machine a thread may still answer a read.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def resume(self) -> None:
         os.kill(self.process.pid, signal.SIGCONT)

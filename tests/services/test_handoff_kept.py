@@ -36,7 +36,9 @@ async def assert_kept(world: Fleet, decode: Running, running: "asyncio.Task[Answ
     answer = await running
     assert answer.tokens == await world.expected(request(prompt(LONG), decode))
     assert world.measured("forebay_kept_tokens_total") == num_kept
-    assert decode.num_steps == NUM_STEPS - num_kept // MAX_STEP_TOKENS
+    num_steps = NUM_STEPS - num_kept // MAX_STEP_TOKENS
+    # The prefill worker's own token may have gone out just before the prefill was given up.
+    assert decode.num_steps in (num_steps, num_steps - 1)
     assert answer.usage.num_cached_remote == answer.usage.num_cached_local == 0
     await decode.idle()
 

@@ -9,8 +9,9 @@ Five facts about NIXL 1.5.1, found by trying (docs/LOG.md), shape this file and 
   when they arrive. Only destroying the reading agent, or never polling it again, stops them. So each peer gets a
   reading agent of its own (25 ms), and a READ that ends in any other way than done takes its agent with it.
 - Destroying it at once would be the death of an owner that was merely stopped: when it resumes and answers a GET whose
-  connection is gone, UCX aborts the process ("unexpected error: Endpoint timeout"). So such an agent is parked,
-  unpolled, until a later READ from that owner is done. Only where a NIC can write unpolled is it destroyed at once.
+  connection is gone, UCX aborts the process ("unexpected error: Endpoint timeout"), and so it does where it connects
+  back to who is gone. So such an agent is parked, unpolled, until that owner has answered others for a second. Only
+  where a NIC can write unpolled is it destroyed at once.
 """
 
 import asyncio

@@ -52,6 +52,7 @@ class Link:
     def __init__(self, pool: RemotePool, memory: PoolMemory, agent_name: str, slices: Slices | None = None) -> None:
         self.pool, self.slices = pool, slices
         self.parked = False
+        self.answered_s = 0.0  # once parked: when its owner first answered another link again
         self.num_staged = max(1, STAGING_BYTES // pool.page_bytes) if slices and slices.staged else 0
         self.staging = asyncio.Lock()  # the buffer has one user at a time
         self.memory = memory

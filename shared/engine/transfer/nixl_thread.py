@@ -22,6 +22,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 FIRST_DELAY_S, LAST_DELAY_S = 50e-6, 1e-3
+# An owner that answers again has heard of one connection, not yet of all that waited for it.
+HEARS_ALL_S = 1.0
 # A NIC that writes without the help of a CPU.
 NICS = Path("/sys/class/infiniband")
 
@@ -136,9 +138,16 @@ class NixlThread(threading.Thread):
         self._reads.remove(read)
         read.request.release()
         read.request = None
-        if self._parked:
-            self._unpark([link for link in self._parked if link.pool.agent_name == read.link.pool.agent_name])
+        self._unpark([link for link in self._parked if self._is_heard(link, read.link.pool.agent_name)])
         read.done.set_result(None)
+
+    def _is_heard(self, parked: Link, answering: str) -> bool:
+        """Whether the owner of a parked link is that one, and has answered long enough to have heard this one."""
+        if parked.pool.agent_name != answering:
+            return False
+        now = time.monotonic()
+        parked.answered_s = parked.answered_s or now
+        return now - parked.answered_s > HEARS_ALL_S
 
 
 def _state(read: Read, post: bool = False) -> tuple[str, Fault | None]:
