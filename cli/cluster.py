@@ -3,7 +3,9 @@
 import asyncio
 import signal
 from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -12,7 +14,7 @@ from cli.plan import ClusterOptions
 from cli.ports import Reserved, is_free
 from cli.process import ProcessSpec, Supervised
 from cli.state import ProcessState, RunDirectory, RunState, now_ms
-from shared import healthcheck
+from shared import healthcheck, local_sockets
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Registration, Role
 from shared.errors import BlackboardLost, Fault
@@ -39,7 +41,9 @@ class Cluster:
         self._processes: list[Supervised] = []
         self._awaited: Sequence[str] = ()
         self._port = None if options.redis_url else Reserved(options.host)
-        self._embedded = plan.blackboard(options.host, self._port.number) if self._port else None
+        self._sockets = directory.sockets if options.local_sockets else None
+        self._socket = self._socket_of_blackboard()
+        self._embedded = plan.blackboard(options.host, self._port.number, self._socket) if self._port else None
         redis_url = f"redis://{options.host}:{self._port.number}/0" if self._port else options.redis_url
         self.state = RunState(supervisor_pid=0, started_unix_ms=now_ms(), redis_url=redis_url)
 
@@ -51,13 +55,21 @@ class Cluster:
         board = Blackboard(self.state.redis_url)
         try:
             await self._until(self._start_blackboard(), deadline_s)
-            for spec in plan.services(self._options, self.state.redis_url):
+            board_url = f"unix://{quote(str(self._socket))}?db=0" if self._socket else self.state.redis_url
+            for spec in plan.services(self._options, board_url, str(self._sockets or "")):
                 await self._start(spec)
             url = await self._until(self._serving(board), deadline_s)
         finally:
             await board.close()
         self.state = self.state.model_copy(update={"url": url})
         self._write()
+
+    def _socket_of_blackboard(self) -> Path | None:
+        """Where the services reach the embedded Valkey; others do by its URL."""
+        if self._port is None or self._sockets is None:
+            return None
+        path = self._sockets / "blackboard.sock"
+        return path if local_sockets.fits(path) else None
 
     async def stop(self, grace_s: float) -> None:
         """Stop all: gateways first, so that running requests end, the blackboard last."""

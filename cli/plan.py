@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cli import valkey
 from cli.process import ProcessSpec
@@ -32,6 +33,7 @@ class ClusterOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     grace_ms: int = 10_000
+    local_sockets: bool = True
     log_level: str = "INFO"
     num_cores: int = 1
     gateway_flags: Sequence[str] = ()
@@ -48,15 +50,16 @@ def threads_per_worker(num_cores: int, num_workers: int) -> int:
     return max(1, min(num_cores, 2 * num_cores // max(1, num_workers)))
 
 
-def blackboard(host: str, port: int) -> ProcessSpec:
+def blackboard(host: str, port: int, socket: Path | None = None) -> ProcessSpec:
     """The embedded Valkey."""
-    return ProcessSpec(BLACKBOARD, BLACKBOARD, valkey.command(host, port))
+    return ProcessSpec(BLACKBOARD, BLACKBOARD, valkey.command(host, port, socket))
 
 
-def services(options: ClusterOptions, redis_url: str) -> list[ProcessSpec]:
-    """All processes but the blackboard, in the order in which they are to be stopped: who takes requests first."""
+def services(options: ClusterOptions, redis_url: str, local_sockets: str = "") -> list[ProcessSpec]:
+    """All processes but the blackboard, in the order in which they are to be stopped: who takes requests first.
+    `local_sockets` is the directory in which they find each other's Unix sockets; empty: none have any."""
     common = [
-        *("--host", options.host, "--redis-url", redis_url),
+        *("--host", options.host, "--redis-url", redis_url, "--local-sockets", local_sockets),
         *("--drain-grace-ms", str(options.grace_ms), "--log-level", options.log_level),
     ]
     gateways = [

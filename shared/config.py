@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, NoDecode, SettingsConfigDict, SettingsError
 
+from shared.local_sockets import checked_directory
+
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
@@ -58,6 +60,11 @@ class ServiceConfig(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Interface to listen on, and the host that others are told to use.")
     port: int = Field(0, ge=0, le=65535, description="Port of the gRPC server; 0 takes a free one.")
+    local_sockets: Annotated[str, AfterValidator(checked_directory)] = Field(
+        "",
+        description="Directory, this user's alone (mode 0700), in which this process also listens on a Unix socket and "
+        "reaches others of its host that are given it; empty: TCP alone.",
+    )
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of the Prometheus endpoint; 0 takes a free one.")
     redis_url: Annotated[str, AfterValidator(checked_redis_url)] = Field(
         "redis://127.0.0.1:6379/0", description="Redis, or any server with its protocol."

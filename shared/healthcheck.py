@@ -1,7 +1,7 @@
 """Ask a process whether it serves, as container health checks do.
 
     python -m shared.healthcheck HOST:PORT [--timeout-ms N]      a service, by the gRPC health protocol
-    python -m shared.healthcheck redis://HOST:PORT               the blackboard, by PING
+    python -m shared.healthcheck redis://HOST:PORT               the blackboard, by PING (or rediss://, unix://)
 
 Exit status 0: it does.
 """
@@ -20,7 +20,7 @@ from shared.errors import Fault, WorkerLost
 
 async def check(target: str, timeout_ms: int) -> None:
     """Return if the process at `target` serves; otherwise raises a Fault that says why not."""
-    if target.startswith("redis"):
+    if target.startswith(("redis", "unix://")):
         await _check_redis(target, timeout_ms)
     else:
         await _check_service(target, timeout_ms)

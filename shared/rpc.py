@@ -27,6 +27,8 @@ from shared import status, telemetry
 from shared.errors import DeadlineExceeded, Fault, Internal
 from shared.line.callee import Lines
 from shared.line.caller import Line
+from shared.line.pipe import Pipe
+from shared.local_sockets import Listener, LocalSockets
 from shared.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -120,10 +122,12 @@ def _timeout(limit: float | None) -> float | None:
 
 class Channels:
     """One channel and one line per address, with the stubs in use. Both reconnect by themselves, and are forgotten when
-    they have no connection and nobody has used them for long: a process that is started again has another address."""
+    they have no connection and nobody has used them for long: a process that is started again has another address.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    Lines to processes that listen on one of the `local` sockets say what they have to say there."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, local: LocalSockets | None = None) -> None:
+        self._clock, self._local = clock, local or LocalSockets()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._lines: dict[str, Line] = {}
         self._used_at: dict[str, float] = {}
@@ -146,7 +150,7 @@ class Channels:
     def line(self, address: str) -> Line:
         """The line to host:port."""
         if address not in self._lines:
-            self._lines[address] = Line(self.to(address))
+            self._lines[address] = Line(self.to(address), lambda: self._local.dial(address, Pipe))
         return self._lines[address]
 
     def stub(self, kind: Callable[[Any], Any], address: str) -> Any:
@@ -225,8 +229,9 @@ def outgoing() -> tuple[tuple[str, str], ...]:
 class Server:
     """A gRPC server with health, reflection, faults, deadlines and spans."""
 
-    def __init__(self, telemetry: Telemetry, service_names: Sequence[str]) -> None:
-        self._lines = Lines()
+    def __init__(self, telemetry: Telemetry, service_names: Sequence[str], local: LocalSockets | None = None) -> None:
+        self._lines, self._local = Lines(), local or LocalSockets()
+        self._listener: Listener | None = None
         interceptor = _Interceptor(telemetry, self._lines)
         self.grpc = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
         servicer: Any = self._lines
@@ -239,13 +244,17 @@ class Server:
         reflection.enable_server_reflection(names, self.grpc)
 
     async def start(self, host: str, port: int, *, serving: bool = True) -> int:
-        """Listen, healthy unless that has to wait; return the port. Raises OSError if it cannot."""
+        """Listen, healthy unless that has to wait; return the port. Raises OSError if it cannot.
+
+        For lines it listens on a local socket, too, if it can.
+        """
         try:
             bound = self.grpc.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
             raise OSError(
                 f"cannot listen on {host}:{port}; is the port taken, or the host another machine's?"
             ) from error
+        self._listener = await self._local.listen(f"{host}:{bound}", self._lines.pipes.accept)
         await self.grpc.start()
         await self.set_serving(serving)
         return bound
@@ -259,6 +268,8 @@ class Server:
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, give the running ones `grace_s` seconds, then cancel them."""
         await self.set_serving(False)
+        if self._listener is not None:
+            self._listener.close()
         await asyncio.gather(self._lines.stop(grace_s), self.grpc.stop(grace_s))
 
 

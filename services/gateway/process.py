@@ -30,6 +30,7 @@ from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import Registration, Role
 from shared.errors import InvalidRequest
+from shared.local_sockets import LocalSockets
 from shared.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ async def run(config: GatewayConfig) -> None:
         stack.callback(telemetry_.close)
         board = Blackboard(config.redis_url)
         stack.push_async_callback(board.close)
-        channels = rpc.Channels()
+        channels = rpc.Channels(local=LocalSockets(config.local_sockets))
         stack.push_async_callback(channels.close)
         formats = Formats(config.reasoning_parser, config.tool_parser)
         directory = Directory(text_paths(config.tokenizer), formats)
@@ -70,7 +71,7 @@ async def _serve(
     following = asyncio.create_task(follow(board, core.directory, interval_ms, ttl_ms))
     await core.directory.changed(interval_ms / 1000)  # who comes first must not be told that nobody is there
     http, http_port = rest_server(config, core, telemetry_)
-    grpc_server = rpc.Server(telemetry_, [SERVICE])
+    grpc_server = rpc.Server(telemetry_, [SERVICE], LocalSockets(config.local_sockets))
     servicer = GatewayServicer(core, ApiKeys(config.api_key), config.request_timeout_ms)
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, grpc_server.grpc)
     grpc_port = await grpc_server.start(config.host, config.port)

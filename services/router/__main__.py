@@ -21,6 +21,7 @@ from shared import entry, gentle_start, rpc, telemetry
 from shared.blackboard.board import Blackboard
 from shared.blackboard.heartbeat import Heartbeat, await_epoch
 from shared.blackboard.records import Registration, Role
+from shared.local_sockets import LocalSockets
 from shared.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ async def serve(
     weights, mirror = config.weights(), Mirror(config.index_max_pages)
     fleet = Fleet(board, weights, heartbeat_ms=config.heartbeat_ms, ttl_ms=config.registration_ttl_ms)
     feed = MirrorFeed(board.index, fleet, mirror)
-    server = rpc.Server(observed, [SERVICE])
+    server = rpc.Server(observed, [SERVICE], LocalSockets(config.local_sockets))
     admission = Admission(board.admission, name, config.limits(), observed.meter)
     placements, doubts = Placements(fleet, board.placements, name), Doubts(fleet)
     servicer = RouterServicer(fleet, mirror, placements, doubts, admission, weights, observed, config.no_worker_wait_ms)

@@ -12,10 +12,15 @@ from google.protobuf.message import DecodeError
 from protos.forebay.v1 import line_pb2
 from shared import status
 from shared.errors import Draining, Fault, Internal, InvalidRequest, Unsupported
+from shared.line import pipe as pipes
 from shared.line.caller import WINDOW_BYTES
 from shared.line.outbox import LONGEST_BYTES, Outbox
+from shared.line.pipe import Pipe, Pipes
 
 log = logging.getLogger(__name__)
+
+# A caller opens its pipe before its line, and both go to the same event loop.
+PIPE_S = 5.0
 
 Replies = Outbox[line_pb2.OpenResponse]
 Find = Callable[[str, Mapping[str, str]], Awaitable[Any]]
@@ -30,12 +35,19 @@ class Lines:
     """The lines that other processes have open to this one."""
 
     def __init__(self) -> None:
+        self.pipes = Pipes()
         self._open: set[_Line] = set()
         self._is_closing = False
 
     async def Open(self, said: AsyncIterator[line_pb2.OpenRequest], context: Any, find: Find = _nobody) -> None:
         """Answer the calls on one line until its caller, or this process, ends it; see the protocol."""
-        line = _Line(find, context)
+        name = dict(context.invocation_metadata() or ()).get(pipes.KEY)
+        try:
+            pipe = await self.pipes.claim(str(name), PIPE_S) if name else None
+        except TimeoutError:
+            log.warning("a line came without the pipe that it names")
+            return
+        line = _Line(find, context, pipe)
         self._open.add(line)
         if self._is_closing:
             line.close()
@@ -53,14 +65,15 @@ class Lines:
             await asyncio.wait(answers, timeout=grace_s)
         for line in self._open:
             line.close()
+        self.pipes.close()
 
 
 class _Line:
     """One line."""
 
-    def __init__(self, find: Find, context: Any) -> None:
+    def __init__(self, find: Find, context: Any, pipe: Pipe | None) -> None:
         self.refuses = False
-        self._find, self._context = find, context
+        self._find, self._write, self._pipe = find, pipe.write if pipe else context.write, pipe
         self._replies: Replies = Outbox(line_pb2.OpenResponse)
         self._answers: dict[int, _Answer] = {}
         self._closed = asyncio.Event()
@@ -76,11 +89,16 @@ class _Line:
 
     async def run(self, said: AsyncIterator[line_pb2.OpenRequest]) -> None:
         """Answer until either side ends the line, then cancel what still runs."""
-        work = (self._listen(said), self._replies.run(self._context.write), self._until_closed())
+        work = (self._listen(said), self._replies.run(self._write), self._until_closed())
         ends = [asyncio.create_task(each) for each in work]
+        if self._pipe is not None:
+            self._pipe.ended.add_done_callback(lambda _ended: self.close())
+            self._pipe.listen(lambda message: self._hear(line_pb2.OpenRequest.FromString(message)))
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            if self._pipe is not None:
+                self._pipe.close()
             left = [*ends, *self.answering]
             for task in left:
                 task.cancel()
@@ -95,14 +113,17 @@ class _Line:
 
     async def _listen(self, said: AsyncIterator[line_pb2.OpenRequest]) -> None:
         async for message in said:
-            for call in message.calls:
-                self._begin(call)
-            for number in message.left:
-                if answer := self._answers.get(number):
-                    answer.task.cancel()
-            for taken in message.taken:
-                if answer := self._answers.get(taken.number):
-                    answer.taken(taken.num_bytes)
+            self._hear(message)
+
+    def _hear(self, message: line_pb2.OpenRequest) -> None:
+        for call in message.calls:
+            self._begin(call)
+        for number in message.left:
+            if answer := self._answers.get(number):
+                answer.task.cancel()
+        for taken in message.taken:
+            if answer := self._answers.get(taken.number):
+                answer.taken(taken.num_bytes)
 
     def _begin(self, call: line_pb2.Call) -> None:
         answer = _Answer(self._replies, call)

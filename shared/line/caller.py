@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextvars import Context
 from copy import copy
 from itertools import count
@@ -15,19 +15,28 @@ from google.protobuf.message import DecodeError
 from protos.forebay.v1 import line_pb2, line_pb2_grpc
 from shared import status
 from shared.errors import Cancelled, DeadlineExceeded, Fault, Internal, InvalidRequest, Unsupported, WorkerLost
+from shared.line import pipe as pipes
 from shared.line.outbox import LONGEST_BYTES, Outbox
+from shared.line.pipe import Pipe
 
 Response = TypeVar("Response")
 
 # What a callee may be ahead of the caller with one answer, as line.proto says; a token takes 20 to 40.
 WINDOW_BYTES = 64 << 10
+# When the stream beside a pipe has ended, what was said before is on its way over the pipe.
+LAST_WORDS_S = 1.0
+
+
+Dial = Callable[[], Awaitable[Pipe | None]]
+"""Opens a pipe to the process at the other end; None if there is none to it."""
 
 
 class Line:
     """The calls of this process to one other. The first one opens it, and the first one after its end again."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, dial: Dial) -> None:
         self._stub: Any = line_pb2_grpc.LineServiceStub(channel)
+        self._dial = dial
         self._numbers = count(1)
         self._calls: dict[int, LineCall[Any]] = {}
         self._outbox: Outbox[line_pb2.OpenRequest] = Outbox(line_pb2.OpenRequest)
@@ -96,7 +105,7 @@ class Line:
         """One line from its opening to its end, which is the end of all calls on it."""
         fault: Fault = WorkerLost("the process at the other end closed the line")
         try:
-            await self._talk(self._stub.Open(), outbox)
+            await self._talk(outbox)
         except grpc.aio.AioRpcError as error:
             fault = _of_no_call(status.fault_of(error))
         except asyncio.CancelledError:
@@ -105,17 +114,44 @@ class Line:
         finally:
             self._end(fault)
 
-    async def _talk(self, stream: Any, outbox: Outbox[line_pb2.OpenRequest]) -> None:
-        writing = asyncio.create_task(outbox.run(stream.write))
+    async def _talk(self, outbox: Outbox[line_pb2.OpenRequest]) -> None:
+        """Over a pipe if there is one: its end, too, is the line's."""
+        if (pipe := await self._dial()) is None:
+            return await self._converse(self._stub.Open(), outbox)
+        try:
+            await self._over(pipe, outbox)
+        finally:
+            pipe.close()
+
+    async def _over(self, pipe: Pipe, outbox: Outbox[line_pb2.OpenRequest]) -> None:
+        stream = self._stub.Open(metadata=((pipes.KEY, pipe.introduce()),))
+        pipe.listen(lambda message: self._hear(line_pb2.OpenResponse.FromString(message)))
+        stopped = asyncio.ensure_future(self._converse(stream, outbox, pipe.write))
+        try:
+            await asyncio.wait({stopped, pipe.ended}, return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done():
+                stopped.result()
+                await asyncio.wait({pipe.ended}, timeout=LAST_WORDS_S)
+        finally:
+            stopped.cancel()
+            await asyncio.gather(stopped, return_exceptions=True)
+
+    async def _converse(
+        self, stream: Any, outbox: Outbox[line_pb2.OpenRequest], write: Callable[[Any], Awaitable[None]] | None = None
+    ) -> None:
+        writing = asyncio.create_task(outbox.run(write or stream.write))
         try:
             while (said := await stream.read()) is not grpc.aio.EOF:
-                for reply in said.replies:
-                    if call := self._calls.get(reply.number):
-                        call.take(reply)
+                self._hear(said)
         finally:
             writing.cancel()
             stream.cancel()
             await asyncio.gather(writing, return_exceptions=True)
+
+    def _hear(self, said: line_pb2.OpenResponse) -> None:
+        for reply in said.replies:
+            if call := self._calls.get(reply.number):
+                call.take(reply)
 
 
 def _of_no_call(fault: Fault) -> Fault:

@@ -20,6 +20,7 @@ from shared.engine.loop import EngineLoop
 from shared.engine.transfer.pools import Member, Pools, own_pool
 from shared.engine.transfer.registry import transport
 from shared.errors import Fault
+from shared.local_sockets import LocalSockets
 from shared.telemetry import Telemetry
 from shared.worker.admission import Admission
 from shared.worker.assembly import Assembled, assemble
@@ -91,7 +92,7 @@ class _Process:
         self.address = ""
         self._role, self._config, self._identity, self._assembled = role, config, identity, assembled
         self._telemetry, self._stop = measured, stop
-        self._admission = Admission()
+        self._admission, self._local = Admission(), LocalSockets(config.local_sockets)
         self._metrics_address = ""
         self._num_beats = 0
 
@@ -102,7 +103,7 @@ class _Process:
         loop.start()
         stack.push_async_callback(loop.stop)
         pools = await self._pools(stack)
-        self.server = rpc.Server(self._telemetry, [*services, "forebay.v1.KvService"])
+        self.server = rpc.Server(self._telemetry, [*services, "forebay.v1.KvService"], self._local)
         stack.push_async_callback(self.server.stop, CLOSE_GRACE_S)
         worker = self._worker(stack, loop, pools)
         kv_pb2_grpc.add_KvServiceServicer_to_server(worker.kv_servicer, self.server.grpc)
@@ -128,7 +129,7 @@ class _Process:
         return Pools(members)
 
     def _worker(self, stack: AsyncExitStack, loop: EngineLoop, pools: Pools) -> Worker:
-        engine, channels = self._assembled.engine, rpc.Channels()
+        engine, channels = self._assembled.engine, rpc.Channels(local=self._local)
         stack.push_async_callback(channels.close)
         measures = self._measures = Measures(self._telemetry.meter, engine)
         puller = Puller(channels, pools, engine, measures)

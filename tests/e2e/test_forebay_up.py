@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
@@ -98,6 +99,28 @@ async def test_ctrl_c_leaves_no_process_no_port_and_no_file() -> None:
     assert not any(map(_lives, _pids(started.run)))
     assert not any(map(_listens, addresses))
     assert not directory.exists()
+
+
+def _num_connected(directory: Path) -> dict[str, int]:
+    """How many connections there are to each Unix socket in a directory, by its name (proc(5), net/unix)."""
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    connected = [Path(fields[7]) for fields in lines[1:] if len(fields) == 8 and fields[5] == "03"]
+    return Counter(path.name for path in connected if path.parent == directory)
+
+
+@pytest.mark.parametrize(("flags", "are_local"), [((), True), (("--no-local-sockets",), False)])
+async def test_processes_of_one_host_talk_over_its_sockets_unless_told_not_to(
+    flags: tuple[str, ...], are_local: bool
+) -> None:
+    with background.cluster(*SIM, *flags) as started:
+        sockets = default_cache() / "run" / str(started.supervisor.pid) / "sockets"
+        async with httpx.AsyncClient() as http:
+            answer = await http.post(f"{started.run.url}/v1/completions", json=_body(3) | {"stream": False})
+        assert answer.json()["usage"]["completion_tokens"] == 3
+        rows = await RunningCluster(started.supervisor, started.run).status()
+        called = [rows[name]["address"] + ".sock" for name in ("router-0", "decode-0")]
+        connected = _num_connected(sockets)
+        assert [connected[name] > 0 for name in ("blackboard.sock", *called)] == [are_local] * 3
 
 
 async def _kill_the_supervisor(killed: list[int]) -> None:

@@ -28,6 +28,11 @@ def test_every_process_is_told_the_same_blackboard() -> None:
     assert {_flag(spec.command, "--redis-url") for spec in plan.services(ClusterOptions(model="m"), URL)} == {URL}
 
 
+def test_every_process_finds_the_others_sockets_in_one_directory() -> None:
+    specs = plan.services(ClusterOptions(model="m"), URL, "/run/sockets")
+    assert {_flag(spec.command, "--local-sockets") for spec in specs} == {"/run/sockets"}
+
+
 @pytest.mark.parametrize(("port", "expected"), [(8000, ["8000", "8001"]), (0, ["0", "0"])])
 def test_gateways_listen_on_consecutive_ports_or_on_any(port: int, expected: list[str]) -> None:
     specs = plan.services(ClusterOptions(model="m", port=port, num_gateways=2), URL)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from shared import rpc
 from shared.errors import Cancelled, DeadlineExceeded, Draining, InvalidRequest, Unsupported, WorkerLost
 from shared.line.caller import WINDOW_BYTES
 from shared.line.outbox import LONGEST_BYTES, MAX_BYTES, Outbox
+from shared.local_sockets import LocalSockets
 from shared.telemetry import Telemetry
 
 PATIENCE_S = 10.0
@@ -59,12 +61,13 @@ class Kv(kv_pb2_grpc.KvServiceServicer):
 class World:
     """A server, and a caller with a line to it."""
 
-    def __init__(self) -> None:
-        self.decode, self.telemetry, self.channels = Decode(), Telemetry("test", "test-1"), rpc.Channels()
+    def __init__(self, local: LocalSockets) -> None:
+        self._local = local
+        self.decode, self.telemetry, self.channels = Decode(), Telemetry("test", "test-1"), rpc.Channels(local=local)
         self.server, self.address = self._server(), ""
 
     def _server(self) -> rpc.Server:
-        server = rpc.Server(self.telemetry, [])
+        server = rpc.Server(self.telemetry, [], self._local)
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.decode, server.grpc)
         kv_pb2_grpc.add_KvServiceServicer_to_server(Kv(), server.grpc)
         return server
@@ -91,9 +94,9 @@ class World:
         return self.channels.stub(kind, self.address)
 
 
-@pytest.fixture
-async def world() -> AsyncIterator[World]:
-    world = World()
+@pytest.fixture(params=["by a stream", "by a pipe"])
+async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    world = World(LocalSockets(str(tmp_path) if "pipe" in request.param else ""))
     await world.start()
     yield world
     await world.channels.close()

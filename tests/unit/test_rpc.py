@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ from opentelemetry import trace
 from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, kv_pb2_grpc
 from shared import rpc, status, telemetry
 from shared.errors import DeadlineExceeded, Fault, Internal, Overloaded, StaleEpoch, Unsupported, WorkerLost
+from shared.local_sockets import LocalSockets
 from shared.telemetry import Telemetry
 
 RETRY_INFO = error_details_pb2.RetryInfo.DESCRIPTOR
@@ -69,14 +71,14 @@ class Decode(decode_pb2_grpc.DecodeServiceServicer):
 class World:
     """A server with both servicers and a client's channels."""
 
-    def __init__(self, *, over_a_line: bool) -> None:
+    def __init__(self, *, over_a_line: bool, local: LocalSockets) -> None:
         self._over_a_line = over_a_line
         self.kv, self.decode = Kv(), Decode()
         self.telemetry = Telemetry("test", "test-1")
-        self.server = rpc.Server(self.telemetry, ["forebay.v1.KvService", "forebay.v1.DecodeService"])
+        self.server = rpc.Server(self.telemetry, ["forebay.v1.KvService", "forebay.v1.DecodeService"], local)
         kv_pb2_grpc.add_KvServiceServicer_to_server(self.kv, self.server.grpc)
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.decode, self.server.grpc)
-        self.channels = rpc.Channels()
+        self.channels = rpc.Channels(local=local)
         self.address = ""
 
     @property
@@ -92,9 +94,10 @@ class World:
         return response
 
 
-@pytest.fixture(params=[False, True], ids=["by itself", "over a line"])
-async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    world = World(over_a_line=request.param)
+@pytest.fixture(params=["by itself", "over a line", "over a line with a pipe"])
+async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    local = LocalSockets(str(tmp_path) if "pipe" in request.param else "")
+    world = World(over_a_line="line" in request.param, local=local)
     world.address = f"127.0.0.1:{await world.server.start('127.0.0.1', 0)}"
     yield world
     await world.channels.close()

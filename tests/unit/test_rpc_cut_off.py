@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from protos.forebay.v1 import decode_pb2, decode_pb2_grpc
 from shared import rpc
 from shared.errors import WorkerLost
+from shared.local_sockets import LocalSockets
 from shared.telemetry import Telemetry
 
 PATIENCE_S = 20.0
@@ -57,15 +59,19 @@ class Network:
 
 
 @asynccontextmanager
-async def network(servicer: Silent) -> AsyncIterator[tuple[Network, str]]:
-    """A server, and the address at which the network to it begins."""
+async def network(servicer: Silent, sockets: Path | None = None) -> AsyncIterator[tuple[Network, str]]:
+    """A server, and the address at which the network to it begins; its local socket is found under that, too."""
     telemetry = Telemetry("test", "test-1")
-    server = rpc.Server(telemetry, [])
+    server = rpc.Server(telemetry, [], LocalSockets(str(sockets or "")))
     decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server.grpc)
-    made = Network(await server.start("127.0.0.1", 0))
+    port = await server.start("127.0.0.1", 0)
+    made = Network(port)
     listener = await asyncio.start_server(made.carry, "127.0.0.1", 0)
+    address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    if sockets is not None:
+        (sockets / f"{address}.sock").symlink_to(sockets / f"127.0.0.1:{port}.sock")
     try:
-        yield made, f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        yield made, address
     finally:
         listener.close()
         await made.close()
@@ -73,11 +79,13 @@ async def network(servicer: Silent) -> AsyncIterator[tuple[Network, str]]:
         telemetry.close()
 
 
-@pytest.mark.parametrize("over_a_line", [False, True])
-async def test_both_ends_of_a_cut_network_notice(over_a_line: bool) -> None:
-    servicer, channels, kind = Silent(), rpc.Channels(), decode_pb2_grpc.DecodeServiceStub
-    async with network(servicer) as (between, address):
-        stub: Any = channels.stub(kind, address) if over_a_line else kind(channels.to(address))
+@pytest.mark.parametrize("way", ["by itself", "over a line", "over a line with a pipe, which is not cut"])
+async def test_both_ends_of_a_cut_network_notice(way: str, tmp_path: Path) -> None:
+    sockets = tmp_path if "pipe" in way else None
+    servicer, channels = Silent(), rpc.Channels(local=LocalSockets(str(sockets or "")))
+    kind = decode_pb2_grpc.DecodeServiceStub
+    async with network(servicer, sockets) as (between, address):
+        stub: Any = channels.stub(kind, address) if "line" in way else kind(channels.to(address))
         async with aclosing(rpc.stream(stub.Generate, decode_pb2.GenerateRequest())) as responses:
             await asyncio.wait_for(anext(responses), PATIENCE_S)
             between.whole.clear()

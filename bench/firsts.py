@@ -1,0 +1,88 @@
+"""What the path adds to the first token of a request alone, beside other checkouts, in turns: without a model.
+
+    python -m bench.firsts [--rounds 100] [--beside CHECKOUT ...]
+
+Each checkout's cluster is one prefill and one decode worker with sim engines, which take 0.02 ms for a token of a
+prompt and 2 ms for a step, so that hops are most of what a first token waits for, and nothing else computes. Each round
+asks every cluster, in an order of chance, for the first token of a prompt of 64 tokens (prefilled on the decode
+worker), of one of 512 (handed over) and of the latter again (its prefix is cached). Printed are medians (best), and the
+median of the rounds' differences with its 95 % interval. `bench.path` has the real model, the bare engine, and more
+noise.
+"""
+
+import argparse
+import asyncio
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import uvloop
+
+from bench import provenance, turns
+from bench.asked import Cluster
+from cli import background
+from cli.process import ROOT
+
+PAUSE_S = 0.06
+WORKERS = "--sim-prefill-ms-per-token 0.02 --sim-decode-ms 2 --speculation off"
+ROUTERS = "--local-prefill-max-tokens 64"
+FLAGS = ("--engine", "sim", "--worker-flags", WORKERS, "--router-flags", ROUTERS)
+KINDS = {
+    "64, prefilled on the decode worker": (64, 1),
+    # A second token, so that the decode worker reads the pages; the next one finds them there.
+    "512, handed over": (512, 2),
+    "512, prefix cached": (512, 1),
+}
+"""Tokens of the prompt and of the output."""
+
+Found = dict[str, dict[str, list[float]]]
+"""Milliseconds to the first token by kind of prompt and checkout, round by round."""
+
+
+async def measure(clusters: Mapping[str, Cluster], num_rounds: int, chance: Random) -> Found:
+    """Ask every cluster for everything, in turns."""
+    found: Found = {kind: {name: [] for name in clusters} for kind in KINDS}
+
+    async def one(name: str, kind: str, prompt: list[int]) -> None:
+        await asyncio.sleep(PAUSE_S)
+        found[kind][name].append((await clusters[name].ask(prompt, KINDS[kind][1])).first_ms)
+
+    for _ in range(num_rounds):
+        by_length = {length: chance.choices(range(100, 32_000), k=length) for length in (64, 512)}
+        for kind, (length, _) in KINDS.items():
+            await turns.in_turns({name: partial(one, name, kind, by_length[length]) for name in clusters}, chance)
+    return found
+
+
+def report(found: Found, names: list[str]) -> None:
+    """Print the table; differences are of what stands first less the others: below 0, it is sooner."""
+    print(f"| first token, ms | {' | '.join(names)} |{' difference (95 %) |' * (len(names) - 1)}")
+    print("|---" * (2 * len(names)) + "|")
+    for kind, by_name in found.items():
+        cells = [f"{median(by_name[name]):.2f} ({min(by_name[name]):.2f})" for name in names]
+        cells += [f"{turns.difference(by_name[name], by_name[names[0]]):+.2f}" for name in names[1:]]
+        print(f"| {kind} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--beside", action="append", default=[], help="another checkout, whose cluster takes turns")
+    args = parser.parse_args()
+    print(provenance.banner("bench.firsts"), flush=True)
+    checkouts = {"here": ROOT} | {Path(path).resolve().name: Path(path).resolve() for path in args.beside}
+    chance = Random(args.seed)
+    with ExitStack() as stack:
+        running = {name: stack.enter_context(background.cluster(*FLAGS, root=at)) for name, at in checkouts.items()}
+        clusters = {name: Cluster(one) for name, one in running.items()}
+        uvloop.run(measure(clusters, 5, chance))
+        report(uvloop.run(measure(clusters, args.rounds, chance)), list(clusters))
+
+
+if __name__ == "__main__":
+    main()
