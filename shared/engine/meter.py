@@ -1,6 +1,5 @@
 """Measured rates of an engine: what the router predicts with."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,20 +58,17 @@ class Slope:
 # A rate is taken to hold for as long as it held so far: at least for the first time, for twice a worker's reports and
 # routers' looks at them have to pass before anybody could act on it, and at most for the second.
 LASTS_S = (2.0, 60.0)
-# It is another rate from here on, of one.
+# A rate is another one if it is so many times higher or lower.
 OTHER = 1.5
-# A step that takes less than this of what was expected cannot be chance: nothing computes faster than it can.
-TOO_FAST = 0.5
 
 
 @dataclass(slots=True)
 class PromptCost:
     """What a token of a prompt takes, and what each token before it adds: least squares through the steps so far, old
-    ones fading: after `memory` tokens, and while none come after as long as the rate had been the same (`LASTS_S`). A
-    step of tokens start … end has (end² - start²) / 2 pairs.
+    ones fading after `memory` tokens. A step of tokens start … end has (end² - start²) / 2 pairs.
 
-    Whatever else a machine does makes steps slower and never faster. So two steps in a row that take less than half of
-    what was expected show that this came of a bad moment, and what was measured before them is forgotten."""
+    Whatever else a machine does makes steps slower and never faster. So two steps in a row that are faster than the
+    rate by a factor of `OTHER` show that it came of a bad moment, and what was measured before them is forgotten."""
 
     memory: float
     num_tokens: float = 0.0
@@ -86,32 +82,29 @@ class PromptCost:
     _tm: float = 0.0
     _pm: float = 0.0
     _steady_ms: float = 0.0
-    _too_fast: tuple[float, float, float] | None = None
+    _faster: tuple[float, float, float] | None = None
+    """The last step, if it was."""
 
     def add(self, num_tokens: float, num_pairs: float, ms: float, at_s: float, step_ms: float | None = None) -> None:
         """Prompt tokens with so many pairs took so long at this time, in a step that took `step_ms` in all."""
-        taken, since_s = (num_tokens, num_pairs, ms), at_s - self.measured_at_s
+        taken = num_tokens, num_pairs, ms
         expected_ms = num_tokens * self.ms_per_token + num_pairs * self.ms_per_pair
-        before, self._too_fast = self._too_fast, None
-        if (ms if step_ms is None else step_ms) < TOO_FAST * expected_ms:
-            self._too_fast = taken
-        if before and self._too_fast:
-            self._fade(0.0)
-            self.num_tokens = 0.0
-            self._take(*before)
+        is_faster = (ms if step_ms is None else step_ms) * OTHER < expected_ms
+        if is_faster and self._faster:
+            self._keep(0.0)
+            self._take(*self._faster)
         else:
-            keep = max(0.0, 1 - num_tokens / self.memory)
-            self._fade(keep * math.exp(-since_s / lasts_s(self.steady_s)))
-            self.num_tokens *= keep
+            self._keep(max(0.0, 1 - num_tokens / self.memory))
         self._take(*taken)
-        self.measured_at_s = at_s
-        self.steady_s += since_s
+        self._faster = taken if is_faster else None
+        self.steady_s, self.measured_at_s = self.steady_s + at_s - self.measured_at_s, at_s
         if not self._steady_ms / OTHER < self.ms_per_token < self._steady_ms * OTHER:
             self._steady_ms, self.steady_s = self.ms_per_token, 0.0
 
-    def _fade(self, keep: float) -> None:
-        self._tt, self._tp, self._pp = self._tt * keep, self._tp * keep, self._pp * keep
-        self._tm, self._pm = self._tm * keep, self._pm * keep
+    def _keep(self, share: float) -> None:
+        self.num_tokens *= share
+        self._tt, self._tp, self._pp = self._tt * share, self._tp * share, self._pp * share
+        self._tm, self._pm = self._tm * share, self._pm * share
 
     def _take(self, num_tokens: float, num_pairs: float, ms: float) -> None:
         self.num_tokens += num_tokens

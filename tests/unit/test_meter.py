@@ -51,10 +51,11 @@ class Steps:
         return self.cost.ms_per_token
 
 
-def test_two_steps_in_a_row_at_the_true_speed_make_up_for_any_bad_moment() -> None:
+@pytest.mark.parametrize("slowed", [1.7, 10.0])
+def test_two_steps_in_a_row_at_the_true_speed_make_up_for_any_bad_moment(slowed: float) -> None:
     steps = Steps()
-    steps.take(*[1.0] * 10, *[10.0] * 20)
-    assert steps.take(1.0) > 5
+    steps.take(*[1.0] * 10, *[slowed] * 40)
+    assert steps.take(1.0) > (1 + slowed) / 2
     assert steps.take(1.0) == pytest.approx(1.0)
 
 
@@ -69,7 +70,7 @@ def test_what_a_prompt_took_beside_others_proves_it_faster_only_by_the_whole_ste
     """For what the others took of it is a guess."""
     steps = Steps()
     steps.take(*[1.0] * 20)
-    assert steps.take(0.1, 0.1, beside_ms=200.0) > 0.7
+    assert steps.take(0.1, 0.1, beside_ms=250.0) > 0.7
     assert steps.take(0.1, 0.1, beside_ms=10.0) == pytest.approx(0.1)
 
 
@@ -87,14 +88,5 @@ def test_a_rate_lasts_for_as_long_as_it_was_the_same() -> None:
     assert lasts_s(steps.cost.steady_s) == steps.cost.steady_s == 20
     steps.take(*[1.0] * 100)
     assert lasts_s(steps.cost.steady_s) == most
-    steps.take(*[4.0] * 3)
-    assert lasts_s(steps.cost.steady_s) == least
-
-
-def test_after_a_pause_a_rate_counts_for_less_beside_what_comes_next() -> None:
-    hurried, rested = Steps(), Steps()
-    for steps, pause_s in ((hurried, 0.0), (rested, 10.0)):
-        steps.take(*[1.0] * 5)
-        steps.now_s += pause_s
-        steps.take(1.4)
-    assert rested.cost.ms_per_token > hurried.cost.ms_per_token
+    steps.take(*[4.0] * 8)
+    assert lasts_s(steps.cost.steady_s) < 8
