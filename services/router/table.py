@@ -38,8 +38,8 @@ class Facts:
         self.num_groups = len(groups)
         self.group: Ints = np.array([groups.index(w.group) for w in workers], np.int64)
         self.rows_of_group: list[Ints] = [np.flatnonzero(self.group == group) for group in range(len(groups))]
-        is_decode = np.array([w.role is Role.DECODE for w in workers], np.bool_)
-        self.decodes, self.prefills = np.flatnonzero(is_decode).tolist(), np.flatnonzero(~is_decode).tolist()
+        self.is_decode: Bools = np.array([w.role is Role.DECODE for w in workers], np.bool_)
+        self.decodes, self.prefills = np.flatnonzero(self.is_decode).tolist(), np.flatnonzero(~self.is_decode).tolist()
         """Their rows, in the order in which placements count them."""
         self.of_decodes, self.of_prefills = _rows(self.decodes), _rows(self.prefills)
         """The same, to take their part of a column."""
@@ -61,7 +61,7 @@ class Facts:
         self.room_tokens = float(((self.free_pages - 2) * self.page_size).min(initial=np.inf))
         """Of so many, everybody has free pages for prompt and output: two may be partly filled."""
         self._weigh_prompts(loads, weights)
-        self._weigh_steps(loads, is_decode, weights)
+        self._weigh_steps(loads, weights)
         rates = _column([load.transfer_bytes_per_ms or weights.transfer_gb_per_s * 1e6 for load in loads])
         self.read_ms = _column([card.kv_bytes_per_token for card in cards]) / rates
         self.output_tokens = _column([load.output_tokens or weights.output_tokens for load in loads])
@@ -85,7 +85,7 @@ class Facts:
         self.attention_ms = pairs * self.prompt_ratio * np.where(measured > 0, believed / np.maximum(measured, 1e-9), 1)
         self.knows_attention = bool(self.attention_ms.any())
 
-    def _weigh_steps(self, loads: Sequence[Load], is_decode: Bools, weights: Weights) -> None:
+    def _weigh_steps(self, loads: Sequence[Load], weights: Weights) -> None:
         """What generating takes, and what it takes from prompts."""
         steps = _column([load.decode_step_ms for load in loads])
         self.step_ms = self._filled(steps, steps > 0, weights.default_decode_step_ms)
@@ -93,7 +93,7 @@ class Facts:
             _column([load.decode_ms_per_sequence for load in loads]), weights.min_sequence_share * self.step_ms
         )
         self.token_ms = self.step_ms + self.sequence_ms
-        self.shared_ms = np.where(is_decode, self.step_ms * self.prompt_ratio, 0.0)
+        self.shared_ms = np.where(self.is_decode, self.step_ms * self.prompt_ratio, 0.0)
         """A step that prompts share with those who generate: nobody does on prefill workers."""
 
     def beside_ms(self, num_decoding: Floats) -> Floats:
@@ -121,12 +121,19 @@ class Facts:
     def _believed(self, measured: Floats, trust: Floats, default: float) -> Floats:
         """What a token of a prompt takes on each: as measured with a `trust` [workers] of 1; with none as on peers who
         know more; and by the geometric mean in between. A rate that is found wanting draws no prompts, and would stay
-        as it is, while its peers get to know theirs better: it comes near those, and has its chance."""
+        as it is, while its peers get to know theirs better: it comes near those, and has its chance. Peers of its own
+        role say more than others: rests of prompts, which decode workers compute, take longer for each token."""
         believed = self._filled(measured, measured > 0, default)
+        sure = (trust > 0) & (measured > 0)
         for rows in self.rows_of_group:
-            if (sure := (trust[rows] > 0) & (measured[rows] > 0)).any():
-                typical = np.median(measured[rows][sure])
-                believed[rows] *= (typical / believed[rows]) ** (1 - trust[rows])
+            if not (known := rows[sure[rows]]).size:
+                continue
+            for kin in (rows[self.is_decode[rows]], rows[~self.is_decode[rows]]):
+                like = kin[sure[kin]]
+                typical = np.full(len(kin), np.median(measured[known]))
+                if like.size:  # who is the only one of a role that is sure is no peer of itself
+                    typical[(like.size > 1) | ~sure[kin]] = np.median(measured[like])
+                believed[kin] *= (typical / believed[kin]) ** (1 - trust[kin])
         return believed
 
     def _filled(self, values: Floats, known: Bools, default: float) -> Floats:

@@ -149,7 +149,8 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """Facts for the router, all measured by the engine itself; rates of prompts by the last `num_prompt_tokens`."""
+    """Facts for the router, all measured by the engine itself; rates of prompts by the last `num_prompt_tokens`, which
+    came to their end at `prompts_measured_at_s`, when the rate had been the same for `prompts_steady_s`."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -157,6 +158,8 @@ class EngineLoad:
     prefill_ms_per_token: float = 0.0
     prefill_ms_per_pair: float = 0.0
     num_prompt_tokens: float = 0.0
+    prompts_measured_at_s: float = 0.0
+    prompts_steady_s: float = 0.0
     decode_step_ms: float = 0.0
     decode_ms_per_sequence: float = 0.0
     num_steps: int = 0

@@ -157,7 +157,7 @@ class Engine:
         if landed.error is not None:
             return self._fail(landed.parts, landed.error)
         num_chosen = sum(len(choice.tokens) for choice in landed.chosen if choice is not None)
-        self._meter.record(landed.parts, num_chosen, landed.elapsed_ms)
+        self._meter.record(landed.parts, num_chosen, landed.elapsed_ms, self._clock())
         events: list[Event] = []
         for part, item, choice in zip(landed.parts, landed.items, landed.chosen, strict=True):
             if not (part.sequence.cancelled or part.sequence.ended):
@@ -242,7 +242,9 @@ class Engine:
             load,
             prefill_ms_per_token=self._meter.prefill_ms_per_token,
             prefill_ms_per_pair=self._meter.prefill_ms_per_pair,
-            num_prompt_tokens=self._meter.num_prompt_tokens,
+            num_prompt_tokens=self._meter.prompts.num_tokens,
+            prompts_measured_at_s=self._meter.prompts.measured_at_s,
+            prompts_steady_s=self._meter.prompts.steady_s,
             decode_step_ms=self._meter.decode_step_ms,
             decode_ms_per_sequence=self._meter.draft_ms,
             num_steps=self._meter.num_steps,

@@ -55,27 +55,62 @@ class Slope:
         return min(max(0.0, slope), self._y / self._x)
 
 
+# A rate is taken to hold for as long as it held so far: at least for the first time, for twice a worker's reports and
+# routers' looks at them have to pass before anybody could act on it, and at most for the second.
+LASTS_S = (2.0, 60.0)
+# A rate is another one if it is so many times higher or lower.
+OTHER = 1.5
+
+
 @dataclass(slots=True)
 class PromptCost:
     """What a token of a prompt takes, and what each token before it adds: least squares through the steps so far, old
-    ones fading after `memory` tokens. A step of tokens start … end has (end² - start²) / 2 pairs."""
+    ones fading after `memory` tokens. A step of tokens start … end has (end² - start²) / 2 pairs.
+
+    Whatever else a machine does makes steps slower and never faster. So two steps in a row that are faster than the
+    rate by a factor of `OTHER` show that it came of a bad moment, and what was measured before them is forgotten."""
 
     memory: float
     num_tokens: float = 0.0
     """That it is measured by, the faded ones in part."""
+    measured_at_s: float = 0.0
+    steady_s: float = 0.0
+    """For how long the rate had been the same when it was last measured."""
     _tt: float = 0.0
     _tp: float = 0.0
     _pp: float = 0.0
     _tm: float = 0.0
     _pm: float = 0.0
+    _steady_ms: float = 0.0
+    _faster: tuple[float, float, float] | None = None
+    """The last step, if it was."""
 
-    def add(self, num_tokens: float, num_pairs: float, ms: float) -> None:
-        """Prompt tokens with so many pairs took so long in a step."""
-        keep = max(0.0, 1 - num_tokens / self.memory)
-        self.num_tokens = self.num_tokens * keep + num_tokens
-        self._tt, self._tm = self._tt * keep + num_tokens * num_tokens, self._tm * keep + num_tokens * ms
-        self._tp, self._pp = self._tp * keep + num_tokens * num_pairs, self._pp * keep + num_pairs * num_pairs
-        self._pm = self._pm * keep + num_pairs * ms
+    def add(self, num_tokens: float, num_pairs: float, ms: float, at_s: float, step_ms: float | None = None) -> None:
+        """Prompt tokens with so many pairs took so long at this time, in a step that took `step_ms` in all."""
+        taken = num_tokens, num_pairs, ms
+        expected_ms = num_tokens * self.ms_per_token + num_pairs * self.ms_per_pair
+        is_faster = (ms if step_ms is None else step_ms) * OTHER < expected_ms
+        if is_faster and self._faster:
+            self._keep(0.0)
+            self._take(*self._faster)
+        else:
+            self._keep(max(0.0, 1 - num_tokens / self.memory))
+        self._take(*taken)
+        self._faster = taken if is_faster else None
+        self.steady_s, self.measured_at_s = self.steady_s + at_s - self.measured_at_s, at_s
+        if not self._steady_ms / OTHER < self.ms_per_token < self._steady_ms * OTHER:
+            self._steady_ms, self.steady_s = self.ms_per_token, 0.0
+
+    def _keep(self, share: float) -> None:
+        self.num_tokens *= share
+        self._tt, self._tp, self._pp = self._tt * share, self._tp * share, self._pp * share
+        self._tm, self._pm = self._tm * share, self._pm * share
+
+    def _take(self, num_tokens: float, num_pairs: float, ms: float) -> None:
+        self.num_tokens += num_tokens
+        self._tt, self._tm = self._tt + num_tokens * num_tokens, self._tm + num_tokens * ms
+        self._tp, self._pp = self._tp + num_tokens * num_pairs, self._pp + num_pairs * num_pairs
+        self._pm += num_pairs * ms
 
     @property
     def ms_per_pair(self) -> float:
@@ -91,6 +126,12 @@ class PromptCost:
     def ms_per_token(self) -> float:
         """What a token takes by itself."""
         return (self._tm - self.ms_per_pair * self._tp) / self._tt if self._tt else 0.0
+
+
+def lasts_s(steady_s: float) -> float:
+    """For how long a rate that has been the same for so long is taken to be so: after that a third (1/e) of it is."""
+    least, most = LASTS_S
+    return min(max(steady_s, least), most)
 
 
 class Meter:
@@ -117,9 +158,9 @@ class Meter:
         return self._prefill.ms_per_pair
 
     @property
-    def num_prompt_tokens(self) -> float:
-        """Tokens that these two are measured by, at most 8,192."""
-        return self._prefill.num_tokens
+    def prompts(self) -> PromptCost:
+        """How these two were measured."""
+        return self._prefill
 
     @property
     def decode_step_ms(self) -> float:
@@ -131,8 +172,8 @@ class Meter:
         """Milliseconds that verifying one draft more takes; 0 before it is known."""
         return self._row.ms
 
-    def record(self, parts: Sequence[Part], num_chosen: int, elapsed_ms: float) -> None:
-        """A step with these parts chose so many tokens and took so long."""
+    def record(self, parts: Sequence[Part], num_chosen: int, elapsed_ms: float, at_s: float) -> None:
+        """A step with these parts chose so many tokens and took so long; it ended at this time."""
         self.num_steps += 1
         num_prompt_tokens = sum(part.num_tokens for part in parts if not part.is_decode)
         if not num_prompt_tokens:
@@ -142,4 +183,5 @@ class Meter:
         else:
             decodes = any(part.is_decode for part in parts)
             pairs = sum((part.end * part.end - part.start * part.start) / 2 for part in parts if not part.is_decode)
-            self._prefill.add(num_prompt_tokens, pairs, max(0.0, elapsed_ms - decodes * self._step.ms))
+            own_ms = max(0.0, elapsed_ms - decodes * self._step.ms)
+            self._prefill.add(num_prompt_tokens, pairs, own_ms, at_s, elapsed_ms)

@@ -56,6 +56,9 @@ class Scheduler:
     when a worker is lost the shortest go first, and one that would more than double a step is left out of it, once:
     many that have little to compute do not wait for one that has much.
 
+    Where nobody generates a prompt that ends in a step is not held up by part of one that does not: the step is not
+    filled up with that (decisions/0055).
+
     A prompt that begins as another one of the same step waits for that step, and finds it cached: computed together,
     the beginning would be computed twice, and both of them, and all others in the step, would wait for it.
 
@@ -127,11 +130,14 @@ class Scheduler:
         if ahead and not self._can_go_on(decoding):
             return []
         parts = [_part(sequence, 1) for sequence in decoding if self._grow(sequence)]
-        budget = self._max_step_tokens - len(parts)
+        budget, ends = self._max_step_tokens - len(parts), False
         for sequence in self._prompts():
+            if ends and not decoding and sequence.num_uncomputed > budget:
+                break
             parts.append(part := _part(sequence, budget))
             self._computing.update(sequence.hashes[part.start // self._kv.page_size : part.end // self._kv.page_size])
             budget -= part.num_tokens
+            ends |= part.is_last
             if not budget:
                 break
         self._left_out = {sequence.rank for sequence in self.waiting if sequence.request.resumed}

@@ -9,17 +9,19 @@ from opentelemetry.metrics import CallbackOptions, Observation
 
 from shared.blackboard.records import Load
 from shared.engine.api import Engine
-from shared.engine.meter import Rate
+from shared.engine.meter import Rate, lasts_s
 from shared.instruments import Meter
 
 # How right the router's expectations were is told from prompts that should have taken so long together, and a single
 # one counts as at most so wrong.
 PROMPT_MEMORY_MS = 10_000.0
 MAX_RATIO = 4.0
-# Rates of prompts are known by so many tokens, and less so when none was computed for so long. The rate of reading is
-# forgotten when nothing was read for so long.
+# Rates of prompts are known by so many tokens.
 KNOWN_BY_TOKENS = 1024
-KNOWN_FOR_S = 60.0
+# The rate of reading is forgotten when nothing was read for so long.
+READ_KNOWN_FOR_S = 60.0
+# What an engine says of how rates of prompts were measured, which routers are told as one doubt.
+PROMPT_FACTS = ("num_prompt_tokens", "prompts_measured_at_s", "prompts_steady_s")
 
 
 class Measures:
@@ -27,7 +29,6 @@ class Measures:
 
     def __init__(self, meter: Meter, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._clock = engine, clock
-        self._last_measured, self._measured_at = (0.0, 0.0), clock()
         self.requests = meter.create_counter("forebay_requests", description="Requests taken")
         self.output_tokens = meter.create_counter("forebay_output_tokens", description="Tokens emitted")
         self.cached_tokens = meter.create_counter("forebay_cached_tokens", description="Prompt tokens not computed")
@@ -89,10 +90,10 @@ class Measures:
     def load(self, num_inside: int, num_requests: int) -> Load:
         """Facts for the router."""
         facts = asdict(self._engine.load())
-        num_prompt_tokens = facts.pop("num_prompt_tokens")
+        num_prompt_tokens, measured_at_s, steady_s = (facts.pop(name) for name in PROMPT_FACTS)
         return Load(
             **facts,
-            prefill_doubt=self._doubt(num_prompt_tokens, facts["prefill_ms_per_token"]),
+            prefill_doubt=doubt(num_prompt_tokens, self._clock() - measured_at_s, steady_s),
             transfer_bytes_per_ms=self._bytes_per_ms(),
             output_tokens=self._output.ms,
             prompt_ratio=self._prompt.ms,
@@ -103,16 +104,8 @@ class Measures:
     def _bytes_per_ms(self) -> float:
         """At which pages are read here; 0 if that is not known. A worker that once read slowly would be given nothing
         to read again, if that were held against it for ever."""
-        is_known = self._byte.ms and self._clock() - self._read_at < KNOWN_FOR_S
+        is_known = self._byte.ms and self._clock() - self._read_at < READ_KNOWN_FOR_S
         return 1 / self._byte.ms if is_known else 0.0
-
-    def _doubt(self, num_tokens: float, rate: float) -> float:
-        """Of rates of prompts. A worker whose first ones took long, for its kernels were compiled then, would never be
-        given another if everybody believed that for ever."""
-        now = self._clock()
-        if (num_tokens, rate) != self._last_measured:
-            self._last_measured, self._measured_at = (num_tokens, rate), now
-        return doubt(num_tokens, now - self._measured_at)
 
     def checked(self, num_pages: int, num_corrupt: int, owner: str) -> None:
         """Pages of a peer whose checksums were compared."""
@@ -157,9 +150,11 @@ class Measures:
         }
 
 
-def doubt(num_tokens: float, age_s: float) -> float:
-    """How little rates of prompts are to be relied on, from 0 to 1, if so many tokens measured them so long ago."""
-    return round(1 - min(1.0, num_tokens / KNOWN_BY_TOKENS) * math.exp(-age_s / KNOWN_FOR_S), 3)
+def doubt(num_tokens: float, age_s: float, steady_s: float) -> float:
+    """How little rates of prompts are to be relied on, from 0 to 1, if so many tokens measured them, so long ago, and
+    they had been the same for `steady_s` then. A worker whose first prompts took long, or that had a bad moment, would
+    never be given another if everybody believed that for ever; one that has been slow for long is believed for long."""
+    return round(1 - min(1.0, num_tokens / KNOWN_BY_TOKENS) * math.exp(-age_s / lasts_s(steady_s)), 3)
 
 
 def _page_faults(engine: Engine) -> int:

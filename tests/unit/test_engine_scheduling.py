@@ -28,6 +28,13 @@ def test_a_step_serves_those_that_generate_first_and_then_prompts_in_order_of_ar
     assert rig.batches[1:] == [{"a": 1, "b": 63}, {"a": 1, "b": 37, "c": 26}]
 
 
+def test_where_nobody_generates_a_prompt_that_ends_is_not_held_up_by_part_of_another(rig: Rig) -> None:
+    for name, num_tokens in (("a", 74), ("whole", 40), ("partly", 60)):
+        rig.submit(name, num_tokens, prefill_only=True)
+    rig.finish()
+    assert rig.batches == [{"a": 64}, {"a": 10, "whole": 40}, {"partly": 60}]
+
+
 def test_no_step_exceeds_its_budget(rig: Rig) -> None:
     for index in range(12):
         rig.submit(f"r{index}", 5 + 13 * index)

@@ -1,6 +1,9 @@
 """What prompts are expected to take, and what becomes of rates that were measured at a bad moment."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -10,8 +13,8 @@ from bench.placement.virtual.cluster import VirtualCluster
 from bench.placement.workloads import singles
 from services.router.candidate import Weights
 from shared.blackboard.records import Load
-from shared.engine.meter import PromptCost
-from shared.worker.measures import KNOWN_FOR_S, doubt
+from shared.engine.meter import LASTS_S, PromptCost
+from shared.worker.measures import doubt
 from tests.unit.fleets import place, query, worker
 
 WEIGHTS = Weights()
@@ -52,7 +55,7 @@ def test_prompts_of_one_step_share_it() -> None:
 def test_what_workers_find_is_what_was_expected_though_steps_take_longer_than_the_prompts() -> None:
     """A prompt of 32 tokens takes 3 ms here, and waits for steps of 20 ms and more."""
     flags = "--sim-prefill-ms-per-token 0.1 --sim-decode-ms 20 --sim-decode-ms-per-sequence 0.5 --max-step-tokens 512"
-    streams, prompts = singles(1.0, 4.0, 64, 200, seed=1), singles(8.0, 12.0, 32, 8, seed=2)
+    streams, prompts = singles(1.0, 12.0, 64, 200, seed=1), singles(8.0, 16.0, 32, 8, seed=2)
     conversations = streams + [replace(one, starts_s=one.starts_s + 1.0) for one in prompts]
 
     async def ratios() -> list[float]:
@@ -68,28 +71,32 @@ def test_what_workers_find_is_what_was_expected_though_steps_take_longer_than_th
 
 
 class Measured:
-    """A worker's rate of prompts: a first step at start-up, and prompts since."""
+    """A worker's rate of prompts: steps of a bad moment at start-up, and prompts since, at its own speed."""
 
-    def __init__(self, ms_per_token: float, num_tokens: int) -> None:
-        self._cost, self._measured_at = PromptCost(memory=8_192), 0.0
-        self._cost.add(num_tokens, num_tokens**2 / 2, num_tokens * ms_per_token)
+    def __init__(self, ms_per_token: float, num_tokens: int, true_ms: float = 1.0) -> None:
+        self._cost, self._true_ms = PromptCost(memory=8_192), true_ms
+        while num_tokens > 0:
+            self._add(min(512, num_tokens), ms_per_token, 0.0)
+            num_tokens -= 512
+
+    def _add(self, num_tokens: int, ms_per_token: float, now: float) -> None:
+        self._cost.add(num_tokens, num_tokens**2 / 2, num_tokens * ms_per_token, now)
 
     def compute(self, num_tokens: int, now: float) -> None:
-        """A prompt, at the speed that all have now: 1 ms a token."""
-        self._measured_at = now
-        self._cost.add(num_tokens, num_tokens**2 / 2, num_tokens * 1.0)
+        """A prompt."""
+        self._add(num_tokens, self._true_ms, now)
 
     def load(self, now: float) -> Load:
         """As it would report it."""
-        doubted = doubt(self._cost.num_tokens, now - self._measured_at)
-        return Load(prefill_ms_per_token=self._cost.ms_per_token, prefill_doubt=doubted, decode_step_ms=STEP_MS)
+        cost = self._cost
+        doubted = doubt(cost.num_tokens, now - cost.measured_at_s, cost.steady_s)
+        return Load(prefill_ms_per_token=cost.ms_per_token, prefill_doubt=doubted, decode_step_ms=STEP_MS)
 
 
-def computing(rates: dict[str, Measured], num_prompts: int, every_s: float) -> list[str]:
-    """Who computes each of some prompts of 200 tokens that come one after the other."""
+def computing(rates: dict[str, Measured], times_s: Iterable[float]) -> list[str]:
+    """Who computes each of some prompts of 200 tokens that come at these times."""
     chosen = []
-    for number in range(num_prompts):
-        now = number * every_s
+    for now in times_s:
         placed = place(query(200), [worker(name, load=rate.load(now)) for name, rate in rates.items()], WEIGHTS)
         assert placed.computing is not None
         rates[placed.computing.name].compute(200, now)
@@ -97,27 +104,65 @@ def computing(rates: dict[str, Measured], num_prompts: int, every_s: float) -> l
     return chosen
 
 
+def every(pause_s: float, num_prompts: int) -> list[float]:
+    return [number * pause_s for number in range(num_prompts)]
+
+
 @pytest.mark.parametrize("slowed", [1.5, 4.0, 10.0])
 def test_after_a_busy_start_up_prompts_are_handed_over_within_ten_of_them(slowed: float) -> None:
     """The prefill worker's few first tokens were measured while everything started; all are equally fast since."""
-    chosen = computing({"p1": Measured(slowed, 64), "d1": Measured(1.0, 64)}, 40, every_s=0.3)
+    chosen = computing({"p1": Measured(slowed, 64), "d1": Measured(1.0, 64)}, every(0.3, 40))
     first = chosen.index("p1")
     assert 0 < first < 10
     assert chosen[-20:].count("p1") >= 18
 
 
 def test_who_knows_half_as_much_as_others_is_tried_whatever_it_measured() -> None:
-    chosen = computing({"p1": Measured(4.0, 400), "d1": Measured(1.0, 400)}, 20, every_s=0.3)
+    chosen = computing({"p1": Measured(4.0, 400), "d1": Measured(1.0, 400)}, every(0.3, 20))
     assert 0 < chosen.index("p1") < 10
 
 
-def test_also_what_was_measured_well_at_a_bad_moment_is_measured_again_within_a_minute() -> None:
-    chosen = computing({"p1": Measured(4.0, 4_096), "d1": Measured(1.0, 4_096)}, 1_000, every_s=1.0)
-    assert 10 < chosen.index("p1") < KNOWN_FOR_S
-    assert chosen[-20:].count("p1") >= 18
+@pytest.mark.parametrize(("slowed", "pause_s"), [(4.0, 0.1), (4.0, 1.0), (1.6, 0.1), (1.6, 1.0)])
+def test_what_was_measured_well_at_a_bad_moment_is_measured_again_and_believed_in_seconds(
+    slowed: float, pause_s: float
+) -> None:
+    """It was never the same for long, so it is not believed for longer than the least."""
+    times_s = every(pause_s, 200)
+    chosen = computing({"p1": Measured(slowed, 4_096), "d1": Measured(1.0, 4_096)}, times_s)
+    assert 0 < times_s[chosen.index("p1")] <= LASTS_S[0] * math.log(2) + 2 * pause_s
+    settled = next(at for at in times_s if at >= 4 * LASTS_S[0])
+    assert set(chosen[times_s.index(settled) :]) == {"p1"}
+
+
+def test_a_worker_that_is_slower_is_tried_ever_more_seldom() -> None:
+    """A rate that was found again is the same for longer by then, and believed for as long."""
+    times_s = every(0.2, 1_500)
+    chosen = computing({"p1": Measured(4.0, 4_096, true_ms=4.0), "d1": Measured(1.0, 4_096)}, times_s)
+    tried = [at for at, name in zip(times_s, chosen, strict=True) if name == "p1"]
+    pauses = [later - earlier for earlier, later in pairwise(tried)]
+    assert all(later > earlier - 1e-6 for earlier, later in pairwise(pauses)), tried
+    assert min(pauses[-3:]) > LASTS_S[1] / 2, "in the end it is left alone for most of a minute"
+    assert len(tried) < 20
 
 
 def test_a_fleet_that_was_idle_believes_its_rates_as_before() -> None:
     rates = {"p1": Measured(4.0, 4_096), "d1": Measured(1.0, 4_096)}
-    later = [worker(name, load=rate.load(10 * KNOWN_FOR_S)) for name, rate in rates.items()]
+    later = [worker(name, load=rate.load(10 * LASTS_S[1])) for name, rate in rates.items()]
     assert place(query(200), later, WEIGHTS).names == ("d1", "")
+
+
+# A worker that was started again --------------------------------------------------------------------------------------
+
+
+def test_a_new_prefill_worker_is_taken_to_be_like_the_other_and_not_like_decode_workers() -> None:
+    """Those compute rests of prompts, of which each token takes longer."""
+    rests = Load(prefill_ms_per_token=1.0, decode_step_ms=STEP_MS)
+    fleet = [worker(f"d{number}", decoding=3, load=rests) for number in range(3)]
+    for new in (Load(), Load(prefill_ms_per_token=7.0, prefill_doubt=0.6)):
+        known = worker("p1", load=Load(prefill_ms_per_token=0.1), queue_ms=10.0)
+        assert place(query(), [known, worker("p2", load=new), *fleet], WEIGHTS).names[1] == "p2"
+
+
+def test_the_only_prefill_worker_is_taken_to_be_like_decode_workers_until_it_knows() -> None:
+    fleet = [worker("p1", load=Load(prefill_ms_per_token=7.0, prefill_doubt=0.6)), worker("d1", decoding=1)]
+    assert place(query(), fleet, WEIGHTS).names == ("d1", "p1")

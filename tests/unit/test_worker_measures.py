@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from shared.engine.meter import LASTS_S
 from shared.telemetry import Telemetry
 from shared.worker.admission import Admission
-from shared.worker.measures import KNOWN_BY_TOKENS, KNOWN_FOR_S, MAX_RATIO, Measures
+from shared.worker.measures import KNOWN_BY_TOKENS, MAX_RATIO, READ_KNOWN_FOR_S, Measures, doubt
 from tests.unit.engine_rig import Rig
 
 
@@ -50,8 +51,8 @@ def test_a_worker_that_recovers_is_believed_again(measures: Measures) -> None:
 
 
 def test_rates_of_prompts_are_in_doubt_after_few_tokens_and_after_a_while() -> None:
-    telemetry, rig, now = Telemetry("worker", "w"), Rig(), [0.0]
-    measures = Measures(telemetry.meter, rig.engine, lambda: now[0])
+    telemetry, rig = Telemetry("worker", "w"), Rig()
+    measures = Measures(telemetry.meter, rig.engine, lambda: rig.now)
     assert measures.load(0, 0).prefill_doubt == 1
     rig.submit("a", 64)
     rig.finish()
@@ -61,12 +62,14 @@ def test_rates_of_prompts_are_in_doubt_after_few_tokens_and_after_a_while() -> N
         rig.finish()
         known = measures.load(0, 0)
     assert known.prefill_doubt == 0
-    now[0] += KNOWN_FOR_S
+    rig.now += LASTS_S[0]
     assert measures.load(0, 0).prefill_doubt == pytest.approx(1 - 1 / math.e, abs=1e-3)
-    rig.submit("again", 128)
-    rig.finish()
-    assert measures.load(0, 0).prefill_doubt == 0
     telemetry.close()
+
+
+@pytest.mark.parametrize(("steady_s", "lasts_s"), [(0.0, LASTS_S[0]), (30.0, 30.0), (1e6, LASTS_S[1])])
+def test_rates_of_prompts_are_known_for_as_long_as_they_were_the_same(steady_s: float, lasts_s: float) -> None:
+    assert doubt(4_096, lasts_s, steady_s) == pytest.approx(1 - 1 / math.e, abs=1e-3)
 
 
 def test_a_rate_of_reading_is_forgotten_when_nothing_was_read_for_long() -> None:
@@ -75,7 +78,7 @@ def test_a_rate_of_reading_is_forgotten_when_nothing_was_read_for_long() -> None
     assert measures.load(0, 0).transfer_bytes_per_ms == 0
     measures.transferred(1_000, 1.0)
     assert measures.load(0, 0).transfer_bytes_per_ms == pytest.approx(1)
-    now[0] += KNOWN_FOR_S
+    now[0] += READ_KNOWN_FOR_S
     assert measures.load(0, 0).transfer_bytes_per_ms == 0
     measures.transferred(1_000_000_000, 1.0)
     assert measures.load(0, 0).transfer_bytes_per_ms > 100_000

@@ -24,7 +24,7 @@ from shared.engine.sim import SimModel
 from shared.engine.splitmix import mix
 from shared.worker.admission import Admission, Stay
 from shared.worker.config import WorkerConfig
-from shared.worker.measures import MAX_RATIO, PROMPT_MEMORY_MS
+from shared.worker.measures import MAX_RATIO, PROMPT_MEMORY_MS, doubt
 
 MODEL, EPOCH = "sim", 1
 STEPS_QUEUED = 16
@@ -121,11 +121,12 @@ class VirtualWorker:
 
     def load(self) -> Load:
         """Facts as of the last step, and what has arrived since."""
-        queued = sum(sequence.num_uncomputed for sequence in self._arrived)
+        queued, prompts = sum(sequence.num_uncomputed for sequence in self._arrived), self._meter.prompts
         return self._load.model_copy(
             update={
                 "num_waiting": self._load.num_waiting + len(self._arrived),
                 "num_queued_tokens": self._load.num_queued_tokens + queued,
+                "prefill_doubt": doubt(prompts.num_tokens, now_s() - prompts.measured_at_s, prompts.steady_s),
                 "transfer_bytes_per_ms": 1 / self.rates.byte.ms if self.rates.byte.ms else 0.0,
                 "output_tokens": self.rates.output.ms,
                 "prompt_ratio": self.rates.prompt.ms,
@@ -205,7 +206,7 @@ class VirtualWorker:
                 continue
             took_ms, num_chosen = self._launch(parts)
             await asyncio.sleep(took_ms / 1000)
-            self._meter.record(parts, num_chosen, took_ms)
+            self._meter.record(parts, num_chosen, took_ms, now_s())
             for part in parts:
                 self._absorb(part)
             self._note_load()
