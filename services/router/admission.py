@@ -177,7 +177,9 @@ class Admission:
             resumed=request.resumed,
         )
 
-    def _reserve(self, waiter: _Waiter, query: Query, ranked: Ranked, count: int | None) -> Coroutine[Any, Any, Verdict]:
+    def _reserve(
+        self, waiter: _Waiter, query: Query, ranked: Ranked, count: int | None
+    ) -> Coroutine[Any, Any, Verdict]:
         """Ask the blackboard now for the first placements, or for all if none of those has room."""
         waiter.needs, pairs = offer(query, ranked, count)
         waiter.may_hold = True

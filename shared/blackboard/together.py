@@ -46,8 +46,8 @@ class Together:
         self._conversation: _Conversation | None = None
 
     def run(self, keys: Sequence[str], args: Sequence[str | int]) -> Coroutine[Any, Any, Any]:
-        """Ask for a run now; to be awaited is what the script answers. It may run for somebody who is cancelled meanwhile,
-        too: before what that one asks for afterwards.
+        """Ask for a run now; to be awaited is what the script answers. For somebody who is cancelled meanwhile it may
+        run, too, but not behind what that one asks for afterwards.
 
         Raises RedisError, or TimeoutError if there is no answer in time. A run whose connection was lost is sent once
         more, on the next one, which knows the script: the server may have been started again. Scripts of ours may be
