@@ -168,7 +168,10 @@ async def measure(num_workers: int, args: argparse.Namespace) -> None:
 
 async def time_parts(mirror: Mirror, fleet: Fleet, asked: Iterator[router_pb2.RouteRequest], seconds: float) -> None:
     roster, request = fleet.roster("m"), next(asked)
-    query, table = parse(request), fleet.table(roster, mirror.runs(request.page_hashes, roster.incarnations))
+    query, table = (
+        parse(request, request.page_hashes),
+        fleet.table(roster, mirror.runs(request.page_hashes, roster.incarnations)),
+    )
 
     async def look_up(request: router_pb2.RouteRequest, _: Any) -> None:
         mirror.runs(request.page_hashes, roster.incarnations)

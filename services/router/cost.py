@@ -41,9 +41,9 @@ class Computing(NamedTuple):
 
     def source(self, row: int) -> int | None:
         """The peer from which a worker pulls."""
-        if self.pulls is None or not self.pulls[row]:
+        if self.pulls is None or not self.pulls.item(row):
             return None
-        return int(self.sources[row if len(self.sources) > 1 else 0])
+        return self.sources.item(row if len(self.sources) > 1 else 0)
 
 
 class Costs(NamedTuple):
@@ -93,17 +93,17 @@ class Costs(NamedTuple):
     def expected_ms(self, row: int) -> float:
         """Until a worker has computed the prompt, by its rates as measured; 0 if it has measured none: how wrong a
         guess was says nothing of rates that are known by then."""
-        if not self.table.facts.has_rate[row]:
+        if not self.table.facts.has_rate.item(row):
             return 0.0
-        computing, ratio = self.computing, self.table.facts.prompt_ratio[row]
-        takes = computing.queue[row] + computing.prefill[row] + computing.steps[row]
-        return float(takes / ratio + computing.pull[row])
+        computing, ratio = self.computing, self.table.facts.prompt_ratio.item(row)
+        takes = computing.queue.item(row) + computing.prefill.item(row) + computing.steps.item(row)
+        return takes / ratio + computing.pull.item(row)
 
     def taken_ms(self, row: int) -> float:
         """What computing the prompt takes of a worker's time: its part of the steps that it shares included, for
         other prompts of the same step have theirs, but not the wait for the step at hand."""
-        num_chunks = self.computing.num_computed[row] / self.chunk_tokens
-        return float(self.computing.prefill[row] + num_chunks * self.table.beside_ms[row])
+        num_chunks = self.computing.num_computed.item(row) / self.chunk_tokens
+        return self.computing.prefill.item(row) + num_chunks * self.table.beside_ms.item(row)
 
     def _computing_terms(self, row: int) -> Terms:
         computing = self.computing

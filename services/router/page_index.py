@@ -224,11 +224,10 @@ class PageIndex:
         likely = self._remembered.get(words[0], [])
         have = self._mask_of(words[0], words[1])
         kept = have & self._mask_of(words[2 * last], words[2 * last + 1]) if have else 0
-        ends, spans, num_left = [(len(keys), kept)], [(0, have, last, kept)], MAX_BISECTIONS
+        ends, num_left = [(len(keys), kept)], MAX_BISECTIONS
+        spans = [(0, have, last, kept)] if have != kept else []
         while spans:
             near, have, far, kept = spans.pop()
-            if have == kept:
-                continue
             if far - near == 1:
                 ends.append((far, have & ~kept))
                 continue
@@ -238,8 +237,10 @@ class PageIndex:
             place = bisect_right(likely, near)
             middle = likely[place] if place < len(likely) and likely[place] < far else (near + far) // 2
             between = have & self._mask_of(words[2 * middle], words[2 * middle + 1])
-            spans.append((near, have, middle, between))
-            spans.append((middle, between, far, kept & between))
+            if have != between:
+                spans.append((near, have, middle, between))
+            if between != (kept := kept & between):
+                spans.append((middle, between, far, kept))
         self._remember(words[0], ends)
         return ends
 
