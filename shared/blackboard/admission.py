@@ -48,8 +48,7 @@ class Pair(NamedTuple):
     prefill: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """A request that wants room. `cost` (tokens) is what its tenant's share pays for it; `remaining_ms` is None without
     a deadline; a `resumed` one, whose client has output already, goes before all others."""
 
