@@ -47,6 +47,7 @@ from shared.telemetry import Telemetry
 
 Action = Callable[[router_pb2.RouteRequest, Any], Awaitable[Any]]
 PAGE_SIZE, TTL_MS = 16, 600_000
+WEIGHTS = Weights()
 NO_BOARD, NO_CONTEXT, NO_REDIS = cast("Blackboard", None), cast("Any", None), cast("Any", None)
 CARD = ModelCard(
     model="m",
@@ -155,7 +156,7 @@ class Promising(AdmissionBoard):
 
 
 async def measure(num_workers: int, args: argparse.Namespace) -> None:
-    fleet, telemetry = Fleet(NO_BOARD, Weights(), heartbeat_ms=500, ttl_ms=TTL_MS), Telemetry("router", "bench")
+    fleet, telemetry = Fleet(NO_BOARD, WEIGHTS, heartbeat_ms=500, ttl_ms=TTL_MS), Telemetry("router", "bench")
     fleet.observe(registrations(num_workers))
     prompts = Prompts(args.pages, args.index_pages, fleet.incarnations())
     mirror = prompts.mirror
@@ -164,7 +165,7 @@ async def measure(num_workers: int, args: argparse.Namespace) -> None:
     def servicer(board: AdmissionBoard, max_queued: int = 1_024) -> RouterServicer:
         admission = Admission(board, "bench", Limits(max_queued), telemetry.meter)
         placements = Placements(fleet, PlacementBoard(NO_REDIS), "bench")
-        return RouterServicer(fleet, mirror, placements, Doubts(fleet), admission, Weights(), telemetry)
+        return RouterServicer(fleet, mirror, placements, Doubts(fleet), admission, WEIGHTS, telemetry)
 
     steady()
     with embedded_valkey() as url:
@@ -191,7 +192,7 @@ async def time_parts(mirror: Mirror, fleet: Fleet, asked: Iterator[router_pb2.Ro
         mirror.runs(request.page_hashes, roster.incarnations)
 
     async def weigh(_: router_pb2.RouteRequest, __: Any) -> None:
-        place(query, table, Weights())
+        place(query, table, WEIGHTS)
 
     for name, action in (("lookup", look_up), ("policy", weigh)):
         print(f"  {name:10} {await repeat(action, asked, seconds)}")
