@@ -96,7 +96,8 @@ class Placements:
         """Whether another router listens, as far as was heard; if not so, as it is in a moment."""
         if not self._is_heard.is_set():
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._is_heard.wait(), ALONE_S)
+                async with asyncio.timeout(ALONE_S):
+                    await self._is_heard.wait()
         if not self._is_heard.is_set():
             await self._say([])
         return self._is_heard.is_set()
