@@ -6,7 +6,9 @@ Half of the workers prefill, half decode. Each prompt is new and begins with hal
 four workers have different parts of it cached, so that its pages lie cold and scattered among the million; how it ends
 nobody has. 2,000 of them are asked in turn, two of each conversation or so. `lookup` finds prefixes,
 `policy` weighs placements; `inside` is all that the router does between reading a request and having its answer, with a
-board that promises room without being asked, and `decision` the same with the reservation in Valkey, one round trip.
+board that promises room without being asked, and `waited for` the same without what is done after the board was asked
+and before anybody waits for it, which is behind the request's back as long as a round trip takes longer. `decision` is
+all of it with the reservation in Valkey, one round trip.
 `over gRPC` includes a client in the same process. `refused`: no worker has room, so that all placements are offered,
 and the queue is full. CPU is that of the process, without Valkey.
 """
@@ -15,7 +17,7 @@ import argparse
 import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -45,6 +47,7 @@ from shared.telemetry import Telemetry
 
 Action = Callable[[router_pb2.RouteRequest, Any], Awaitable[Any]]
 PAGE_SIZE, TTL_MS = 16, 600_000
+WEIGHTS = Weights()
 NO_BOARD, NO_CONTEXT, NO_REDIS = cast("Blackboard", None), cast("Any", None), cast("Any", None)
 CARD = ModelCard(
     model="m",
@@ -64,6 +67,13 @@ class Timing:
     count: int
     wall_ms: list[float]
     cpu_s: float
+    meanwhile_ms: list[float]
+    """Part of each that nobody waited for."""
+
+    def waited(self) -> "Timing":
+        """Without that part."""
+        waited_ms = [wall - meanwhile for wall, meanwhile in zip(self.wall_ms, self.meanwhile_ms, strict=True)]
+        return Timing(self.count, waited_ms, self.cpu_s, self.meanwhile_ms)
 
     def __str__(self) -> str:
         ordered = sorted(self.wall_ms)
@@ -133,15 +143,20 @@ class Promising(AdmissionBoard):
     """Without Redis: promises room on the first placement without looking."""
 
     def __init__(self) -> None:
-        pass
+        self.meanwhile_s = 0.0
+        """Between the last question and waiting for its answer."""
 
-    async def reserve(self, *_: Any, **__: Any) -> Verdict:
+    def reserve(self, *_: Any, **__: Any) -> Coroutine[Any, Any, Verdict]:
         """See `AdmissionBoard`."""
+        return self._promise(time.perf_counter())
+
+    async def _promise(self, asked: float) -> Verdict:
+        self.meanwhile_s = time.perf_counter() - asked
         return Placed(0)
 
 
 async def measure(num_workers: int, args: argparse.Namespace) -> None:
-    fleet, telemetry = Fleet(NO_BOARD, Weights(), heartbeat_ms=500, ttl_ms=TTL_MS), Telemetry("router", "bench")
+    fleet, telemetry = Fleet(NO_BOARD, WEIGHTS, heartbeat_ms=500, ttl_ms=TTL_MS), Telemetry("router", "bench")
     fleet.observe(registrations(num_workers))
     prompts = Prompts(args.pages, args.index_pages, fleet.incarnations())
     mirror = prompts.mirror
@@ -150,15 +165,17 @@ async def measure(num_workers: int, args: argparse.Namespace) -> None:
     def servicer(board: AdmissionBoard, max_queued: int = 1_024) -> RouterServicer:
         admission = Admission(board, "bench", Limits(max_queued), telemetry.meter)
         placements = Placements(fleet, PlacementBoard(NO_REDIS), "bench")
-        return RouterServicer(fleet, mirror, placements, Doubts(fleet), admission, Weights(), telemetry)
+        return RouterServicer(fleet, mirror, placements, Doubts(fleet), admission, WEIGHTS, telemetry)
 
     steady()
     with embedded_valkey() as url:
         board = Blackboard(url)
         asked = itertools.cycle(list(itertools.islice(prompts, 2_000)))
         await time_parts(mirror, fleet, asked, args.seconds)
-        for name, redis in (("inside", Promising()), ("decision", board.admission)):
-            print(f"  {name:10} {await repeat(servicer(redis).Route, asked, args.seconds)}")
+        promising = Promising()
+        inside = await repeat(servicer(promising).Route, asked, args.seconds, lambda: promising.meanwhile_s)
+        print(f"  {'inside':10} {inside}\n  {'waited for':10} {inside.waited()}")
+        print(f"  {'decision':10} {await repeat(servicer(board.admission).Route, asked, args.seconds)}")
         await over_grpc(servicer(board.admission), asked, telemetry, args.seconds)
         await fill(board.admission, fleet)
         print(f"  {'refused':10} {await repeat(refused(servicer(board.admission, 0)), asked, args.seconds)}")
@@ -168,13 +185,14 @@ async def measure(num_workers: int, args: argparse.Namespace) -> None:
 
 async def time_parts(mirror: Mirror, fleet: Fleet, asked: Iterator[router_pb2.RouteRequest], seconds: float) -> None:
     roster, request = fleet.roster("m"), next(asked)
-    query, table = parse(request), fleet.table(roster, mirror.runs(request.page_hashes, roster.incarnations))
+    query, stored = parse(request, request.page_hashes), mirror.runs(request.page_hashes, roster.incarnations)
+    table = fleet.table(roster, stored)
 
     async def look_up(request: router_pb2.RouteRequest, _: Any) -> None:
         mirror.runs(request.page_hashes, roster.incarnations)
 
     async def weigh(_: router_pb2.RouteRequest, __: Any) -> None:
-        place(query, table, Weights())
+        place(query, table, WEIGHTS)
 
     for name, action in (("lookup", look_up), ("policy", weigh)):
         print(f"  {name:10} {await repeat(action, asked, seconds)}")
@@ -220,16 +238,23 @@ async def over_grpc(
     await server.stop(0)
 
 
-async def repeat(action: Action, asked: Iterator[router_pb2.RouteRequest], seconds: float) -> Timing:
+async def repeat(
+    action: Action,
+    asked: Iterator[router_pb2.RouteRequest],
+    seconds: float,
+    meanwhile_s: Callable[[], float] = lambda: 0.0,
+) -> Timing:
     """One at a time."""
     for _ in range(20):
         await action(next(asked), NO_CONTEXT)
     wall_ms: list[float] = []
+    meanwhile_ms: list[float] = []
     end, cpu = time.perf_counter() + seconds, time.process_time()
     while (started := time.perf_counter()) < end:
         await action(next(asked), NO_CONTEXT)
         wall_ms.append((time.perf_counter() - started) * 1000)
-    return Timing(len(wall_ms), wall_ms, time.process_time() - cpu)
+        meanwhile_ms.append(meanwhile_s() * 1000)
+    return Timing(len(wall_ms), wall_ms, time.process_time() - cpu, meanwhile_ms)
 
 
 def _arguments() -> argparse.Namespace:

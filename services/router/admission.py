@@ -64,7 +64,8 @@ class _Waiter:
     ask: Ask
     needs: Sequence[Need] = ()
     woken: asyncio.Event = field(default_factory=asyncio.Event)
-    call: asyncio.Future[Verdict] | None = None
+    may_hold: bool = False
+    """Whether the blackboard may have a promise or a place in the queue for it."""
     parked_at: float | None = None
 
 
@@ -107,8 +108,8 @@ class Admission:
         except Draining:
             raise  # its place is kept for the next router
         except BaseException:
-            if waiter.call is not None:
-                self._spawn(self._withdraw(waiter.call, waiter))
+            if waiter.may_hold:
+                self._spawn(self._withdraw(waiter))
             raise
         finally:
             if waiter.parked_at is not None:
@@ -122,15 +123,19 @@ class Admission:
         while True:
             waiter.woken.clear()
             ranked = await rank()
+            is_tried = can_reserve or waiter.parked_at is not None
+            asked = self._reserve(waiter, query, ranked, FIRST_PAIRS) if is_tried else None
+            # While the blackboard thinks about it.
             best = ranked[0]
-            is_expected = not self._num_parked[ask.model]
-            if is_expected:
+            if is_expected := not self._num_parked[ask.model]:
                 record(best)
-            if not can_reserve and waiter.parked_at is None:
+            if asked is None:
                 self._unreserved.add(1)
                 return best
             try:
-                verdict = await self._reserve(waiter, query, ranked)
+                verdict = await asked
+                if isinstance(verdict, NoneFits):
+                    verdict = await self._reserve(waiter, query, ranked, None)
             except BlackboardLost as fault:
                 if waiter.parked_at is None or not await _wait(waiter.woken, LOST_WAIT_S):
                     log.warning("placed without a reservation: %s", fault.message)
@@ -144,6 +149,7 @@ class Admission:
                 self._note_placed(waiter)
                 return chosen
             if isinstance(verdict, Refused):
+                waiter.may_hold = False
                 raise self._refusal(ask, verdict)
             if self._draining:
                 raise Draining("this router is shutting down; the request keeps its place in the queue")
@@ -171,33 +177,25 @@ class Admission:
             resumed=request.resumed,
         )
 
-    async def _reserve(self, waiter: _Waiter, query: Query, ranked: Ranked) -> Verdict:
-        """Ask the blackboard for the first placements; only if none of them has room, for all."""
-        verdict = await self._call(waiter, query, ranked, FIRST_PAIRS)
-        if isinstance(verdict, NoneFits):
-            verdict = await self._call(waiter, query, ranked, None)
-        return verdict
-
-    async def _call(self, waiter: _Waiter, query: Query, ranked: Ranked, count: int | None) -> Verdict:
-        """Should the caller be cancelled meanwhile, the answer is still known afterwards."""
+    def _reserve(
+        self, waiter: _Waiter, query: Query, ranked: Ranked, count: int | None
+    ) -> Coroutine[Any, Any, Verdict]:
+        """Ask the blackboard now for the first placements, or for all if none of those has room."""
         waiter.needs, pairs = offer(query, ranked, count)
-        waiter.call = asyncio.ensure_future(
-            self._board.reserve(
-                waiter.ask,
-                waiter.needs,
-                pairs,
-                router=self._router,
-                max_queued=self._limits.max_queued,
-                is_partial=count is not None and len(ranked.numbers(count + 1)) > count,
-            )
+        waiter.may_hold = True
+        return self._board.reserve(
+            waiter.ask,
+            waiter.needs,
+            pairs,
+            router=self._router,
+            max_queued=self._limits.max_queued,
+            is_partial=count is not None and len(ranked.numbers(count + 1)) > count,
         )
-        return await asyncio.shield(waiter.call)
 
-    async def _withdraw(self, call: asyncio.Future[Verdict], waiter: _Waiter) -> None:
+    async def _withdraw(self, waiter: _Waiter) -> None:
+        if waiter.ask.request_id in self._waiters:
+            return  # it has come again meanwhile
         with suppress(BlackboardLost):  # then the promise lapses, and the queue is gone or passes over a router's
-            await asyncio.wait({call})
-            if waiter.ask.request_id in self._waiters or (not call.exception() and isinstance(call.result(), Refused)):
-                return  # it has come again meanwhile, or has nothing
             await self._board.withdraw(waiter.ask, self._router, {(need.name, need.epoch) for need in waiter.needs})
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

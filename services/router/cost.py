@@ -23,7 +23,7 @@ import numpy as np
 
 from services.router.candidate import Query, Terms, Weights
 from services.router.page_index import Ints
-from services.router.table import Bools, Facts, Floats, Table
+from services.router.table import Bools, Facts, Floats, Scalars, Table
 
 
 class Computing(NamedTuple):
@@ -41,9 +41,9 @@ class Computing(NamedTuple):
 
     def source(self, row: int) -> int | None:
         """The peer from which a worker pulls."""
-        if self.pulls is None or not self.pulls[row]:
+        if self.pulls is None or not self.pulls.item(row):
             return None
-        return int(self.sources[row if len(self.sources) > 1 else 0])
+        return self.sources.item(row if len(self.sources) > 1 else 0)
 
 
 class Costs(NamedTuple):
@@ -93,17 +93,17 @@ class Costs(NamedTuple):
     def expected_ms(self, row: int) -> float:
         """Until a worker has computed the prompt, by its rates as measured; 0 if it has measured none: how wrong a
         guess was says nothing of rates that are known by then."""
-        if not self.table.facts.has_rate[row]:
+        if not self.table.facts.has_rate.item(row):
             return 0.0
-        computing, ratio = self.computing, self.table.facts.prompt_ratio[row]
-        takes = computing.queue[row] + computing.prefill[row] + computing.steps[row]
-        return float(takes / ratio + computing.pull[row])
+        computing, ratio = self.computing, self.table.facts.prompt_ratio.item(row)
+        takes = computing.queue.item(row) + computing.prefill.item(row) + computing.steps.item(row)
+        return takes / ratio + computing.pull.item(row)
 
     def taken_ms(self, row: int) -> float:
         """What computing the prompt takes of a worker's time: its part of the steps that it shares included, for
         other prompts of the same step have theirs, but not the wait for the step at hand."""
-        num_chunks = self.computing.num_computed[row] / self.chunk_tokens
-        return float(self.computing.prefill[row] + num_chunks * self.table.beside_ms[row])
+        num_chunks = self.computing.num_computed.item(row) / self.chunk_tokens
+        return self.computing.prefill.item(row) + num_chunks * self.table.beside_ms.item(row)
 
     def _computing_terms(self, row: int) -> Terms:
         computing = self.computing
@@ -121,18 +121,19 @@ class Costs(NamedTuple):
 def costs(query: Query, table: Table, weights: Weights) -> Costs:
     """Every placement's cost."""
     facts, running, num_tokens = table.facts, table.num_decoding, query.num_prompt_tokens
+    scalars = facts.scalars(weights)
     cached = table.num_cached_tokens(query)
-    uncached = num_tokens - cached
-    computing = _computing(query, table, cached, uncached, weights)
+    uncached = float(num_tokens) - cached
+    computing = _computing(query, table, cached, uncached, scalars)
     output = facts.output(query.max_tokens)
     prompt_kv = kv = facts.zeros
     if num_tokens + facts.most_output > facts.room_tokens:
         prompt_kv = _pressure(table, cached, num_tokens, weights)
         kv = _pressure(table, cached, num_tokens + output.num_tokens, weights)
     load = output.share_ms * running
-    stall = np.maximum(running, weights.min_stalled)
+    stall = np.maximum(running, scalars.min_stalled)
     stall *= computing.prefill
-    stall *= weights.stall_weight
+    stall *= scalars.stall_weight
     compute, generate = computing.queue + computing.prefill, output.decode_ms + load
     if computing.pulls is not None:
         compute += computing.pull
@@ -145,21 +146,23 @@ def costs(query: Query, table: Table, weights: Weights) -> Costs:
     alone += stall
     alone += generate
     totals[0] = alone[facts.of_decodes]
-    compute += weights.handoff_ms
+    compute += scalars.handoff_ms
     if prompt_kv is not facts.zeros:
         compute += prompt_kv
     if table.stale_ms is not facts.zeros:
         compute += table.stale_ms
     generate += table.queue_ms
-    exposed = _exposed(query, table, computing, uncached, weights)
-    remote = np.add(exposed, compute[facts.of_prefills, None], out=totals[1:])
+    exposed = _exposed(query, table, computing, uncached, scalars)
+    remote = np.add(exposed, compute[facts.of_prefills, None], totals[1:])
     remote += generate[facts.of_decodes]
-    _bar(query, table, uncached[facts.of_decodes], totals, weights)
+    _bar(query, table, uncached[facts.of_decodes], totals, scalars, weights.remote_prefill_min_tokens)
     terms = (prompt_kv, output.decode_ms, load, kv, stall, exposed)
     return Costs(num_tokens, table, computing, *terms, weights.handoff_ms, weights.chunk_tokens, totals)
 
 
-def _bar(query: Query, table: Table, uncached: Floats, totals: Floats, weights: Weights) -> None:
+def _bar(
+    query: Query, table: Table, uncached: Floats, totals: Floats, scalars: Scalars, remote_prefill_min_tokens: int
+) -> None:
     """Make placements that may not be infinitely dear. What is `uncached` on decode workers [decodes]."""
     facts, local, remote = table.facts, totals[0], totals[1:]
     if query.excluded or query.num_prompt_tokens > facts.least_max_tokens:
@@ -168,15 +171,15 @@ def _bar(query: Query, table: Table, uncached: Floats, totals: Floats, weights: 
         remote[~fit[facts.of_prefills]] = np.inf
     if facts.match is not None:
         remote[~facts.match] = np.inf
-    short = uncached <= weights.local_prefill_max_tokens
+    short = uncached <= scalars.local_prefill_max_tokens
     if np.count_nonzero(short):
         remote[:, short] = np.inf
-    if weights.remote_prefill_min_tokens:
-        long = uncached >= weights.remote_prefill_min_tokens
+    if remote_prefill_min_tokens:
+        long = uncached >= remote_prefill_min_tokens
         local[long & np.isfinite(remote).any(axis=0)] = np.inf
 
 
-def _computing(query: Query, table: Table, cached: Floats, uncached: Floats, weights: Weights) -> Computing:
+def _computing(query: Query, table: Table, cached: Floats, uncached: Floats, scalars: Scalars) -> Computing:
     """Computing the prompt on each worker, with a prefix pulled from a peer where that is cheaper.
 
     The longest prefix of all is the only one worth a look: reading a token costs the same wherever it is.
@@ -185,27 +188,27 @@ def _computing(query: Query, table: Table, cached: Floats, uncached: Floats, wei
     alone = prefill_ms(facts, uncached, num_tokens)
     sources, longest = _longest(query, table, cached)
     gain = longest - cached
-    pulls = gain >= weights.min_pull_tokens
+    pulls = gain >= scalars.min_pull_tokens
     if not np.count_nonzero(pulls):
-        steps = _steps(table, uncached, weights)
+        steps = _steps(table, uncached, scalars)
         return Computing(table.queue_ms, alone, steps, facts.zeros, uncached, None, sources)
     rest = num_tokens - longest
     pull, helped = gain * facts.read_ms, prefill_ms(facts, rest, num_tokens)
-    pull += weights.handoff_ms
+    pull += scalars.handoff_ms
     pulls &= pull + helped < alone
     pull *= pulls
     computed = uncached.copy()
     np.copyto(computed, rest, where=pulls)
     np.copyto(alone, helped, where=pulls)
-    return Computing(table.queue_ms, alone, _steps(table, computed, weights), pull, computed, pulls, sources)
+    return Computing(table.queue_ms, alone, _steps(table, computed, scalars), pull, computed, pulls, sources)
 
 
-def _steps(table: Table, num_computed: Floats, weights: Weights) -> Floats:
+def _steps(table: Table, num_computed: Floats, scalars: Scalars) -> Floats:
     """Where somebody generates, a prompt waits for half a step on average, and each of its chunks is computed in a step
     that takes as long as it would without."""
-    num_steps: Floats = num_computed * (1 / weights.chunk_tokens)
-    np.ceil(num_steps, out=num_steps)
-    num_steps += 0.5
+    num_steps: Floats = num_computed * scalars.chunks_per_token
+    np.ceil(num_steps, num_steps)
+    num_steps += scalars.half_step
     num_steps *= table.beside_ms
     return num_steps
 
@@ -235,14 +238,14 @@ def _longest(query: Query, table: Table, cached: Floats) -> tuple[Ints, Floats]:
     return sources, stored.take(sources)
 
 
-def _exposed(query: Query, table: Table, computing: Computing, uncached: Floats, weights: Weights) -> Floats:
+def _exposed(query: Query, table: Table, computing: Computing, uncached: Floats, scalars: Scalars) -> Floats:
     """Time for which reading pages [prefills, decodes] goes on with nothing left to compute.
 
     Pages of a chunk are read while the next one is computed: exposed is the reading of the last chunk, or all that
     takes longer than computing the chunks before the last.
     """
     facts, prefills = table.facts, table.facts.of_prefills
-    last = np.minimum(computing.num_computed, weights.chunk_tokens)
+    last = np.minimum(computing.num_computed, scalars.chunk_tokens)
     hidden_ms = computing.prefill - prefill_ms(facts, last, float(query.num_prompt_tokens))
     read_ms = facts.read_ms[facts.of_decodes]
     reading_ms = uncached[facts.of_decodes] * read_ms

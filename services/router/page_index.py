@@ -6,8 +6,11 @@ at once.
 
     hash   = low word, high word (64 bits each)
     segment = directory[first bits of the high word]         extendible hashing (Fagin et al., 1979)
-    bucket  = one of two, by bits of the low word            8 rows, one cache line of low words
+    bucket  = one of two, by bits of the low word            8 rows: their low words, their high words, their masks
     row     = low word (0: empty), high word, mask
+
+All of a bucket lies together, for memory is what a look-up waits for: lines of it that follow each other (low words,
+high words, masks) come sooner than three from anywhere.
 
 A new page goes to the emptier of its two buckets. If both are full its segment splits in two: each row keeps its place
 within the segment, half of them in the new one. So the table grows by one segment at a time, never pauses to be built
@@ -27,7 +30,8 @@ Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
 
 BUCKET_ROWS = 8  # `_find` takes positions apart by shifts of 3 and 4 bits
-BUCKET_BYTES = 8 * BUCKET_ROWS
+LOW, HIGH, MASK = 0, 1, 2  # lines of a bucket; more words of masks have more lines
+WORD_BYTES = 8
 SEGMENT_BUCKETS = 512
 SEGMENT_ROWS = BUCKET_ROWS * SEGMENT_BUCKETS
 SLOTS_PER_WORD = 64
@@ -55,7 +59,8 @@ def keys_of(page_hashes: bytes) -> Keys:
 
 
 class Found(NamedTuple):
-    """Rows of those keys that the table has: `rows[i]` holds key number `places[i]`."""
+    """Those keys that the table has: the low word of key number `places[i]` is word `rows[i]` of it; BUCKET_ROWS words
+    further are the high word, and words of the mask."""
 
     places: Ints
     rows: Ints
@@ -71,13 +76,13 @@ class PageIndex:
         self._depths = [1, 1]
         self._directory: Ints = np.arange(2, dtype=np.int64)
         self._shift = np.uint64(63)
-        num_rows = self._max_segments * SEGMENT_ROWS
-        self._lows: Words = np.zeros((num_rows // BUCKET_ROWS, BUCKET_ROWS), np.uint64)
-        self._highs: Words = np.zeros(num_rows, np.uint64)
-        self._masks: Words = np.zeros((num_rows, num_words), np.uint64)
-        self._lows_view, self._highs_view = self._lows.reshape(-1).data, self._highs.data
+        self._table: Words = self._new_table()
         self._remembered: dict[int, list[int]] = {}
         self._look_anew()
+
+    def _new_table(self) -> Words:
+        """All buckets [buckets, lines, BUCKET_ROWS], empty."""
+        return np.zeros((self._max_segments * SEGMENT_BUCKETS, MASK + self.num_words, BUCKET_ROWS), np.uint64)
 
     @property
     def num_bytes(self) -> int:
@@ -91,17 +96,22 @@ class PageIndex:
 
     def widen(self, num_words: int) -> None:
         """Make room for more slots."""
-        masks: Words = np.zeros((len(self._masks), num_words), np.uint64)
-        num_rows = self.num_segments * SEGMENT_ROWS
-        masks[:num_rows, : self.num_words] = self._masks[:num_rows]
-        self._masks, self.num_words = masks, num_words
+        old, num_buckets = self._table, self.num_segments * SEGMENT_BUCKETS
+        self.num_words = num_words
+        self._table = self._new_table()
+        self._table[:num_buckets, : old.shape[1]] = old[:num_buckets]
         self._look_anew()
 
     def _look_anew(self) -> None:
-        """Views of what was replaced, for those who take single numbers out of it."""
-        self._masks_view, self._directory_view = self._masks.reshape(-1).data.cast("B"), self._directory.data
-        self._mask_bytes = SLOTS_PER_WORD // 8 * self.num_words
+        """Views of what was replaced."""
+        self._lines, self._words = self._table.reshape(-1, BUCKET_ROWS), self._table.reshape(-1)
+        self._bucket_words = self._table[0].size
+        self._mask_words: Ints = BUCKET_ROWS * np.arange(MASK, MASK + self.num_words)
+        self._words_view, self._directory_view = self._words.data, self._directory.data
         self._shift_bits = int(self._shift)
+
+    def _segment(self, number: int) -> Words:
+        return self._table[number * SEGMENT_BUCKETS : (number + 1) * SEGMENT_BUCKETS]
 
     # Changes ----------------------------------------------------------------------------------------------------------
 
@@ -110,7 +120,7 @@ class PageIndex:
         while len(keys):
             found = self._find(keys)
             words, bits = _bits_of(slots[found.places])
-            np.bitwise_or.at(self._masks, (found.rows, words), bits)
+            np.bitwise_or.at(self._words, found.rows + self._mask_words[words], bits)
             if len(found.places) == len(keys):
                 return
             absent = np.ones(len(keys), np.bool_)
@@ -123,7 +133,7 @@ class PageIndex:
         """Each page [n] is in its slot [n] no more; a page in no slot is gone."""
         found = self._find(keys)
         words, bits = _bits_of(slots[found.places])
-        np.bitwise_and.at(self._masks, (found.rows, words), ~bits)
+        np.bitwise_and.at(self._words, found.rows + self._mask_words[words], ~bits)
         self._drop_empty(np.unique(found.rows))
 
     def clear(self, slots: Ints, segment: int) -> None:
@@ -131,22 +141,25 @@ class PageIndex:
         kept = np.full(self.num_words, ~np.uint64(0))
         words, bits = _bits_of(slots)
         np.bitwise_and.at(kept, words, ~bits)
-        first = segment * SEGMENT_ROWS
-        masks = self._masks[first : first + SEGMENT_ROWS]
-        masks &= kept
-        held = self._lows.reshape(-1)[first : first + SEGMENT_ROWS] != 0
-        self._drop_empty(first + np.flatnonzero(held))
+        part = self._segment(segment)
+        part[:, MASK:] &= kept[:, None]
+        buckets, rows = part[:, LOW].nonzero()
+        self._drop_empty((segment * SEGMENT_BUCKETS + buckets) * self._bucket_words + rows)
 
     def _drop_empty(self, rows: Ints) -> None:
-        gone = rows[~self._masks[rows].any(axis=1)]
-        self._lows.reshape(-1)[gone] = 0
+        gone = rows[~self._masks_at(rows).any(axis=1)]
+        self._words[gone] = 0
         self.num_pages -= len(gone)
+
+    def _masks_at(self, rows: Ints) -> Words:
+        """Masks [n, num_words]."""
+        return self._words.take(rows[:, None] + self._mask_words)
 
     def _insert(self, keys: Keys) -> NDArray[np.bool_]:
         """Give rows to keys that have none, to as many as do not get in each other's way; which are worth another try,
         that is all but those for which there is no room."""
         buckets = self._buckets(keys)
-        free = self._lows[buckets] == 0  # [n, 2, BUCKET_ROWS]
+        free = self._lows_in(buckets) == 0  # [n, 2, BUCKET_ROWS]
         room = free.sum(axis=2)
         fits: NDArray[np.bool_] = room.any(axis=1)
         crowded = np.unique(buckets[~fits, 0] // SEGMENT_BUCKETS).tolist()
@@ -154,9 +167,9 @@ class PageIndex:
             return np.ones(len(keys), np.bool_)
         mine = np.flatnonzero(fits)
         emptier = room[mine].argmax(axis=1)
-        rows = buckets[mine, emptier] * BUCKET_ROWS + free[mine, emptier].argmax(axis=1)
-        self._lows.reshape(-1)[rows], self._highs[rows] = _lows_of(keys[mine]), keys[mine, 1]
-        self._masks[rows] = 0
+        rows = buckets[mine, emptier] * self._bucket_words + free[mine, emptier].argmax(axis=1)
+        self._words[rows], self._words[rows + HIGH * BUCKET_ROWS] = _lows_of(keys[mine]), keys[mine, 1]
+        self._words[rows[:, None] + self._mask_words] = 0
         self.num_pages += len(np.unique(rows))
         return fits
 
@@ -172,12 +185,10 @@ class PageIndex:
         self._depths.append(depth + 1)
         entries = np.flatnonzero(self._directory == segment)
         self._directory[entries[len(entries) // 2 :]] = new
-        lows, old = self._lows.reshape(-1), segment * SEGMENT_ROWS
-        rows = old + np.flatnonzero(lows[old : old + SEGMENT_ROWS])
-        rows = rows[(self._highs[rows] >> np.uint64(63 - depth)) & _ONE == _ONE]
-        moved = rows + (new - segment) * SEGMENT_ROWS
-        lows[moved], self._highs[moved], self._masks[moved] = lows[rows], self._highs[rows], self._masks[rows]
-        lows[rows] = 0
+        old, added = self._segment(segment), self._segment(new)
+        moved = (old[:, LOW] != 0) & ((old[:, HIGH] >> np.uint64(63 - depth)) & _ONE == _ONE)
+        np.copyto(added, old, where=moved[:, None])
+        old[:, LOW][moved] = 0
         return True
 
     # Lookups ----------------------------------------------------------------------------------------------------------
@@ -186,7 +197,7 @@ class PageIndex:
         """The slots [n, num_words] that have each page, as bits."""
         found = self._find(keys)
         masks: Words = np.zeros((len(keys), self.num_words), np.uint64)
-        masks[found.places] = self._masks.take(found.rows, axis=0)
+        masks[found.places] = self._masks_at(found.rows)
         return masks
 
     def runs(self, keys: Keys) -> Ints:
@@ -206,17 +217,17 @@ class PageIndex:
 
         Plain integers, for most prefixes end in a few places: some 20 probes of 2 us, where one call of numpy on cold
         arrays takes several. Prompts that begin with one page are mostly continued alike, so pages are looked at first
-        where runs ended last time: as long as nothing has changed these are two probes for each end, not ten.
+        where runs ended last time: as long as nothing has changed these are two probes for each end, not ten. The
+        last end comes first: what lies behind a page is searched before what lies before it.
         """
         words, last = keys.reshape(-1).data, len(keys) - 1
         likely = self._remembered.get(words[0], [])
         have = self._mask_of(words[0], words[1])
         kept = have & self._mask_of(words[2 * last], words[2 * last + 1]) if have else 0
-        ends, spans, num_left = [(len(keys), kept)], [(0, have, last, kept)], MAX_BISECTIONS
+        ends, num_left = [(len(keys), kept)], MAX_BISECTIONS
+        spans = [(0, have, last, kept)] if have != kept else []
         while spans:
             near, have, far, kept = spans.pop()
-            if have == kept:
-                continue
             if far - near == 1:
                 ends.append((far, have & ~kept))
                 continue
@@ -226,8 +237,10 @@ class PageIndex:
             place = bisect_right(likely, near)
             middle = likely[place] if place < len(likely) and likely[place] < far else (near + far) // 2
             between = have & self._mask_of(words[2 * middle], words[2 * middle + 1])
-            spans.append((near, have, middle, between))
-            spans.append((middle, between, far, kept & between))
+            if have != between:
+                spans.append((near, have, middle, between))
+            if between != (kept := kept & between):
+                spans.append((middle, between, far, kept))
         self._remember(words[0], ends)
         return ends
 
@@ -235,34 +248,39 @@ class PageIndex:
         """The pages on both sides of each end, for prompts with this first page (its low word)."""
         if len(self._remembered) >= MAX_REMEMBERED:
             self._remembered.clear()
-        self._remembered[first] = sorted({page for length, _ in ends for page in (length - 1, length)})
+        self._remembered[first] = [page for length, _ in reversed(ends) for page in (length - 1, length)]
 
     def _mask_of(self, low: int, high: int) -> int:
         """The slots that have one page, as `masks`, in one number."""
+        words, bucket_words = self._words_view, self._bucket_words
         first, wanted = self._directory_view[high >> self._shift_bits] * SEGMENT_BUCKETS, low or 1
-        bucket = first + low % SEGMENT_BUCKETS
-        held = _bucket_of(self._lows_view, bucket * BUCKET_BYTES)
+        bucket = (first + low % SEGMENT_BUCKETS) * bucket_words
+        held = _bucket_of(words, bucket * WORD_BYTES)
         if wanted not in held:
-            bucket = first + (low + (low >> SECOND_SHIFT | 1)) % SEGMENT_BUCKETS
-            held = _bucket_of(self._lows_view, bucket * BUCKET_BYTES)
+            bucket = (first + (low + (low >> SECOND_SHIFT | 1)) % SEGMENT_BUCKETS) * bucket_words
+            held = _bucket_of(words, bucket * WORD_BYTES)
             if wanted not in held:
                 return 0
-        row = bucket * BUCKET_ROWS + held.index(wanted)
-        if self._highs_view[row] != high:  # half of its hash is another page's
+        row = bucket + held.index(wanted)
+        if words[row + HIGH * BUCKET_ROWS] != high:  # half of its hash is another page's
             return int.from_bytes(self.masks(np.array([[low, high]], np.uint64)).tobytes(), sys.byteorder)
-        mask = self._masks_view[row * self._mask_bytes : (row + 1) * self._mask_bytes]
-        return int.from_bytes(mask, sys.byteorder)
+        mask: int = words[row + MASK * BUCKET_ROWS]
+        if self.num_words > 1:
+            for number in range(1, self.num_words):
+                mask |= words[row + (MASK + number) * BUCKET_ROWS] << number * SLOTS_PER_WORD
+        return mask
 
     def _lengths_of(self, ends: list[tuple[int, int]]) -> Ints:
-        """Runs [SLOTS_PER_WORD * num_words]. A slot of two ends lacks a page in the midst: the first one counts."""
-        lengths = [0] * (self.num_words * SLOTS_PER_WORD)
-        for length, slots in sorted(ends, reverse=True):
+        """Runs [SLOTS_PER_WORD * num_words], of ends with the last one first. A slot of two ends lacks a page in the
+        midst: the first one counts."""
+        lengths: Ints = np.zeros(self.num_words * SLOTS_PER_WORD, np.int64)
+        for length, slots in ends:
             left = slots
             while left:
                 bit = left & -left
                 lengths[bit.bit_length() - 1] = length
                 left ^= bit
-        return np.array(lengths, np.int64)
+        return lengths
 
     def _many_runs(self, keys: Keys) -> Ints:
         num_pages = len(keys)
@@ -290,12 +308,16 @@ class PageIndex:
 
     def _find(self, keys: Keys) -> Found:
         lows, buckets = _lows_of(keys), self._buckets(keys)
-        candidates = self._lows.take(buckets.reshape(-1), axis=0).reshape(len(keys), 2 * BUCKET_ROWS)
+        candidates = self._lows_in(buckets.reshape(-1)).reshape(len(keys), 2 * BUCKET_ROWS)
         hits = np.flatnonzero(candidates == lows[:, None])
         places = hits >> 4
-        rows = buckets.reshape(-1).take(hits >> 3) * BUCKET_ROWS + (hits & 7)
-        right = self._highs.take(rows) == keys[:, 1].take(places)
+        rows = buckets.reshape(-1).take(hits >> 3) * self._bucket_words + (hits & 7)
+        right = self._words.take(rows + HIGH * BUCKET_ROWS) == keys[:, 1].take(places)
         return Found(places, rows) if np.count_nonzero(right) == len(right) else Found(places[right], rows[right])
+
+    def _lows_in(self, buckets: Ints) -> Words:
+        """Low words [..., BUCKET_ROWS] of these buckets."""
+        return self._lines.take(buckets * (MASK + self.num_words) + LOW, axis=0)
 
     def _buckets(self, keys: Keys) -> Ints:
         """The two buckets [n, 2] of each key."""

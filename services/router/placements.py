@@ -1,12 +1,16 @@
 """What was placed and no report shows yet: remembered here, and told to the other routers, whose prompts go to the same
 workers. They are told every few milliseconds of all at once, by messages that may be lost: reports of the workers will
 say the same a heartbeat later.
+
+Where no other router listens nobody is told. Who begins to listen says so, and is told from then on; should that have
+been missed, a look from time to time finds it.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from services.router.candidate import Candidate, Worker
 from services.router.fleet import Fleet, Incarnation, Roster
@@ -21,6 +25,8 @@ log = logging.getLogger(__name__)
 # Placements within this time go out together.
 GATHER_S = 0.02
 RETRY_S = 0.5
+# Whether anybody else listens is looked up so often, at most.
+ALONE_S = 1.0
 LISTEN_S = 10.0
 # So many wait to be told at most; those beyond are not told.
 MAX_UNTOLD = 1_000
@@ -37,7 +43,7 @@ class Placements:
         self._fleet, self._board, self._router, self._clock = fleet, board, router, clock
         self._predictions = Predictions()
         self._untold: list[Untold] = []
-        self._any_untold = asyncio.Event()
+        self._any_untold, self._is_heard = asyncio.Event(), asyncio.Event()
 
     def expected(self, roster: Roster, page_hashes: bytes, num_stored_pages: Ints) -> Ints:
         """Leading pages that each worker will have when its turn comes to compute: what it has, or more."""
@@ -76,20 +82,41 @@ class Placements:
     async def _tell(self) -> None:
         while True:
             await self._any_untold.wait()
-            await asyncio.sleep(GATHER_S)
-            untold, self._untold = self._untold, []
-            self._any_untold.clear()
             try:
-                await self._board.announce(self._router, [_as_told(*placed) for placed in untold])
+                if is_anybody_there := await self._is_anybody_there():
+                    await asyncio.sleep(GATHER_S)
+                untold, self._untold = self._untold, []
+                self._any_untold.clear()
+                if is_anybody_there:
+                    await self._say([_as_told(*placed) for placed in untold])
             except BlackboardLost:
                 await asyncio.sleep(RETRY_S)
+
+    async def _is_anybody_there(self) -> bool:
+        """Whether another router listens, as far as was heard; if not so, as it is in a moment."""
+        if not self._is_heard.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ALONE_S):
+                    await self._is_heard.wait()
+        if not self._is_heard.is_set():
+            await self._say([])
+        return self._is_heard.is_set()
+
+    async def _say(self, placed: Sequence[Placement]) -> None:
+        self._is_heard.clear()  # who is heard meanwhile sets it
+        if await self._board.announce(self._router, placed) > 1:
+            self._is_heard.set()
 
     async def _listen(self) -> None:
         while True:
             try:
                 async with self._board.listen(self._router) as heard:
+                    await self._say([])
                     while True:
-                        for placed in await heard.wait(LISTEN_S):
+                        if (told := await heard.wait(LISTEN_S)) is None:
+                            continue
+                        self._is_heard.set()
+                        for placed in told:
                             self.hear(placed)
             except ValueError as error:
                 log.warning("another router says what cannot be understood: %s", error)

@@ -127,9 +127,9 @@ def _bounds(totals: Floats) -> tuple[float, float]:
     the lowest of each is one of them."""
     if totals.size <= FEW * FEW:
         return float(totals.min(initial=np.inf)), np.inf
-    lowest = totals.min(axis=int(totals.shape[1] < FEW))
+    lowest = np.minimum.reduce(totals, int(totals.shape[1] < FEW))
     lowest.sort()
-    return float(lowest[0]), float(lowest[FEW - 1])
+    return lowest.item(0), lowest.item(FEW - 1)
 
 
 def spread(query: Query, table: Table, tied: Ints) -> Ints:
@@ -162,7 +162,7 @@ def candidate(scored: Costs, number: int) -> Candidate:
         prefill=facts.workers[row] if prefill else None,
         source=None if source is None else facts.workers[source],
         explained=partial(scored.remote_terms, prefill - 1, decode) if prefill else partial(scored.local_terms, decode),
-        num_cached_tokens=scored.num_tokens - int(computing.num_computed[row]),
+        num_cached_tokens=scored.num_tokens - int(computing.num_computed.item(row)),
         prefill_ms=scored.taken_ms(row),
         second_prefill=_second_prefill(scored, prefill - 1, decode) if prefill else None,
         expected_ms=scored.expected_ms(row),
@@ -174,7 +174,7 @@ def _second_prefill(scored: Costs, first: int, decode: int) -> Worker | None:
     others, facts = scored.remote[:, decode].copy(), scored.table.facts
     others[first] = np.inf
     second = int(others.argmin())
-    return facts.workers[facts.prefills[second]] if others[second] < np.inf else None
+    return facts.workers[facts.prefills[second]] if others.item(second) < math.inf else None
 
 
 def nobody(query: Query, table: Table) -> Fault:

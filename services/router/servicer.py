@@ -51,15 +51,15 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         """Place a request."""
         outcome = "ok"
         try:
-            query = parse(request)
+            query = parse(request, page_hashes := request.page_hashes)
             self._doubts.hear(request.lost)
             if request.HasField("withdrawn"):
                 await self._admission.give_back(query.request_id, query.model, request.withdrawn)
             chosen = await self._admission.place(
                 request,
                 query,
-                lambda: self._rank(request, query),
-                lambda chosen: self._placements.record(request.page_hashes, chosen),
+                lambda: self._rank(page_hashes, query),
+                lambda chosen: self._placements.record(page_hashes, chosen),
                 can_reserve=self._fleet.is_current,
             )
         except Fault as fault:
@@ -71,8 +71,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
     async def Explain(self, request: router_pb2.ExplainRequest, context: ExplainContext) -> router_pb2.ExplainResponse:  # noqa: ARG002
         """Say what Route would answer, and why."""
-        query = parse(request.request)
-        table = self._survey(request.request, query)
+        query = parse(request.request, page_hashes := request.request.page_hashes)
+        table = self._survey(page_hashes, query)
         candidates = policy.explain(query, table, self._weights)
         if not candidates or candidates[0].rejection:
             summary = str(policy.nobody(query, table))
@@ -95,13 +95,13 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         await self._admission.give_back(request.request_id, request.model, request.placement)
         return router_pb2.WithdrawResponse()
 
-    async def _rank(self, request: router_pb2.RouteRequest, query: Query) -> policy.Ranked:
+    async def _rank(self, page_hashes: bytes, query: Query) -> policy.Ranked:
         """Placements, the best first. While no worker is there at all, one may be about to come."""
         give_up = time.monotonic() + self._no_worker_wait_s
         while True:
             started = time.perf_counter()
             try:
-                ranked = policy.rank(query, self._survey(request, query), self._weights)
+                ranked = policy.rank(query, self._survey(page_hashes, query), self._weights)
             except (NoWorker, BlackboardLost):
                 left = min(give_up - time.monotonic(), rpc.time_remaining() or math.inf)
                 if query.excluded or left <= 0:
@@ -111,7 +111,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 self._seconds.record(time.perf_counter() - started)
                 return ranked
 
-    def _survey(self, request: router_pb2.RouteRequest, query: Query) -> Table:
+    def _survey(self, page_hashes: bytes, query: Query) -> Table:
         """The workers of the query's model with what they have of its prompt."""
         remaining = rpc.time_remaining()
         if remaining is not None and remaining <= 0:
@@ -122,18 +122,17 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         if not roster.incarnations:
             kind = NoWorker if self._fleet.knows(query.model) else ModelNotFound
             raise kind(f"no worker serves the model {query.model!r}", param="model")
-        page_hashes = request.page_hashes
         stored = self._mirror.runs(page_hashes, roster.incarnations)
         return self._fleet.table(roster, stored, self._placements.expected(roster, page_hashes, stored))
 
 
-def parse(request: router_pb2.RouteRequest) -> Query:
-    """What the policy needs of a request. Raises InvalidRequest."""
+def parse(request: router_pb2.RouteRequest, page_hashes: bytes) -> Query:
+    """What the policy needs of a request; its page hashes come with it, for whoever reads them there makes a copy.
+    Raises InvalidRequest."""
     if not request.model:
         raise InvalidRequest("model is empty", param="model")
     if not request.num_prompt_tokens:
         raise InvalidRequest("num_prompt_tokens is 0", param="num_prompt_tokens")
-    page_hashes = request.page_hashes  # a copy, each time
     num_hashes, broken = divmod(len(page_hashes), HASH_BYTES)
     if broken:
         raise InvalidRequest(f"{len(page_hashes)} bytes are not whole page hashes of {HASH_BYTES}", param="page_hashes")

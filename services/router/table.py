@@ -28,11 +28,27 @@ class Output(NamedTuple):
     share_ms: Floats
 
 
+class Scalars:
+    """Those weights that costs are reckoned with, as arrays without dimensions: numpy takes 0.3 us to multiply 64
+    numbers with one, and 0.5 with a number of Python's, which it has to convert."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.local_prefill_max_tokens = np.array(float(weights.local_prefill_max_tokens))
+        self.min_pull_tokens = np.array(float(weights.min_pull_tokens))
+        self.chunk_tokens = np.array(float(weights.chunk_tokens))
+        self.chunks_per_token = np.array(1 / weights.chunk_tokens)
+        self.handoff_ms = np.array(weights.handoff_ms)
+        self.min_stalled = np.array(weights.min_stalled)
+        self.stall_weight = np.array(weights.stall_weight)
+        self.half_step = np.array(0.5)
+
+
 class Facts:
     """What workers reported [workers]: the same for every request until the next heartbeat."""
 
     def __init__(self, workers: Sequence[Worker], weights: Weights) -> None:
         self.workers = tuple(workers)
+        self._weights, self._scalars = weights, Scalars(weights)
         loads, pages = [w.registration.load for w in workers], [w.registration.pages for w in workers]
         cards, groups = [w.card for w in workers], sorted({w.group for w in workers})
         self.num_groups = len(groups)
@@ -100,6 +116,10 @@ class Facts:
         """What a chunk takes beside so many sequences [workers]: none, or the step of some."""
         shared: Floats = np.minimum(num_decoding, 1.0) * self.shared_ms
         return shared
+
+    def scalars(self, weights: Weights) -> Scalars:
+        """These weights, which are mostly those that the facts were made with."""
+        return self._scalars if weights is self._weights else Scalars(weights)
 
     def output(self, max_tokens: int) -> Output:
         """An output of at most so many tokens; 0: as many as usual. Few numbers are asked for within a heartbeat."""
@@ -216,7 +236,7 @@ class Table(NamedTuple):
         return self._num_tokens(query, self.num_stored_pages)
 
     def _num_tokens(self, query: Query, num_pages: Ints) -> Floats:
-        tokens: Floats = np.minimum(num_pages * self.facts.page_size, query.num_prompt_tokens - 1)
+        tokens: Floats = np.minimum(num_pages * self.facts.page_size, query.num_prompt_tokens - 1.0)
         return tokens
 
     def fit(self, query: Query) -> Bools:

@@ -4,11 +4,11 @@ The steps themselves are in `admission.lua`, each of them atomic and one round t
 """
 
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
@@ -48,8 +48,7 @@ class Pair(NamedTuple):
     prefill: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """A request that wants room. `cost` (tokens) is what its tenant's share pays for it; `remaining_ms` is None without
     a deadline; a `resumed` one, whose client has output already, goes before all others."""
 
@@ -120,7 +119,7 @@ class AdmissionBoard:
         """Close the connection of reservations."""
         await self._reservations.close()
 
-    async def reserve(
+    def reserve(
         self,
         ask: Ask,
         needs: Sequence[Need],
@@ -129,8 +128,9 @@ class AdmissionBoard:
         router: str,
         max_queued: int,
         is_partial: bool = False,
-    ) -> Verdict:
-        """Reserve the first pair that has room on both workers, if it is this request's turn; else park it.
+    ) -> Coroutine[Any, Any, Verdict]:
+        """Reserve the first pair that has room on both workers, if it is this request's turn; else park it. Asked for
+        at once, and before any withdrawal that is asked for later; to be awaited is the verdict.
 
         A request that is parked already keeps its place, also if another router has parked it. `is_partial`: there are
         more pairs; nothing is done if it is the request's turn and none of these has room.
@@ -152,14 +152,13 @@ class AdmissionBoard:
             " ".join([f"{decode + 1} {0 if prefill is None else prefill + 1}" for decode, prefill in pairs]),
         ]
         workers = [(need.name, need.epoch) for need in needs]
-        with faults():
-            return _verdict(await self._reservations.run(_keys(ask.model, workers), args))
+        return _judged(self._reservations.run(_keys(ask.model, workers), args))
 
     async def withdraw(self, ask: Ask, router: str, workers: Iterable[tuple[str, int]]) -> None:
         """Take a request out of the queue, unless another router has it now, and back what these workers (name, epoch)
         were promised of it."""
         with faults():
-            await self._script(keys=_keys(ask.model, workers), args=["withdraw", ask.request_id, router])
+            await self._reservations.run(_keys(ask.model, workers), ["withdraw", ask.request_id, router])
 
     async def give_back(self, request_id: str, model: str, workers: Iterable[tuple[str, int]]) -> None:
         """End the promises of these workers (name, epoch) to a request that will not come to them."""
@@ -243,6 +242,11 @@ def _account(amounts: Sequence[int]) -> Account:
 
 def _room(amounts: Sequence[int]) -> Room:
     return Room(**dict(zip(Room.model_fields, amounts, strict=True)))
+
+
+async def _judged(answer: Awaitable[Sequence[bytes | int]]) -> Verdict:
+    with faults():
+        return _verdict(await answer)
 
 
 def _verdict(answer: Sequence[bytes | int]) -> Verdict:

@@ -28,7 +28,7 @@ class Placement(Record):
 
 
 class Announcement(Record):
-    """Placements of one router, in order."""
+    """Placements of one router, in order. None of them: it has just begun to listen."""
 
     router: str
     placed: tuple[Placement, ...]
@@ -67,8 +67,9 @@ class Heard:
     def __init__(self, pubsub: PubSub, router: str) -> None:
         self._pubsub, self._router = pubsub, router
 
-    async def wait(self, timeout_s: float) -> Sequence[Placement]:
-        """What another router placed; nothing if none said so in time. Raises BlackboardLost."""
+    async def wait(self, timeout_s: float) -> Sequence[Placement] | None:
+        """What another router placed, or nothing if it only said that it is there; None if none spoke in time. Raises
+        BlackboardLost."""
         end = time.monotonic() + timeout_s
         with faults():
             while (left := end - time.monotonic()) > 0:
@@ -76,7 +77,7 @@ class Heard:
                     said = _parse(message["data"])
                     if said and said.router != self._router:
                         return said.placed
-        return ()
+        return None
 
 
 def _parse(raw: bytes) -> Announcement | None:

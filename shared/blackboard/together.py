@@ -8,10 +8,11 @@ while ago. Here redis-py opens the connection, writes and reads; what waits for 
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Generator, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from hashlib import sha1
+from types import coroutine
 from typing import Any
 
 import hiredis
@@ -27,78 +28,97 @@ Answer = asyncio.Future[Any]
 class _Run:
     command: bytes
     answer: Answer
-    conversation: "_Conversation | None" = None
-    """Where it was said."""
+    until: float
+    """When it is given up, by the loop's clock."""
 
 
 class Together:
-    """All runs that are asked for in one turn of the event loop go out together, and are answered in this order."""
+    """Runs go out in the order in which they are asked for, and are answered in it: the first of a turn of the event
+    loop at once, all others of that turn together behind it."""
 
     def __init__(self, redis: Redis, script: str, timeout_s: float) -> None:
         self._redis, self._script, self._timeout_s = redis, script, timeout_s
         self._sha = sha1(script.encode(), usedforsecurity=False).hexdigest()
         self._wanted: list[_Run] = []
-        self._saying: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._is_next_due = False
+        """Whether what is wanted goes out in the next turn."""
         self._conversation: _Conversation | None = None
 
-    async def run(self, keys: Sequence[str], args: Sequence[str | int]) -> Any:
-        """What the script answers. Raises RedisError, or TimeoutError if there is no answer in time.
+    def run(self, keys: Sequence[str], args: Sequence[str | int]) -> Coroutine[Any, Any, Any]:
+        """Ask for a run now; to be awaited is what the script answers. For somebody who is cancelled meanwhile it may
+        run, too, but not behind what that one asks for afterwards.
 
-        A run whose connection was lost is sent once more, on the next one, which knows the script: the server may have
-        been started again. Scripts of ours may be repeated.
+        Raises RedisError, or TimeoutError if there is no answer in time. A run whose connection was lost is sent once
+        more, on the next one, which knows the script: the server may have been started again. Scripts of ours may be
+        repeated.
         """
         command = hiredis.pack_command(("EVALSHA", self._sha, len(keys), *keys, *args))  # type: ignore[arg-type]
-        try:
-            return await self._answer(command)
-        except (LostConnection, NoScriptError):
-            return await self._answer(command)
+        return self._answered(self._ask(command))
 
     async def close(self) -> None:
         """End the connection; whoever waits is told that it was lost."""
-        if self._saying is not None:
-            self._saying.cancel()
+        if self._opening is not None:
+            self._opening.cancel()
         if self._conversation is not None:
             await self._conversation.end(LostConnection("closed"))
 
-    async def _answer(self, command: bytes) -> Any:
+    async def _answered(self, run: _Run) -> Any:
+        try:
+            return await run.answer
+        except (LostConnection, NoScriptError):
+            return await self._ask(run.command).answer
+
+    def _ask(self, command: bytes) -> _Run:
         loop = asyncio.get_running_loop()
-        self._wanted.append(run := _Run(command, loop.create_future()))
-        if self._saying is None:
-            # In the next turn, behind whoever else is on the way; of no request, so without its deadline.
-            self._saying = loop.create_task(self._say(), context=Context())
+        run = _Run(command, loop.create_future(), loop.time() + self._timeout_s)
+        self._wanted.append(run)
+        if not self._is_next_due:
+            self._say()
+            self._is_next_due = True
+            loop.call_soon(self._say)
+        return run
+
+    def _say(self) -> None:
+        """Send what is wanted, on a new connection once there is one."""
+        self._is_next_due = False
+        if not self._wanted or self._opening is not None:
+            return
+        if self._conversation is None or self._conversation.is_over:
+            loop = asyncio.get_running_loop()
+            self._opening = loop.create_task(self._open(), context=Context())  # of no request: without its deadline
+        else:
+            wanted, self._wanted = self._wanted, []
+            self._conversation.say([run for run in wanted if not run.answer.done()])
+
+    async def _open(self) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await run.answer
-        except TimeoutError:
-            if run.conversation is not None:  # whoever comes next is to find another: this one may never end by itself
-                await run.conversation.end(LostConnection("no answer in time"))
+                self._conversation = await self._opened()
+        except (RedisError, OSError, RuntimeError) as error:
+            self._fail(error)
+        except asyncio.CancelledError:
+            self._fail(LostConnection("closed"))
             raise
-
-    async def _say(self) -> None:
-        """Send what is wanted, until nothing is."""
-        try:
-            while wanted := [run for run in self._wanted if not run.answer.done()]:
-                self._wanted = []
-                try:
-                    await (await self._open()).say(wanted)
-                except (RedisError, OSError, RuntimeError) as error:
-                    for run in wanted:
-                        _settle(run.answer, error)
         finally:
-            self._wanted, self._saying = [], None
+            self._opening = None
+        self._say()
 
-    async def _open(self) -> "_Conversation":
-        if self._conversation is None or self._conversation.is_over:
-            connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-            try:
-                await connection.connect()
-                await connection.send_command("SCRIPT LOAD", self._script)
-                await connection.read_response()
-            except BaseException:
-                await connection.disconnect(nowait=True)
-                raise
-            self._conversation = _Conversation(connection)
-        return self._conversation
+    def _fail(self, error: Exception) -> None:
+        for run in self._wanted:
+            _settle(run.answer, error)
+        self._wanted = []
+
+    async def _opened(self) -> "_Conversation":
+        connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        try:
+            await connection.connect()
+            await connection.send_command("SCRIPT LOAD", self._script)
+            await connection.read_response()
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        return _Conversation(connection)
 
 
 class _Conversation:
@@ -106,25 +126,55 @@ class _Conversation:
 
     def __init__(self, connection: AbstractConnection) -> None:
         self._connection = connection
-        connection.socket_timeout = None  # whoever waits has a time of his own
-        self._answers: deque[Answer] = deque()
-        self._hearing = asyncio.get_running_loop().create_task(self._hear(), context=Context())
+        connection.socket_timeout = None  # `_look` sees to it for all
+        self._runs: deque[_Run] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._hearing = self._loop.create_task(self._hear(), context=Context())
+        self._ending: asyncio.Task[None] | None = None
+        self._is_watched = False
         self.is_over = False
 
-    async def say(self, runs: Sequence[_Run]) -> None:
-        """Send these. Raises as redis-py does."""
-        for run in runs:
-            run.conversation = self
-            self._answers.append(run.answer)
-        await self._connection.send_packed_command([run.command for run in runs], check_health=False)
+    def say(self, runs: Sequence[_Run]) -> None:
+        """Send these. Who waits for them is told if that fails."""
+        if not runs:
+            return
+        self._runs.extend(runs)
+        if not self._is_watched:
+            self._is_watched = True
+            self._loop.call_at(runs[0].until, self._look)
+        writing = self._connection.send_packed_command([run.command for run in runs], check_health=False)
+        try:
+            awaited = writing.send(None)
+        except StopIteration:
+            return  # as mostly: a task, to write what need not wait, would cost more than the writing
+        except (RedisError, OSError, RuntimeError) as error:
+            self._end_soon(LostConnection(str(error)))
+        else:
+            self._loop.create_task(_rest(writing, awaited), context=Context())
+
+    def _look(self) -> None:
+        """End the connection if a run has waited for too long; else come again when the oldest one will have."""
+        self._is_watched = bool(self._runs) and not self.is_over
+        if not self._is_watched:
+            return
+        if self._runs[0].until <= self._loop.time():
+            self._end_soon(LostConnection("no answer in time"))  # this one may never answer again
+        else:
+            self._loop.call_at(self._runs[0].until, self._look)
+
+    def _end_soon(self, reason: RedisError) -> None:
+        self.is_over = True  # whoever comes next is to find another
+        self._ending = self._loop.create_task(self.end(reason), context=Context())
 
     async def end(self, reason: RedisError) -> None:
         """Close the connection, and tell those who wait why."""
         self.is_over = True
         if self._hearing is not asyncio.current_task():
             self._hearing.cancel()
-        while self._answers:
-            _settle(self._answers.popleft(), reason)
+        now = self._loop.time()
+        while self._runs:
+            run = self._runs.popleft()
+            _settle(run.answer, reason if run.until > now else TimeoutError())
         await self._connection.disconnect(nowait=True)
 
     async def _hear(self) -> None:
@@ -139,7 +189,17 @@ class _Conversation:
                 answer = error
             except (RedisError, OSError, RuntimeError) as error:
                 return await self.end(LostConnection(str(error)))
-            _settle(self._answers.popleft(), answer)
+            _settle(self._runs.popleft().answer, answer)
+
+
+@coroutine
+def _rest(work: Coroutine[Any, Any, None], awaited: Any) -> Generator[Any, Any, None]:
+    """What is left of work that was begun outside of any task, and waits for this."""
+    try:
+        yield awaited
+        yield from work
+    except OSError:
+        return  # the connection was lost, which `_hear` notices
 
 
 def _settle(answer: Answer, found: Any) -> None:

@@ -2,11 +2,12 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import cast
 
 import numpy as np
 import pytest
+from redis.asyncio import Redis
 
 from services.router import policy
 from services.router.candidate import Candidate, Query, Weights
@@ -231,6 +232,37 @@ async def test_a_router_does_not_count_its_own_placements_twice(two: tuple[World
     second.place(prompt(100, seed=1))  # its announcement comes behind the first one's
     await until_expected(first, prompt(100, seed=1))
     assert first.table(prompt(100)).num_decoding.sum() == 2
+
+
+class Counted(PlacementBoard):
+    """Counts what is said on it."""
+
+    num_said = num_told = 0
+
+    async def announce(self, router: str, placed: Sequence[Placement]) -> int:
+        num_listening = await super().announce(router, placed)
+        self.num_said += 1
+        self.num_told += len(placed)
+        return num_listening
+
+
+async def test_a_router_that_is_alone_tells_nothing_and_one_that_comes_hears_what_is_new(valkey_url: str) -> None:
+    async with Redis.from_url(valkey_url) as redis, asyncio.timeout(10):
+        board, other = Counted(redis), PlacementBoard(redis)
+        alone = World(registration("d1"), registration("d2"), board=board)
+        running = asyncio.create_task(alone.placements.run())
+        alone.place(prompt(20))
+        while board.num_said < 2:  # noqa: ASYNC110 - that it listens, and whether anybody does; nothing tells
+            await asyncio.sleep(0.01)
+        assert board.num_told == 0
+        alone.place(prompt(20, seed=1))
+        async with other.listen("r2") as heard:
+            await other.announce("r2", [])
+            while not (told := await heard.wait(10)):
+                pass
+        assert [placed.marks for placed in told] == [b"".join(marks(prompt(20, seed=1))).hex()]
+        running.cancel()
+        await asyncio.wait({running})
 
 
 async def test_what_cannot_be_understood_is_left_out(two: tuple[World, World], valkey_url: str) -> None:

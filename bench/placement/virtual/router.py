@@ -99,9 +99,9 @@ class Heard:
     def __init__(self, ear: asyncio.Queue[Sequence[Placement]]) -> None:
         self._ear = ear
 
-    async def wait(self, timeout_s: float) -> Sequence[Placement]:
-        """The next placements; none if there were none in time."""
+    async def wait(self, timeout_s: float) -> Sequence[Placement] | None:
+        """What is told next; None if nothing is in time."""
         try:
             return await asyncio.wait_for(self._ear.get(), timeout_s)
         except TimeoutError:
-            return ()
+            return None
