@@ -70,7 +70,7 @@ async def _serve(
     following = asyncio.create_task(follow(board, core.directory, interval_ms, ttl_ms))
     await core.directory.changed(interval_ms / 1000)  # who comes first must not be told that nobody is there
     http, http_port = rest_server(config, core, telemetry_)
-    grpc_server = rpc.Server(telemetry_, [SERVICE])
+    grpc_server = rpc.Server(telemetry_, [SERVICE], takes_lines=False)
     servicer = GatewayServicer(core, ApiKeys(config.api_key), config.request_timeout_ms)
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, grpc_server.grpc)
     grpc_port = await grpc_server.start(config.host, config.port)
