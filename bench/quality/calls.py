@@ -52,8 +52,8 @@ def cases(path: Path = CASES) -> list[Case]:
 
 
 class Asker:
-    """Asks a gateway, with an API key if it wants one. `native` is whether its model is given tools as such; it is found
-    out by the first question."""
+    """Asks a gateway, with an API key if it wants one. `native` is whether its model is given tools as such; the first
+    question finds it out."""
 
     def __init__(self, url: str, model: str, api_key: str = "") -> None:
         self._http = httpx.Client(base_url=url, headers=bearer(api_key), timeout=TIMEOUT_S, trust_env=False)

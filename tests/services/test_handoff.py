@@ -19,7 +19,7 @@ PROMPT = [token * 7 % 1000 for token in range(101)]
 
 async def alone(world: Fleet, prompt: list[int], **sampling: Any) -> list[int]:
     """What a worker generates without any help."""
-    running = await world.start("alone")
+    running = await world.start("alone", is_alone=True)
     answer = await generate(world, request(prompt, running, **sampling))
     await world.stop(running)
     return answer.tokens

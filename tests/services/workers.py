@@ -219,8 +219,10 @@ class Fleet:
         checksums: bool = False,
         speculation: Speculation | None = None,
         connect_ms: float = 0.0,
+        is_alone: bool = False,
     ) -> Running:
-        """A worker called `name`. It waits for connections to peers, unless told that they take long."""
+        """A worker called `name`. It waits for its pools' connections to peers, unless told that they take long; it has
+        one for calls to each worker that runs, unless it `is_alone`."""
         gate, clock = Gate(), Clock()
         # A clock that stands still: a step of which the computation alone took its time would not sleep, nor be held.
         executor = SimExecutor(model, num_pages, sleep=gate, clock=lambda: 0.0)
@@ -242,8 +244,21 @@ class Fleet:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker), server.grpc)
         address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
         ref = kv_pb2.WorkerRef(worker_id=name, epoch=epoch, address=address)
-        self.running.append(Running(worker, server, transport, prefill, kv_servicer, ref, gate, clock))
-        return self.running[-1]
+        made = Running(worker, server, transport, prefill, kv_servicer, ref, gate, clock)
+        others = [] if is_alone else list(self.running)
+        self.running.append(made)
+        await self._connect(made, others)
+        return made
+
+    async def _connect(self, made: Running, others: Sequence[Running]) -> None:
+        """Connect a new worker with the client and with others. A connection that takes a tenth of a second counts as
+        refused (`shared/rpc.py`); on a busy machine it does, and other than a gateway a test cannot go elsewhere."""
+        ways = [(self.channels, made)]
+        for other in others:
+            ways += [(other.worker.channels, made), (made.worker.channels, other)]
+        async with asyncio.timeout(PATIENCE_S):
+            for channels, callee in ways:
+                await channels.to(callee.ref.address).channel_ready()
 
     async def stop(self, running: Running) -> None:
         """Kill a worker: its server, its engine and its pages are gone."""
@@ -268,7 +283,7 @@ class Fleet:
 
     async def expected(self, message: decode_pb2.GenerateRequest) -> list[int]:
         """What a worker of the same model that knows nothing yet, and asks nobody, generates for a request."""
-        alone = await self.start("alone")
+        alone = await self.start("alone", is_alone=True)
         copy = decode_pb2.GenerateRequest()
         copy.CopyFrom(message)
         copy.placement.CopyFrom(decode_pb2.Placement(decode=alone.ref))

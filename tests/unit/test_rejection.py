@@ -166,8 +166,8 @@ COUNT_OF_TWO = 1_200
 
 
 def excess_of_two(speculation: Speculation, **params: Any) -> float:
-    """Of the first two tokens, one for each of two steps: the second is the first that had a draft, and all mistakes are
-    felt there. So nothing else need be computed, and there can be more of them."""
+    """Of the first two tokens, which come in two steps: the second is the first that has a draft, and all mistakes are
+    felt there. So nothing else is computed."""
     asked, drafts = trial(max_tokens=3, **params), replace(speculation, num_drafts=ONE)
     serving = engine(executor(rejection=True, drafts=drafts.make_proposer is None), drafts)
     found = outputs(serving, asked.requests(COUNT_OF_TWO), num_steps=2)

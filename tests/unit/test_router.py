@@ -52,14 +52,13 @@ class Router:
         name: str = "r1",
         *,
         heartbeat_ms: int = 20,
-        ttl_ms: int = TTL_MS,
         no_worker_wait_ms: int = 0,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.url, self.board = url, Blackboard(url)
         self.telemetry = Telemetry("router", "r1")
-        self.fleet = Fleet(self.board, WEIGHTS, heartbeat_ms=heartbeat_ms, ttl_ms=ttl_ms, clock=clock)
+        self.fleet = Fleet(self.board, WEIGHTS, heartbeat_ms=heartbeat_ms, ttl_ms=TTL_MS, clock=clock)
         self.server = rpc.Server(self.telemetry, [SERVICE])
         self.mirror = Mirror(max_pages=10_000)
         self.feed = MirrorFeed(self.board.index, self.fleet, self.mirror)
@@ -193,7 +192,8 @@ async def test_a_worker_that_one_gateway_lost_gets_nothing_more_from_anybody(rou
 
 
 async def test_the_view_is_kept_while_redis_is_away_and_rebuilt_when_it_is_back(valkey: ValkeyProcess) -> None:
-    router = Router(valkey.url, ttl_ms=300)
+    now_s = [0.0]
+    router = Router(valkey.url, clock=lambda: now_s[0])
     await router.start()
     await router.fleet_of("d1", "d2")
     valkey.stop()
@@ -204,6 +204,7 @@ async def test_the_view_is_kept_while_redis_is_away_and_rebuilt_when_it_is_back(
     valkey.start()
     await router.until(lambda seen: len(seen) == 2)
     await router.join("d2")
+    now_s[0] += TTL_MS / 1000
     await router.until(lambda seen: seen == [("d2", 1)])
     await router.stop()
 
