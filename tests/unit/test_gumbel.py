@@ -9,7 +9,7 @@ import pytest
 
 from shared.engine.sampling import gumbel
 from shared.engine.splitmix import GOLDEN, mix, mix_words
-from tests.unit.test_sampling import chi_square_bound
+from tests.unit.drawing import chi_square_bound
 
 NUM_DRAWS = 4_000
 

@@ -17,8 +17,8 @@ from shared.engine.sampling.rejection import RejectionSampler
 from shared.engine.sampling.sampler import Sampler
 from shared.engine.speculation.ngram import NgramProposer
 from shared.engine.speculation.speculator import Speculation
+from tests.unit.drawing import chi_square_bound, item, rows
 from tests.unit.markov import Trial, engine, executor, outputs
-from tests.unit.test_sampling import chi_square_bound, item, rows
 
 COUNT = 600
 PROMPT = (0, 1, 2, 3, 1, 0, 2, 1, 3, 0, 1)

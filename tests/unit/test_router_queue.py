@@ -14,7 +14,7 @@ from shared import rpc
 from shared.blackboard import keys
 from shared.blackboard.records import Room
 from shared.errors import DeadlineExceeded, Draining, Overloaded
-from tests.unit.test_router import TTL_MS, Router
+from tests.unit.router_rig import TTL_MS, Router
 
 ONE, FULL = Room(sequences=1, tokens=10_000, pages=10_000), Room(sequences=1)
 
