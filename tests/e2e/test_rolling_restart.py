@@ -68,7 +68,7 @@ async def test_a_fleet_restarted_under_load_costs_no_client_an_error(
 async def placement(cluster: RunningCluster, number: int) -> str:
     """The decode worker that the gateway chose for its `number`-th request. It says so a little later."""
     async with asyncio.timeout(DEADLINE_S):
-        while len(placed := [line for line in cluster.log("gateway-0").splitlines() if '"placed"' in line]) < number:
+        while len(placed := [line for line in cluster.log("gateway-0").splitlines() if '"placed"' in line]) < number:  # noqa: ASYNC110 - a log has no event
             await asyncio.sleep(0.01)
     return str(json.loads(placed[number - 1])["decode"])
 
