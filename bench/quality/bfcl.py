@@ -63,7 +63,7 @@ def run(settings: Settings) -> dict[str, Any]:
         **os.environ,
         "BFCL_PROJECT_ROOT": str(settings.directory.resolve()),
         "OPENAI_BASE_URL": f"{settings.url}/v1",
-        "OPENAI_API_KEY": first_key(settings.api_key) or "none",  # the client asks for some
+        "OPENAI_API_KEY": first_key(settings.api_key) or "none",  # without any the client does not start
     }
     command = [str(settings.python), str(DRIVER), json.dumps(wanted)]
     try:

@@ -219,10 +219,12 @@ class Fleet:
         checksums: bool = False,
         speculation: Speculation | None = None,
         connect_ms: float = 0.0,
+        patience_ms: float = PATIENCE_S * 1000,
         is_alone: bool = False,
     ) -> Running:
-        """A worker called `name`. It waits for its pools' connections to peers, unless told that they take long; it has
-        one for calls to each worker that runs, unless it `is_alone`."""
+        """A worker called `name`. It waits for its pools' connections to peers, unless told that they take long, and
+        for peers that have a prefix, on a busy machine for more than a worker's least patience. It has a connection
+        for calls to each worker that runs, unless it `is_alone`."""
         gate, clock = Gate(), Clock()
         # A clock that stands still: a step of which the computation alone took its time would not sleep, nor be held.
         executor = SimExecutor(model, num_pages, sleep=gate, clock=lambda: 0.0)
@@ -235,7 +237,7 @@ class Fleet:
         measures, channels = Measures(self.telemetry.meter, engine), rpc.Channels()
         pools = Pools([Member(transport, own_pool(transport, engine.memory, engine.spec.layout))])
         kv_servicer = TamperedKv(identity, engine, pools, checksums=checksums)
-        puller = Puller(channels, pools, engine, measures, connect_ms, connect_later_s=0.01)
+        puller = Puller(channels, pools, engine, measures, connect_ms, 0.01, patience_ms)
         worker = Worker(identity, Admission(), engine, loop, kv_servicer, puller, channels, measures)
         server = rpc.Server(self.telemetry, SERVICES)
         kv_pb2_grpc.add_KvServiceServicer_to_server(kv_servicer, server.grpc)
