@@ -119,7 +119,8 @@ async def _drain(config: GatewayConfig, core: Core, heartbeat: Heartbeat | None)
     if heartbeat is not None:
         heartbeat.announce()
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(core.idle(), config.drain_grace_ms / 1000)
+        async with asyncio.timeout(config.drain_grace_ms / 1000):
+            await core.idle()
     log.info("drained")
 
 
