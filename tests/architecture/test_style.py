@@ -43,7 +43,7 @@ def test_packages_re_export_nothing() -> None:
 
 
 def test_no_wait_swallows_a_cancellation() -> None:
-    """`asyncio.wait_for` of Python 3.11 does if what it waits for comes in the same turn; `asyncio.timeout` does not."""
+    """Python 3.11's `asyncio.wait_for` does if what it waits for comes in the same turn; `asyncio.timeout` does not."""
     waiting = {name(path) for path in sources("services", "shared", "cli") if "wait_for(" in path.read_text()}
     assert waiting == set()
 
