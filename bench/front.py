@@ -34,24 +34,28 @@ Found = dict[tuple[int, str], dict[str, list[float]]]
 """CPU seconds per 1,000 requests by number of streams and role, then by checkout, round by round."""
 
 
-async def measure(clusters: Mapping[str, Background], streams: Sequence[int], num_rounds: int, chance: Random) -> Found:
-    """Put the same load on each cluster, in turns."""
-    found: Found = defaultdict(lambda: defaultdict(list))
+async def measure(
+    clusters: Mapping[str, Background], streams: Sequence[int], num_rounds: int, chance: Random, found: Found
+) -> None:
+    """Put the same load on each cluster, in turns. What is `found` is of whole turns, also if it is ended before its
+    time."""
 
-    async def one(name: str, num_streams: int, prompts: Sequence[str]) -> None:
+    async def one(name: str, num_streams: int, prompts: Sequence[str], took: dict[str, dict[str, float]]) -> None:
         running = clusters[name]
         before = background.cpu_s(running)
         if await ask_all(Client(running.run.url, running.run.model), prompts, num_streams):
             raise RuntimeError("requests failed")
         spent = {role: (s - before[role]) * 1e3 / len(prompts) for role, s in background.cpu_s(running).items()}
-        for role, taken in {BOTH: spent["gateway"] + spent["router"], **spent}.items():
-            found[num_streams, role][name].append(taken)
+        took[name] = {BOTH: spent["gateway"] + spent["router"], **spent}
 
     for _ in range(num_rounds):
         for num_streams in streams:
             prompts = [prompt(chance, PROMPT_TOKENS) for _ in range(max(MIN_REQUESTS, num_streams))]
-            await turns.in_turns({name: partial(one, name, num_streams, prompts) for name in clusters}, chance)
-    return found
+            took: dict[str, dict[str, float]] = {}
+            await turns.in_turns({name: partial(one, name, num_streams, prompts, took) for name in clusters}, chance)
+            for name, by_role in took.items():
+                for role, spent_s in by_role.items():
+                    found[num_streams, role][name].append(spent_s)
 
 
 def report(found: Found, names: Sequence[str]) -> None:
@@ -62,6 +66,10 @@ def report(found: Found, names: Sequence[str]) -> None:
         cells = [f"{median(by_name[name]):.2f} ({min(by_name[name]):.2f})" for name in names]
         cells += [f"{turns.difference(by_name[name], by_name[names[0]]):+.2f}" for name in names[1:]]
         print(f"| {num_streams} | {role} | {' | '.join(cells)} |")
+
+
+def _nothing() -> Found:
+    return defaultdict(lambda: defaultdict(list))
 
 
 def main() -> None:
@@ -79,8 +87,12 @@ def main() -> None:
         clusters = {
             name: stack.enter_context(background.cluster(*flags(IN_NO_TIME), root=at)) for name, at in checkouts.items()
         }
-        uvloop.run(measure(clusters, args.streams, 1, chance))
-        report(uvloop.run(measure(clusters, args.streams, args.rounds, chance)), list(clusters))
+        uvloop.run(measure(clusters, args.streams, 1, chance, _nothing()))
+        found = _nothing()
+        try:
+            uvloop.run(measure(clusters, args.streams, args.rounds, chance, found))
+        finally:
+            report(found, list(clusters))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`forebay eval`: how good a model is, and what quantizing it cost."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cli.target import GatewayUrl, client, fail, model_names, url_of
+from cli.target import ApiKey, GatewayUrl, client, fail, model_names, url_of
 from shared.errors import Fault
 
 app = typer.Typer(no_args_is_help=True, help="Measure the quality of models.")
@@ -52,6 +53,7 @@ def quant(  # noqa: PLR0913, PLR0917 - a flag each
 @app.command()
 def bfcl(  # noqa: PLR0913, PLR0917 - a flag each
     url: GatewayUrl = "",
+    api_key: ApiKey = "",
     model: Annotated[str, typer.Option(help="Model; default: the first that is served.")] = "",
     python: Annotated[Path, typer.Option(help="Python of an environment that has bfcl-eval.")] = Path(sys.executable),
     out: Annotated[Path, typer.Option(help="Where answers and scores are kept.")] = Path("bfcl-run"),
@@ -65,12 +67,14 @@ def bfcl(  # noqa: PLR0913, PLR0917 - a flag each
     """The Berkeley Function Calling Leaderboard through a gateway, by the package bfcl-eval in its own environment."""
     from bench.quality import bfcl as suite
 
-    with client(url_of(url), 10.0) as http:
-        names = [model] if model else model_names(http)
+    with client(url_of(url), 10.0, api_key) as http:
+        names = model_names(http)  # also of a model that is named: a key that is refused shows here, not in each answer
     if not names:
         fail("the cluster serves no model yet")
     wanted = tuple(name.strip() for name in categories.split(",") if name.strip()) or suite.CATEGORIES
-    settings = suite.Settings(url_of(url), names[0], python, out, wanted, limit, threads, native, max_tokens)
+    settings = suite.Settings(
+        url_of(url), model or names[0], python, out, wanted, limit, threads, native, max_tokens, api_key
+    )
     try:
         found = suite.run(settings)
     except Fault as fault:
@@ -82,7 +86,7 @@ def bfcl(  # noqa: PLR0913, PLR0917 - a flag each
 
 
 @contextmanager
-def _cluster(path: Path, dtype: str, kernels: str) -> Iterator[tuple[str, str]]:
+def _cluster(path: Path, dtype: str, kernels: str) -> Iterator[tuple[str, str, str]]:
     from cli import background
     from cli.cluster import StartFailed
 
@@ -90,7 +94,8 @@ def _cluster(path: Path, dtype: str, kernels: str) -> Iterator[tuple[str, str]]:
         with background.cluster(
             "--model", str(path), "--dtype", dtype, "--worker-flags", f"--kernels {kernels}"
         ) as running:
-            yield running.run.url, running.run.model
+            # Its gateway reads the environment, too.
+            yield running.run.url, running.run.model, os.environ.get("FOREBAY_API_KEY", "")
     except StartFailed as error:
         fail(str(error))
 

@@ -134,7 +134,8 @@ class Supervised:
             self.died.set()
             backoff_s = next_backoff(backoff_s, self._first_backoff_s, time.monotonic() - started, code)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), backoff_s)
+                async with asyncio.timeout(backoff_s):
+                    await self._stopping.wait()
                 return
             ended = await self._spawn()
 

@@ -62,7 +62,8 @@ def model_names(http: httpx.Client) -> list[str]:
     try:
         answer = http.get("/v1/models")
         if answer.status_code == httpx.codes.UNAUTHORIZED:
-            fail(f"{http.base_url} asks for an API key: --api-key, or FOREBAY_API_KEY in the environment")
+            what = "refuses this API key" if "Authorization" in http.headers else "asks for an API key"
+            fail(f"{http.base_url} {what}: --api-key, or FOREBAY_API_KEY in the environment")
         answer.raise_for_status()
     except httpx.HTTPError as error:
         fail(f"no answer from {http.base_url}: {error}; is a cluster up? `forebay up` starts one")

@@ -229,19 +229,28 @@ def outgoing() -> tuple[tuple[str, str], ...]:
 class Server:
     """A gRPC server with health, reflection, faults, deadlines and spans."""
 
-    def __init__(self, telemetry: Telemetry, service_names: Sequence[str], local: LocalSockets | None = None) -> None:
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        service_names: Sequence[str],
+        local: LocalSockets | None = None,
+        *,
+        takes_lines: bool = True,
+    ) -> None:
+        """`takes_lines` is for processes that others of ours call; a face for users has only what users may call."""
         self._lines, self._local = Lines(), local or LocalSockets()
         self._listener: Listener | None = None
         interceptor = _Interceptor(telemetry, self._lines)
         self.grpc = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
-        servicer: Any = self._lines
-        line_pb2_grpc.add_LineServiceServicer_to_server(servicer, self.grpc)
+        others = [health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
+        if takes_lines:
+            servicer: Any = self._lines
+            line_pb2_grpc.add_LineServiceServicer_to_server(servicer, self.grpc)
+            others.append(LINE.full_name)
         self._health = health.HealthServicer()
         self._service_names = ("", *service_names)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
-        others = [descriptor.full_name for descriptor in (LINE, health_pb2.DESCRIPTOR.services_by_name["Health"])]
-        names = (*service_names, *others, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self.grpc)
+        reflection.enable_server_reflection((*service_names, *others), self.grpc)
 
     async def start(self, host: str, port: int, *, serving: bool = True) -> int:
         """Listen, healthy unless that has to wait; return the port. Raises OSError if it cannot.

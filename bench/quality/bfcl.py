@@ -10,10 +10,11 @@ needs soundfile and does not say so.
 import json
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from services.gateway.api_keys import first_key
 from shared.errors import InvalidRequest, Unsupported, WorkerLost
 
 DRIVER = Path(__file__).with_name("bfcl_driver.py")
@@ -25,7 +26,8 @@ INSTALL = "python3 -m venv bfcl && bfcl/bin/pip install bfcl-eval soundfile, the
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Where, which model, and of each category at most `limit` cases (0: all). An answer has at most `max_tokens`.
-    `native` gives the model tools as such, else it is told of them in the suite's own words."""
+    `native` gives the model tools as such, else it is told of them in the suite's own words. `api_key` is for a gateway
+    that asks for one."""
 
     url: str
     model: str
@@ -36,6 +38,7 @@ class Settings:
     num_threads: int = 8
     native: bool = True
     max_tokens: int = 1024
+    api_key: str = field(default="", repr=False)
     timeout_s: float = 24 * 3600
 
 
@@ -60,7 +63,7 @@ def run(settings: Settings) -> dict[str, Any]:
         **os.environ,
         "BFCL_PROJECT_ROOT": str(settings.directory.resolve()),
         "OPENAI_BASE_URL": f"{settings.url}/v1",
-        "OPENAI_API_KEY": "none",
+        "OPENAI_API_KEY": first_key(settings.api_key) or "none",  # without any the client does not start
     }
     command = [str(settings.python), str(DRIVER), json.dumps(wanted)]
     try:

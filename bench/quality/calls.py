@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from services.gateway.api_keys import bearer
 from shared.errors import InvalidRequest, WorkerLost
 
 TIMEOUT_S, MAX_TOKENS, NUM_AT_A_TIME = 300.0, 256, 8
@@ -51,10 +52,11 @@ def cases(path: Path = CASES) -> list[Case]:
 
 
 class Asker:
-    """Asks a gateway. `native` is whether its model is given tools as such; it is found out by the first question."""
+    """Asks a gateway, with an API key if it wants one. `native` is whether its model is given tools as such; the first
+    question finds it out."""
 
-    def __init__(self, url: str, model: str) -> None:
-        self._http = httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False)
+    def __init__(self, url: str, model: str, api_key: str = "") -> None:
+        self._http = httpx.Client(base_url=url, headers=bearer(api_key), timeout=TIMEOUT_S, trust_env=False)
         self._model = model
         self.native = True
 

@@ -20,8 +20,9 @@ from shared.errors import InvalidRequest, Unsupported
 
 TEXT, PROMPTS = (Path(__file__).with_name(name) for name in ("text.txt", "prompts.txt"))
 MIN_WINDOWS = 2
-# A cluster that serves a model directory with some kernels: its gateway's URL and the model's name there.
-Serve = Callable[[Path, str], AbstractContextManager[tuple[str, str]]]
+# A cluster that serves a model directory with some kernels: its gateway's URL, the model's name there, and the API key
+# that the gateway asks for, if any.
+Serve = Callable[[Path, str], AbstractContextManager[tuple[str, str, str]]]
 BEST = "auto"
 
 
@@ -118,7 +119,7 @@ def _ask_both(base: tuple[Path, str], quant: tuple[Path, str], serve: Serve) -> 
     cases = calls.cases()
     right, native = [], []
     for path, kernels in (base, quant):
-        with serve(path, kernels) as (url, name), calls.Asker(url, name) as asker:
+        with serve(path, kernels) as (url, name, api_key), calls.Asker(url, name, api_key) as asker:
             right.append(asker.are_right(cases))
             native.append(asker.native)
     if native[0] != native[1]:

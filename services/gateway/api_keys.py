@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from shared.errors import Unauthenticated
 
 
+def first_key(entries: str) -> str:
+    """The key that a client sends whose user has these entries (KEY or KEY=TENANT, the first counts); empty if none."""
+    return entries.split(",", maxsplit=1)[0].partition("=")[0].strip()
+
+
 def bearer(entries: str) -> dict[str, str]:
-    """The headers that a client sends whose user has these entries (KEY or KEY=TENANT, the first counts), or none."""
-    key = entries.split(",", maxsplit=1)[0].partition("=")[0].strip()
+    """The headers with which it is sent, or none."""
+    key = first_key(entries)
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

@@ -64,7 +64,8 @@ class Directory:
     async def changed(self, timeout_s: float) -> None:
         """Wait until something changes, or for the time given."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
 
     async def update(self, processes: Sequence[Registration]) -> None:
         """Take over what the blackboard says; reads the directories of models that are new."""

@@ -71,7 +71,7 @@ async def _serve(
     following = asyncio.create_task(follow(board, core.directory, interval_ms, ttl_ms))
     await core.directory.changed(interval_ms / 1000)  # who comes first must not be told that nobody is there
     http, http_port = rest_server(config, core, telemetry_)
-    grpc_server = rpc.Server(telemetry_, [SERVICE], LocalSockets(config.local_sockets))
+    grpc_server = rpc.Server(telemetry_, [SERVICE], takes_lines=False)
     servicer = GatewayServicer(core, ApiKeys(config.api_key), config.request_timeout_ms)
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, grpc_server.grpc)
     grpc_port = await grpc_server.start(config.host, config.port)
@@ -120,7 +120,8 @@ async def _drain(config: GatewayConfig, core: Core, heartbeat: Heartbeat | None)
     if heartbeat is not None:
         heartbeat.announce()
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(core.idle(), config.drain_grace_ms / 1000)
+        async with asyncio.timeout(config.drain_grace_ms / 1000):
+            await core.idle()
     log.info("drained")
 
 

@@ -287,7 +287,8 @@ class Admission:
 
 async def _wait(event: asyncio.Event, timeout_s: float | None) -> bool:
     try:
-        await asyncio.wait_for(event.wait(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
     except TimeoutError:
         return False
     return True

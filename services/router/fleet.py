@@ -150,7 +150,8 @@ class Fleet:
     async def changed(self, timeout_s: float) -> None:
         """Wait until workers come, go, begin to drain or are trusted again, or for the time given."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
 
     def _member(self, registration: Registration, card: ModelCard, now: float) -> Member:
         load = registration.load

@@ -125,7 +125,8 @@ class PromptCost:
     @property
     def ms_per_token(self) -> float:
         """What a token takes by itself."""
-        return (self._tm - self.ms_per_pair * self._tp) / self._tt if self._tt else 0.0
+        # Where pairs explain all of it, what is left may be less than nothing by a rounding.
+        return max(0.0, self._tm - self.ms_per_pair * self._tp) / self._tt if self._tt else 0.0
 
 
 def lasts_s(steady_s: float) -> float:

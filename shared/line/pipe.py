@@ -141,7 +141,8 @@ class Pipes:
     async def claim(self, name: str, timeout_s: float) -> Pipe:
         """The pipe of this name; its caller opens it before the line. Raises TimeoutError."""
         try:
-            return await asyncio.wait_for(self._future(name), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await self._future(name)
         finally:
             self._named.pop(name, None)
 

@@ -76,7 +76,8 @@ class Admission:
     async def drained(self, timeout_s: float) -> bool:
         """Wait until nobody is inside; False if that takes too long."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True

@@ -48,7 +48,8 @@ class Source:
 
 class Puller:
     """Connections to the workers that this one reads from, made when first needed, which is taken to last
-    `connect_ms`, or `connect_later_s` after that if nobody waits for it."""
+    `connect_ms`, or `connect_later_s` after that if nobody waits for it. For a peer's answer one waits for at least
+    `least_patience_ms`."""
 
     def __init__(
         self,
@@ -58,10 +59,12 @@ class Puller:
         measures: Measures,
         connect_ms: float = CONNECT_MS,
         connect_later_s: float = CONNECT_LATER_S,
+        least_patience_ms: float = LEAST_PATIENCE_MS,
     ) -> None:
         self._channels, self._pools = channels, pools
         self._engine, self._spec, self._measures = engine, engine.spec, measures
         self._connect_ms, self._connect_later_s = connect_ms, connect_later_s
+        self._least_patience_ms = least_patience_ms
         self._sources: dict[str, asyncio.Task[Source]] = {}
         self._later: dict[str, asyncio.TimerHandle] = {}
         self._farewells: set[asyncio.Task[None]] = set()
@@ -254,7 +257,7 @@ class Puller:
     ) -> int:
         wanted = kv_pb2.AcquireRequest(request_id=request_id, epoch=ref.epoch, page_hashes=page_hash.join(page_hashes))
         num_wanted = len(page_hashes) * self._spec.layout.page_size - table.num_tokens
-        patience_s = max(LEAST_PATIENCE_MS, self._connect_ms, self._computing_ms(num_wanted)) / 1000
+        patience_s = max(self._least_patience_ms, self._connect_ms, self._computing_ms(num_wanted)) / 1000
         source, answer = await self._acquire(ref, wanted, patience_s)
         if not answer.HasField("lease"):
             return 0

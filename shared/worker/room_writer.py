@@ -71,7 +71,8 @@ class RoomWriter:
                 log.warning("room could not be reported: %s", fault.message)
                 await asyncio.sleep(self._interval_ms / 1000)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), self._interval_ms / 1000)
+                async with asyncio.timeout(self._interval_ms / 1000):
+                    await self._woken.wait()
 
     async def _report(self) -> None:
         arrived, self._admission.arrived = self._admission.arrived, {}

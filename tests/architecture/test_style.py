@@ -42,6 +42,12 @@ def test_packages_re_export_nothing() -> None:
     assert exporting == set()
 
 
+def test_no_wait_swallows_a_cancellation() -> None:
+    """Python 3.11's `asyncio.wait_for` does if what it waits for comes in the same turn; `asyncio.timeout` does not."""
+    waiting = {name(path) for path in sources("services", "shared", "cli") if "wait_for(" in path.read_text()}
+    assert waiting == set()
+
+
 def _configs() -> list[type[ServiceConfig]]:
     """Every configuration of a process, wherever it is."""
     found: dict[str, type[ServiceConfig]] = {}

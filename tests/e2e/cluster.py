@@ -89,12 +89,15 @@ class RunningCluster:
         """host:port of a process' gRPC server."""
         return str((await self.status())[name]["address"])
 
-    async def until(self, condition: Callable[[dict[str, Row]], object], deadline_s: float = DEADLINE_S) -> None:
-        """Wait until the status is as the condition wants it; fails with the last status."""
+    async def until(
+        self, condition: Callable[[dict[str, Row]], object], deadline_s: float = DEADLINE_S
+    ) -> dict[str, Row]:
+        """Wait until the status is as the condition wants it, and return it; fails with the last status."""
         end = time.monotonic() + deadline_s
         while not condition(rows := await self.status()):
             assert time.monotonic() < end, f"not in {deadline_s} s; last: {rows}"
             await asyncio.sleep(0.05)
+        return rows
 
     async def until_restarted(self, name: str, old_pid: int, deadline_s: float = DEADLINE_S) -> None:
         """Wait until a process serves again after it was killed."""

@@ -15,8 +15,8 @@ def busy(rows: dict[str, Any]) -> list[str]:
 
 
 async def kill_the_busy_worker(cluster: RunningCluster) -> None:
-    await cluster.until(lambda rows: len(busy(rows)) == 1)
-    cluster.kill(busy(await cluster.status())[0])
+    (name,) = busy(await cluster.until(lambda rows: len(busy(rows)) == 1))
+    cluster.kill(name)
 
 
 @pytest.fixture(scope="module")

@@ -61,8 +61,7 @@ async def test_after_a_loss_the_prompt_comes_from_the_prefill_worker_that_comput
     async with client_of(cluster) as client:
         async for some in texts(client.stream(LONG, max_tokens=500, stream_options=USAGE)):
             if not token_ids:
-                await cluster.until(lambda rows: len(busy(rows)) == 1)
-                (lost,) = busy(await cluster.status())
+                (lost,) = busy(await cluster.until(lambda rows: len(busy(rows)) == 1))
                 await until_found_at(cluster, "prefill-0")
                 cluster.kill(lost)
             token_ids += some
@@ -77,8 +76,7 @@ async def test_a_worker_that_drains_gives_its_pages_to_the_next_turn(start_clust
     async with client_of(cluster) as client:
         async with aclosing(client.stream(LONG, max_tokens=4000)) as first_turn:
             await anext(first_turn)
-            await cluster.until(lambda rows: len(busy(rows)) == 1)
-            (draining,) = busy(await cluster.status())
+            (draining,) = busy(await cluster.until(lambda rows: len(busy(rows)) == 1))
             await until_found_at(cluster, draining)
             pid = cluster.signal(draining, signal.SIGTERM)
             await cluster.until(lambda rows: rows[draining]["state"] == "draining")
@@ -93,8 +91,7 @@ async def test_a_sequence_that_outlasts_a_drain_is_handed_over_with_its_pages(st
     cluster = start_cluster("--engine", "sim", "--prefill", "0", "--decode", "2", "--grace", "1", SLOW)
     async with client_of(cluster) as client, aclosing(client.stream(LONG, max_tokens=4000)) as stream:
         await anext(stream)
-        await cluster.until(lambda rows: len(busy(rows)) == 1)
-        (draining,) = busy(await cluster.status())
+        (draining,) = busy(await cluster.until(lambda rows: len(busy(rows)) == 1))
         (other,) = {"decode-0", "decode-1"} - {draining}
         await until_found_at(cluster, draining)
         cluster.signal(draining, signal.SIGTERM)

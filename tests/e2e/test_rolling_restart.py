@@ -15,7 +15,7 @@ from tests.chaos.ports import two_ports
 from tests.chaos.requests import asks
 from tests.chaos.twin import SimTwin, write_tokenizer, wrong
 from tests.e2e.client import SLOW, Start, client_of
-from tests.e2e.cluster import RunningCluster
+from tests.e2e.cluster import DEADLINE_S, RunningCluster
 
 ROLES = ("gateway", "router", "prefill", "decode")
 NUM_CLIENTS = 4
@@ -65,10 +65,12 @@ async def test_a_fleet_restarted_under_load_costs_no_client_an_error(
     await cluster.until_pages_are_free()
 
 
-def last_placement(cluster: RunningCluster) -> str:
-    """The decode worker that the gateway chose last."""
-    placed = [line for line in cluster.log("gateway-0").splitlines() if '"placed"' in line]
-    return str(json.loads(placed[-1])["decode"])
+async def placement(cluster: RunningCluster, number: int) -> str:
+    """The decode worker that the gateway chose for its `number`-th request. It says so a little later."""
+    async with asyncio.timeout(DEADLINE_S):
+        while len(placed := [line for line in cluster.log("gateway-0").splitlines() if '"placed"' in line]) < number:  # noqa: ASYNC110 - a log has no event
+            await asyncio.sleep(0.01)
+    return str(json.loads(placed[number - 1])["decode"])
 
 
 async def test_what_outlasts_the_drain_of_its_worker_is_handed_over(start_cluster: Start) -> None:
@@ -79,7 +81,7 @@ async def test_what_outlasts_the_drain_of_its_worker_is_handed_over(start_cluste
         async for chunk in client.stream([5, 6, 7], max_tokens=200):
             assert "error" not in chunk, chunk
             if not token_ids:
-                cluster.signal(last_placement(cluster), signal.SIGTERM)
+                cluster.signal(await placement(cluster, 2), signal.SIGTERM)
             token_ids += chunk["choices"][0]["token_ids"]
     assert token_ids == expected
     assert '"fault": "DRAINING"' in cluster.log("gateway-0"), "it was not handed over"

@@ -17,8 +17,7 @@ async def test_the_other_prefill_worker_goes_on_with_a_prompt(start_cluster: Sta
     cluster = start_cluster("--engine", "sim", "--prefill", "2", SLOW)
     async with client_of(cluster) as client:
         running = asyncio.create_task(client.complete(LONG))
-        await cluster.until(lambda rows: len(at_work(rows)) == 1)
-        (lost,) = at_work(await cluster.status())
+        (lost,) = at_work(await cluster.until(lambda rows: len(at_work(rows)) == 1))
         pid = cluster.kill(lost)
         token_ids = await running
         (other,) = {"prefill-0", "prefill-1"} - {lost}

@@ -10,7 +10,9 @@ import openai
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION
 
 from cli.up import welcome
 from tests.e2e.cluster import RunningCluster, as_curl_does
@@ -141,7 +143,9 @@ async def test_the_grpc_face_is_usable_by_reflection_alone(model_cluster: Runnin
 def _chat_by_reflection(address: str, model: str) -> str:
     """What grpcurl does: no generated code, only what the server tells of itself."""
     with grpc.insecure_channel(address) as channel:
-        pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+        told = ProtoReflectionDescriptorDatabase(channel)
+        assert set(told.get_services()) == {"forebay.v1.GatewayService", HEALTH, REFLECTION}
+        pool = DescriptorPool(told)
         method = pool.FindServiceByName("forebay.v1.GatewayService").FindMethodByName("Chat")
         request: Any = GetMessageClass(method.input_type)()
         request.options.model, request.options.temperature = model, 0.0

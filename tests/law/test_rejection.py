@@ -15,7 +15,7 @@ from shared.engine.speculation.speculator import Speculation
 from tests.law.conftest import tiny_model
 from tests.law.test_drafted import FEW_TOKENS
 from tests.law.worker import Worker
-from tests.unit.test_sampling import chi_square_bound, plain_distribution
+from tests.unit.drawing import chi_square_bound, plain_distribution
 
 COUNT, PROMPT = 300, tuple(token * 37 % 200 for token in range(11, 45))
 SAMPLING = SamplingParams(temperature=1.5, top_p=0.98, logit_bias=FEW_TOKENS, max_tokens=3, ignore_eos=True)

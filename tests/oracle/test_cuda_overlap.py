@@ -18,8 +18,8 @@ from shared.engine.models.config import parse
 from shared.engine.sampling.batched import BatchedSampler
 from shared.engine.sampling.sampler import Sampler
 from tests.law.worker import Worker
+from tests.unit.drawing import CUTS, MIXED, item, rows
 from tests.unit.test_batched_sampling import PENALTIES
-from tests.unit.test_sampling import CUTS, MIXED, item, rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

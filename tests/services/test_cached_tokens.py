@@ -77,12 +77,24 @@ async def test_when_the_prefill_worker_is_gone_what_is_here_is_local(world: Flee
     assert counts((await generate(world, asked)).usage) == (SOME, 0, 0)
 
 
+def num_sequences(worker: Running) -> int:
+    load = worker.worker.engine.load()
+    return load.num_running + load.num_waiting
+
+
 async def test_who_is_preempted_finds_its_own_pages_again_and_has_paid_for_them(world: Fleet) -> None:
     small = await world.start("small", num_pages=40)
     asked = [request(prompt(60, first), small, max_tokens=40) for first in (100, 300)]
     for number, each in enumerate(asked):
         each.request_id = f"r{number}"
-    answers = await asyncio.gather(*(generate(world, each) for each in asked))
+    small.gate.close()
+    running = [asyncio.ensure_future(generate(world, each)) for each in asked]
+    await small.comes_true(lambda: small.worker.admission.num_active == 2)
+    while num_sequences(small) < 2:  # whoever came first must not be through before the other has begun
+        await small.held_up()
+        small.gate.let_through()
+    small.gate.open()
+    answers = await asyncio.gather(*running)
     assert small.worker.engine.load().num_preemptions > 0
     assert [counts(answer.usage) for answer in answers] == [(0, 0, 0)] * 2
     await small.idle()

@@ -12,6 +12,7 @@ from shared.engine.sim import SimModel
 from shared.errors import DeadlineExceeded, Draining, Fault, Incompatible, InvalidRequest, ModelNotFound, StaleEpoch
 from shared.worker import manifests
 from shared.worker.manifests import MIN_LEASE_TTL_MS
+from shared.worker.puller import LEAST_PATIENCE_MS
 from tests.services.workers import LEASE_TTL_MS, Fleet, generate, request, stream
 
 PROMPT = [token * 7 % 1000 for token in range(101)]
@@ -19,7 +20,7 @@ PROMPT = [token * 7 % 1000 for token in range(101)]
 
 async def alone(world: Fleet, prompt: list[int], **sampling: Any) -> list[int]:
     """What a worker generates without any help."""
-    running = await world.start("alone")
+    running = await world.start("alone", is_alone=True)
     answer = await generate(world, request(prompt, running, **sampling))
     await world.stop(running)
     return answer.tokens
@@ -139,7 +140,7 @@ async def test_a_peer_that_does_not_answer_is_waited_for_no_longer_than_computin
     world: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = await alone(world, PROMPT)
-    q, d = await world.start("q"), await world.start("d")
+    q, d = await world.start("q"), await world.start("d", patience_ms=LEAST_PATIENCE_MS)
     await generate(world, request(PROMPT, q))
     q.peer.is_silent = True
     answer = await generate(world, request(PROMPT, d, None, q))

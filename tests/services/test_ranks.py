@@ -15,8 +15,9 @@ import torch
 from protos.forebay.v1.decode_pb2 import GenerateRequest as Request
 from shared.engine.models import tiny
 from shared.errors import WorkerLost
+from tests import standstill
 from tests.oracle import driver, tiny_models
-from tests.services.test_processes import PATIENCE_S, Pair
+from tests.services.worker_pair import PATIENCE_S, Pair
 from tests.valkey import ValkeyProcess
 
 NUM_TOKENS = 8
@@ -71,7 +72,7 @@ async def test_a_rank_that_stands_still_ends_its_worker_within_its_time(
     llama(tmp_path)
     async with pair(tmp_path, valkey, 1, 2, *flags) as workers:
         (rank,) = workers.found["decode"].rank_pids
-        os.kill(rank, signal.SIGSTOP)
+        standstill.stop(rank)
         with pytest.raises(WorkerLost):
             await workers.aggregated(workers.request(20, NUM_TOKENS))
         assert await status_with_rank(workers, rank) == 1

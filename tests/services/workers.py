@@ -219,8 +219,12 @@ class Fleet:
         checksums: bool = False,
         speculation: Speculation | None = None,
         connect_ms: float = 0.0,
+        patience_ms: float = PATIENCE_S * 1000,
+        is_alone: bool = False,
     ) -> Running:
-        """A worker called `name`. It waits for connections to peers, unless told that they take long."""
+        """A worker called `name`. It waits for its pools' connections to peers, unless told that they take long, and
+        for peers that have a prefix, on a busy machine for more than a worker's least patience. It has a connection
+        for calls to each worker that runs, unless it `is_alone`."""
         gate, clock = Gate(), Clock()
         # A clock that stands still: a step of which the computation alone took its time would not sleep, nor be held.
         executor = SimExecutor(model, num_pages, sleep=gate, clock=lambda: 0.0)
@@ -233,7 +237,7 @@ class Fleet:
         measures, channels = Measures(self.telemetry.meter, engine), rpc.Channels()
         pools = Pools([Member(transport, own_pool(transport, engine.memory, engine.spec.layout))])
         kv_servicer = TamperedKv(identity, engine, pools, checksums=checksums)
-        puller = Puller(channels, pools, engine, measures, connect_ms, connect_later_s=0.01)
+        puller = Puller(channels, pools, engine, measures, connect_ms, 0.01, patience_ms)
         worker = Worker(identity, Admission(), engine, loop, kv_servicer, puller, channels, measures)
         server = rpc.Server(self.telemetry, SERVICES)
         kv_pb2_grpc.add_KvServiceServicer_to_server(kv_servicer, server.grpc)
@@ -242,8 +246,21 @@ class Fleet:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker), server.grpc)
         address = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
         ref = kv_pb2.WorkerRef(worker_id=name, epoch=epoch, address=address)
-        self.running.append(Running(worker, server, transport, prefill, kv_servicer, ref, gate, clock))
-        return self.running[-1]
+        made = Running(worker, server, transport, prefill, kv_servicer, ref, gate, clock)
+        others = [] if is_alone else list(self.running)
+        self.running.append(made)
+        await self._connect(made, others)
+        return made
+
+    async def _connect(self, made: Running, others: Sequence[Running]) -> None:
+        """Connect a new worker with the client and with others. A connection that takes a tenth of a second counts as
+        refused (`shared/rpc.py`); on a busy machine it does, and other than a gateway a test cannot go elsewhere."""
+        ways = [(self.channels, made)]
+        for other in others:
+            ways += [(other.worker.channels, made), (made.worker.channels, other)]
+        async with asyncio.timeout(PATIENCE_S):
+            for channels, callee in ways:
+                await channels.to(callee.ref.address).channel_ready()
 
     async def stop(self, running: Running) -> None:
         """Kill a worker: its server, its engine and its pages are gone."""
@@ -268,7 +285,7 @@ class Fleet:
 
     async def expected(self, message: decode_pb2.GenerateRequest) -> list[int]:
         """What a worker of the same model that knows nothing yet, and asks nobody, generates for a request."""
-        alone = await self.start("alone")
+        alone = await self.start("alone", is_alone=True)
         copy = decode_pb2.GenerateRequest()
         copy.CopyFrom(message)
         copy.placement.CopyFrom(decode_pb2.Placement(decode=alone.ref))

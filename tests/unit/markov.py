@@ -18,7 +18,7 @@ from shared.engine.kv.memory import HostMemory
 from shared.engine.kv.store import KvStore
 from shared.engine.models.api import DraftLayer, DraftStep
 from shared.engine.speculation.speculator import Speculation
-from tests.unit.test_sampling import plain_distribution
+from tests.unit.drawing import plain_distribution
 
 VOCAB, PERIOD = 4, 3
 

@@ -15,7 +15,7 @@ from shared.engine.sampling import batched, distribution, gumbel, logits
 from shared.engine.sampling.batched import BatchedSampler
 from shared.engine.sampling.sampler import Sampler
 from shared.engine.splitmix import GOLDEN
-from tests.unit.test_sampling import CUTS, EOS, MIXED, VOCAB, item, rows
+from tests.unit.drawing import CUTS, EOS, MIXED, VOCAB, item, rows
 
 LARGE = 49_152
 PENALTIES: list[dict[str, Any]] = [

@@ -65,8 +65,8 @@ async def test_a_process_that_stops_registering_is_gone_with_its_index(board: Bl
 
 
 async def test_a_heartbeat_renews_registration_and_index(board: Blackboard, raw: "redis.Redis") -> None:
-    await board.index.replace("d1", 1, some_hashes(3), ttl_ms=1_000)
-    await board.register(worker(), ttl_ms=1_000)
+    await board.index.replace("d1", 1, some_hashes(3), ttl_ms=20_000)
+    await board.register(worker(), ttl_ms=20_000)
     await board.register(worker(), TTL_MS)
     for key in (keys.process(Role.DECODE, "d1"), keys.index("d1", 1), keys.index_count("d1", 1)):
         assert raw.pttl(key) > 30_000

@@ -8,7 +8,7 @@ from cli import explain
 from cli.explain import Asked
 from shared.blackboard.records import Registration, Role
 from shared.errors import InvalidRequest
-from tests.unit.test_router import TTL_MS, Router
+from tests.unit.router_rig import TTL_MS, Router
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from shared.engine.sampling import gumbel
 from shared.engine.splitmix import GOLDEN, mix, mix_words
-from tests.unit.test_sampling import chi_square_bound
+from tests.unit.drawing import chi_square_bound
 
 NUM_DRAWS = 4_000
 
@@ -49,6 +49,7 @@ def test_noise_is_a_function_of_three_integers(seed: int, position: int, token: 
     word = mix((begin + (token + 1) * GOLDEN) % 2**64)
     assert gumbel.start(seed, position) == begin
     assert gumbel.noise(begin, np.array([token]))[0] == ((word >> 12) + 0.5) / 2**52
+    assert gumbel.noise_of(begin, token) == gumbel.noise(begin, np.array([token]))[0]
 
 
 def test_seeds_are_taken_modulo_the_word() -> None:
@@ -64,7 +65,7 @@ def test_words_are_mixed_as_one_by_one() -> None:
 
 
 def test_noise_lies_inside_the_interval_whatever_the_word() -> None:
-    words = np.array([0, 2**64 - 1], np.uint64) >> gumbel.UNUSED_BITS
+    words = np.array([0, 2**64 - 1], np.uint64) >> np.uint64(gumbel.UNUSED_BITS)
     least, most = (words + 0.5) * gumbel.UNIT
     assert 0 < least == gumbel.LEAST_NOISE
     assert most < 1

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from cli.ports import Reserved
 from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, kv_pb2, kv_pb2_grpc, line_pb2, line_pb2_grpc
 from shared import rpc
 from shared.errors import Cancelled, DeadlineExceeded, Draining, InvalidRequest, Unsupported, WorkerLost
@@ -63,6 +64,7 @@ class World:
 
     def __init__(self, local: LocalSockets) -> None:
         self._local = local
+        self.port = Reserved("127.0.0.1")  # nobody else gets it between two starts
         self.decode, self.telemetry, self.channels = Decode(), Telemetry("test", "test-1"), rpc.Channels(local=local)
         self.server, self.address = self._server(), ""
 
@@ -72,13 +74,13 @@ class World:
         kv_pb2_grpc.add_KvServiceServicer_to_server(Kv(), server.grpc)
         return server
 
-    async def start(self, port: int = 0) -> None:
-        self.address = f"127.0.0.1:{await self.server.start('127.0.0.1', port)}"
+    async def start(self) -> None:
+        self.address = f"127.0.0.1:{await self.server.start('127.0.0.1', self.port.number)}"
 
     async def restart(self) -> None:
         await self.server.stop(0)
         self.server = self._server()
-        await self.start(int(self.address.rpartition(":")[2]))
+        await self.start()
 
     def generate(self, request_id: str, num_tokens: int, timeout_s: float | None = None) -> Any:
         request = decode_pb2.GenerateRequest(request_id=request_id)
@@ -102,6 +104,7 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     await world.channels.close()
     await world.server.stop(0)
     world.telemetry.close()
+    world.port.close()
 
 
 async def until(holds: Callable[[], bool]) -> None:

@@ -33,6 +33,15 @@ def test_noise_makes_no_rate_negative() -> None:
     assert cost.ms_per_token >= 0
 
 
+def test_where_pairs_explain_all_of_it_rounding_makes_no_rate_negative() -> None:
+    """Such a rate would say that to compute more takes less time than to compute nothing."""
+    for num_tokens in range(1, 200):
+        cost = PromptCost(memory=1e9)
+        for start, ms in ((0, 0.1), (num_tokens, num_tokens / 3), (7 * num_tokens, 3.0 * num_tokens)):
+            cost.add(num_tokens, ((start + num_tokens) ** 2 - start**2) / 2, ms)
+        assert 0 <= cost.ms_per_token < 1e-9
+
+
 def test_nothing_is_known_before_the_first_prompt() -> None:
     assert (PromptCost(memory=1.0).ms_per_token, PromptCost(memory=1.0).ms_per_pair) == (0.0, 0.0)
 

@@ -240,27 +240,42 @@ import json, os, sys
 from pathlib import Path
 wanted = json.loads(sys.argv[2])
 assert os.environ["OPENAI_BASE_URL"] == "http://gateway/v1"
+assert os.environ["OPENAI_API_KEY"] == KEY
 score = {"num_cases": wanted["limit"], "num_refused": REFUSED, "refusal": "no tools here"}
 Path(wanted["scores"]).write_text(json.dumps({name: score for name in wanted["categories"]}))
 """
 
 
-def settings(python: Path, directory: Path) -> bfcl.Settings:
-    return bfcl.Settings("http://gateway", "model", python, directory, ("multiple",), limit=3)
+def settings(python: Path, directory: Path, api_key: str = "") -> bfcl.Settings:
+    return bfcl.Settings("http://gateway", "model", python, directory, ("multiple",), limit=3, api_key=api_key)
+
+
+def stand_in(directory: Path, *, num_refused: int = 0, key: str = "none") -> Path:
+    """A Python whose suite is STAND_IN, and expects that API key."""
+    said = STAND_IN.replace("REFUSED", str(num_refused)).replace("KEY\n", f"{key!r}\n")
+    (directory / "stand_in.py").write_text(said)
+    python = directory / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nexec {sys.executable} {directory}/stand_in.py "$@"\n')
+    python.chmod(0o755)
+    return python
 
 
 def test_the_suite_runs_in_an_environment_of_its_own(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    (tmp_path / "stand_in.py").write_text(STAND_IN.replace("REFUSED", "2"))
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nexec {sys.executable} {tmp_path}/stand_in.py "$@"\n')
-    python.chmod(0o755)
+    python = stand_in(tmp_path, num_refused=2)
     assert bfcl.run(settings(python, tmp_path / "out"))["multiple"]["num_cases"] == 3
-    (tmp_path / "stand_in.py").write_text(STAND_IN.replace("REFUSED", "3"))
+    stand_in(tmp_path, num_refused=3)
     with pytest.raises(InvalidRequest, match="every question of multiple was refused: no tools here"):
         bfcl.run(settings(python, tmp_path / "out"))
     (tmp_path / "stand_in.py").write_text("raise SystemExit(3)")
     with pytest.raises(WorkerLost, match="ended with 3"):
         bfcl.run(settings(python, tmp_path / "out"))
+
+
+def test_the_suite_sends_the_api_key_that_its_user_has(tmp_path: Path) -> None:
+    """As the gateway itself would read it; and nobody prints it by chance."""
+    asked = settings(stand_in(tmp_path, key="secret"), tmp_path / "out", "secret=team,other")
+    assert bfcl.run(asked)["multiple"]["num_cases"] == 3
+    assert "secret" not in repr(asked)
 
 
 def test_a_suite_that_is_not_installed_is_said(tmp_path: Path) -> None:

@@ -2,27 +2,15 @@
 
 import asyncio
 import os
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from redis.asyncio import Redis
 
-from protos.forebay.v1 import kv_pb2, router_pb2, router_pb2_grpc
+from protos.forebay.v1 import kv_pb2, router_pb2
 from services.router.__main__ import SERVICE
-from services.router.admission import Admission, Limits
-from services.router.candidate import Weights
-from services.router.doubts import Doubts
-from services.router.fleet import Fleet
-from services.router.mirror import Mirror
-from services.router.mirror_feed import MirrorFeed
-from services.router.placements import Placements
-from services.router.servicer import RouterServicer
 from shared import rpc
-from shared.blackboard import keys
-from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Room
 from shared.errors import (
     BlackboardLost,
@@ -33,111 +21,11 @@ from shared.errors import (
     ModelNotFound,
     NoWorker,
 )
-from shared.telemetry import Telemetry
 from tests.unit.fleets import registration
+from tests.unit.router_rig import HASHES, TTL_MS, Router, request
 from tests.valkey import ValkeyProcess
 
-TTL_MS = 60_000
-HASHES = [bytes([number]) * 16 for number in range(62)]
-WEIGHTS = Weights()
 NO_CONTEXT = cast("Any", None)
-
-
-class Router:
-    """A router in this process, its clients' channel, and the workers that a test registers."""
-
-    def __init__(
-        self,
-        url: str,
-        name: str = "r1",
-        *,
-        heartbeat_ms: int = 20,
-        ttl_ms: int = TTL_MS,
-        no_worker_wait_ms: int = 0,
-        limits: Limits = Limits(),  # noqa: B008 - frozen
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.url, self.board = url, Blackboard(url)
-        self.telemetry = Telemetry("router", "r1")
-        self.fleet = Fleet(self.board, WEIGHTS, heartbeat_ms=heartbeat_ms, ttl_ms=ttl_ms, clock=clock)
-        self.server = rpc.Server(self.telemetry, [SERVICE])
-        self.mirror = Mirror(max_pages=10_000)
-        self.feed = MirrorFeed(self.board.index, self.fleet, self.mirror)
-        self.admission = Admission(self.board.admission, name, limits, self.telemetry.meter)
-        self.placements = Placements(self.fleet, self.board.placements, name)
-        self.doubts = Doubts(self.fleet)
-        self.servicer = RouterServicer(
-            *(self.fleet, self.mirror, self.placements, self.doubts, self.admission),
-            *(WEIGHTS, self.telemetry, no_worker_wait_ms),
-        )
-        router_pb2_grpc.add_RouterServiceServicer_to_server(self.servicer, self.server.grpc)
-        self.channels = rpc.Channels()
-
-    async def start(self) -> int:
-        """The port."""
-        running = (each.run() for each in (self.fleet, self.feed, self.placements, self.doubts, self.admission))
-        self.watching = [asyncio.create_task(each) for each in running]
-        port = await self.server.start("127.0.0.1", 0)
-        self.channel = self.channels.to(f"127.0.0.1:{port}")
-        self.stub: Any = router_pb2_grpc.RouterServiceStub(self.channel)
-        return port
-
-    async def stop(self) -> None:
-        for task in self.watching:
-            task.cancel()
-        await asyncio.wait(self.watching)
-        await self.channels.close()
-        await self.server.stop(0)
-        await self.board.close()
-        self.telemetry.close()
-
-    async def join(self, name: str, epoch: int = 1, **changes: Any) -> None:
-        await self.board.register(registration(name, epoch, **changes), TTL_MS, announce=True)
-
-    async def cache(self, name: str, hashes: list[bytes]) -> None:
-        """Make these the pages of a worker, and wait until the router knows."""
-        await self.board.index.replace(name, 1, hashes, TTL_MS)
-        joined = b"".join(HASHES)
-        await self.until(lambda _: self.mirror.runs(joined, [(name, 1)]).tolist() == [len(hashes)])
-
-    async def until(self, true: Callable[[list[tuple[str, int]]], bool]) -> None:
-        """Wait for the view to be as the test wants it."""
-        async with asyncio.timeout(15):
-            while not (self.fleet.is_current and true(self.seen())):  # noqa: ASYNC110 - the view has no event
-                await asyncio.sleep(0.005)
-
-    def seen(self) -> list[tuple[str, int]]:
-        return [(member.registration.name, member.registration.epoch) for member in self.fleet.members("m")]
-
-    async def fleet_of(self, *names: str, **changes: Any) -> None:
-        for name in names:
-            await self.join(name, **changes)
-        await self.until(lambda seen: len(seen) == len(names))
-
-    async def route(self, **changes: Any) -> router_pb2.RouteResponse:
-        answer: router_pb2.RouteResponse = await rpc.call(self.stub.Route, request(**changes), 10)
-        return answer
-
-    async def num_promised(self, name: str) -> int:
-        """Requests that a worker is promised to have."""
-        async with Redis.from_url(self.url) as redis:
-            return int(await redis.hget(keys.room(name, 1), "promised_sequences") or 0)
-
-    async def until_queued(self, number: int) -> None:
-        """Wait until so many requests are in the queue."""
-        async with asyncio.timeout(10):
-            while await self.board.admission.num_queued(["m"]) != [number]:  # noqa: ASYNC110 - nothing tells
-                await asyncio.sleep(0.01)
-
-    async def explain(self, **changes: Any) -> router_pb2.ExplainResponse:
-        asked = router_pb2.ExplainRequest(request=request(**changes))
-        answer: router_pb2.ExplainResponse = await rpc.call(self.stub.Explain, asked, 10)
-        return answer
-
-
-def request(**changes: Any) -> router_pb2.RouteRequest:
-    fields: dict[str, Any] = {"request_id": "r", "model": "m", "num_prompt_tokens": 1_000}
-    return router_pb2.RouteRequest(**fields | {"page_hashes": b"".join(HASHES)} | changes)
 
 
 @pytest.fixture
@@ -193,7 +81,8 @@ async def test_a_worker_that_one_gateway_lost_gets_nothing_more_from_anybody(rou
 
 
 async def test_the_view_is_kept_while_redis_is_away_and_rebuilt_when_it_is_back(valkey: ValkeyProcess) -> None:
-    router = Router(valkey.url, ttl_ms=300)
+    now_s = [0.0]
+    router = Router(valkey.url, clock=lambda: now_s[0])
     await router.start()
     await router.fleet_of("d1", "d2")
     valkey.stop()
@@ -204,6 +93,7 @@ async def test_the_view_is_kept_while_redis_is_away_and_rebuilt_when_it_is_back(
     valkey.start()
     await router.until(lambda seen: len(seen) == 2)
     await router.join("d2")
+    now_s[0] += TTL_MS / 1000
     await router.until(lambda seen: seen == [("d2", 1)])
     await router.stop()
 

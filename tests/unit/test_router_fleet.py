@@ -1,5 +1,6 @@
 """The router's view of workers between two reports, with a clock that the test moves."""
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
@@ -197,3 +198,14 @@ def test_nobody_is_held_to_a_guess(world: World) -> None:
 def test_a_slow_workers_queue_is_longer_too(world: World) -> None:
     world.observe(registration("d1", load=Load(num_queued_tokens=400, prefill_ms_per_token=0.5, prompt_ratio=1.5)))
     assert world.worker().queue_ms == pytest.approx(300)
+
+
+async def test_whoever_is_cancelled_as_workers_come_waits_no_more() -> None:
+    world = World()
+    waiting = asyncio.create_task(world.fleet.changed(60.0))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # it may wait in a task of its own
+    world.observe(registration("d1"))
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting

@@ -203,15 +203,35 @@ async def test_health_follows_draining(world: World) -> None:
     assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-async def test_reflection_lists_the_services(world: World) -> None:
-    stub: Any = reflection_pb2_grpc.ServerReflectionStub(world.channel)
+async def listed(channel: grpc.aio.Channel) -> set[str]:
+    """The services that a server says it has, but for the protocols that all have."""
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
 
     async def requests() -> AsyncIterator[Any]:
         yield reflection_pb2.ServerReflectionRequest(list_services="")
 
-    async for answer in stub.ServerReflectionInfo(requests()):
-        names = {service.name for service in answer.list_services_response.service}
-        assert {"forebay.v1.KvService", "forebay.v1.DecodeService", "grpc.health.v1.Health"} <= names
+    [answer] = [answer async for answer in stub.ServerReflectionInfo(requests())]
+    names = {service.name for service in answer.list_services_response.service}
+    assert names >= {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    return {name for name in names if name.startswith("forebay.")}
+
+
+async def test_reflection_lists_the_services(world: World) -> None:
+    assert await listed(world.channel) == {f"forebay.v1.{name}Service" for name in ("Kv", "Decode", "Line")}
+
+
+async def test_a_face_for_users_lists_and_takes_no_lines(world: World) -> None:
+    server = rpc.Server(world.telemetry, ["forebay.v1.KvService"], takes_lines=False)
+    kv_pb2_grpc.add_KvServiceServicer_to_server(Kv(), server.grpc)
+    channels, address = rpc.Channels(), f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
+    try:
+        assert await listed(channels.to(address)) == {"forebay.v1.KvService"}
+        over_a_line = channels.stub(kv_pb2_grpc.KvServiceStub, address)
+        with pytest.raises(WorkerLost, match="takes no lines"):
+            await rpc.call(over_a_line.Acquire, kv_pb2.AcquireRequest())
+    finally:
+        await channels.close()
+        await server.stop(0)
 
 
 def test_every_reason_of_the_protocol_has_a_fault() -> None:

@@ -169,7 +169,7 @@ def pick(weight: torch.Tensor, begins: torch.Tensor, steps: torch.Tensor) -> tor
         words ^= (words >> shift) & (2 ** (64 - shift) - 1)  # the shift is of signed numbers: it draws the sign in
         if factor != 1:
             words *= _signed(factor)
-    uniform = ((words >> int(gumbel.UNUSED_BITS)) & (2**52 - 1)).double().add_(0.5).mul_(gumbel.UNIT)
+    uniform = ((words >> gumbel.UNUSED_BITS) & (2**52 - 1)).double().add_(0.5).mul_(gumbel.UNIT)
     return uniform.neg_().log1p_().neg_().div_(weight).argmin(dim=1)
 
 

@@ -95,7 +95,7 @@ def rest(p: Weights, q: Weights) -> Weights:
 
 def uniform(begin: int) -> float:
     """A number in (0, 1)."""
-    return float(gumbel.noise(begin, np.zeros(1, np.int64))[0])
+    return gumbel.noise_of(begin, 0)
 
 
 def _total(weight: Weights) -> float:

@@ -138,6 +138,7 @@ class LocalTransport:
 
 async def _within(timeout_s: float, work: Awaitable[object]) -> None:
     try:
-        await asyncio.wait_for(work, timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await work
     except TimeoutError:
         raise DeadlineExceeded(f"the peer did not answer within {timeout_s:.3f} s") from None

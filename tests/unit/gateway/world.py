@@ -186,7 +186,7 @@ class World:
 
     async def start_grpc(self, *keys: str) -> str:
         """Serve the gateway's gRPC face, with API keys if there are any; returns its address."""
-        server = rpc.Server(self.telemetry, [SERVICE])
+        server = rpc.Server(self.telemetry, [SERVICE], takes_lines=False)
         servicer = GatewayServicer(self.core, ApiKeys(keys), 30_000)
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, server.grpc)
         self.servers["gateway"] = server
