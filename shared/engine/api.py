@@ -136,7 +136,10 @@ Event = PagesComputed | TokensSampled | Failed
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """What an engine serves. `compatibility_hash` is equal exactly where pages can be exchanged."""
+    """What an engine serves. `compatibility_hash` is equal exactly where pages can be exchanged.
+
+    `ridge_tokens`: so many tokens take about as long to compute as reading the weights does, which each step takes
+    besides (the ridge of the roofline; Williams, Waterman and Patterson, 2009)."""
 
     model: str
     vocab_size: int
@@ -145,6 +148,7 @@ class EngineSpec:
     layout: KvLayout
     num_pages: int
     compatibility_hash: str
+    ridge_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True)

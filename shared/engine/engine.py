@@ -55,7 +55,8 @@ class Engine:
         self.memory = executor.memory
         self.kv = kv
         speculation = speculation or Speculation()
-        self._scheduler = Scheduler(kv, max_step_tokens, max_num_sequences, speculation.num_ahead)
+        ridge = executor.spec.ridge_tokens
+        self._scheduler = Scheduler(kv, max_step_tokens, max_num_sequences, speculation.num_ahead, ridge)
         self._limits = limits(executor.spec)
         self._meter = meter or Meter()
         self._speculator = Speculator(speculation, self._meter)

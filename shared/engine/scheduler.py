@@ -14,6 +14,8 @@ RANK = attrgetter("rank")
 # To compute so many takes about as long as a step does anyway: whoever can have them from another one's pages waits for
 # these, and whoever resumes with no more joins a step of others.
 STEP_TOKENS = 128
+# One more step costs a quarter, at most, of what part of a prompt takes that is worth one of its own: so many ridges.
+WORTH_A_STEP = 4
 # When so many wait for it, the step is not filled up: to look at all who wait would take longer than that saves.
 MOST_PASSED = 16
 
@@ -57,7 +59,7 @@ class Scheduler:
     many that have little to compute do not wait for one that has much.
 
     Where nobody generates a prompt that ends in a step is not held up by part of one that does not: the step is not
-    filled up with that (decisions/0055).
+    filled up with that, if the part is worth a step of its own (decisions/0055).
 
     A prompt that begins as another one of the same step waits for that step, and finds it cached: computed together,
     the beginning would be computed twice, and both of them, and all others in the step, would wait for it.
@@ -72,7 +74,10 @@ class Scheduler:
     all while somebody waits. An executor that proposes drafts may want room for `num_ahead` of them in turn.
     """
 
-    def __init__(self, kv: KvStore, max_step_tokens: int, max_num_sequences: int, num_ahead: int = 0) -> None:
+    def __init__(
+        self, kv: KvStore, max_step_tokens: int, max_num_sequences: int, num_ahead: int = 0, ridge_tokens: int = 1
+    ) -> None:
+        """For `ridge_tokens` see `EngineSpec`. Raises ValueError for more sequences than a step has tokens."""
         if not 1 <= max_num_sequences <= max_step_tokens:
             raise ValueError(f"{max_num_sequences} sequences cannot share a budget of {max_step_tokens} tokens a step")
         self.running: list[Sequence] = []
@@ -82,6 +87,7 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self._max_num_sequences = max_num_sequences
         self._num_ahead = num_ahead
+        self._worth_a_step = WORTH_A_STEP * ridge_tokens
         self._short = False
         self._stalled_at: int | None = None
         self._left_out: set[tuple[float, int]] = set()  # ranks of resumed ones that had no part in the last step
@@ -132,7 +138,7 @@ class Scheduler:
         parts = [_part(sequence, 1) for sequence in decoding if self._grow(sequence)]
         budget, ends = self._max_step_tokens - len(parts), False
         for sequence in self._prompts():
-            if ends and not decoding and sequence.num_uncomputed > budget:
+            if ends and not decoding and self._worth_a_step <= budget < sequence.num_uncomputed:
                 break
             parts.append(part := _part(sequence, budget))
             self._computing.update(sequence.hashes[part.start // self._kv.page_size : part.end // self._kv.page_size])

@@ -35,6 +35,13 @@ def test_where_nobody_generates_a_prompt_that_ends_is_not_held_up_by_part_of_ano
     assert rig.batches == [{"a": 64}, {"a": 10, "whole": 40}, {"partly": 60}]
 
 
+def test_but_it_is_where_that_part_is_not_worth_a_step_of_its_own(rig: Rig) -> None:
+    for name, num_tokens in (("a", 74), ("whole", 51), ("partly", 60)):
+        rig.submit(name, num_tokens, prefill_only=True)
+    rig.finish()
+    assert rig.batches == [{"a": 64}, {"a": 10, "whole": 51, "partly": 3}, {"partly": 57}]
+
+
 def test_no_step_exceeds_its_budget(rig: Rig) -> None:
     for index in range(12):
         rig.submit(f"r{index}", 5 + 13 * index)

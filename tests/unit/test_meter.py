@@ -38,7 +38,7 @@ def test_where_pairs_explain_all_of_it_rounding_makes_no_rate_negative() -> None
     for num_tokens in range(1, 200):
         cost = PromptCost(memory=1e9)
         for start, ms in ((0, 0.1), (num_tokens, num_tokens / 3), (7 * num_tokens, 3.0 * num_tokens)):
-            cost.add(num_tokens, ((start + num_tokens) ** 2 - start**2) / 2, ms)
+            cost.add(num_tokens, ((start + num_tokens) ** 2 - start**2) / 2, ms, at_s=0.0)
         assert 0 <= cost.ms_per_token < 1e-9
 
 
