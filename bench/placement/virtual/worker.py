@@ -17,7 +17,7 @@ from shared import page_hash
 from shared.blackboard.records import Load, ModelCard, Pages, Registration, Role, Room
 from shared.engine.api import EngineRequest, SampledToken, SamplingParams
 from shared.engine.kv.store import KvStore, PageTable
-from shared.engine.meter import Meter, Rate
+from shared.engine.meter import Meter, PromptCost, Rate
 from shared.engine.scheduler import Part, Scheduler
 from shared.engine.sequence import Limits, Sequence
 from shared.engine.sim import SimModel
@@ -119,9 +119,14 @@ class VirtualWorker:
             ),
         )
 
+    @property
+    def prompts(self) -> PromptCost:
+        """What it has measured of prompts."""
+        return self._meter.prompts
+
     def load(self) -> Load:
         """Facts as of the last step, and what has arrived since."""
-        queued, prompts = sum(sequence.num_uncomputed for sequence in self._arrived), self._meter.prompts
+        queued, prompts = sum(sequence.num_uncomputed for sequence in self._arrived), self.prompts
         return self._load.model_copy(
             update={
                 "num_waiting": self._load.num_waiting + len(self._arrived),
