@@ -40,7 +40,7 @@ async def stream(cluster: RunningCluster, amid: Callable[[], None] | None = None
 
 def flags_for(path: Path, *flags: str) -> list[str]:
     fixed = ["--model", str(path), "--dtype", "float32", "--tp", "2", "--deadline", str(DEADLINE_S)]
-    return [*fixed, "--worker-flags=--num-pages 64", *flags]
+    return [*fixed, "--worker-flags=--num-pages 64 --num-draft-tokens 2 --no-adaptive-drafts", *flags]
 
 
 def accepted(metrics_address: str) -> float:
