@@ -62,8 +62,8 @@ class ServiceConfig(BaseSettings):
     port: int = Field(0, ge=0, le=65535, description="Port of the gRPC server; 0 takes a free one.")
     local_sockets: Annotated[str, AfterValidator(checked_directory)] = Field(
         "",
-        description="Directory, this user's alone (mode 0700), in which this process also listens on a Unix socket and "
-        "reaches others of its host that are given it; empty: TCP alone.",
+        description="Directory, this user's alone (mode 0700), in which this process finds the Unix sockets of others "
+        "of its host that are given it, and listens at one if others of ours call it; empty: TCP alone.",
     )
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of the Prometheus endpoint; 0 takes a free one.")
     redis_url: Annotated[str, AfterValidator(checked_redis_url)] = Field(

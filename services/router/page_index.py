@@ -87,7 +87,7 @@ class PageIndex:
     @property
     def num_bytes(self) -> int:
         """Memory in use."""
-        return self._directory.nbytes + self.num_segments * SEGMENT_ROWS * 8 * (2 + self.num_words)
+        return self._directory.nbytes + self.num_segments * SEGMENT_ROWS * WORD_BYTES * (MASK + self.num_words)
 
     @property
     def num_segments(self) -> int:

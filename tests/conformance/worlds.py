@@ -13,6 +13,7 @@ from shared.engine.kv.memory import HostMemory
 from shared.engine.transfer.api import RemotePool, Transport
 from shared.engine.transfer.local import LocalTransport
 from shared.engine.transfer.nixl import NixlTransport
+from tests import standstill
 
 NUM_PAGES, PAGE_BYTES = 24, 200_000
 
@@ -122,9 +123,7 @@ class NixlOwner(Owner):
         self.process.communicate()
 
     def stop(self) -> None:
-        os.kill(self.process.pid, signal.SIGSTOP)
-        # The signal is only sent by now: on a busy machine a thread may still answer a read.
-        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+        standstill.stop(self.process.pid)
 
     def resume(self) -> None:
         os.kill(self.process.pid, signal.SIGCONT)

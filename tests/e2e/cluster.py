@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +17,8 @@ import httpx
 from cli import background, state
 from cli.state import RunState
 from cli.status import join
+from protos.forebay.v1 import router_pb2, router_pb2_grpc
+from shared import rpc
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Role
 from shared.errors import BlackboardLost
@@ -88,6 +90,27 @@ class RunningCluster:
     async def address(self, name: str) -> str:
         """host:port of a process' gRPC server."""
         return str((await self.status())[name]["address"])
+
+    async def measured(self, name: str, measure: str) -> float:
+        """A number from a process' metrics; the sum if there are several that begin so."""
+        found = await asyncio.to_thread(integrity.measures_at, (await self.status())[name]["metrics_address"])
+        return sum(value for key, value in found.items() if key.startswith(measure))
+
+    async def until_explained(
+        self, route: router_pb2.RouteRequest, condition: Callable[[Sequence[router_pb2.Candidate]], object]
+    ) -> None:
+        """Wait until the first router's placements of a request are as the condition wants them."""
+        channels = rpc.Channels()
+        stub: Any = router_pb2_grpc.RouterServiceStub(channels.to(await self.address("router-0")))
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                while True:
+                    shown = await rpc.call(stub.Explain, router_pb2.ExplainRequest(request=route), DEADLINE_S)
+                    if condition(shown.candidates):
+                        return
+                    await asyncio.sleep(0.05)
+        finally:
+            await channels.close()
 
     async def until(
         self, condition: Callable[[dict[str, Row]], object], deadline_s: float = DEADLINE_S

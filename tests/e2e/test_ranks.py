@@ -43,12 +43,6 @@ def flags_for(path: Path, *flags: str) -> list[str]:
     return [*fixed, "--worker-flags=--num-pages 64 --num-draft-tokens 2 --no-adaptive-drafts", *flags]
 
 
-def accepted(metrics_address: str) -> float:
-    """How many drafts of a worker were right."""
-    lines = httpx.get(f"http://{metrics_address}/metrics").text.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("forebay_drafts_accepted_total"))
-
-
 async def test_a_prompt_handed_over_in_a_cluster_of_ranks_gets_the_tokens_of_the_bare_model(tmp_path: Path) -> None:
     """Greedy, and sampled from so few tokens that the drafting layer of a random model is right now and then."""
     tiny.write("glm-5.2", tmp_path / "glm")
@@ -58,7 +52,7 @@ async def test_a_prompt_handed_over_in_a_cluster_of_ranks_gets_the_tokens_of_the
         drawn = await stream(cluster, temperature=0.9, seed=7, logit_bias=few)
         await cluster.until(lambda rows: rows["prefill-0"]["pages"]["cached"] >= len(PROMPT) // 16)
         rows = await cluster.status()
-        assert accepted(rows["decode-0"]["metrics_address"]) > 0
+        assert await cluster.measured("decode-0", "forebay_drafts_accepted_total") > 0
     assert [len(rows[name]["rank_pids"]) for name in ("decode-0", "prefill-0")] == [1, 1]
     executor = driver.load(tmp_path / "glm")
     assert tokens == driver.generate(executor, PROMPT, NUM_TOKENS)

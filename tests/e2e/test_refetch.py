@@ -1,17 +1,14 @@
 """Pages that somebody still has are fetched and not computed again: after a loss, and from a worker that drains."""
 
-import asyncio
 import signal
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from protos.forebay.v1 import router_pb2, router_pb2_grpc
-from shared import page_hash, rpc
+from protos.forebay.v1 import router_pb2
+from shared import page_hash
 from tests.e2e.client import PROMPT, SLOW, Start, client_of
-from tests.e2e.cluster import DEADLINE_S, RunningCluster
-from tests.e2e.integrity import measures_at
+from tests.e2e.cluster import RunningCluster
 from tests.e2e.test_failover import busy
 
 LONG, PAGE = PROMPT[:1000], 16
@@ -20,28 +17,20 @@ TOKEN_BYTES = 64  # of the sim engine
 USAGE = {"include_usage": True}
 
 
-async def measured(cluster: RunningCluster, name: str, measure: str) -> float:
-    found = await asyncio.to_thread(measures_at, (await cluster.status())[name]["metrics_address"])
-    return sum(value for key, value in found.items() if key.startswith(measure))
-
-
 async def until_found_at(cluster: RunningCluster, name: str) -> None:
     """Wait until the router knows that a worker has all of LONG."""
     hashes = page_hash.join(page_hash.chain(page_hash.tenant_key(""), LONG, PAGE))
     route = router_pb2.RouteRequest(model=cluster.model, page_hashes=hashes, num_prompt_tokens=len(LONG))
-    channels, end = rpc.Channels(), time.monotonic() + DEADLINE_S
-    stub: Any = router_pb2_grpc.RouterServiceStub(channels.to(await cluster.address("router-0")))
-    try:
-        while not any(
+
+    def is_found(candidates: Sequence[router_pb2.Candidate]) -> bool:
+        return any(
             name
             in (each.placement.prefill.worker_id or each.placement.decode.worker_id, each.placement.kv_source.worker_id)
             and each.num_cached_tokens >= NUM_WHOLE
-            for each in (await rpc.call(stub.Explain, router_pb2.ExplainRequest(request=route), DEADLINE_S)).candidates
-        ):
-            assert time.monotonic() < end
-            await asyncio.sleep(0.05)
-    finally:
-        await channels.close()
+            for each in candidates
+        )
+
+    await cluster.until_explained(route, is_found)
 
 
 async def texts(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[list[int], None]:
@@ -67,8 +56,8 @@ async def test_after_a_loss_the_prompt_comes_from_the_prefill_worker_that_comput
             token_ids += some
     assert len(token_ids) == 500
     (survivor,) = {"decode-0", "decode-1"} - {lost}
-    assert await measured(cluster, survivor, "forebay_cached_tokens_total") >= NUM_WHOLE
-    assert await measured(cluster, survivor, "forebay_transfer_bytes_total") > 0
+    assert await cluster.measured(survivor, "forebay_cached_tokens_total") >= NUM_WHOLE
+    assert await cluster.measured(survivor, "forebay_transfer_bytes_total") > 0
 
 
 async def test_a_worker_that_drains_gives_its_pages_to_the_next_turn(start_cluster: Start) -> None:
@@ -82,7 +71,7 @@ async def test_a_worker_that_drains_gives_its_pages_to_the_next_turn(start_clust
             await cluster.until(lambda rows: rows[draining]["state"] == "draining")
             second = await client.complete([*LONG, 7, 8, 9])
         (other,) = {"decode-0", "decode-1"} - {draining}
-        assert await measured(cluster, other, "forebay_cached_tokens_total") == NUM_WHOLE
+        assert await cluster.measured(other, "forebay_cached_tokens_total") == NUM_WHOLE
         await cluster.until_restarted(draining, pid)
         assert await client.complete([*LONG, 7, 8, 9]) == second
 
@@ -96,5 +85,5 @@ async def test_a_sequence_that_outlasts_a_drain_is_handed_over_with_its_pages(st
         await until_found_at(cluster, draining)
         cluster.signal(draining, signal.SIGTERM)
         await cluster.until(lambda rows: other in busy(rows) and rows[other]["load"]["num_running"] == 1)
-        assert await measured(cluster, other, "forebay_transfer_bytes_total") >= NUM_WHOLE * TOKEN_BYTES
-        assert await measured(cluster, other, "forebay_failed_pulls_total") == 0
+        assert await cluster.measured(other, "forebay_transfer_bytes_total") >= NUM_WHOLE * TOKEN_BYTES
+        assert await cluster.measured(other, "forebay_failed_pulls_total") == 0

@@ -1,15 +1,12 @@
 """A prefill worker that was killed under load is handed prompts as soon as it is back, though it knows no rates."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any
 
-from protos.forebay.v1 import router_pb2, router_pb2_grpc
-from shared import rpc
+from protos.forebay.v1 import router_pb2
 from tests.e2e.client import PROMPT, SLOW, Client, Start, client_of
 from tests.e2e.cluster import DEADLINE_S, RunningCluster
-from tests.e2e.test_refetch import measured
 
 NUM_TOKENS = 400
 
@@ -44,18 +41,12 @@ async def somebody_who_generates(client: Client) -> AsyncGenerator[None]:
 async def until_placed_on(cluster: RunningCluster, name: str, epoch: int) -> None:
     """Wait until the router knows this incarnation of a worker."""
     route = router_pb2.RouteRequest(model=cluster.model, num_prompt_tokens=NUM_TOKENS)
-    channels = rpc.Channels()
-    stub: Any = router_pb2_grpc.RouterServiceStub(channels.to(await cluster.address("router-0")))
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                shown = await rpc.call(stub.Explain, router_pb2.ExplainRequest(request=route), DEADLINE_S)
-                refs = [each.placement.prefill for each in shown.candidates]
-                if any((ref.worker_id, ref.epoch) == (name, epoch) for ref in refs):
-                    return
-                await asyncio.sleep(0.05)
-    finally:
-        await channels.close()
+
+    def is_there(candidates: Sequence[router_pb2.Candidate]) -> bool:
+        refs = [each.placement.prefill for each in candidates]
+        return any((ref.worker_id, ref.epoch) == (name, epoch) for ref in refs)
+
+    await cluster.until_explained(route, is_there)
 
 
 async def test_a_restarted_prefill_worker_is_handed_the_first_prompt_and_the_next_ones(start_cluster: Start) -> None:
@@ -68,7 +59,7 @@ async def test_a_restarted_prefill_worker_is_handed_the_first_prompt_and_the_nex
             await client.complete(prompt(number), max_tokens=2)
         await cluster.until_restarted("prefill-0", pid)
         await until_placed_on(cluster, "prefill-0", (await cluster.status())["prefill-0"]["epoch"])
-        before = await measured(cluster, "prefill-0", "forebay_requests_total")
+        before = await cluster.measured("prefill-0", "forebay_requests_total")
         for number in range(4, 8):
             await client.complete(prompt(number), max_tokens=2)
-        assert await measured(cluster, "prefill-0", "forebay_requests_total") - before == 4
+        assert await cluster.measured("prefill-0", "forebay_requests_total") - before == 4

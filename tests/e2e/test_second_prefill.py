@@ -4,7 +4,6 @@ import asyncio
 from typing import Any
 
 from tests.e2e.client import PROMPT, SLOW, Start, client_of
-from tests.e2e.test_refetch import measured
 
 LONG = PROMPT[:1000]
 
@@ -21,7 +20,7 @@ async def test_the_other_prefill_worker_goes_on_with_a_prompt(start_cluster: Sta
         pid = cluster.kill(lost)
         token_ids = await running
         (other,) = {"prefill-0", "prefill-1"} - {lost}
-        assert await measured(cluster, "decode-0", "forebay_prefill_fallbacks_total") == 1
-        assert await measured(cluster, other, "forebay_requests_total") == 1
+        assert await cluster.measured("decode-0", "forebay_prefill_fallbacks_total") == 1
+        assert await cluster.measured(other, "forebay_requests_total") == 1
         await cluster.until_restarted(lost, pid)
         assert await client.complete(LONG) == token_ids

@@ -1,7 +1,6 @@
 """A pipe: whole messages, in order, however the bytes come; and a line that ends with it."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from shared.line import pipe as pipes
 from shared.line.pipe import LENGTH_BYTES, Pipe, Pipes
 from shared.local_sockets import LocalSockets
 from shared.telemetry import Telemetry
+from tests.unit.silent import Silent
 
 PATIENCE_S = 10.0
 
@@ -118,20 +118,6 @@ async def test_a_pipe_is_claimed_by_its_name_whichever_comes_first() -> None:
         await known.claim("02" * pipes.NAME_BYTES, 0.01)
 
 
-class Decode(decode_pb2_grpc.DecodeServiceServicer):
-    """Sends one message, and waits."""
-
-    def __init__(self) -> None:
-        self.ended = asyncio.Event()
-
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[decode_pb2.GenerateResponse]:
-        try:
-            yield decode_pb2.GenerateResponse()
-            await asyncio.sleep(10 * PATIENCE_S)
-        finally:
-            self.ended.set()
-
-
 class Recorded(LocalSockets):
     """Keeps what was dialled."""
 
@@ -145,7 +131,7 @@ class Recorded(LocalSockets):
 
 
 async def test_the_end_of_a_pipe_is_the_end_of_its_line_at_both_ends(tmp_path: Path) -> None:
-    local, decode, telemetry = Recorded(str(tmp_path)), Decode(), Telemetry("test", "test-1")
+    local, decode, telemetry = Recorded(str(tmp_path)), Silent(), Telemetry("test", "test-1")
     server, channels = rpc.Server(telemetry, [], local), rpc.Channels(local=local)
     decode_pb2_grpc.add_DecodeServiceServicer_to_server(decode, server.grpc)
     stub = channels.stub(decode_pb2_grpc.DecodeServiceStub, f"127.0.0.1:{await server.start('127.0.0.1', 0)}")

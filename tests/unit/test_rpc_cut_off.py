@@ -13,22 +13,9 @@ from shared import rpc
 from shared.errors import WorkerLost
 from shared.local_sockets import LocalSockets
 from shared.telemetry import Telemetry
+from tests.unit.silent import Silent
 
 PATIENCE_S = 20.0
-
-
-class Silent(decode_pb2_grpc.DecodeServiceServicer):
-    """Sends one message and then computes for ever."""
-
-    def __init__(self) -> None:
-        self.ended = asyncio.Event()
-
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[decode_pb2.GenerateResponse]:
-        try:
-            yield decode_pb2.GenerateResponse()
-            await asyncio.sleep(10 * PATIENCE_S)
-        finally:
-            self.ended.set()
 
 
 class Network:
