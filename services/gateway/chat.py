@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from services.gateway import messages, tools
+from services.gateway import messages, structured, tools
 from services.gateway import options as common
 from services.gateway.fields import Fields, Range
 from services.gateway.models import ServedModel
@@ -39,6 +39,7 @@ async def job(raw: Mapping[str, Any], caller: Caller, model: ServedModel, max_ch
     parsing = _parsing(fields, declared, model)
     text, token_ids = await prompt(fields, model, declared)
     parsing = replace(parsing, thinks=parsing.has_thoughts and opens_thought(text))
+    await structured.check(fields, options.sampling, model, parsing)
     return make_job(caller, model, options, [Prompt(tuple(token_ids), text)], max_choices, parsing=parsing)
 
 
