@@ -12,7 +12,7 @@ from shared.errors import InvalidRequest
 
 MAX_CHARS = 1 << 16
 # Between the parts of JSON. Any amount would be JSON too, and a small model may write nothing else until its end.
-_WHITESPACE = r"[ \t\n\r]{1,40}"
+WHITESPACE = r"[ \t\n\r]{1,40}"
 
 
 class Kind(StrEnum):
@@ -36,7 +36,7 @@ def source(grammar: Grammar) -> str:
     """The grammar as llguidance has it. Raises InvalidRequest for what is not even of its kind."""
     try:
         if grammar.kind is Kind.JSON_SCHEMA:
-            return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": _WHITESPACE})
+            return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": WHITESPACE})
         return grammar_from("regex" if grammar.kind is Kind.REGEX else "grammar", grammar.text)
     except ValueError as error:
         raise InvalidRequest(f"the {grammar.kind} cannot be read: {error}") from error

@@ -9,6 +9,8 @@ from typing import Any
 from protos.forebay.v1 import generation_pb2
 from services.gateway.fields import Fields, wrong_type
 from services.gateway.models import ServedModel
+from services.gateway.parsers import demanded
+from services.gateway.parsers.api import Tools
 from services.gateway.parsers.formats import THINK_TAGS, Parsing
 from shared import grammar
 from shared.errors import InvalidRequest, Unsupported
@@ -27,12 +29,18 @@ def read(fields: Fields) -> generation_pb2.Grammar | None:
     name, message = found[0]
     if len(found) > 1:
         raise InvalidRequest(f"'{name}' and '{found[1][0]}' cannot both say what the answer is", param=found[1][0])
-    for other in ("min_tokens", "ignore_eos"):
-        if fields.raw(other):
-            raise InvalidRequest(
-                f"'{other}' cannot be had with '{name}', which says where the answer ends", param=other
-            )
+    _require_end(fields, name)
     return message
+
+
+def demand(
+    fields: Fields, sampling: generation_pb2.SamplingParams, tools: Tools, parsing: Parsing, model: ServedModel
+) -> None:
+    """Hold the answer to calls of these tools. Raises InvalidRequest, Unsupported."""
+    _require_end(fields, "tool_choice")
+    added = model.tokenizer("tools").added_tokens
+    calls = demanded.grammar(parsing.formats.tools, tools, added, single=parsing.single_call)
+    sampling.grammar.CopyFrom(generation_pb2.Grammar(lark=calls))
 
 
 async def check(
@@ -42,14 +50,8 @@ async def check(
     if that is where the model is."""
     if not sampling.HasField("grammar"):
         return
-    param = next(name for name in _READERS if fields.raw(name) is not None)
+    param = next((name for name in _READERS if fields.raw(name) is not None), "tools")
     asked, tokenizer = sampling.grammar, model.tokenizer(param)
-    if parsing is not None and parsing.tools is not None:
-        raise Unsupported(
-            f"'{param}' beside 'tools' is not supported: with 'tool_choice' \"none\" the tools are only shown to the "
-            "model",
-            param=param,
-        )
     if parsing is not None and parsing.thinks:
         end = tokenizer.added_tokens.get(THINK_TAGS[1])
         if end is None:
@@ -61,6 +63,14 @@ async def check(
         await asyncio.to_thread(_require_valid, Grammar(Kind(kind), getattr(asked, kind)))
     except InvalidRequest as fault:
         raise InvalidRequest(fault.message, param=param) from None
+
+
+def _require_end(fields: Fields, name: str) -> None:
+    for other in ("min_tokens", "ignore_eos"):
+        if fields.raw(other):
+            raise InvalidRequest(
+                f"'{other}' cannot be had with '{name}', which says where the answer ends", param=other
+            )
 
 
 def described(message: generation_pb2.Grammar) -> dict[str, str]:

@@ -14,7 +14,7 @@ ReasoningFormat = Literal["auto", "think", "none"]
 ToolFormat = Literal["auto", "glm", "hermes", "none"]
 
 THINK_TAGS = ("<think>", "</think>")
-_CALL_TAGS = ("<tool_call>", "</tool_call>")
+CALL_TAGS = ("<tool_call>", "</tool_call>")
 _CALLS: Mapping[str, Callable[[Tools], CallParser]] = {"glm": GlmCall, "hermes": JsonCall}
 
 
@@ -64,7 +64,7 @@ class Parsing:
         """The tags that mean something in this request."""
         tags: tuple[str, ...] = THINK_TAGS if self.has_thoughts else ()
         if self.tools is not None:
-            tags += _CALL_TAGS + (glm_calls.TAGS if self.formats.tools == "glm" else ())
+            tags += CALL_TAGS + (glm_calls.TAGS if self.formats.tools == "glm" else ())
         return tags
 
     def parser(self) -> MessageParser:
