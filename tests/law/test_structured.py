@@ -4,11 +4,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from tokenizers import Tokenizer
 
+from services.gateway.parsers import demanded
+from services.gateway.parsers.formats import Formats, Parsing
+from services.gateway.parsers.tags import TagScanner
 from shared.engine.api import EngineRequest, SamplingParams
 from shared.engine.grammars import Grammars
 from shared.engine.speculation.speculator import Speculation
@@ -128,6 +131,24 @@ def test_beside_others_that_are_free(model: Model) -> None:
 def test_other_grammars(grammar: Grammar, is_of_it: Callable[[str], bool], model: Model) -> None:
     sampling = SamplingParams(max_tokens=60, temperature=1.5, seed=3, grammar=grammar)
     assert is_of_it(model.text(model.worker().run(model.request(sampling))))
+
+
+@pytest.mark.parametrize("style", ["hermes", "glm"])
+def test_calls_that_are_demanded_are_read_as_calls(style: Literal["hermes", "glm"], model: Model) -> None:
+    """Its tags are text to this model."""
+    city = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+    tools = {"weather": {"parameters": city}}
+    grammar = Grammar(Kind.LARK, demanded.grammar(style, tools, {}, single=True))
+    sampling = SamplingParams(max_tokens=120, temperature=1.0, seed=2, grammar=grammar)
+    text = model.text(model.worker().run(model.request(sampling)))
+    parsing = Parsing(Formats(tools=style), tools=tools)
+    parser, scanner = parsing.parser(), TagScanner(parsing.tags)
+    for piece in (*scanner.feed(text), *scanner.flush()):
+        parser.feed(piece)
+    parser.finish(by_model=True)
+    calls = parser.take().calls
+    assert calls[0].name == "weather"
+    assert json.loads("".join(call.arguments for call in calls))["city"] in ("Rome", "Oslo")
 
 
 def test_free_up_to_the_end_of_its_thoughts(model: Model) -> None:
