@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from services.gateway import messages, tools
+from protos.forebay.v1 import generation_pb2
+from services.gateway import messages, structured, tools
 from services.gateway import options as common
 from services.gateway.fields import Fields, Range
 from services.gateway.models import ServedModel
@@ -39,6 +40,8 @@ async def job(raw: Mapping[str, Any], caller: Caller, model: ServedModel, max_ch
     parsing = _parsing(fields, declared, model)
     text, token_ids = await prompt(fields, model, declared)
     parsing = replace(parsing, thinks=parsing.has_thoughts and opens_thought(text))
+    _constrain(fields, options.sampling, declared, parsing, model)
+    await structured.check(fields, options.sampling, model, parsing)
     return make_job(caller, model, options, [Prompt(tuple(token_ids), text)], max_choices, parsing=parsing)
 
 
@@ -126,6 +129,25 @@ def _parsing(fields: Fields, declared: Sequence[Mapping[str, Any]], model: Serve
         )
     single = fields.flag("parallel_tool_calls") is False
     return Parsing(formats, tools=tools.by_name(declared), single_call=single)
+
+
+def _constrain(
+    fields: Fields,
+    sampling: generation_pb2.SamplingParams,
+    declared: Sequence[Mapping[str, Any]],
+    parsing: Parsing,
+    model: ServedModel,
+) -> None:
+    """Calls that are demanded are a grammar of the answer; where tools may be called there can be no other."""
+    wanted = tools.demanded(fields, declared)
+    if parsing.tools is not None and sampling.HasField("grammar"):
+        raise Unsupported(
+            "'response_format' beside 'tools' is not supported: with 'tool_choice' \"none\" the tools are only shown "
+            "to the model",
+            param="response_format",
+        )
+    if wanted is not None:
+        structured.demand(fields, sampling, wanted, parsing, model)
 
 
 def _num_logprobs(fields: Fields) -> int | None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from services.gateway import options as common
+from services.gateway import structured
 from services.gateway.fields import Fields, Range, integer, name_of
 from services.gateway.models import ServedModel
 from services.gateway.request import Caller, Job, Prompt, make_job
@@ -33,6 +34,7 @@ async def job(raw: Mapping[str, Any], caller: Caller, model: ServedModel, max_ch
     if len(raw_prompts) > max_choices:
         raise InvalidRequest(f"'prompt' must have at most {max_choices} entries", param="prompt")
     prompts = [await _prompt(prompt, model, special) for prompt in raw_prompts]
+    await structured.check(fields, options.sampling, model)
     default = max(DEFAULT_MAX_TOKENS, options.sampling.min_tokens)
     return make_job(caller, model, options, prompts, max_choices, echo=echo, default_max_tokens=default)
 

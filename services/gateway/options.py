@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from protos.forebay.v1 import generation_pb2
+from services.gateway import structured
 from services.gateway.fields import Fields, Range, integer, wrong_type
 from shared.errors import InvalidRequest, Unsupported
 
@@ -23,12 +24,6 @@ COUNT = Range(0, 2**31 - 1)
 
 # Value: what is asked for when the field is absent; anything else but null cannot be honoured.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "allowed_token_ids": (),
@@ -128,6 +123,7 @@ def _sampling(
         stop_token_ids=_stop_token_ids(fields),
         ignore_eos=fields.flag("ignore_eos") or False,
         num_logprobs=num_logprobs,
+        grammar=structured.read(fields),
     )
 
 

@@ -9,6 +9,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from protos.forebay.v1 import gateway_pb2, gateway_pb2_grpc, generation_pb2
+from services.gateway import structured
 from services.gateway.api_keys import ApiKeys
 from services.gateway.core import Core
 from services.gateway.output import Delta
@@ -124,6 +125,8 @@ def _options(options: gateway_pb2.GenerationOptions) -> dict[str, Any]:
     }
     if options.HasField("seed"):  # unsigned here, signed on the REST face: the same 64 bits
         raw["seed"] = options.seed - (1 << 64) if options.seed >= 1 << 63 else options.seed
+    if options.HasField("grammar"):
+        raw["structured_outputs"] = structured.described(options.grammar)
     return raw
 
 

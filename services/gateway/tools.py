@@ -7,11 +7,6 @@ from services.gateway.fields import Fields
 from services.gateway.parsers.api import Tools
 from shared.errors import InvalidRequest, Unsupported
 
-_FORCED = (
-    '\'tool_choice\' can be "auto" or "none" here: to force a call, the output would have to be constrained to it, '
-    "which this server cannot do yet"
-)
-
 
 def read(fields: Fields) -> list[dict[str, Any]]:
     """The tools as the client described them. Raises InvalidRequest."""
@@ -28,15 +23,27 @@ def read(fields: Fields) -> list[dict[str, Any]]:
 
 
 def are_callable(fields: Fields, tools: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether calls are told apart from text. Raises Unsupported for calls that are demanded."""
+    """Whether calls are told apart from text."""
+    return bool(tools) and fields.raw("tool_choice") != "none"
+
+
+def demanded(fields: Fields, tools: Sequence[Mapping[str, Any]]) -> Tools | None:
+    """The tools of which one must be called; None if none must. Raises InvalidRequest, Unsupported."""
     match fields.raw("tool_choice"):
-        case None | "auto":
-            return bool(tools)
-        case "none":
-            return False
-        case "required" | dict():
-            raise Unsupported(_FORCED, param="tool_choice")
-    raise InvalidRequest('\'tool_choice\' must be "none", "auto", "required" or an object', param="tool_choice")
+        case None | "auto" | "none":
+            return None
+        case "required":
+            found = by_name(tools)
+        case {"type": "function", "function": {"name": str(name)}}:
+            found = {known: tool for known, tool in by_name(tools).items() if known == name}
+        case {"type": str(kind)} if kind != "function":
+            raise Unsupported(f"'tool_choice' of the type {kind!r} is not supported", param="tool_choice")
+        case _:
+            message = '\'tool_choice\' must be "none", "auto", "required" or an object that names a function'
+            raise InvalidRequest(message, param="tool_choice")
+    if not found:
+        raise InvalidRequest("'tool_choice' demands a tool that is not among 'tools'", param="tool_choice")
+    return found
 
 
 def by_name(tools: Sequence[Mapping[str, Any]]) -> Tools:

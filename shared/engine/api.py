@@ -13,6 +13,7 @@ from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.memory import PoolMemory
 from shared.engine.kv.store import KvStore, PageTable
 from shared.errors import Fault
+from shared.grammar import Grammar
 
 
 class FinishReason(StrEnum):
@@ -40,6 +41,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     num_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -191,6 +193,9 @@ class Engine(Protocol):
     kv: KvStore
     memory: PoolMemory
 
+    def prepare(self, request: EngineRequest) -> None:
+        """What may take a second before `submit`, in a thread that has the time. Raises InvalidRequest, Unsupported."""
+
     def submit(self, request: EngineRequest, pages: PageTable | None = None) -> None:
         """Queue a sequence. `pages` (from `kv.reserve`) pass into its ownership, and the caller's table is empty then;
         their first `pages.num_tokens` tokens are already computed. Raises InvalidRequest or ContextTooLong, and then
@@ -224,7 +229,8 @@ class BatchItem:
     begins (the length of the prompt), and `history` the whole sequence so far, for penalties. The last `num_drafts` of
     `token_ids` are drafts: they are not in `history`, and to be verified. `num_wanted` drafts may be proposed for the
     next step, which another worker computes if it `hands_over`. `following` is the token behind a part that is not the
-    last, which a drafting layer looks at.
+    last, which a drafting layer looks at. `allowed` are the tokens that may be chosen, and those behind each draft, as
+    bits (see `grammars`); None, and no rows, where all may.
 
     Launched behind another step, a token may be what that one will choose: the id -1 - k (see `awaited`) stands for the
     k-th token that it chooses, and `history` ends before it.
@@ -242,6 +248,7 @@ class BatchItem:
     num_wanted: int = 0
     hands_over: bool = False
     following: int | None = None
+    allowed: tuple[bytes | None, ...] = ()
 
     @property
     def position(self) -> int:

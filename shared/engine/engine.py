@@ -20,13 +20,14 @@ from shared.engine.api import (
     TokensSampled,
 )
 from shared.engine.flight import Flight, Landed
+from shared.engine.grammars import Grammars, Matcher
 from shared.engine.intake import limits, require_runnable
 from shared.engine.kv.store import KvStore, PageTable
 from shared.engine.meter import Meter
 from shared.engine.scheduler import Part, Scheduler
 from shared.engine.sequence import Ending, Sequence
 from shared.engine.speculation.speculator import Speculation, Speculator
-from shared.errors import Internal, InvalidRequest
+from shared.errors import Fault, Internal, InvalidRequest, Unsupported
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,10 @@ class Engine:
         max_num_sequences: int,
         speculation: Speculation | None = None,
         meter: Meter | None = None,
+        grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """A `meter` has rates that were measured before."""
+        """A `meter` has rates that were measured before. Without `grammars` no output can be held to one."""
         self.spec = executor.spec
         self.memory = executor.memory
         self.kv = kv
@@ -59,6 +61,7 @@ class Engine:
         self._scheduler = Scheduler(kv, max_step_tokens, max_num_sequences, speculation.num_ahead, ridge)
         self._limits = limits(executor.spec)
         self._meter = meter or Meter()
+        self._grammars = grammars
         self._speculator = Speculator(speculation, self._meter)
         self._clock = clock
         self._flight = Flight(executor, kv, clock)
@@ -72,14 +75,19 @@ class Engine:
 
     # From any thread --------------------------------------------------------------------------------------------------
 
+    def prepare(self, request: EngineRequest) -> None:
+        """Have the request's grammar compiled. Raises InvalidRequest, Unsupported."""
+        self._matcher(request)
+
     def submit(self, request: EngineRequest, pages: PageTable | None = None) -> None:
         """Queue a sequence. `pages` pass into its ownership (the caller's table is empty then); their first
-        `pages.num_tokens` tokens are already computed. Raises InvalidRequest or ContextTooLong, and then leaves `pages`
-        with the caller."""
+        `pages.num_tokens` tokens are already computed. Raises InvalidRequest, ContextTooLong or Unsupported, and then
+        leaves `pages` with the caller."""
         require_runnable(request, self.spec)
+        matcher = self._matcher(request)
         priority = max(-MAX_PRIORITY, min(request.priority, MAX_PRIORITY)) + request.resumed
         rank = (self._clock() - priority * PRIORITY_S, next(self._numbers))
-        sequence = Sequence(request, self._limits, rank, PageTable())
+        sequence = Sequence(request, self._limits, rank, PageTable(), matcher=matcher)
         with self._lock:
             if request.request_id in self._known:
                 raise InvalidRequest(f"request {request.request_id!r} is running already", param="request_id")
@@ -115,6 +123,14 @@ class Engine:
     def is_short(self) -> bool:
         """Whether a sequence of this engine waits for pages."""
         return self._scheduler.is_short
+
+    def _matcher(self, request: EngineRequest) -> Matcher | None:
+        grammar = request.sampling.grammar
+        if grammar is None:
+            return None
+        if self._grammars is None:
+            raise Unsupported(f"outputs of {self.spec.model} cannot be held to a grammar", param="response_format")
+        return self._grammars.begin(grammar, request.output_token_ids)
 
     # From the engine's thread -----------------------------------------------------------------------------------------
 
@@ -176,6 +192,8 @@ class Engine:
         if chosen is not None:
             sampled, ending = self._take(sequence, item, chosen)
             num_computed += min(sampled.num_accepted, len(sampled.tokens))
+            if sequence.matcher is not None and sequence.matcher.error:
+                return [*events, self._fail_one(sequence, _lost_its_way(sequence.matcher))]
             events.append(sampled)
         first_page, page_hashes = sequence.unpublished(num_computed)
         if page_hashes:
@@ -207,9 +225,11 @@ class Engine:
         log.error("a step of %d sequences failed", len(parts), exc_info=error)
         fault = Internal(f"the step that computed this request failed: {type(error).__name__}: {error}")
         failed = [part.sequence for part in parts if not (part.sequence.cancelled or part.sequence.ended)]
-        for sequence in failed:
-            self._retire(sequence)
-        return [Failed(sequence.request.request_id, fault) for sequence in failed]
+        return [self._fail_one(sequence, fault) for sequence in failed]
+
+    def _fail_one(self, sequence: Sequence, fault: Fault) -> Failed:
+        self._retire(sequence)
+        return Failed(sequence.request.request_id, fault)
 
     def _finish(self, sequence: Sequence) -> None:
         """Pages of a prefill-only sequence stay held until it is cancelled: whoever asked for them needs time to lease
@@ -250,3 +270,7 @@ class Engine:
             decode_ms_per_sequence=self._meter.draft_ms,
             num_steps=self._meter.num_steps,
         )
+
+
+def _lost_its_way(matcher: Matcher) -> Fault:
+    return InvalidRequest(f"the output cannot be held to its grammar: {matcher.error}", param="response_format")

@@ -5,8 +5,8 @@ step stays in flight while the next is planned and launched; then it lands. So t
 and the host has the time of a step to plan, and to say what the last one chose.
 
 The next step is not launched before this one has landed where it needs to know what this one chooses: this one verifies
-drafts, or the executor is to propose some; or drafts were found in the text, to be verified next. What a sequence
-computes behind its end is passed over when it lands.
+drafts, or the executor is to propose some; or drafts were found in the text, to be verified next; or an output is held
+to a grammar, which says what may come next. What a sequence computes behind its end is passed over when it lands.
 """
 
 from collections import deque
@@ -119,5 +119,5 @@ class Flight:
         if not self._executor.runs_behind:
             return False
         last, proposes = self._steps[-1], self._executor.proposes
-        drafts = any(item.num_drafts or (proposes and item.num_wanted) for item in last.items)
-        return not drafts and not isinstance(last.step, Broken)
+        waits = any(item.num_drafts or item.allowed or (proposes and item.num_wanted) for item in last.items)
+        return not waits and not isinstance(last.step, Broken)

@@ -28,6 +28,7 @@ def require_runnable(request: EngineRequest, spec: EngineSpec) -> None:
     _require_vocabulary(request.output_token_ids, spec, "output_token_ids")
     _require_vocabulary(request.draft_token_ids, spec, "draft_token_ids")
     _require_sampling(request.sampling, spec)
+    _require_end(request.sampling)
     if len(request.output_token_ids) >= request.sampling.max_tokens:
         raise InvalidRequest(
             f"max_tokens is {request.sampling.max_tokens}, and {len(request.output_token_ids)} tokens were emitted "
@@ -39,6 +40,16 @@ def require_runnable(request: EngineRequest, spec: EngineSpec) -> None:
 def _require_vocabulary(token_ids: tuple[int, ...], spec: EngineSpec, param: str) -> None:
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < spec.vocab_size):
         raise InvalidRequest(f"a token id is outside the vocabulary, 0 to {spec.vocab_size - 1}", param=param)
+
+
+def _require_end(sampling: SamplingParams) -> None:
+    """A grammar says where an output may end, and a token that the model stops with ends it there."""
+    if sampling.grammar is not None:
+        for param, value in (("min_tokens", sampling.min_tokens), ("ignore_eos", sampling.ignore_eos)):
+            if value:
+                raise InvalidRequest(
+                    f"{param} cannot be had with a grammar, which says where an output ends", param=param
+                )
 
 
 def _require_sampling(sampling: SamplingParams, spec: EngineSpec) -> None:

@@ -125,6 +125,8 @@ class EngineLoop:
         request = replace(request, request_id=f"{request.request_id}#{next(self._numbers)}")
         stream = self._streams[request.request_id] = asyncio.Queue()
         try:
+            if request.sampling.grammar is not None:
+                await asyncio.to_thread(self.engine.prepare, request)
             self.engine.submit(request, pages)
             self._wake.set()
             while True:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from shared.engine.api import BatchItem, EngineRequest, FinishReason, SampledToken, awaited
+from shared.engine.grammars import Matcher
 from shared.engine.kv.store import PageTable
 from shared.engine.speculation.acceptance import Acceptance
 from shared.engine.speculation.proposer import Proposer
@@ -58,6 +59,7 @@ class Sequence:
     drafts: list[int] = field(default_factory=list)
     acceptance: Acceptance = field(default_factory=Acceptance)
     proposer: Proposer | None = None
+    matcher: Matcher | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
@@ -134,6 +136,7 @@ class Sequence:
             num_wanted=num_wanted,
             hands_over=self.request.prefill_only,
             following=self.tokens[end] if end < len(self.tokens) else None,
+            allowed=self.matcher.allowed(self.drafts[:num_drafts]) if self.matcher and end == self.length else (),
         )
 
     def launch(self, end: int, place: int | None) -> None:
@@ -174,6 +177,8 @@ class Sequence:
                 return emitted, Ending(FinishReason.STOP, token.token_id)
             self.tokens.append(token.token_id)
             emitted.append(token)
+            if self.matcher is not None:
+                self.matcher.advance([token.token_id])
             if self.is_full:
                 return emitted, Ending(FinishReason.LENGTH)
         return emitted, None

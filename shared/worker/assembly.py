@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shared.engine.api import Executor
+from shared.engine.api import EngineSpec, Executor
 from shared.engine.engine import Engine
+from shared.engine.grammars import Grammars
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.store import KvStore
 from shared.engine.meter import Meter
@@ -55,14 +56,22 @@ def assemble(
             scope = Scope(spec, executor.recorded, *sizes, generates=generates)
             meter = warm_up(scope, partial(_engine, config, speculation, patient), config.warm_up_s, is_wanted)
         kv = KvStore(spec.num_pages, spec.layout.page_size, config.lease_ttl_ms)
-        return Assembled(_engine(config, speculation, executor, kv, meter), model_path, layout, ranks)
+        engine = _engine(config, speculation, executor, kv, meter, _grammars(spec, model_path))
+        return Assembled(engine, model_path, layout, ranks)
     except BaseException:
         for rank in ranks:
             rank.close()
         raise
 
 
-def _engine(config: WorkerConfig, speculation: Speculation, executor: Executor, kv: KvStore, meter: Meter) -> Engine:
+def _engine(
+    config: WorkerConfig,
+    speculation: Speculation,
+    executor: Executor,
+    kv: KvStore,
+    meter: Meter,
+    grammars: Grammars | None = None,
+) -> Engine:
     return Engine(
         executor,
         kv,
@@ -70,7 +79,13 @@ def _engine(config: WorkerConfig, speculation: Speculation, executor: Executor, 
         max_num_sequences=config.max_num_sequences,
         speculation=speculation,
         meter=meter,
+        grammars=grammars,
     )
+
+
+def _grammars(spec: EngineSpec, model_path: str) -> Grammars | None:
+    """Of a model; the sim engine's has no text."""
+    return Grammars(Path(model_path) / "tokenizer.json", spec.vocab_size, spec.eos_token_ids) if model_path else None
 
 
 def _speculation(config: WorkerConfig, executor: Executor) -> Speculation:

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from protos.forebay.v1 import decode_pb2, generation_pb2, prefill_pb2
 from shared.engine.api import EngineRequest, FinishReason, SampledToken, SamplingParams
+from shared.errors import InvalidRequest
+from shared.grammar import Grammar, Kind
 
 _REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -28,7 +30,16 @@ def sampling_params(message: generation_pb2.SamplingParams) -> SamplingParams:
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
+        grammar=_grammar(message.grammar) if message.HasField("grammar") else None,
     )
+
+
+def _grammar(message: generation_pb2.Grammar) -> Grammar:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequest("a grammar has no text", param="grammar")
+    behind = message.behind_token_id if message.HasField("behind_token_id") else None
+    return Grammar(Kind(kind), getattr(message, kind), behind)
 
 
 def engine_request(

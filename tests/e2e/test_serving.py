@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import grpc
 import httpx
 import openai
+import pydantic
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
@@ -19,6 +20,12 @@ from tests.e2e.cluster import RunningCluster, as_curl_does
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 LONG = "Count the rivers of every continent, and say where each of them begins and where it ends. " * 30
+
+
+class Capital(pydantic.BaseModel):
+    city: Annotated[str, pydantic.Field(max_length=20)]
+    country: Annotated[str, pydantic.Field(max_length=20)]
+    is_large: bool
 
 
 @pytest.fixture
@@ -171,3 +178,20 @@ async def test_every_process_answers_prometheus(model_cluster: RunningCluster) -
             address = (await model_cluster.status())[name]["metrics_address"]
             text = (await http.get(f"http://{address}/metrics")).text
             assert metric in text
+
+
+def test_an_answer_is_of_the_schema_that_openais_client_sends(
+    client: openai.OpenAI, model_cluster: RunningCluster
+) -> None:
+    """The second prompt is long: its first token, too, comes from the prefill worker."""
+    for question in ("Name a capital of Europe.", LONG + "Name a capital of Europe."):
+        answer = client.chat.completions.parse(
+            model=model_cluster.model,
+            messages=[{"role": "user", "content": question}],
+            response_format=Capital,
+            temperature=1.0,
+            seed=5,
+            max_tokens=60,
+        )
+        assert isinstance(answer.choices[0].message.parsed, Capital)
+        assert answer.choices[0].finish_reason == "stop"

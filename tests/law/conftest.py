@@ -8,6 +8,8 @@ import pytest
 from shared.engine.api import EngineRequest, Executor, SamplingParams
 from shared.engine.sim import SimExecutor, SimModel
 from shared.engine.speculation.speculator import Speculation
+from shared.models import store
+from shared.models.catalogue import DEFAULT_MODEL
 from shared.page_hash import tenant_key
 from tests.law.worker import Worker
 from tests.unit.behind import Behind
@@ -52,6 +54,23 @@ def tiny_model(variant: str, path: Path, *, rejection: bool = False) -> MakeExec
         num_pages=num_pages,
         mtp=True,
         rejection=rejection,
+    )
+
+
+def default_model() -> tuple[Path, MakeExecutor]:
+    """Its directory, and executors in float32 that share the weights."""
+    import torch
+
+    from shared.engine.executor import TorchExecutor, load_executor
+    from shared.engine.kv.memory import HostMemory
+    from shared.engine.models import registry
+    from shared.engine.models.api import Placement
+
+    path = store.resolve(DEFAULT_MODEL)
+    model = registry.load(path, Placement(torch.float32, 1, "auto", store.default_cache()))
+    spec = load_executor(path, model_name="smollm2", dtype="float32", page_size=16, num_threads=1, num_pages=1).spec
+    return path, lambda num_pages: TorchExecutor(
+        model, replace(spec, num_pages=num_pages), HostMemory(num_pages, spec.layout.page_bytes)
     )
 
 

@@ -1,35 +1,19 @@
 """The law once more with the weights that people will run."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
 from shared.engine.api import SamplingParams
 from shared.engine.speculation.ngram import NgramProposer
 from shared.engine.speculation.speculator import Speculation
-from shared.models import store
-from shared.models.catalogue import DEFAULT_MODEL
 from tests.law import test_same_tokens as laws
-from tests.law.conftest import GREEDY, SAMPLED, Law, MakeExecutor, behind
+from tests.law.conftest import GREEDY, SAMPLED, Law, MakeExecutor, behind, default_model
 
 
 @pytest.fixture(scope="module")
 def make_executor() -> MakeExecutor:
-    """Executors that share the weights."""
-    import torch
-
-    from shared.engine.executor import TorchExecutor, load_executor
-    from shared.engine.kv.memory import HostMemory
-    from shared.engine.models import registry
-    from shared.engine.models.api import Placement
-
-    path = store.resolve(DEFAULT_MODEL)
-    model = registry.load(path, Placement(torch.float32, 1, "auto", store.default_cache()))
-    spec = load_executor(path, model_name="smollm2", dtype="float32", page_size=16, num_threads=1, num_pages=1).spec
-    return lambda num_pages: TorchExecutor(
-        model, replace(spec, num_pages=num_pages), HostMemory(num_pages, spec.layout.page_bytes)
-    )
+    return default_model()[1]
 
 
 def test_prefilled_elsewhere_in_a_crowd_that_preempts(make_executor: MakeExecutor) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from shared.engine.api import EngineRequest, Executor, Failed, PagesComputed, TokensSampled
 from shared.engine.engine import Engine
+from shared.engine.grammars import Grammars
 from shared.engine.kv.memory import HostMemory
 from shared.engine.kv.store import KvStore, PageTable
 from shared.engine.speculation.speculator import Speculation
@@ -14,7 +15,13 @@ from shared.page_hash import chain
 class Worker:
     """Collects the output of every request. After each step the books of the page store must be right."""
 
-    def __init__(self, executor: Executor, max_step_tokens: int = 512, speculation: Speculation | None = None) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        max_step_tokens: int = 512,
+        speculation: Speculation | None = None,
+        grammars: Grammars | None = None,
+    ) -> None:
         self.spec = executor.spec
         self.memory = executor.memory
         self.page_size = executor.spec.layout.page_size
@@ -25,6 +32,7 @@ class Worker:
             max_step_tokens=max_step_tokens,
             max_num_sequences=min(max_step_tokens, 32),
             speculation=speculation,
+            grammars=grammars,
         )
         self.outputs: dict[str, list[int]] = {}
         self.pages: dict[str, list[int]] = {}

@@ -49,6 +49,30 @@ def test_rows_of_one_kind_choose_what_each_would_alone(cut: dict[str, Any]) -> N
         assert_alike(both(rows(8, vocab), items, vocab))
 
 
+def packed(token_ids: Sequence[int]) -> bytes:
+    bits = np.zeros(-(-VOCAB // 32) * 32, dtype=np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"temperature": 1.3, "seed": 4}, {"temperature": 1.0, "logit_bias": ((7, 90.0),)}], ids=str
+)
+def test_only_what_a_grammar_allows_is_chosen(kind: dict[str, Any]) -> None:
+    some, others, one = packed(range(20, 40)), packed([0, 8, 31, 32, VOCAB - 1]), packed([VOCAB - 2])
+    held = [replace(item([1, 2, 3], 3, **kind), allowed=(allowed,)) for allowed in (some, others, None, one)]
+    drafted = replace(item([1, 2, 21, 50], 2, **kind), num_drafts=2, history=(1, 2), allowed=(some, others, None))
+    found = both(rows(4 + 1 + 3), [*held, item([1, 2, 3], 3, **kind), drafted])
+    assert_alike(found)
+    first, second, free, last, also_free, (*_, behind) = found[0]
+    assert first[0].token_id in range(20, 40)
+    assert second[0].token_id in (0, 8, 31, 32, VOCAB - 1)
+    assert last[0].token_id == VOCAB - 2
+    assert behind.token_id in (*range(20, 40), 0, 8, 31, 32, VOCAB - 1)
+    plain = both(rows(8)[[2, 4]], [item([1, 2, 3], 3, **kind)] * 2)[0]
+    assert [free, also_free] == plain
+
+
 def test_rows_of_many_kinds_choose_what_each_would_alone() -> None:
     chance = random.Random(3)
     kinds = [*MIXED, *PENALTIES, *CUTS, {"temperature": 1.0, "num_logprobs": 200}, {"temperature": 1e-6}]

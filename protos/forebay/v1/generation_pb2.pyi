@@ -85,6 +85,7 @@ class SamplingParams(google.protobuf.message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: builtins.int
     IGNORE_EOS_FIELD_NUMBER: builtins.int
     NUM_LOGPROBS_FIELD_NUMBER: builtins.int
+    GRAMMAR_FIELD_NUMBER: builtins.int
     temperature: builtins.float
     """0 chooses the most likely token."""
     top_p: builtins.float
@@ -117,6 +118,10 @@ class SamplingParams(google.protobuf.message.Message):
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """End after emitting any of these, in addition to the model's own stop tokens."""
 
+    @property
+    def grammar(self) -> global___Grammar:
+        """What the output may say; absent holds it to nothing."""
+
     def __init__(
         self,
         *,
@@ -134,12 +139,48 @@ class SamplingParams(google.protobuf.message.Message):
         stop_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         ignore_eos: builtins.bool = ...,
         num_logprobs: builtins.int | None = ...,
+        grammar: global___Grammar | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_num_logprobs", b"_num_logprobs", "num_logprobs", b"num_logprobs"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_num_logprobs", b"_num_logprobs", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_logprobs", b"num_logprobs", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_num_logprobs", b"_num_logprobs", "grammar", b"grammar", "num_logprobs", b"num_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_num_logprobs", b"_num_logprobs", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_logprobs", b"num_logprobs", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_num_logprobs", b"_num_logprobs"]) -> typing.Literal["num_logprobs"] | None: ...
 
 global___SamplingParams = SamplingParams
+
+@typing.final
+class Grammar(google.protobuf.message.Message):
+    """A description of an output: only tokens that go on with it can be chosen, and the output ends where it may."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: builtins.int
+    REGEX_FIELD_NUMBER: builtins.int
+    LARK_FIELD_NUMBER: builtins.int
+    BEHIND_TOKEN_ID_FIELD_NUMBER: builtins.int
+    json_schema: builtins.str
+    """A JSON schema."""
+    regex: builtins.str
+    """A regular expression of the whole output, without anchors."""
+    lark: builtins.str
+    """A grammar as Lark or llama.cpp (GBNF) write them."""
+    behind_token_id: builtins.int
+    """The output is free up to the first of these, which ends the model's reasoning."""
+    def __init__(
+        self,
+        *,
+        json_schema: builtins.str = ...,
+        regex: builtins.str = ...,
+        lark: builtins.str = ...,
+        behind_token_id: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_behind_token_id", b"_behind_token_id", "behind_token_id", b"behind_token_id", "json_schema", b"json_schema", "kind", b"kind", "lark", b"lark", "regex", b"regex"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_behind_token_id", b"_behind_token_id", "behind_token_id", b"behind_token_id", "json_schema", b"json_schema", "kind", b"kind", "lark", b"lark", "regex", b"regex"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_behind_token_id", b"_behind_token_id"]) -> typing.Literal["behind_token_id"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["json_schema", "regex", "lark"] | None: ...
+
+global___Grammar = Grammar
 
 @typing.final
 class TokenLogprobs(google.protobuf.message.Message):

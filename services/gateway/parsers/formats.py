@@ -13,8 +13,8 @@ from services.gateway.parsers.message import MessageParser
 ReasoningFormat = Literal["auto", "think", "none"]
 ToolFormat = Literal["auto", "glm", "hermes", "none"]
 
-_THINK_TAGS = ("<think>", "</think>")
-_CALL_TAGS = ("<tool_call>", "</tool_call>")
+THINK_TAGS = ("<think>", "</think>")
+CALL_TAGS = ("<tool_call>", "</tool_call>")
 _CALLS: Mapping[str, Callable[[Tools], CallParser]] = {"glm": GlmCall, "hermes": JsonCall}
 
 
@@ -62,9 +62,9 @@ class Parsing:
     @property
     def tags(self) -> tuple[str, ...]:
         """The tags that mean something in this request."""
-        tags: tuple[str, ...] = _THINK_TAGS if self.has_thoughts else ()
+        tags: tuple[str, ...] = THINK_TAGS if self.has_thoughts else ()
         if self.tools is not None:
-            tags += _CALL_TAGS + (glm_calls.TAGS if self.formats.tools == "glm" else ())
+            tags += CALL_TAGS + (glm_calls.TAGS if self.formats.tools == "glm" else ())
         return tags
 
     def parser(self) -> MessageParser:
@@ -78,4 +78,4 @@ class Parsing:
 
 def opens_thought(prompt: str) -> bool:
     """Whether a rendered prompt leaves the model within its reasoning."""
-    return prompt.rstrip().endswith(_THINK_TAGS[0])
+    return prompt.rstrip().endswith(THINK_TAGS[0])

@@ -11,18 +11,20 @@ import torch
 
 from shared.engine.api import BatchItem, awaited
 from shared.engine.pinned import put
+from shared.engine.sampling.logits import unpacked
 
 
 def adjusted(
     logits: torch.Tensor, items: Sequence[BatchItem], forbidden: Sequence[Sequence[int]], before: torch.Tensor | None
 ) -> torch.Tensor:
-    """Logits float32 [R, V] after penalties and bias, and without forbidden tokens; themselves if nothing changes.
-    `before` [..] are the tokens that awaited ones stand for."""
+    """Logits float32 [R, V] after penalties and bias, without forbidden tokens and those that a grammar does not allow;
+    themselves if nothing changes. `before` [..] are the tokens that awaited ones stand for."""
     params = [item.sampling for item in items]
     repeating = [row for row, each in enumerate(params) if each.repetition_penalty != 1]
     counting = [row for row, each in enumerate(params) if each.frequency_penalty or each.presence_penalty]
     biased = [row for row, each in enumerate(params) if each.logit_bias]
-    if not (repeating or counting or biased or any(forbidden)):
+    held = {row: item.allowed[0] for row, item in enumerate(items) if any(item.allowed)}
+    if not (repeating or counting or biased or held or any(forbidden)):
         return logits
     rows = logits.clone(memory_format=torch.contiguous_format)
     if repeating:
@@ -33,6 +35,8 @@ def adjusted(
         _bias(rows, items, biased)
     if any(forbidden):
         rows.view(-1).index_fill_(0, _places(rows, dict(enumerate(forbidden))), -torch.inf)
+    if held:
+        _hold(rows, held)
     return rows
 
 
@@ -59,6 +63,13 @@ def _bias(rows: torch.Tensor, items: Sequence[BatchItem], which: list[int]) -> N
     places = _places(rows, {row: [token_id for token_id, _ in pairs] for row, pairs in known.items()})
     values = [bias for pairs in known.values() for _, bias in pairs]
     rows.view(-1).index_add_(0, places, put(values, torch.float32, rows.device))
+
+
+def _hold(rows: torch.Tensor, held: dict[int, bytes | None]) -> None:
+    packed = torch.frombuffer(bytearray(b"".join(each for each in held.values() if each)), dtype=torch.uint8)
+    allowed = unpacked(put(packed, torch.uint8, rows.device).view(len(held), -1))[:, : rows.shape[1]]
+    which = put(list(held), torch.int64, rows.device)
+    rows[which] = rows[which].masked_fill(~allowed, -torch.inf)
 
 
 def _awaited(items: Sequence[BatchItem], which: Sequence[int]) -> dict[int, int]:

@@ -40,6 +40,18 @@ def without(row: torch.Tensor, token_ids: Iterable[int]) -> torch.Tensor:
     return row
 
 
+def only(row: torch.Tensor, allowed: bytes) -> torch.Tensor:
+    """Make all tokens impossible but those whose bit is set, the first in the lowest bit of the first byte."""
+    kept = unpacked(torch.frombuffer(bytearray(allowed), dtype=torch.uint8))
+    return row.masked_fill(~kept[: row.shape[0]], -torch.inf)
+
+
+def unpacked(packed: torch.Tensor) -> torch.Tensor:
+    """Bits of uint8 [.., N] as bool [.., 8 N], each byte's lowest first."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None] >> shifts & 1).flatten(-2).bool()
+
+
 def _known(token_ids: Sequence[int], row: torch.Tensor) -> torch.Tensor:
     ids = torch.tensor(token_ids, dtype=torch.int64, device=row.device)
     return ids[(ids >= 0) & (ids < row.shape[0])]

@@ -48,6 +48,7 @@ class Sampler:
             and params.num_logprobs is None
             and not params.logit_bias
             and not params.has_penalties
+            and not any(item.allowed)
             and not self._stops_forbidden(item)
         )
 
@@ -74,8 +75,10 @@ class Sampler:
             row = logits.penalized(row, params, item.history, item.output_start)
         if params.logit_bias:
             row = logits.biased(row, params.logit_bias)
-        forbidden = self._stops_forbidden(item)
-        return logits.without(row, forbidden) if forbidden else row
+        if forbidden := self._stops_forbidden(item):
+            row = logits.without(row, forbidden)
+        allowed = item.allowed[0] if item.allowed else None
+        return row if allowed is None else logits.only(row, allowed)
 
     def _stops_forbidden(self, item: BatchItem) -> tuple[int, ...]:
         """The tokens that would end the sequence before its least length."""

@@ -98,7 +98,8 @@ class _Run:
         position = self._end + 1 + len(self.drafts)
         sampling = replace(self._item.sampling, num_logprobs=None)
         history = self._history + self.drafts if self._history else ()
-        return replace(self._item, token_ids=(0,), start=position - 1, sampling=sampling, history=history)
+        item = replace(self._item, token_ids=(0,), start=position - 1, sampling=sampling, history=history)
+        return replace(item, allowed=())  # a draft that a grammar forbids is refused when it is verified
 
     def item(self, place: int) -> BatchItem:
         """The layer's next token, one position on: the last draft, which stands at `place` of those chosen with it."""

@@ -34,4 +34,5 @@ def up_to(item: BatchItem, num_drafts: int) -> BatchItem:
     longer = num_drafts and item.sampling.has_penalties
     history = (*item.history, *item.drafts[:num_drafts]) if longer else item.history
     kept = item.token_ids[: len(item.token_ids) - item.num_drafts + num_drafts]
-    return replace(item, token_ids=kept, history=history, num_drafts=0)
+    allowed = item.allowed[num_drafts : num_drafts + 1]
+    return replace(item, token_ids=kept, history=history, num_drafts=0, allowed=allowed)

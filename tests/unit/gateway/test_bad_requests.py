@@ -31,6 +31,10 @@ def called(function: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return message(role="assistant", tool_calls=[{"id": "call_1", "type": "function", "function": function}])
 
 
+def schema(schema: Any) -> tuple[str, dict[str, Any]]:
+    return chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+
+
 # (request, status, param, part of the message)
 TABLE: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (chat(model="other"), 404, "model", "The model 'other' does not exist here; served are: 'tiny'"),
@@ -107,14 +111,33 @@ TABLE: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (text(cache_salt=""), 400, "cache_salt", "must not be empty"),
     (text(prompt_logprobs=1), 400, "prompt_logprobs", "'prompt_logprobs' is not supported"),
     (text(use_beam_search=True), 400, "use_beam_search", "'use_beam_search' is not supported"),
-    (chat(response_format={"type": "json_object"}), 400, "response_format", "'response_format' is not supported"),
+    (chat(response_format={"type": "xml"}), 400, "response_format", 'must be "text", "json_object"'),
+    (chat(response_format="json"), 400, "response_format", "must be an object, not a string"),
+    (chat(response_format={"type": "json_schema"}), 400, "response_format.json_schema", "must be an object, not null"),
+    (schema(None), 400, "response_format.json_schema.schema", "must be a JSON schema, not null"),
+    (schema({"type": "number of tons"}), 400, "response_format", "cannot be used: Invalid type: number of tons"),
+    (schema({"$ref": "http://example.com/x"}), 400, "response_format", "cannot be used: Resource"),
+    (text(guided_json="{"), 400, "guided_json", "cannot be read"),
+    (text(guided_regex="((("), 400, "guided_regex", "cannot be used"),
+    (text(guided_regex=""), 400, "guided_regex", "must be a string that is not empty"),
+    (text(guided_grammar="start: nobody"), 400, "guided_grammar", "unknown name"),
+    (text(guided_choice=[]), 400, "guided_choice", "an array of strings that are not empty"),
+    (text(guided_choice=["a", 1]), 400, "guided_choice", "an array of strings that are not empty"),
+    (text(guided_choice=["x" * 70_000]), 400, "guided_choice", "at most 65536 are read"),
+    (text(guided_json={}, guided_regex="a"), 400, "guided_regex", "cannot both say what the answer is"),
+    (text(structured_outputs={}), 400, "structured_outputs", "must have one of json, regex, choice"),
+    (text(structured_outputs={"json": {}, "regex": "a"}), 400, "structured_outputs", "must have one of"),
+    (text(guided_regex="a", min_tokens=2), 400, "min_tokens", "cannot be had with 'guided_regex'"),
+    (text(guided_regex="a", ignore_eos=True), 400, "ignore_eos", "cannot be had with 'guided_regex'"),
     (chat(tools="x"), 400, "tools", "'tools' must be an array"),
     (chat(tools=[{}]), 400, "tools", "an object with a 'function'"),
     (chat(tools=[{"type": "function", "function": {}}]), 400, "tools", "'tools[0].function.name' must be a string"),
     (chat(tools=[{"function": {"name": "f", "parameters": []}}]), 400, "tools", "must be a JSON schema"),
     (chat(tools=[{"function": {"name": "f"}}]), 400, "tools", "how the model 'tiny' calls tools is not known"),
-    (chat(tool_choice="required"), 400, "tool_choice", "to force a call, the output would have to be constrained"),
-    (chat(tool_choice={"type": "function"}), 400, "tool_choice", "to force a call"),
+    (chat(tool_choice="required"), 400, "tool_choice", "demands a tool that is not among 'tools'"),
+    (chat(tool_choice={"type": "function"}), 400, "tool_choice", "an object that names a function"),
+    (chat(tool_choice={"type": "function", "function": {"name": "f"}}), 400, "tool_choice", "demands a tool"),
+    (chat(tool_choice={"type": "allowed_tools"}), 400, "tool_choice", "of the type 'allowed_tools' is not supported"),
     (chat(reasoning_effort="much"), 400, "reasoning_effort", "must be one of none, minimal"),
     (chat(thinking={"type": "maybe"}), 400, "thinking", "'thinking.type' must be"),
     (chat(thinking="on"), 400, "thinking", "'thinking' must be an object, not a string"),

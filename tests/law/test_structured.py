@@ -1,0 +1,191 @@
+"""Outputs of the default model that are held to a grammar: they are of it, and the same however they are computed."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from tokenizers import Tokenizer
+
+from services.gateway.parsers import demanded
+from services.gateway.parsers.formats import Formats, Parsing
+from services.gateway.parsers.tags import TagScanner
+from shared.engine.api import EngineRequest, SamplingParams
+from shared.engine.grammars import Grammars
+from shared.engine.speculation.speculator import Speculation
+from shared.errors import InvalidRequest, Unsupported
+from shared.grammar import Grammar, Kind
+from tests.law.conftest import MakeExecutor, behind, default_model, sim
+from tests.law.worker import Worker
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "likes": {"type": "array", "items": {"enum": ["tea", "rain", "chess"]}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["name", "age", "likes"],
+    "additionalProperties": False,
+}
+PERSON = Grammar(Kind.JSON_SCHEMA, json.dumps(SCHEMA))
+GREEDY = SamplingParams(max_tokens=80, grammar=PERSON)
+SAMPLED = replace(GREEDY, temperature=1.0, seed=11, repetition_penalty=1.1)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The default one."""
+
+    path: Path
+    make_executor: MakeExecutor
+    tokenizer: Tokenizer
+
+    def worker(self, *, ahead: bool = False, speculation: Speculation | None = None, num_pages: int = 64) -> Worker:
+        executor = self.make_executor(num_pages)
+        spec = executor.spec
+        grammars = Grammars(self.path / "tokenizer.json", spec.vocab_size, spec.eos_token_ids)
+        return Worker(behind(executor) if ahead else executor, speculation=speculation, grammars=grammars)
+
+    def request(
+        self, sampling: SamplingParams, text: str = "Describe a person as JSON.", name: str = "r"
+    ) -> EngineRequest:
+        return EngineRequest(name, tuple(self.tokenizer.encode(text).ids), sampling)
+
+    def text(self, token_ids: list[int]) -> str:
+        return str(self.tokenizer.decode(token_ids))
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    path, make_executor = default_model()
+    return Model(path, make_executor, Tokenizer.from_file(str(path / "tokenizer.json")))
+
+
+@dataclass(frozen=True)
+class Prophet:
+    """Proposes what will be said, but for every third token: it proposes to open a turn, which no grammar allows."""
+
+    said: Sequence[int]
+
+    def propose(self, tokens: Sequence[int], num_drafts: int) -> list[int]:
+        drafts = enumerate(self.said[len(tokens) : len(tokens) + num_drafts], len(tokens))
+        return [token_id if position % 3 else 1 for position, token_id in drafts]
+
+
+def require_person(text: str) -> None:
+    found = json.loads(text)
+    assert set(found) == {"name", "age", "likes"}
+    assert isinstance(found["name"], str)
+    assert 0 <= found["age"] <= 150
+    assert 1 <= len(found["likes"]) <= 2
+    assert set(found["likes"]) <= {"tea", "rain", "chess"}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_the_same_person_however_it_is_computed(sampling: SamplingParams, model: Model) -> None:
+    request = model.request(sampling)
+    tokens = model.worker().run(request)
+    require_person(model.text(tokens))
+
+    assert model.worker(ahead=True).run(request) == tokens, "chosen where the logits are"
+    said = [*request.prompt_token_ids, *tokens]
+    drafting = model.worker(speculation=Speculation(4, adaptive=False, make_proposer=lambda: Prophet(said)))
+    assert drafting.run(request) == tokens, "drafted"
+    counts = drafting.engine.draft_counts()
+    assert 0 < sum(counts.accepted) < sum(counts.verified)
+
+    reader, owner = model.worker(), model.worker()
+    first, pages = reader.pull(request, owner)
+    assert first + reader.run(replace(request, output_token_ids=tuple(first)), pages) == tokens, "prefilled elsewhere"
+    for num_said in (1, len(tokens) // 2):
+        resumed = replace(request, output_token_ids=tuple(tokens[:num_said]), resumed=True)
+        assert model.worker().run(resumed) == tokens[num_said:], "continued after a fault"
+
+
+def test_beside_others_that_are_free(model: Model) -> None:
+    free = SamplingParams(max_tokens=30, ignore_eos=True)
+    wanted = {str(i): model.worker().run(model.request(s, name=str(i))) for i, s in enumerate((free, GREEDY, SAMPLED))}
+    for ahead in (False, True):
+        worker = model.worker(ahead=ahead, num_pages=16)  # too few for all at once: somebody is preempted
+        for i, sampling in enumerate((free, GREEDY, SAMPLED)):
+            worker.submit(model.request(sampling, name=str(i)))
+        worker.finish()
+        assert worker.outputs == wanted
+
+
+@pytest.mark.parametrize(
+    ("grammar", "is_of_it"),
+    [
+        (
+            Grammar(Kind.REGEX, "[A-Z]{3}-[0-9]{4}"),
+            lambda text: len(text) == 8 and text[3] == "-" and text[4:].isdigit(),
+        ),
+        (Grammar(Kind.LARK, 'start: "perhaps" | "never"'), lambda text: text in ("perhaps", "never")),
+        (Grammar(Kind.LARK, 'root ::= half "-" half\nhalf ::= "ab" | "ba"'), lambda text: text[:3] in ("ab-", "ba-")),
+    ],
+    ids=["regex", "lark", "gbnf"],
+)
+def test_other_grammars(grammar: Grammar, is_of_it: Callable[[str], bool], model: Model) -> None:
+    sampling = SamplingParams(max_tokens=60, temperature=1.5, seed=3, grammar=grammar)
+    assert is_of_it(model.text(model.worker().run(model.request(sampling))))
+
+
+@pytest.mark.parametrize("style", ["hermes", "glm"])
+def test_calls_that_are_demanded_are_read_as_calls(style: Literal["hermes", "glm"], model: Model) -> None:
+    """Its tags are text to this model."""
+    city = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+    tools = {"weather": {"parameters": city}}
+    grammar = Grammar(Kind.LARK, demanded.grammar(style, tools, {}, single=True))
+    sampling = SamplingParams(max_tokens=120, temperature=1.0, seed=2, grammar=grammar)
+    text = model.text(model.worker().run(model.request(sampling)))
+    parsing = Parsing(Formats(tools=style), tools=tools)
+    parser, scanner = parsing.parser(), TagScanner(parsing.tags)
+    for piece in (*scanner.feed(text), *scanner.flush()):
+        parser.feed(piece)
+    parser.finish(by_model=True)
+    calls = parser.take().calls
+    assert calls[0].name == "weather"
+    assert json.loads("".join(call.arguments for call in calls))["city"] in ("Rome", "Oslo")
+
+
+def test_free_up_to_the_end_of_its_thoughts(model: Model) -> None:
+    free = model.worker().run(model.request(SamplingParams(max_tokens=12, ignore_eos=True)))
+    end = free[5]
+    assert end not in free[:5]
+    held = replace(GREEDY, grammar=replace(PERSON, behind_token_id=end))
+    tokens = model.worker().run(model.request(held))
+    assert tokens[:6] == free[:6]
+    require_person(model.text(tokens[6:]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"grammar": Grammar(Kind.JSON_SCHEMA, '{"type": "nothing"}')}, "cannot be used: Invalid type"),
+        ({"grammar": Grammar(Kind.JSON_SCHEMA, "[")}, "cannot be read"),
+        ({"grammar": Grammar(Kind.REGEX, "(((")}, "cannot be used"),
+        ({"grammar": Grammar(Kind.LARK, "start: nobody")}, "unknown name"),
+        ({"min_tokens": 3}, "min_tokens cannot be had with a grammar"),
+        ({"ignore_eos": True}, "ignore_eos cannot be had with a grammar"),
+    ],
+    ids=["schema", "no JSON", "regex", "lark", "min_tokens", "ignore_eos"],
+)
+def test_what_cannot_be_held_to(changes: dict[str, Any], param: str, model: Model) -> None:
+    worker = model.worker()
+    with pytest.raises(InvalidRequest, match=param):
+        worker.submit(model.request(replace(GREEDY, **changes)))
+    assert not worker.engine.has_work()
+
+
+def test_an_output_so_far_that_is_not_of_its_grammar(model: Model) -> None:
+    said = replace(model.request(GREEDY), output_token_ids=tuple(model.tokenizer.encode("Hello").ids))
+    with pytest.raises(InvalidRequest, match="the output so far is not of its grammar"):
+        model.worker().submit(said)
+
+
+def test_a_model_without_text() -> None:
+    with pytest.raises(Unsupported, match="cannot be held to a grammar"):
+        Worker(sim(8)).submit(EngineRequest("r", (5, 6), GREEDY))
