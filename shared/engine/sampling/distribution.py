@@ -4,9 +4,15 @@ Everything here works on one row alone, so that a choice depends on nothing but 
 batch, and not on the neighbours in it. Of equally likely tokens the lower id counts as the more likely.
 """
 
+from math import ceil
+
 import torch
 
 from shared.engine.api import SamplingParams
+
+# What weights are counted in where they are added up for top_p: so many units are a weight of 1, and what is less than a
+# whole unit is dropped. Whole numbers have the same sum in any order, and those of 2**18 tokens fit into 63 bits.
+UNITS = 2.0**44
 
 
 def weights(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -36,21 +42,27 @@ def top_k(weight: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def top_p(weight: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the fewest of the largest of [V] whose share of the sum reaches `p` (Holtzman et al. 2019).
+    """Keep the fewest of the largest of [V] whose share of the sum reaches `p` (Holtzman et al. 2019), in UNITS.
 
-    Sorting a whole vocabulary is slow, and needless: the tokens below (1 - p) / V of the sum have together less than
-    1 - p of it, so those above reach p without them.
+    Sorting a whole vocabulary is slow, and needless: tokens of at most (total - wanted) / V units have together no more
+    than total - wanted, so those above reach what is wanted without them.
     """
-    total = weight.sum(dtype=torch.float64)
-    candidates = (weight >= (1 - p) * total / weight.shape[0]).nonzero().flatten()
+    units = (weight.double() * UNITS).long()
+    total = int(units.sum())
+    wanted = wanted_units(total, p)
+    candidates = (units > (total - wanted) // weight.shape[0]).nonzero().flatten()
     order = torch.sort(weight[candidates], descending=True, stable=True).indices
     falling = candidates[order]
-    share_before = weight[falling].cumsum(0, dtype=torch.float64) - weight[falling]
-    nucleus = falling[share_before < p * total]
-    nucleus = nucleus if len(nucleus) else falling[:1]
+    units_before = units[falling].cumsum(0) - units[falling]
+    nucleus = falling[units_before < wanted]
     kept = torch.zeros_like(weight)
     kept[nucleus] = weight[nucleus]
     return kept
+
+
+def wanted_units(total: int, p: float) -> int:
+    """How many of `total` units are a share of `p`: at least one, and at most all."""
+    return min(max(ceil(p * float(total)), 1), total)
 
 
 def most_likely(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
