@@ -60,12 +60,12 @@ class TorchExecutor:
         self.memory: PoolMemory = memory
         self.model = model
         self._pool = pool_bytes(memory)
-        drafts, chosen_from = model.draft_layer, (num_tokens or spec.vocab_size, spec.eos_token_ids)
-        self._sampler = Sampler(*chosen_from)
+        drafts, known = model.draft_layer, num_tokens or spec.vocab_size
+        self._sampler = Sampler(known, spec.eos_token_ids)
         if rejection and drafts is not None:
-            self._sampler = RejectionSampler(*chosen_from)
+            self._sampler = RejectionSampler(known, spec.eos_token_ids)
         elif behind or self._pool.is_cuda:
-            self._sampler = BatchedSampler(*chosen_from, choice)
+            self._sampler = BatchedSampler(known, spec.eos_token_ids, choice)
         self._drafter = None if drafts is None else MtpDrafter(drafts, self._sampler, self.layout)
         self._chosen = torch.empty(0, dtype=torch.int64, device=self._pool.device)
 
@@ -195,9 +195,9 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
         ridge_tokens=RIDGE_TOKENS[where.type],
     )
     memory = HostMemory(num_pages, page_bytes) if where == CPU else DeviceMemory(num_pages, page_bytes, where)
-    chosen_from = num_tokens(model_dir, model.vocab_size)
-    choice = cuda_choice.find(where, cache_dir / "kernels", chosen_from or model.vocab_size)
-    return TorchExecutor(model, spec, memory, chosen_from, rejection=rejection, choice=choice)
+    known = num_tokens(model_dir, model.vocab_size)
+    choice = None if where == CPU else cuda_choice.find(where, cache_dir / "kernels", known)
+    return TorchExecutor(model, spec, memory, known, rejection=rejection, choice=choice)
 
 
 def _device(name: str, shard: Shard) -> torch.device:

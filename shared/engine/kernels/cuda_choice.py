@@ -1,4 +1,4 @@
-"""Tokens chosen from logits by a CUDA kernel, `cuda/choose.cu`: a launch for all rows. Its twin is `sampling.batched`."""
+"""Tokens chosen from logits by a CUDA kernel, `cuda/choose.cu`, in one launch. Its twin is `sampling.batched`."""
 
 import ctypes
 import struct
@@ -28,6 +28,11 @@ class Asked:
     top_k: int
     begin: int
 
+    def packed(self, num_tokens: int) -> bytes:
+        """As choose.cu has it; to keep as many as there are is no cut."""
+        top_k = self.top_k if self.top_k < num_tokens else 0
+        return ASKED.pack(self.temperature, self.min_p, self.top_p, top_k, self.begin)
+
 
 class Choose(ctypes.Structure):
     """As choose.cu has it."""
@@ -50,10 +55,7 @@ class CudaChoice:
         """A token for each row of logits float32 [R, V], whose rows may be apart: int64 [R]. Of equals the first counts
         as the likelier, and where the likeliest is not finite, it is the answer."""
         num_rows, num_tokens = logits.shape
-        words = bytearray().join(
-            ASKED.pack(each.temperature, each.min_p, each.top_p, each.top_k if each.top_k < num_tokens else 0, each.begin)
-            for each in asked
-        )
+        words = bytearray().join(each.packed(num_tokens) for each in asked)
         rows = put(torch.frombuffer(words, dtype=torch.int64), torch.int64, logits.device)
         out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         at = (tensor.data_ptr() for tensor in (logits, rows, out))
@@ -71,15 +73,14 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def find(device: torch.device, cache_dir: Path, num_tokens: int) -> CudaChoice | None:
-    """The kernel for a vocabulary of `num_tokens` on a device; None where torch has to choose. Compiled ones are kept
-    in `cache_dir`."""
-    kernel, obstacle = None, None if device.type == "cuda" else "the logits are not on a GPU"
-    if obstacle is None:
+    """The kernel for a vocabulary of `num_tokens` on a GPU; None where torch has to choose. Compiled ones are kept in
+    `cache_dir`."""
+    kernel, obstacle = None, None
+    try:
         capability = torch.cuda.get_device_capability(device)
-        try:
-            kernel = CudaChoice(load(build.cuda_library(cache_dir, build.cuda_compiler(), capability, "choice")))
-        except (build.BuildError, OSError) as error:
-            obstacle = str(error)
+        kernel = CudaChoice(load(build.cuda_library(cache_dir, build.cuda_compiler(), capability, "choice")))
+    except (build.BuildError, OSError) as error:
+        obstacle = str(error)
     if kernel is not None and num_tokens > kernel.most_tokens:
         obstacle = f"the vocabulary has more than {kernel.most_tokens:,} tokens"
     found: Sequence[Candidate[CudaChoice | None]] = (

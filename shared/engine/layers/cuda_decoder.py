@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -47,7 +48,7 @@ Matrix = Weight | w4a4.Weight
 @dataclass(frozen=True, slots=True)
 class Graph:
     """A captured step. Its inputs lie one behind the other in `inputs`: token ids, positions and slots of T rows, S
-    context lengths, S + 1 page starts, page ids. `logits` are there until the next graph is replayed."""
+    context lengths, S + 1 page starts, page ids. `logits`, float32, are there until the next graph is replayed."""
 
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
@@ -95,7 +96,8 @@ class CudaDecoder:
         self._paged: PagedAttention | None = None
 
     def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [R, vocab_size]. `kv` [pages, layers, 2, Hkv, page_size, D]."""
+        """Logits float32 [R, vocab_size], to be read before the next step is launched, or by work that is launched
+        before it. `kv` [pages, layers, 2, Hkv, page_size, D]."""
         width, rest = divmod(batch.num_tokens, batch.num_sequences)
         uniform = not rest and bool((batch.query_starts.diff() == width).all())
         fits = batch.num_sequences <= GRAPH_SIZES[-1] and len(batch.page_ids) < MAX_GRAPH_PAGES
@@ -107,9 +109,10 @@ class CudaDecoder:
         )
         self._paged = self._paged or PagedAttention(shape, self._device)
         self._paged.plan(batch)
-        places = torch.stack((batch.positions, _slots(batch, kv.shape[4])))
-        token_ids, places = batch.token_ids.to(self._device), put(places, torch.int32, self._device)
-        rows = torch.cat((token_ids[None], places))
+        on_host = [] if batch.token_ids.is_cuda else [batch.token_ids]
+        rows = put(torch.stack((*on_host, batch.positions, _slots(batch, kv.shape[4]))), torch.int32, self._device)
+        if not on_host:
+            rows = torch.cat((batch.token_ids[None], rows))
         x = self._hidden(rows, self._paged, kv, put(batch.sampled_rows, torch.int32, self._device))
         if not len(x):
             return x.new_empty((0, config.vocab_size), dtype=torch.float32)
@@ -126,8 +129,8 @@ class CudaDecoder:
             graph.inputs[: batch.num_tokens].copy_(batch.token_ids)
         graph.graph.replay()
         if len(batch.sampled_rows) == batch.num_tokens:
-            return graph.logits[: batch.num_tokens].float()
-        return graph.logits[put(batch.sampled_rows, torch.int32, self._device)].float()
+            return graph.logits[: batch.num_tokens]
+        return graph.logits[put(batch.sampled_rows, torch.int32, self._device)]
 
     def _capture(self, size: int, width: int, kv: torch.Tensor) -> Graph:
         """Record a step of `size` sequences of `width` tokens each."""
@@ -143,11 +146,14 @@ class CudaDecoder:
             return triton_paged.attend(q, pages, ids, starts, lengths, num_done)
 
         def logits() -> torch.Tensor:
+            return self._group.join(computed()).float()
+
+        def computed() -> torch.Tensor:
             if self._products is not None and num_rows <= self._max_fused:
                 if self._whole is not None and self._whole.takes(size, width):
                     return self._at_once(self._products, self._whole, rows, Table(rows[2], ids, starts, lengths), kv)
-                return self._group.join(self._fused(self._products, rows, attend, kv))
-            return self._group.join(self._product(self._hidden(rows, attend, kv), self._head))
+                return self._fused(self._products, rows, attend, kv)
+            return self._product(self._hidden(rows, attend, kv), self._head)
 
         graph, found = self.recorder.record(logits)
         return Graph(graph, inputs, num_done, captured.lent(found))
@@ -322,6 +328,6 @@ def _stage(batch: Batch, size: int, width: int, page_size: int) -> torch.Tensor:
 
 def _slots(batch: Batch, page_size: int) -> torch.Tensor:
     """Where each row's state goes: page times page size plus the place within it. int32 [T] in host memory."""
-    sequence = torch.repeat_interleave(batch.query_starts.diff())
-    pages = batch.page_ids[batch.page_starts[sequence] + batch.positions // page_size]
-    return pages * page_size + batch.positions % page_size
+    positions, ids, starts = (tensor.numpy() for tensor in (batch.positions, batch.page_ids, batch.page_starts))
+    first = starts[:-1].repeat(np.diff(batch.query_starts.numpy()))
+    return torch.from_numpy(ids[first + positions // page_size] * page_size + positions % page_size)

@@ -10,8 +10,8 @@ import torch
 
 from shared.engine.api import SamplingParams
 
-# What weights are counted in where they are added up for top_p: so many units are a weight of 1, and what is less than a
-# whole unit is dropped. Whole numbers have the same sum in any order, and those of 2**18 tokens fit into 63 bits.
+# What weights are counted in where they are added up for top_p: so many units are a weight of 1, and what is less than
+# a whole unit is dropped. Whole numbers have the same sum in any order, and those of 2**18 tokens fit into 63 bits.
 UNITS = 2.0**44
 
 
