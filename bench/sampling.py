@@ -38,7 +38,7 @@ WAYS = {
 ALL_CUTS = SamplingParams(temperature=1.0, top_p=0.95, top_k=50, min_p=0.01)
 GPU_ROWS, GPU_VOCABULARIES = (1, 8, 64), {"Llama 3": 128_256, "GLM-5.2": 154_880}
 GPU_DEVIATIONS = (DEVIATION, 1.0)  # of the second most of the vocabulary is in the nucleus
-NUM_QUEUED, HEAD_START_CYCLES = 8, 200_000_000
+NUM_QUEUED, HEAD_START_CYCLES = 8, 40_000_000
 NUM_PAIRS, NOISES = 12, (0.1, 0.3, 0.6, 1.0)
 
 
