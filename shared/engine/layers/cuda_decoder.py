@@ -24,6 +24,7 @@ from shared.engine.batch import Batch
 from shared.engine.kernels import cuda_layers, cuda_products, product_plan, triton_dense, triton_paged, w4a4
 from shared.engine.kernels.cuda_layers import CudaLayers, Table
 from shared.engine.kernels.cuda_products import Activations, CudaProducts, Normed, Residual
+from shared.engine.kernels.dequantized_ahead import DequantizedAhead
 from shared.engine.kernels.flashinfer_paged import PagedAttention, PagedShape
 from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.kernels.w4a16 import PackedWeight, Weight
@@ -39,6 +40,7 @@ MAX_GRAPH_WIDTH = 8
 MAX_GRAPH_PAGES = 1 << 17
 MAX_FUSED_DENSE = 8  # tokens; cuBLAS takes bf16 matrices faster beyond
 NOBODY = -1
+MATRICES = 4  # of a layer
 
 # (queries [T, H, D], one layer's kv) -> [T, H, D]
 Attend = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -90,6 +92,7 @@ class CudaDecoder:
         suits = products is not None and all(map(_is_fusible, matrices))
         is_packed = any(isinstance(matrix, PackedWeight) for matrix in matrices)
         self._max_fused = (product_plan.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
+        self._ahead = dequantized_ahead(self._layers, products)
         self._whole = layers_at_once(config, self._fusible, products, group)
         self._graphs: dict[tuple[int, int], Graph] = {}
         self.recorder = captured.Recorder(device)
@@ -248,7 +251,18 @@ class CudaDecoder:
             assert self._fp4 is not None, "none is read without it"
             return self._fp4.linear(x, weight, bias)
         assert self._products is not None, "nothing is packed without it"
+        ahead = self._ahead if not self._products.stays_packed(weight, len(x)) else None
+        if ahead is not None and ahead.has(weight) and not torch.cuda.is_current_stream_capturing():
+            return ahead.linear(x, weight, bias)
         return self._products.linear(x, weight, bias)
+
+
+def dequantized_ahead(layers: Sequence[LayerOf[Matrix]], products: CudaProducts | None) -> DequantizedAhead | None:
+    """Where all matrices of all layers are packed."""
+    matrices = [[m for m in (w.qkv, w.output, w.gate_up, w.down) if isinstance(m, PackedWeight)] for w in layers]
+    if products is None or not layers or any(len(each) < MATRICES for each in matrices):
+        return None
+    return DequantizedAhead(products, matrices)
 
 
 def layers_at_once(

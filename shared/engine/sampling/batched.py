@@ -23,6 +23,7 @@ from shared.engine.splitmix import FACTORS, GOLDEN, SHIFTS
 
 # Rows are drawn together as far as they have so many numbers: it takes some fifty bytes for each meanwhile.
 MOST_NUMBERS = 1 << 22
+LIKELIEST = Asked(temperature=0.0, min_p=0.0, top_p=1.0, top_k=0, begin=0)
 
 
 class Choice:
@@ -106,7 +107,7 @@ class BatchedSampler(Sampler):
     def _chosen(self, logits: torch.Tensor, asked: Sequence[BatchItem], before: torch.Tensor | None) -> torch.Tensor:
         changed = adjusted(logits, asked, [self._stops_forbidden(item) for item in asked], before)
         drawing = [row for row, item in enumerate(asked) if item.sampling.temperature >= MIN_TEMPERATURE]
-        if drawing and self._kernel is not None:
+        if self._kernel is not None and drawing:
             return self._kernel(changed, [_drawn(item) for item in asked])
         tokens = changed.argmax(dim=-1)  # of equals the first, which has the lowest id
         if drawing and len(drawing) == len(asked):
@@ -123,9 +124,11 @@ def _asked(items: Sequence[BatchItem]) -> list[BatchItem]:
 
 
 def _drawn(item: BatchItem) -> Asked:
-    params, begin = item.sampling, gumbel.start(item.sampling.seed, item.position)
-    temperature = params.temperature if params.temperature >= MIN_TEMPERATURE else 0.0
-    return Asked(temperature, params.min_p, params.top_p, params.top_k, begin)
+    params = item.sampling
+    if params.temperature < MIN_TEMPERATURE:
+        return LIKELIEST
+    begin = gumbel.start(params.seed, item.position)
+    return Asked(params.temperature, params.min_p, params.top_p, params.top_k, begin)
 
 
 def _draw(logits: torch.Tensor, best: torch.Tensor, asked: Sequence[BatchItem]) -> torch.Tensor:
