@@ -51,13 +51,18 @@ def cuda_library(cache_dir: Path, nvcc: str | None, capability: tuple[int, int],
         raise BuildError(f"the GPU's compute capability is {capability[0]}.{capability[1]}, and 8.0 is needed")
     arch = f"{capability[0]}{capability[1]}{'a' * (capability[0] >= ARCH_SPECIFIC)}"
     flags = (*CUDA_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}")
-    sources = [source for source in CUDA_LIBRARIES[name] if _suits(source, capability)]
+    sources = cuda_sources(name, capability)
     if not sources:
         raise BuildError(f"the GPU's compute capability is {capability[0]}.{capability[1]}, and 9.0 is needed")
     path = cache_dir / f"{name}-{arch}-{_key(nvcc, flags, CUDA_SOURCES)}.so"
     if not path.exists():
         _compile((nvcc, *flags, *(str(CUDA_SOURCES / source) for source in sources)), path)
     return path
+
+
+def cuda_sources(name: str, capability: tuple[int, int]) -> list[str]:
+    """What a library is made of for GPUs of one compute capability; nothing where they lack what it needs."""
+    return [source for source in CUDA_LIBRARIES[name] if _suits(source, capability)]
 
 
 def compiler() -> str | None:

@@ -16,7 +16,7 @@ from shared.engine.kernels.cuda_choice import Asked, CudaChoice
 from shared.engine.pinned import Fetched, put
 from shared.engine.sampling import gumbel
 from shared.engine.sampling.adjusted import adjusted
-from shared.engine.sampling.distribution import UNITS
+from shared.engine.sampling.distribution import units
 from shared.engine.sampling.sampler import MIN_TEMPERATURE, Sampler
 from shared.engine.speculation.verify import up_to, verified
 from shared.engine.splitmix import FACTORS, GOLDEN, SHIFTS
@@ -173,10 +173,10 @@ def _nucleus(weight: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """Keep the fewest of the largest of [D, V] whose share of the sum reaches `p` [D, 1]; all where it is 1. As
     `distribution.top_p`."""
     falling, order = torch.sort(weight, dim=1, descending=True, stable=True)
-    units = (falling.double() * UNITS).long()
-    total = units.sum(dim=1, keepdim=True)
+    each = units(falling)
+    total = each.sum(dim=1, keepdim=True)
     wanted = (p * total.double()).ceil().long().clamp(min=1).minimum(total)
-    kept = (units.cumsum(1) - units < wanted) | (p >= 1)
+    kept = (each.cumsum(1) - each < wanted) | (p >= 1)
     return torch.zeros_like(weight).scatter_(1, order, torch.where(kept, falling, 0))
 
 

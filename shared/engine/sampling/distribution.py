@@ -13,6 +13,8 @@ from shared.engine.api import SamplingParams
 # What weights are counted in where they are added up for top_p: so many units are a weight of 1, and what is less than
 # a whole unit is dropped. Whole numbers have the same sum in any order, and those of 2**18 tokens fit into 63 bits.
 UNITS = 2.0**44
+PART = 16_384  # of a vocabulary: what is made of it on the way stays in the processor's cache
+ROUNDED_DOWN = 1 - 1e-6  # a candidate too many does no harm, one too few would
 
 
 def weights(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -47,17 +49,22 @@ def top_p(weight: torch.Tensor, p: float) -> torch.Tensor:
     Sorting a whole vocabulary is slow, and needless: tokens of at most (total - wanted) / V units have together no more
     than total - wanted, so those above reach what is wanted without them.
     """
-    units = (weight.double() * UNITS).long()
-    total = int(units.sum())
+    total = sum(int(units(part).sum()) for part in weight.split(PART))
     wanted = wanted_units(total, p)
-    candidates = (units > (total - wanted) // weight.shape[0]).nonzero().flatten()
+    least = (total - wanted) // weight.shape[0] / UNITS * ROUNDED_DOWN
+    candidates = (weight >= least).nonzero().flatten()
     order = torch.sort(weight[candidates], descending=True, stable=True).indices
     falling = candidates[order]
-    units_before = units[falling].cumsum(0) - units[falling]
-    nucleus = falling[units_before < wanted]
+    each = units(weight[falling])
+    nucleus = falling[each.cumsum(0) - each < wanted]
     kept = torch.zeros_like(weight)
     kept[nucleus] = weight[nucleus]
     return kept
+
+
+def units(weight: torch.Tensor) -> torch.Tensor:
+    """Weights of at most 1 in whole UNITS, int64."""
+    return (weight * UNITS).long()  # a float32 times a power of two is exact
 
 
 def wanted_units(total: int, p: float) -> int:
