@@ -31,7 +31,7 @@ Made = tuple[str, float, Path]
 def products(capability: tuple[int, int], directory: Path) -> Iterator[Made]:
     from shared.engine.kernels import build
 
-    for name in build.CUDA_LIBRARIES:
+    for name in (name for name in build.CUDA_LIBRARIES if build.cuda_sources(name, capability)):
         started = time.monotonic()
         path = build.cuda_library(directory, build.cuda_compiler(), capability, name)
         yield f"{name}.cu", time.monotonic() - started, path

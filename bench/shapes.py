@@ -3,8 +3,9 @@
     python -m bench.shapes [--shape llama-3.1-8b] [--weights bf16 nvfp4] [--skip prefill] [--profile]
 
 Prints the median and the spread of whole steps of the executor, host work and the choice of tokens included: decoding
-at several batch sizes and contexts, verification of drafts, prefill; beside the time that reading the weights once
-takes at the bandwidth that a plain sum over 4 GiB reaches in the same run.
+at several batch sizes and contexts, verification of drafts, prefill (each step also launched while the one before runs,
+as an engine does); beside the time that reading the weights once takes at the bandwidth that a plain sum over 4 GiB
+reaches in the same run.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from bench import provenance
 from bench.bandwidth import read_bandwidth
 from shared.engine.api import BatchItem, EngineSpec, SamplingParams
 from shared.engine.executor import TorchExecutor
-from shared.engine.kernels import build, cuda_products, w4a16
+from shared.engine.kernels import build, cuda_choice, cuda_products, w4a16
 from shared.engine.kernels.cuda_products import CudaProducts
 from shared.engine.kv.view import DeviceMemory
 from shared.engine.layers.cuda_decoder import CudaDecoder
@@ -139,7 +140,8 @@ def decoder_and_executor(
     model = Llama(config, torch.bfloat16, decoder, shard)
     spec = EngineSpec("bench", config.vocab_size, config.max_position, (), model.layout(PAGE_SIZE), num_pages, "")
     memory = DeviceMemory(num_pages, model.rank_layout(PAGE_SIZE).page_bytes, device)
-    return decoder, TorchExecutor(model, spec, memory)
+    choice = cuda_choice.find(device, default_cache() / "kernels", config.vocab_size)
+    return decoder, TorchExecutor(model, spec, memory, choice=choice)
 
 
 def item(sequence: int, start: int, num_tokens: int, room: int) -> BatchItem:
@@ -157,6 +159,19 @@ def seconds(work: Callable[[], object], repeats: int) -> list[float]:
         work()
         times.append(time.perf_counter() - started)
     return times
+
+
+def seconds_ahead(engine: TorchExecutor, items: list[BatchItem], repeats: int) -> list[float]:
+    """From the end of one step to that of the next, which was launched while it ran."""
+    flight, times, ended = engine.launch(items), [], 0.0
+    for _ in range(repeats + 2):
+        following = engine.launch(items)
+        flight.chosen()
+        before, ended = ended, time.perf_counter()
+        times.append(ended - before)
+        flight = following
+    flight.chosen()
+    return times[2:]
 
 
 def row(label: str, times: Sequence[float], num_tokens: int, note: str = "") -> None:
@@ -203,6 +218,7 @@ def measure(config: DenseConfig, device: torch.device, packed: bool, rate: float
         items = [item(0, 0, length, room)]
         times = seconds(lambda items=items: engine.forward(items), 5)  # type: ignore[misc]
         row(f"prefill {length}", times, length)
+        row(f"prefill {length}, launched ahead", seconds_ahead(engine, items, 5), length)
     for size in (1, 32, 64) if args.profile and "decode" not in args.skip else ():
         profile(engine, [item(sequence, 1023, 1, 65) for sequence in range(size)], 20)
     if args.profile and "prefill" not in args.skip:

@@ -8,6 +8,8 @@ import torch
 
 from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, Recorded, SampledToken, Step
 from shared.engine.batch import build
+from shared.engine.kernels import cuda_choice
+from shared.engine.kernels.cuda_choice import CudaChoice
 from shared.engine.kv.layout import KvLayout, compatibility_hash
 from shared.engine.kv.memory import HostMemory, PoolMemory
 from shared.engine.kv.view import DeviceMemory, pool_bytes
@@ -38,7 +40,8 @@ class TorchExecutor:
 
     On a GPU it runs behind, and chooses tokens there; with `behind` it does so wherever it is. A layer that proposes
     drafts goes on from chosen tokens, so with one steps are computed to their end. With `rejection` its drafts are
-    verified by rejection sampling, on the host and row by row; without a layer that changes nothing.
+    verified by rejection sampling, on the host and row by row; without a layer that changes nothing. `choice` is the
+    kernel that draws there, if there is one.
     """
 
     def __init__(
@@ -50,16 +53,19 @@ class TorchExecutor:
         *,
         behind: bool = False,
         rejection: bool = False,
+        choice: CudaChoice | None = None,
     ) -> None:
         self.spec = spec
         self.layout: KvLayout = model.rank_layout(spec.layout.page_size)
         self.memory: PoolMemory = memory
         self.model = model
         self._pool = pool_bytes(memory)
-        drafts, kind = model.draft_layer, BatchedSampler if behind or self._pool.is_cuda else Sampler
+        drafts, known = model.draft_layer, num_tokens or spec.vocab_size
+        self._sampler = Sampler(known, spec.eos_token_ids)
         if rejection and drafts is not None:
-            kind = RejectionSampler
-        self._sampler = kind(num_tokens or spec.vocab_size, spec.eos_token_ids)
+            self._sampler = RejectionSampler(known, spec.eos_token_ids)
+        elif behind or self._pool.is_cuda:
+            self._sampler = BatchedSampler(known, spec.eos_token_ids, choice)
         self._drafter = None if drafts is None else MtpDrafter(drafts, self._sampler, self.layout)
         self._chosen = torch.empty(0, dtype=torch.int64, device=self._pool.device)
 
@@ -189,7 +195,9 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
         ridge_tokens=RIDGE_TOKENS[where.type],
     )
     memory = HostMemory(num_pages, page_bytes) if where == CPU else DeviceMemory(num_pages, page_bytes, where)
-    return TorchExecutor(model, spec, memory, num_tokens(model_dir, model.vocab_size), rejection=rejection)
+    known = num_tokens(model_dir, model.vocab_size)
+    choice = None if where == CPU else cuda_choice.find(where, cache_dir / "kernels", known)
+    return TorchExecutor(model, spec, memory, known, rejection=rejection, choice=choice)
 
 
 def _device(name: str, shard: Shard) -> torch.device:

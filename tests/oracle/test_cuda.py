@@ -10,6 +10,7 @@ from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import build
 from shared.engine.kernels import build as compiling
 from shared.engine.kernels import cuda_products, reference, w4a16
+from shared.engine.kernels.dequantized_ahead import DequantizedAhead
 from shared.engine.layers.decoder import TorchDecoder
 from shared.engine.models.config import DenseConfig, parse
 from shared.engine.models.llama import Decoder
@@ -151,6 +152,7 @@ def test_steps_of_every_kind_equal_the_twin(both: Both) -> None:
         [item(0, 43, 3), item(12, 52, 3)],  # verification
         [item(0, 46, 1)],
         [item(0, 47, 4)],
+        [item(36, 0, 170), item(48, 0, 90)],  # so many tokens that matrices are dequantized
     ):
         assert_close(*both.logits(step))
     assert_close(*(kv.float() for kv in both.kv))
@@ -271,3 +273,19 @@ def test_products_equal_those_of_torch(tokens: int, is_packed: bool) -> None:
     torch.testing.assert_close(products().dequantized(weight), dense)
     expected = x.float() @ dense.float().T
     torch.testing.assert_close(products().linear(x, weight).float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_matrices_dequantized_ahead_give_the_same_products() -> None:
+    """Asked for in their order, from the beginning again before the end, and in any order; right up to the last bit."""
+    shapes = ((768, 512), (512, 512), (1024, 512), (512, 512))
+    made = [[torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes] for _ in range(4)]
+    tensors = [[nvfp4.quantize(each) for each in layer] for layer in made]
+    layers = [[w4a16.pack(each.codes, each.scale, each.scale_2) for each in layer] for layer in tensors]
+    matrices = [each for layer in layers for each in layer]
+    ahead = DequantizedAhead(products(), layers)
+    x = torch.randn(300, 512, dtype=torch.bfloat16, device="cuda")
+    expected = [products().linear(x, each) for each in matrices]
+    assert not products().stays_packed(matrices[0], len(x))
+    for place in [*range(7), *range(16), 5, 5, 15, 0, 9, 8, *range(16)]:
+        torch.empty(1 << 20, dtype=torch.int32, device="cuda").fill_(7)  # whatever is free is written to
+        assert torch.equal(ahead.linear(x, matrices[place], None), expected[place])

@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 
 from shared.engine.api import BatchItem, Computed, EngineRequest, SamplingParams, awaited
 from shared.engine.executor import TorchExecutor, load_executor
+from shared.engine.kernels import cuda_choice
 from shared.engine.models import dense_shapes
 from shared.engine.models.config import parse
 from shared.engine.sampling.batched import BatchedSampler
 from shared.engine.sampling.sampler import Sampler
+from shared.models.store import default_cache
 from tests.law.worker import Worker
 from tests.unit.drawing import CUTS, MIXED, item, rows
 from tests.unit.test_batched_sampling import PENALTIES
@@ -152,7 +154,8 @@ def test_steps_queued_behind_a_busy_device_do_not_overwrite_each_others_inputs(
     assert [step.chosen() for step in steps] == in_order
 
 
-def test_choosing_there_is_choosing_here() -> None:
+@pytest.mark.parametrize("in_one_launch", [False, True])
+def test_choosing_there_is_choosing_here(in_one_launch: bool) -> None:
     """Of 48 rows that are drawn, exp() or a logarithm that differs in its last bit decides none."""
     chance = random.Random(4)
     kinds = [*MIXED, *PENALTIES, *({"temperature": 1.0} | cut for cut in CUTS)]
@@ -161,8 +164,9 @@ def test_choosing_there_is_choosing_here() -> None:
         for place in range(48)
     ]
     given = rows(48, 1000)
+    kernel = cuda_choice.find(torch.device("cuda", 0), default_cache() / "kernels", 1000)
     twin = Sampler(1000, (5,))(given, items)
-    ours = BatchedSampler(1000, (5,))(given.cuda(), items)
+    ours = BatchedSampler(1000, (5,), kernel if in_one_launch else None)(given.cuda(), items)
     assert [token.token_id for (token,) in ours] == [token.token_id for (token,) in twin]
     assert [[token_id for token_id, _ in token.top] for (token,) in ours] == [
         [token_id for token_id, _ in token.top] for (token,) in twin

@@ -45,6 +45,21 @@ def test_equally_likely_tokens_are_cut_from_the_highest_id() -> None:
     assert kept.nonzero().flatten().tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("p", [1e-9, 0.3, 0.95, 1 - 1e-6, 1 - 2**-53])
+def test_a_nucleus_has_the_same_weights_in_whatever_order_they_come(p: float) -> None:
+    """Sums of floats would differ in their last bits, and now and then by a token."""
+    weight = torch.exp(-rows(1, 20_000, scale=4.0)[0].abs())
+    for seed in range(5):
+        order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))
+        kept = distribution.top_p(weight[order], p)
+        assert torch.equal(kept[order.argsort()], distribution.top_p(weight, p))
+
+
+def test_a_share_of_a_sum_is_at_least_one_unit_and_never_more_than_all() -> None:
+    assert [distribution.wanted_units(10, p) for p in (0.0, 0.05, 0.1, 0.11, 0.999)] == [1, 1, 1, 2, 10]
+    assert all(distribution.wanted_units(2**62 - gap, 1 - 2**-53) <= 2**62 - gap for gap in range(1, 2000, 7))
+
+
 def test_greedy_takes_the_lowest_of_equal_tokens() -> None:
     for size in (VOCAB, 1000, 49152):
         row = torch.zeros(1, size)

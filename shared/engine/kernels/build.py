@@ -15,9 +15,14 @@ SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-pthread", "-shared", "-fPIC")
 CUDA_SOURCES = Path(__file__).parent / "cuda"
 CUDA_FLAGS = ("-std=c++20", "-O3", "-t=2", "-I", str(CUDA_SOURCES), "-shared", "-Xcompiler", "-fPIC", "-cudart=static")
-CUDA_LIBRARIES = {"products": ("products.cu", "layers.cu", "wide.cu"), "glm": ("experts.cu", "latent.cu")}
+CUDA_LIBRARIES = {
+    "products": ("products.cu", "layers.cu", "wide.cu"),
+    "glm": ("experts.cu", "latent.cu"),
+    "choice": ("choose.cu",),
+}
 MIN_CAPABILITY = (8, 0)  # the first with bf16 on its tensor cores
 LAYERS_CAPABILITY = (9, 0)  # the first with copies that complete a signal in shared memory
+CHOICE_CAPABILITY = (9, 0)  # the first with clusters of blocks that read each other's shared memory
 WIDE_CAPABILITY = (9, 0)  # the only one whose warps multiply four together
 ARCH_SPECIFIC = 9  # capabilities from here on have instructions of their own
 TIMEOUT_S = 300
@@ -39,18 +44,25 @@ def library(cache_dir: Path, gxx: str | None) -> Path:
 
 def cuda_library(cache_dir: Path, nvcc: str | None, capability: tuple[int, int], name: str = "products") -> Path:
     """The CUDA kernels called `name`, as `nvcc` makes them for GPUs of one compute capability, as `library`: those of
-    dense models, "products", or of "glm". Raises BuildError."""
+    dense models, "products", of "glm", or for the "choice" of tokens. Raises BuildError."""
     if nvcc is None:
         raise BuildError("no nvcc found (on PATH or in CUDA_HOME)")
     if capability < MIN_CAPABILITY:
         raise BuildError(f"the GPU's compute capability is {capability[0]}.{capability[1]}, and 8.0 is needed")
     arch = f"{capability[0]}{capability[1]}{'a' * (capability[0] >= ARCH_SPECIFIC)}"
     flags = (*CUDA_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}")
-    sources = [source for source in CUDA_LIBRARIES[name] if _suits(source, capability)]
+    sources = cuda_sources(name, capability)
+    if not sources:
+        raise BuildError(f"the GPU's compute capability is {capability[0]}.{capability[1]}, and 9.0 is needed")
     path = cache_dir / f"{name}-{arch}-{_key(nvcc, flags, CUDA_SOURCES)}.so"
     if not path.exists():
         _compile((nvcc, *flags, *(str(CUDA_SOURCES / source) for source in sources)), path)
     return path
+
+
+def cuda_sources(name: str, capability: tuple[int, int]) -> list[str]:
+    """What a library is made of for GPUs of one compute capability; nothing where they lack what it needs."""
+    return [source for source in CUDA_LIBRARIES[name] if _suits(source, capability)]
 
 
 def compiler() -> str | None:
@@ -68,6 +80,8 @@ def cuda_compiler() -> str | None:
 def _suits(source: str, capability: tuple[int, int]) -> bool:
     if source == "wide.cu":
         return capability == WIDE_CAPABILITY
+    if source == "choose.cu":
+        return capability >= CHOICE_CAPABILITY
     return source not in ("layers.cu", "latent.cu") or capability >= LAYERS_CAPABILITY
 
 

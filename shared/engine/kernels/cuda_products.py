@@ -139,18 +139,24 @@ class CudaProducts:
         call(self.library, "forebay_arrange", x.device, _at(x), *x.shape, 8 * plan.eights, _at(found.values))
         return found
 
-    def dequantized(self, weight: Weight) -> torch.Tensor:
-        """bf16 [N, K], rows in their old order."""
+    def dequantized(self, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
+        """bf16 [N, K], rows in their old order; a packed one's into `out`, if that is given."""
         if isinstance(weight, torch.Tensor):
             return weight
-        out = torch.empty(weight.num_rows, weight.num_columns, dtype=torch.bfloat16, device=weight.codes.device)
+        if out is None:
+            out = torch.empty(weight.num_rows, weight.num_columns, dtype=torch.bfloat16, device=weight.codes.device)
         product = Product(out=_at(out), epilogue=GATED if weight.gated else PLAIN)
         call(self.library, "forebay_dequantize", out.device, ctypes.byref(_weighed(weight, product)))
         return out
 
+    def stays_packed(self, weight: Weight, num_tokens: int) -> bool:
+        """Whether a product of so many tokens takes a packed matrix as it is."""
+        passes = MAX_PASSES if self._planned(weight, MAX_TOKENS).is_wide else 1
+        return num_tokens <= passes * MAX_TOKENS
+
     def _many(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
         """As `linear`, of more tokens than the kernels take at once."""
-        if len(x) > MAX_PASSES * MAX_TOKENS or not self._planned(weight, MAX_TOKENS).is_wide:
+        if not self.stays_packed(weight, len(x)):
             return F.linear(x, self.dequantized(weight), bias)
         out = x.new_empty(len(x), _rows(weight))
         for part, into in zip(x.split(MAX_TOKENS), out.split(MAX_TOKENS), strict=True):

@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from shared.engine.batch import Batch
 from shared.engine.kernels import cuda_layers, cuda_products, product_plan, triton_dense, triton_paged, w4a4
 from shared.engine.kernels.cuda_layers import CudaLayers, Table
 from shared.engine.kernels.cuda_products import Activations, CudaProducts, Normed, Residual
+from shared.engine.kernels.dequantized_ahead import DequantizedAhead
 from shared.engine.kernels.flashinfer_paged import PagedAttention, PagedShape
 from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.kernels.w4a16 import PackedWeight, Weight
@@ -38,6 +40,7 @@ MAX_GRAPH_WIDTH = 8
 MAX_GRAPH_PAGES = 1 << 17
 MAX_FUSED_DENSE = 8  # tokens; cuBLAS takes bf16 matrices faster beyond
 NOBODY = -1
+MATRICES = 4  # of a layer
 
 # (queries [T, H, D], one layer's kv) -> [T, H, D]
 Attend = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -47,7 +50,7 @@ Matrix = Weight | w4a4.Weight
 @dataclass(frozen=True, slots=True)
 class Graph:
     """A captured step. Its inputs lie one behind the other in `inputs`: token ids, positions and slots of T rows, S
-    context lengths, S + 1 page starts, page ids. `logits` are there until the next graph is replayed."""
+    context lengths, S + 1 page starts, page ids. `logits`, float32, are there until the next graph is replayed."""
 
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
@@ -89,13 +92,15 @@ class CudaDecoder:
         suits = products is not None and all(map(_is_fusible, matrices))
         is_packed = any(isinstance(matrix, PackedWeight) for matrix in matrices)
         self._max_fused = (product_plan.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
+        self._ahead = dequantized_ahead(self._layers, products)
         self._whole = layers_at_once(config, self._fusible, products, group)
         self._graphs: dict[tuple[int, int], Graph] = {}
         self.recorder = captured.Recorder(device)
         self._paged: PagedAttention | None = None
 
     def __call__(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [R, vocab_size]. `kv` [pages, layers, 2, Hkv, page_size, D]."""
+        """Logits float32 [R, vocab_size], to be read before the next step is launched, or by work that is launched
+        before it. `kv` [pages, layers, 2, Hkv, page_size, D]."""
         width, rest = divmod(batch.num_tokens, batch.num_sequences)
         uniform = not rest and bool((batch.query_starts.diff() == width).all())
         fits = batch.num_sequences <= GRAPH_SIZES[-1] and len(batch.page_ids) < MAX_GRAPH_PAGES
@@ -107,9 +112,10 @@ class CudaDecoder:
         )
         self._paged = self._paged or PagedAttention(shape, self._device)
         self._paged.plan(batch)
-        places = torch.stack((batch.positions, _slots(batch, kv.shape[4])))
-        token_ids, places = batch.token_ids.to(self._device), put(places, torch.int32, self._device)
-        rows = torch.cat((token_ids[None], places))
+        on_host = [] if batch.token_ids.is_cuda else [batch.token_ids]
+        rows = put(torch.stack((*on_host, batch.positions, _slots(batch, kv.shape[4]))), torch.int32, self._device)
+        if not on_host:
+            rows = torch.cat((batch.token_ids[None], rows))
         x = self._hidden(rows, self._paged, kv, put(batch.sampled_rows, torch.int32, self._device))
         if not len(x):
             return x.new_empty((0, config.vocab_size), dtype=torch.float32)
@@ -126,8 +132,8 @@ class CudaDecoder:
             graph.inputs[: batch.num_tokens].copy_(batch.token_ids)
         graph.graph.replay()
         if len(batch.sampled_rows) == batch.num_tokens:
-            return graph.logits[: batch.num_tokens].float()
-        return graph.logits[put(batch.sampled_rows, torch.int32, self._device)].float()
+            return graph.logits[: batch.num_tokens]
+        return graph.logits[put(batch.sampled_rows, torch.int32, self._device)]
 
     def _capture(self, size: int, width: int, kv: torch.Tensor) -> Graph:
         """Record a step of `size` sequences of `width` tokens each."""
@@ -143,11 +149,14 @@ class CudaDecoder:
             return triton_paged.attend(q, pages, ids, starts, lengths, num_done)
 
         def logits() -> torch.Tensor:
+            return self._group.join(computed()).float()
+
+        def computed() -> torch.Tensor:
             if self._products is not None and num_rows <= self._max_fused:
                 if self._whole is not None and self._whole.takes(size, width):
                     return self._at_once(self._products, self._whole, rows, Table(rows[2], ids, starts, lengths), kv)
-                return self._group.join(self._fused(self._products, rows, attend, kv))
-            return self._group.join(self._product(self._hidden(rows, attend, kv), self._head))
+                return self._fused(self._products, rows, attend, kv)
+            return self._product(self._hidden(rows, attend, kv), self._head)
 
         graph, found = self.recorder.record(logits)
         return Graph(graph, inputs, num_done, captured.lent(found))
@@ -242,7 +251,18 @@ class CudaDecoder:
             assert self._fp4 is not None, "none is read without it"
             return self._fp4.linear(x, weight, bias)
         assert self._products is not None, "nothing is packed without it"
+        ahead = self._ahead if not self._products.stays_packed(weight, len(x)) else None
+        if ahead is not None and ahead.has(weight) and not torch.cuda.is_current_stream_capturing():
+            return ahead.linear(x, weight, bias)
         return self._products.linear(x, weight, bias)
+
+
+def dequantized_ahead(layers: Sequence[LayerOf[Matrix]], products: CudaProducts | None) -> DequantizedAhead | None:
+    """Where all matrices of all layers are packed."""
+    matrices = [[m for m in (w.qkv, w.output, w.gate_up, w.down) if isinstance(m, PackedWeight)] for w in layers]
+    if products is None or not layers or any(len(each) < MATRICES for each in matrices):
+        return None
+    return DequantizedAhead(products, matrices)
 
 
 def layers_at_once(
@@ -322,6 +342,6 @@ def _stage(batch: Batch, size: int, width: int, page_size: int) -> torch.Tensor:
 
 def _slots(batch: Batch, page_size: int) -> torch.Tensor:
     """Where each row's state goes: page times page size plus the place within it. int32 [T] in host memory."""
-    sequence = torch.repeat_interleave(batch.query_starts.diff())
-    pages = batch.page_ids[batch.page_starts[sequence] + batch.positions // page_size]
-    return pages * page_size + batch.positions % page_size
+    positions, ids, starts = (tensor.numpy() for tensor in (batch.positions, batch.page_ids, batch.page_starts))
+    first = starts[:-1].repeat(np.diff(batch.query_starts.numpy()))
+    return torch.from_numpy(ids[first + positions // page_size] * page_size + positions % page_size)

@@ -2,7 +2,8 @@
 
 What `Sampler` does row by row, and its twin: the noise is the same to the bit, floats go through the same operations in
 the same order and precision, and so both choose the same tokens. `Sampler` looks at few tokens; a device would have to
-tell the host how many those are, and looks at all of them instead.
+tell the host how many those are, and looks at all of them instead. Where there is a kernel for it (`cuda_choice`), it
+draws; what torch does here is its twin.
 """
 
 from collections.abc import Sequence
@@ -11,15 +12,18 @@ from functools import partial
 import torch
 
 from shared.engine.api import BatchItem, SampledToken
+from shared.engine.kernels.cuda_choice import Asked, CudaChoice
 from shared.engine.pinned import Fetched, put
 from shared.engine.sampling import gumbel
 from shared.engine.sampling.adjusted import adjusted
+from shared.engine.sampling.distribution import units
 from shared.engine.sampling.sampler import MIN_TEMPERATURE, Sampler
 from shared.engine.speculation.verify import up_to, verified
 from shared.engine.splitmix import FACTORS, GOLDEN, SHIFTS
 
 # Rows are drawn together as far as they have so many numbers: it takes some fifty bytes for each meanwhile.
 MOST_NUMBERS = 1 << 22
+LIKELIEST = Asked(temperature=0.0, min_p=0.0, top_p=1.0, top_k=0, begin=0)
 
 
 class Choice:
@@ -28,8 +32,8 @@ class Choice:
     def __init__(self, items: Sequence[BatchItem], tokens: torch.Tensor, logprobs: "Logprobs | None") -> None:
         self.tokens = tokens
         self._items, self._logprobs = items, logprobs
-        numbers = [tokens.double(), *(logprobs.numbers if logprobs else ())]  # float64 holds all of them exactly
-        self._fetched = Fetched(torch.cat([each.flatten() for each in numbers]) if len(numbers) > 1 else numbers[0])
+        numbers = [tokens.double(), *logprobs.numbers] if logprobs else [tokens]  # float64 holds all of them exactly
+        self._fetched = Fetched(torch.cat([each.flatten() for each in numbers]) if logprobs else tokens)
 
     def is_done(self) -> bool:
         """Whether `collect` returns at once."""
@@ -78,7 +82,11 @@ class Logprobs:
 
 
 class BatchedSampler(Sampler):
-    """For logits on any device."""
+    """For logits on any device; with `kernel`, which takes such a vocabulary, drawn by that."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], kernel: CudaChoice | None = None) -> None:
+        super().__init__(vocab_size, eos_token_ids)
+        self._kernel = kernel
 
     def __call__(self, rows: torch.Tensor, items: Sequence[BatchItem], /) -> list[tuple[SampledToken, ...]]:
         """As of `Sampler`."""
@@ -98,8 +106,10 @@ class BatchedSampler(Sampler):
 
     def _chosen(self, logits: torch.Tensor, asked: Sequence[BatchItem], before: torch.Tensor | None) -> torch.Tensor:
         changed = adjusted(logits, asked, [self._stops_forbidden(item) for item in asked], before)
-        tokens = changed.argmax(dim=-1)  # of equals the first, which has the lowest id
         drawing = [row for row, item in enumerate(asked) if item.sampling.temperature >= MIN_TEMPERATURE]
+        if self._kernel is not None and drawing:
+            return self._kernel(changed, [_drawn(item) for item in asked])
+        tokens = changed.argmax(dim=-1)  # of equals the first, which has the lowest id
         if drawing and len(drawing) == len(asked):
             tokens = _draw(changed, tokens, asked)
         elif drawing:
@@ -111,6 +121,14 @@ class BatchedSampler(Sampler):
 def _asked(items: Sequence[BatchItem]) -> list[BatchItem]:
     """An item for each row."""
     return [up_to(item, number) for item in items for number in range(1 + item.num_drafts)]
+
+
+def _drawn(item: BatchItem) -> Asked:
+    params = item.sampling
+    if params.temperature < MIN_TEMPERATURE:
+        return LIKELIEST
+    begin = gumbel.start(params.seed, item.position)
+    return Asked(params.temperature, params.min_p, params.top_p, params.top_k, begin)
 
 
 def _draw(logits: torch.Tensor, best: torch.Tensor, asked: Sequence[BatchItem]) -> torch.Tensor:
@@ -152,12 +170,13 @@ def _largest(weight: torch.Tensor, k: torch.Tensor, most: int) -> torch.Tensor:
 
 
 def _nucleus(weight: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Keep the fewest of the largest of [D, V] whose share of the sum reaches `p` [D, 1]; all where it is 1."""
-    total = weight.sum(dim=1, keepdim=True, dtype=torch.float64)
+    """Keep the fewest of the largest of [D, V] whose share of the sum reaches `p` [D, 1]; all where it is 1. As
+    `distribution.top_p`."""
     falling, order = torch.sort(weight, dim=1, descending=True, stable=True)
-    share_before = falling.cumsum(1, dtype=torch.float64) - falling
-    kept = (share_before < p * total) | (p >= 1)
-    kept[:, 0] = True
+    each = units(falling)
+    total = each.sum(dim=1, keepdim=True)
+    wanted = (p * total.double()).ceil().long().clamp(min=1).minimum(total)
+    kept = (each.cumsum(1) - each < wanted) | (p >= 1)
     return torch.zeros_like(weight).scatter_(1, order, torch.where(kept, falling, 0))
 
 

@@ -4,9 +4,17 @@ Everything here works on one row alone, so that a choice depends on nothing but 
 batch, and not on the neighbours in it. Of equally likely tokens the lower id counts as the more likely.
 """
 
+from math import ceil
+
 import torch
 
 from shared.engine.api import SamplingParams
+
+# What weights are counted in where they are added up for top_p: so many units are a weight of 1, and what is less than
+# a whole unit is dropped. Whole numbers have the same sum in any order, and those of 2**18 tokens fit into 63 bits.
+UNITS = 2.0**44
+PART = 16_384  # of a vocabulary: what is made of it on the way stays in the processor's cache
+ROUNDED_DOWN = 1 - 1e-6  # a candidate too many does no harm, one too few would
 
 
 def weights(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -36,21 +44,32 @@ def top_k(weight: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def top_p(weight: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the fewest of the largest of [V] whose share of the sum reaches `p` (Holtzman et al. 2019).
+    """Keep the fewest of the largest of [V] whose share of the sum reaches `p` (Holtzman et al. 2019), in UNITS.
 
-    Sorting a whole vocabulary is slow, and needless: the tokens below (1 - p) / V of the sum have together less than
-    1 - p of it, so those above reach p without them.
+    Sorting a whole vocabulary is slow, and needless: tokens of at most (total - wanted) / V units have together no more
+    than total - wanted, so those above reach what is wanted without them.
     """
-    total = weight.sum(dtype=torch.float64)
-    candidates = (weight >= (1 - p) * total / weight.shape[0]).nonzero().flatten()
+    total = sum(int(units(part).sum()) for part in weight.split(PART))
+    wanted = wanted_units(total, p)
+    least = (total - wanted) // weight.shape[0] / UNITS * ROUNDED_DOWN
+    candidates = (weight >= least).nonzero().flatten()
     order = torch.sort(weight[candidates], descending=True, stable=True).indices
     falling = candidates[order]
-    share_before = weight[falling].cumsum(0, dtype=torch.float64) - weight[falling]
-    nucleus = falling[share_before < p * total]
-    nucleus = nucleus if len(nucleus) else falling[:1]
+    each = units(weight[falling])
+    nucleus = falling[each.cumsum(0) - each < wanted]
     kept = torch.zeros_like(weight)
     kept[nucleus] = weight[nucleus]
     return kept
+
+
+def units(weight: torch.Tensor) -> torch.Tensor:
+    """Weights of at most 1 in whole UNITS, int64."""
+    return (weight * UNITS).long()  # a float32 times a power of two is exact
+
+
+def wanted_units(total: int, p: float) -> int:
+    """How many of `total` units are a share of `p`: at least one, and at most all."""
+    return min(max(ceil(p * float(total)), 1), total)
 
 
 def most_likely(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:

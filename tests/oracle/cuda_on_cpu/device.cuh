@@ -169,6 +169,15 @@ inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) {
 inline uint32_t __shfl_xor_sync(unsigned all, uint32_t value, int mask) {
     return __shfl_sync(all, value, threadIdx.x % 32 ^ mask);
 }
+inline uint64_t __shfl_xor_sync(unsigned, uint64_t value, int mask) {
+    Warp& warp = my_warp();
+    const int lane = threadIdx.x % 32;
+    memcpy(warp.words[lane], &value, sizeof(value));
+    warp.meet.arrive_and_wait();
+    memcpy(&value, warp.words[lane ^ mask], sizeof(value));
+    warp.meet.arrive_and_wait();
+    return value;
+}
 inline float __shfl_xor_sync(unsigned all, float value, int mask) {
     return __uint_as_float(__shfl_xor_sync(all, __float_as_uint(value), mask));
 }
