@@ -227,7 +227,8 @@ class BatchItem:
     last, which a drafting layer looks at.
 
     Launched behind another step, a token may be what that one will choose: the id -1 - k (see `awaited`) stands for the
-    k-th token that it chooses, and `history` ends before it.
+    k-th token that it chooses, and `history` ends before it. If that one verifies drafts of the sequence, the part may
+    start up to `num_in_doubt` tokens further on, by as many as are right.
     """
 
     request_id: str
@@ -242,16 +243,25 @@ class BatchItem:
     num_wanted: int = 0
     hands_over: bool = False
     following: int | None = None
+    num_in_doubt: int = 0
 
     @property
     def position(self) -> int:
-        """The index in the sequence of the first token to choose."""
+        """The index in the sequence of the first token to choose, at least."""
         return self.start + len(self.token_ids) - self.num_drafts
 
     @property
     def drafts(self) -> Sequence[int]:
         """The tokens to verify."""
         return self.token_ids[len(self.token_ids) - self.num_drafts :]
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether drafts cannot be verified, and proposed anew, without the host, which alone knows what each of them
+        asks for: penalties depend on the very tokens before it, and stop tokens are forbidden before some position."""
+        sampling = self.sampling
+        too_short = self.position - self.output_start < sampling.min_tokens
+        return self.num_drafts + self.num_wanted > 0 and (sampling.has_penalties or too_short)
 
 
 def awaited(place: int) -> int:

@@ -128,9 +128,9 @@ class Engine:
         """Schedule, launch, absorb, emit. What is absorbed may be the step before: see `flight`."""
         self._admit()
         events: list[Event] = []
-        if parts := self._scheduler.schedule(ahead=len(self._flight) > 0):
-            self._flight.launch(parts, self._items(parts))
-        while self._flight.is_due(planned=bool(parts)):
+        if planned := self._plan():
+            self._flight.launch(*planned)
+        while self._flight.is_due(planned=planned is not None):
             events += self._land(self._flight.land())
         self._note_load()
         return events
@@ -145,6 +145,14 @@ class Engine:
             self._scheduler.add(sequence)
         for sequence in cancelled:
             self._retire(sequence)
+
+    def _plan(self) -> tuple[list[Part], list[BatchItem]] | None:
+        """The next step, if there is one to be launched now. What needs the host is planned anew when the flight has
+        landed."""
+        ahead = len(self._flight) > 0
+        parts = self._scheduler.schedule(ahead=ahead)
+        items = self._items(parts)
+        return None if not parts or (ahead and any(item.needs_host for item in items)) else (parts, items)
 
     def _items(self, parts: list[Part]) -> list[BatchItem]:
         num_generating, items = sum(part.is_last for part in parts), []

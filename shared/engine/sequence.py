@@ -118,9 +118,13 @@ class Sequence:
         self.started = True
 
     def part(self, start: int, num_tokens: int, num_drafts: int = 0, num_wanted: int = 0) -> BatchItem:
-        """The item of a step that computes `num_tokens` tokens from `start`, and drafts behind them. It shows the live
-        lists, uncopied: they do not change before the step is launched."""
+        """The item of a step that computes `num_tokens` tokens from `start`, and drafts behind them. It wants no
+        more drafts of the executor than the pages have room for. It shows the live lists, uncopied: they do not change
+        before the step is launched."""
         end = start + num_tokens
+        if self.proposer is None:  # the last draft is not computed in the step that proposes it
+            num_free = len(self.table.page_ids) * self.limits.page_size - end - num_drafts
+            num_wanted = max(0, min(num_wanted, num_free + 1))
         return BatchItem(
             request_id=self.request.request_id,
             token_ids=(self.tokens[start:end] or [awaited(self.place)]) + self.drafts[:num_drafts],
