@@ -227,8 +227,9 @@ class BatchItem:
     last, which a drafting layer looks at.
 
     Launched behind another step, a token may be what that one will choose: the id -1 - k (see `awaited`) stands for the
-    k-th token that it chooses, and `history` ends before it. If that one verifies drafts of the sequence, the part may
-    start up to `num_in_doubt` tokens further on, by as many as are right.
+    k-th of what it leaves, and `history` ends before it. It leaves N tokens, the last one of each item that chooses;
+    then N drafts, the first of each; then the second ones, and so on. If it verifies drafts of the sequence, the part
+    starts up to `num_in_doubt` tokens further on: by as many as are right.
     """
 
     request_id: str
@@ -325,7 +326,8 @@ class Executor(Protocol):
     @property
     def runs_behind(self) -> bool:
         """Whether `launch` returns before the step is computed. Then steps may be launched one behind the other, each
-        going on from what the one before writes and chooses, as long as that one had no drafts to verify or propose."""
+        going on from what the one before writes, chooses and, if the executor proposes, drafts; but for drafts of items
+        that `needs_host`."""
 
     def launch(self, batch: Sequence[BatchItem]) -> Step:
         """Write the KV of every item's tokens into its pages, and choose a token for each item with `sample`.

@@ -61,7 +61,8 @@ class Engine:
         self._meter = meter or Meter()
         self._speculator = Speculator(speculation, self._meter)
         self._clock = clock
-        self._flight = Flight(executor, kv, clock)
+        drafts_here = executor.proposes and speculation.make_proposer is None
+        self._flight = Flight(executor, kv, clock, drafts_here=drafts_here)
         self._numbers = count()
         self._load = self._rates(EngineLoad())
         self._draft_counts = DraftCounts()
@@ -175,7 +176,8 @@ class Engine:
 
     def _absorb(self, part: Part, item: BatchItem, chosen: Chosen | None) -> list[Event]:
         """Note what a part computed, and say what came of it."""
-        sequence, num_computed, events = part.sequence, part.end, list[Event]()
+        sequence, events = part.sequence, list[Event]()
+        num_computed = len(sequence.tokens) if item.sample else part.end  # known now, if it was in doubt when planned
         if sequence.request.prefill_only:
             first_page, page_ids = sequence.unannounced(num_computed)
             if page_ids:

@@ -34,9 +34,12 @@ class Ending:
 class Sequence:
     """Tokens, and the pages that hold the KV of the first `num_computed` of them.
 
-    `rank` orders sequences: lower runs first. `drafts` may follow `tokens`. Steps in flight choose `num_awaited` tokens
-    more, the last of them as the `place`-th of its step; `table` is as it will be when those steps are done. There
-    are never more than `most` tokens. Only the engine's thread changes a sequence, but for `cancelled`.
+    `rank` orders sequences: lower runs first. `drafts` may follow `tokens`. There are never more than `most` tokens.
+    Only the engine's thread changes a sequence, but for `cancelled`.
+
+    Steps in flight choose `num_awaited` tokens more, one each, and `table` is as it will be when those steps are done.
+    The last of them chooses in its `place`-th of `num_places` places, and leaves `num_proposed` drafts for the next.
+    Up to `num_in_doubt` drafts may turn out right there, each of which is one more token, computed already.
     """
 
     request: EngineRequest
@@ -52,6 +55,9 @@ class Sequence:
     num_announced: int = 0
     num_awaited: int = 0
     place: int = 0
+    num_places: int = 0
+    num_proposed: int = 0
+    num_in_doubt: int = 0
     started: bool = False
     cancelled: bool = False
     ended: bool = False
@@ -69,8 +75,13 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens, those that are awaited included."""
+        """Tokens, those that are awaited included: at least so many."""
         return len(self.tokens) + self.num_awaited
+
+    @property
+    def longest(self) -> int:
+        """Tokens, should all that is in doubt turn out right."""
+        return self.length + self.num_in_doubt
 
     @property
     def num_computed(self) -> int:
@@ -90,15 +101,16 @@ class Sequence:
     @property
     def num_pages_missing(self) -> int:
         """Pages to hold before all tokens have room."""
-        return max(0, -(-self.length // self.limits.page_size) - len(self.table.page_ids))
+        return max(0, -(-self.longest // self.limits.page_size) - len(self.table.page_ids))
 
     @property
     def num_draftable(self) -> int:
-        """Drafts that may be verified: if all are right, the token behind them is the last one there is room for."""
+        """Drafts that may be verified: if all are right, the token behind them is the last one there is room for.
+        Behind a step in flight those that it proposes."""
         if self.request.prefill_only:
             return 0
-        num_left = self.request.sampling.max_tokens - self.num_output
-        return max(0, min(len(self.drafts), num_left - 1, self.limits.max_len - len(self.tokens) - 1))
+        num_drafts = self.num_proposed if self.num_awaited else len(self.drafts)
+        return max(0, min(num_drafts, self.most - self.length - 1, self.limits.max_len - self.longest - 1))
 
     @property
     def num_reusable(self) -> int:
@@ -121,13 +133,18 @@ class Sequence:
         """The item of a step that computes `num_tokens` tokens from `start`, and drafts behind them. It wants no
         more drafts of the executor than the pages have room for. It shows the live lists, uncopied: they do not change
         before the step is launched."""
-        end = start + num_tokens
+        end, token_ids = start + num_tokens, self.tokens[start : start + num_tokens]
+        num_in_doubt = 0 if token_ids else self.num_in_doubt
+        if token_ids:
+            token_ids += self.drafts[:num_drafts]
+        else:
+            token_ids = [awaited(self.place + number * self.num_places) for number in range(1 + num_drafts)]
         if self.proposer is None:  # the last draft is not computed in the step that proposes it
-            num_free = len(self.table.page_ids) * self.limits.page_size - end - num_drafts
+            num_free = len(self.table.page_ids) * self.limits.page_size - end - num_drafts - num_in_doubt
             num_wanted = max(0, min(num_wanted, num_free + 1))
         return BatchItem(
             request_id=self.request.request_id,
-            token_ids=(self.tokens[start:end] or [awaited(self.place)]) + self.drafts[:num_drafts],
+            token_ids=token_ids,
             start=start,
             page_ids=self.table.page_ids,
             sample=end == self.length,
@@ -138,15 +155,16 @@ class Sequence:
             num_wanted=num_wanted,
             hands_over=self.request.prefill_only,
             following=self.tokens[end] if end < len(self.tokens) else None,
+            num_in_doubt=num_in_doubt,
         )
 
-    def launch(self, end: int, place: int | None) -> None:
-        """A step was launched that computes the tokens up to `end`; if they are all, it chooses the next one in
-        `place`."""
-        self.table.num_tokens = end
-        if place is not None:
-            self.place = place
+    def launch(self, item: BatchItem, place: int, num_places: int, num_proposed: int) -> None:
+        """A step was launched with this part, which chooses in one of its places, if at all, and proposes drafts."""
+        self.table.num_tokens = item.position
+        if item.sample:
             self.num_awaited += 1
+            self.place, self.num_places = place, num_places
+            self.num_in_doubt, self.num_proposed = item.num_drafts, num_proposed
 
     def unpublished(self, num_computed: int) -> tuple[int, list[bytes]]:
         """Full pages of the first `num_computed` tokens, which are known, that were not made findable yet: index of the
@@ -172,6 +190,8 @@ class Sequence:
         """Take the tokens in that a step chose, until one ends the sequence: those that were emitted, and how it ended,
         if it did. No stop token is ever chosen before `min_tokens` are there: that is the executor's part."""
         self.num_awaited -= 1
+        if not self.num_awaited:
+            self.num_in_doubt = 0
         emitted: list[SampledToken] = []
         for token in chosen:
             if token.token_id in self.stop_token_ids:

@@ -114,7 +114,8 @@ def test_drafts_handed_over_with_a_prompt_are_verified_by_the_first_step(drafted
     drafts = prefill.drafts["r"]
     assert len(drafts) == NUM_DRAFTS
     decode.submit(replace(drafted.request(prompt, output=first), draft_token_ids=drafts), pages)
-    decode.step()
+    while not decode.outputs["r"]:
+        decode.step()
     assert decode.engine.draft_counts().verified == (1,) * NUM_DRAFTS
     decode.finish()
     assert first + decode.outputs["r"] == drafted.tokens(prompt)
