@@ -11,7 +11,7 @@ from shared.engine.pinned import put
 BLOCK = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_used"])  # compiled once, whatever a step has
 def _move(inputs, moved, owners, num_rows, num_used, page_size, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     used = row < num_used
