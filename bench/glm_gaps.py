@@ -43,7 +43,7 @@ WAYS = {
     "temperature 1": SamplingParams(temperature=1.0),
     "temperature 1, top_p 0.95": SamplingParams(temperature=1.0, top_p=0.95),
 }
-NUM_QUEUED = 3  # steps, of some hundred launches each
+NUM_QUEUED = 2  # steps, of some hundred launches each
 
 
 class RankModel:

@@ -96,8 +96,8 @@ class Told:
 
 
 def begun(way: str, executor: TorchExecutor) -> list[Told]:
-    """Two sequences behind their prompts, about to have drafts verified."""
-    told = [Told(str(place), replace(WAYS[way], seed=place), [9 + place, 4, 5, 30]) for place in range(2)]
+    """Four sequences behind their prompts, about to have drafts verified."""
+    told = [Told(str(place), replace(WAYS[way], seed=place), [9 + place, 4, 5, 30]) for place in range(4)]
     for each, chosen in zip(told, executor.forward([each.item() for each in told]), strict=True):
         each.take(chosen)
     return told
@@ -146,7 +146,7 @@ def test_steps_queued_behind_a_busy_device_find_where_the_ones_before_end(way: s
         for each, chosen in zip(told, in_order[-1], strict=True):
             each.take(chosen)
     num_right = {len(chosen.tokens) - 1 for step in in_order for chosen in step if chosen is not None}
-    assert len(num_right) > 1
+    assert way == "greedy" or len(num_right) > 1
     torch.cuda._sleep(500_000_000)
     steps = [executor.launch(items[0]), *(executor.launch(behind(each)) for each in items[:-1])]
     assert [step.chosen() for step in steps] == in_order
