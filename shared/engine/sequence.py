@@ -80,8 +80,8 @@ class Sequence:
 
     @property
     def longest(self) -> int:
-        """Tokens, should all that is in doubt turn out right."""
-        return self.length + self.num_in_doubt
+        """Tokens, should all drafts be right that are in doubt."""
+        return self.length + (self.num_in_doubt if self.num_awaited else 0)
 
     @property
     def num_computed(self) -> int:
@@ -190,8 +190,6 @@ class Sequence:
         """Take the tokens in that a step chose, until one ends the sequence: those that were emitted, and how it ended,
         if it did. No stop token is ever chosen before `min_tokens` are there: that is the executor's part."""
         self.num_awaited -= 1
-        if not self.num_awaited:
-            self.num_in_doubt = 0
         emitted: list[SampledToken] = []
         for token in chosen:
             if token.token_id in self.stop_token_ids:

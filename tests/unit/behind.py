@@ -43,6 +43,8 @@ class Behind:
             assert not drafts or self.proposes
             assert not any(item.needs_host for item in (*before, *batch) if self.proposes)
         items = [replace(item, page_ids=tuple(item.page_ids), history=tuple(item.history)) for item in batch]
+        size, most = self.spec.layout.page_size, self.spec.max_model_len
+        assert all(_end(item) <= min(most, len(item.page_ids) * size) for item in items), "written where no room is"
         self._last = LateStep(self, items, self._last if self.in_flight else None)
         self.in_flight.append(self._last)
         return self._last
@@ -105,7 +107,6 @@ class LateStep:
         """Those that it writes to."""
         size, known = self._executor.spec.layout.page_size, self._before is None or self._before.choices is not None
         items = [self._resolved(item) if known else item for item in self.items]
-        assert all(len(item.page_ids) * size >= _end(item) for item in self.items)
         return {
             page_id
             for item in items

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from shared.engine.api import TokensSampled
+from shared.engine.api import Event, TokensSampled
 from shared.engine.speculation.speculator import Speculation
-from tests.unit.engine_rig import MODEL, Rig, order_of_ends, output
+from shared.page_hash import chain
+from tests.unit.engine_rig import MODEL, Rig, order_of_ends, output, request
 from tests.unit.test_engine_overlap import MANY_ENDS, POOLS, num_rows, run_any, tokens_of
 
 DRAFTING = replace(MODEL, draft_acceptance=0.7)
@@ -52,8 +53,8 @@ def test_drafts_that_need_the_host_are_verified_in_order(params: dict[str, Any])
     events = [event for _ in range(5) for event in rig.engine.step()]
     rig.submit("r", max_tokens=12, **params)
     meanwhile = len(rig.behind.log)
-    while not order_of_ends(events):
-        events += rig.engine.step()
+    for _ in range(100):
+        events += [] if order_of_ends(events) else rig.engine.step()
     until, told = len(rig.behind.log), [event for event in events if isinstance(event, TokensSampled)]
     events += rig.finish()
     assert [output(events, name) for name in ("r", "other")] == [
@@ -66,12 +67,25 @@ def test_drafts_that_need_the_host_are_verified_in_order(params: dict[str, Any])
     assert "launch launch" in behind
 
 
-def test_no_page_is_written_beyond_the_context() -> None:
+@pytest.mark.parametrize("num_tokens", range(180, 200))
+def test_nothing_is_written_beyond_the_context(num_tokens: int) -> None:
     rig = drafting()
-    rig.submit("r", 150, max_tokens=100)
+    rig.submit("r", num_tokens, max_tokens=100)
     events = rig.finish()
-    assert output(events, "r") == tokens_of("r", num_tokens=150, max_tokens=100)
-    assert len(output(events, "r")) == 50
+    assert output(events, "r") == tokens_of("r", num_tokens=num_tokens, max_tokens=100)
+    assert len(output(events, "r")) == MODEL.max_model_len - num_tokens
+
+
+@pytest.mark.parametrize("num_tokens", [5, 13, 21])
+def test_pages_are_findable_as_soon_as_their_tokens_are_known(num_tokens: int) -> None:
+    rig, told = drafting(), list[Event]()
+    rig.submit("r", num_tokens, max_tokens=60)
+    said = tokens_of("r", num_tokens=num_tokens, max_tokens=60)
+    hashes = chain(b"", [*request("r", num_tokens).prompt_token_ids, *said], 16)
+    while rig.engine.has_work():
+        told += rig.engine.step()
+        known = num_tokens + len(output(told, "r"))
+        assert not told or rig.kv.match(hashes) == (known - 1) // 16
 
 
 @pytest.mark.parametrize("num_steps", range(2, 12))
