@@ -76,6 +76,19 @@ def test_nothing_is_written_beyond_the_context(num_tokens: int) -> None:
     assert len(output(events, "r")) == MODEL.max_model_len - num_tokens
 
 
+@pytest.mark.parametrize("num_tokens", range(10, 26))
+def test_who_lacks_a_page_should_all_drafts_be_right_waits_until_it_is_known(num_tokens: int) -> None:
+    rig = drafting()
+    others = rig.kv.reserve([], 30)
+    assert others is not None
+    rig.submit("r", num_tokens, max_tokens=30)
+    events = rig.finish()
+    assert num_tokens + len(output(events, "r")) == 33
+    rig.kv.drop(others)
+    events += rig.finish()
+    assert output(events, "r") == tokens_of("r", num_tokens=num_tokens, max_tokens=30)
+
+
 @pytest.mark.parametrize("num_tokens", [5, 13, 21])
 def test_pages_are_findable_as_soon_as_their_tokens_are_known(num_tokens: int) -> None:
     rig, told = drafting(), list[Event]()
