@@ -87,7 +87,7 @@ class Flight:
         self._steps.append(Launched(parts, items, step, at_s))
         place, num_places = 0, sum(item.sample for item in items)
         for part, item in zip(parts, items, strict=True):
-            part.sequence.launch(item, place, num_places, item.num_wanted if self._drafts_here else 0)
+            part.sequence.launch(part.end, item, place, num_places, item.num_wanted if self._drafts_here else 0)
             place += item.sample
 
     def is_due(self, *, planned: bool) -> bool:

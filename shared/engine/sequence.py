@@ -81,7 +81,8 @@ class Sequence:
     @property
     def longest(self) -> int:
         """Tokens, should all drafts be right that are in doubt."""
-        return self.length + (self.num_in_doubt if self.num_awaited else 0)
+        num_tokens = len(self.tokens)
+        return num_tokens + self.num_awaited + self.num_in_doubt if self.num_awaited else num_tokens
 
     @property
     def num_computed(self) -> int:
@@ -133,13 +134,14 @@ class Sequence:
         """The item of a step that computes `num_tokens` tokens from `start`, and drafts behind them. It wants no
         more drafts of the executor than the pages have room for. It shows the live lists, uncopied: they do not change
         before the step is launched."""
-        end, token_ids = start + num_tokens, self.tokens[start : start + num_tokens]
-        num_in_doubt = 0 if token_ids else self.num_in_doubt
-        if token_ids:
-            token_ids += self.drafts[:num_drafts]
-        else:
+        end = start + num_tokens
+        token_ids, num_in_doubt = self.tokens[start:end], 0
+        if not token_ids:
+            num_in_doubt = self.num_in_doubt
             token_ids = [awaited(self.place + number * self.num_places) for number in range(1 + num_drafts)]
-        if self.proposer is None:  # the last draft is not computed in the step that proposes it
+        elif num_drafts:
+            token_ids += self.drafts[:num_drafts]
+        if num_wanted and self.proposer is None:  # the last draft is not computed in the step that proposes it
             num_free = len(self.table.page_ids) * self.limits.page_size - end - num_drafts - num_in_doubt
             num_wanted = max(0, min(num_wanted, num_free + 1))
         return BatchItem(
@@ -158,9 +160,10 @@ class Sequence:
             num_in_doubt=num_in_doubt,
         )
 
-    def launch(self, item: BatchItem, place: int, num_places: int, num_proposed: int) -> None:
-        """A step was launched with this part, which chooses in one of its places, if at all, and proposes drafts."""
-        self.table.num_tokens = item.position
+    def launch(self, end: int, item: BatchItem, place: int, num_places: int, num_proposed: int) -> None:
+        """A step was launched with this part, which computes the tokens up to `end`. If they are all, it chooses the
+        next one in one of its places, and proposes drafts of what follows."""
+        self.table.num_tokens = end
         if item.sample:
             self.num_awaited += 1
             self.place, self.num_places = place, num_places
