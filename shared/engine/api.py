@@ -223,8 +223,8 @@ class BatchItem:
     `page_ids` cover all tokens up to the end of this part. `output_start` is the index in the sequence where its output
     begins (the length of the prompt), and `history` the whole sequence so far, for penalties. The last `num_drafts` of
     `token_ids` are drafts: they are not in `history`, and to be verified. `num_wanted` drafts may be proposed for the
-    next step, which another worker computes if it `hands_over`. `following` is the token behind a part that is not the
-    last, which a drafting layer looks at.
+    next step, which another worker computes if it `hands_over`; pages have room for all of them but the last.
+    `following` is the token behind a part that is not the last, which a drafting layer looks at.
 
     Launched behind another step, a token may be what that one will choose: the id -1 - k (see `awaited`) stands for the
     k-th of what it leaves, and `history` ends before it. It leaves N tokens, the last one of each item that chooses;
