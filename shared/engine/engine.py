@@ -150,10 +150,9 @@ class Engine:
     def _plan(self) -> tuple[list[Part], list[BatchItem]] | None:
         """The next step, if there is one to be launched now. What needs the host is planned anew when the flight has
         landed."""
-        ahead = len(self._flight) > 0
-        parts = self._scheduler.schedule(ahead=ahead)
+        parts = self._scheduler.schedule(ahead=len(self._flight) > 0)
         items = self._items(parts)
-        return None if not parts or (ahead and any(item.needs_host for item in items)) else (parts, items)
+        return (parts, items) if parts and self._flight.takes(items) else None
 
     def _items(self, parts: list[Part]) -> list[BatchItem]:
         num_generating, items = sum(part.is_last for part in parts), []

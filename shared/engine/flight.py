@@ -75,6 +75,10 @@ class Flight:
         """Steps in flight."""
         return len(self._steps)
 
+    def takes(self, items: list[BatchItem]) -> bool:
+        """Whether a step of these may be launched now."""
+        return not (self._steps and self._drafts_here and any(item.needs_host for item in items))
+
     def launch(self, parts: list[Part], items: list[BatchItem]) -> None:
         """Have a step computed. Raises WorkerLost; what else goes wrong comes when the step lands."""
         at_s = self._clock()

@@ -107,6 +107,14 @@ def test_steps_are_launched_ahead_until_there_are_drafts_to_verify() -> None:
     assert rig.behind.log == [*ahead, *verifying, "launch", *["launch", "land"] * 7, "land"]
 
 
+@pytest.mark.parametrize("params", [{"presence_penalty": 0.5}, {"min_tokens": 12}], ids=str)
+def test_so_they_are_for_whom_the_executors_own_drafts_would_need_the_host(params: dict[str, Any]) -> None:
+    rig = Rig(behind=True, speculation=Speculation(2, adaptive=False, make_proposer=lambda: Guesses(random.Random(3))))
+    rig.submit("r", max_tokens=12, **params)
+    assert output(rig.finish(), "r") == tokens_of("r", max_tokens=12, **params)
+    assert "launch launch land" in " ".join(rig.behind.log)
+
+
 def test_drafts_that_came_with_a_request_are_verified_behind_its_prompt(rig: Rig) -> None:
     rig.submit("r", 100, max_tokens=6, draft_token_ids=(7, 8, 9))
     assert output(rig.finish(), "r") == tokens_of("r", num_tokens=100, max_tokens=6)
