@@ -77,7 +77,7 @@ class Flight:
 
     def takes(self, items: list[BatchItem]) -> bool:
         """Whether a step of these may be launched now."""
-        return not (self._steps and self._drafts_here and any(item.needs_host for item in items))
+        return not (self._steps and self._executor.proposes and any(item.needs_host for item in items))
 
     def launch(self, parts: list[Part], items: list[BatchItem]) -> None:
         """Have a step computed. Raises WorkerLost; what else goes wrong comes when the step lands."""
