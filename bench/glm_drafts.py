@@ -1,24 +1,25 @@
 """What drafts of a rank's MTP layer take: to follow the model over the tokens that a step left, and to go on alone.
 
 Beside the time on the GPU, by events around the graphs of `k` drafts in a row with the choice of each between them,
-stands that of the drafter as the executor calls it, with the host's work and the wait for the last draft. Followed are
-as many tokens as can be: all that were verified. The floor is what must be read, as in `bench.glm_rank`.
+stands that of the drafter as the executor calls it, with the host's work and the wait for the last draft, as it is
+where nothing runs before. Followed are all tokens that were verified, right or wrong. The floor is what must be read,
+as in `bench.glm_rank`.
 """
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from bench.glm_random import KV_TOKENS, PAGE_SIZE, Rank
-from shared.engine.api import BatchItem, SampledToken, SamplingParams
+from shared.engine.api import BatchItem, SamplingParams
+from shared.engine.batch import build
 from shared.engine.kernels.experts import Experts
 from shared.engine.layers.cuda_glm_layer import Mixture
 from shared.engine.models.glm_config import GlmConfig
-from shared.engine.sampling.batched import BatchedSampler
-from shared.engine.speculation.mtp import MtpDrafter
+from shared.engine.sampling.batched import BatchedSampler, Choice
+from shared.engine.speculation.late import LateDrafter
 
 MOST = 5
 CONTEXT = 8192
@@ -66,10 +67,17 @@ def _drafting(made: Rank, num_drafts: int) -> Callable[[], object]:
     item = BatchItem(
         "r", token_ids, CONTEXT - len(token_ids), pages, True, SamplingParams(), 0, (), num_drafts, num_drafts
     )
-    tokens = tuple(SampledToken(token_id + 1) for token_id in token_ids)
-    drafter = MtpDrafter(made.drafts, BatchedSampler(len(made.decoder.ends.head), ()), made.layout)
-    states = torch.randn(len(token_ids), made.decoder.config.hidden_size, device=made.decoder.device).bfloat16()
-    return lambda: drafter([replace(item)], [tokens], states, made.memory.bytes)
+    device = made.decoder.device
+    sampler = BatchedSampler(len(made.decoder.ends.head), ())
+    drafter = LateDrafter(made.drafts, sampler, made.layout)
+    states = torch.randn(len(token_ids), made.decoder.config.hidden_size, device=device).bfloat16()
+    tokens = torch.tensor([*token_ids[1:], DRAFTED], device=device)
+
+    def draft() -> object:
+        found = drafter([item], build([item], PAGE_SIZE), tokens, None, states, made.memory.bytes)
+        return Choice([item], tokens, None).send(*found).hear()
+
+    return draft
 
 
 def _wall(call: Callable[[], object]) -> float:

@@ -228,12 +228,14 @@ class BatchItem:
     `page_ids` cover all tokens up to the end of this part. `output_start` is the index in the sequence where its output
     begins (the length of the prompt), and `history` the whole sequence so far, for penalties. The last `num_drafts` of
     `token_ids` are drafts: they are not in `history`, and to be verified. `num_wanted` drafts may be proposed for the
-    next step, which another worker computes if it `hands_over`. `following` is the token behind a part that is not the
-    last, which a drafting layer looks at. `allowed` are the tokens that may be chosen, and those behind each draft, as
-    bits (see `grammars`); None, and no rows, where all may.
+    next step, which another worker computes if it `hands_over`; pages have room for all of them but the last.
+    `following` is the token behind a part that is not the last, which a drafting layer looks at. `allowed` are the
+    tokens that may be chosen, and those behind each draft, as bits (see `grammars`); None, and no rows, where all may.
 
     Launched behind another step, a token may be what that one will choose: the id -1 - k (see `awaited`) stands for the
-    k-th token that it chooses, and `history` ends before it.
+    k-th of what it leaves, and `history` ends before it. It leaves N tokens, the last one of each item that chooses;
+    then N drafts, the first of each; then the second ones, and so on. If it verifies drafts of the sequence, the part
+    starts up to `num_in_doubt` tokens further on: by as many as are right.
     """
 
     request_id: str
@@ -249,16 +251,26 @@ class BatchItem:
     hands_over: bool = False
     following: int | None = None
     allowed: tuple[bytes | None, ...] = ()
+    num_in_doubt: int = 0
 
     @property
     def position(self) -> int:
-        """The index in the sequence of the first token to choose."""
+        """The index in the sequence of the first token to choose, at least."""
         return self.start + len(self.token_ids) - self.num_drafts
 
     @property
     def drafts(self) -> Sequence[int]:
         """The tokens to verify."""
         return self.token_ids[len(self.token_ids) - self.num_drafts :]
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether only the host knows what may be chosen, and so has to hear of what was chosen before. Where drafts
+        are, penalties depend on which of them were right, and stop tokens are forbidden before some position. A grammar
+        says what may come behind each token."""
+        sampling, has_drafts = self.sampling, self.num_drafts + self.num_wanted > 0
+        too_short = self.position - self.output_start < sampling.min_tokens
+        return len(self.allowed) > 0 or (has_drafts and (sampling.has_penalties or too_short))
 
 
 def awaited(place: int) -> int:
@@ -322,7 +334,8 @@ class Executor(Protocol):
     @property
     def runs_behind(self) -> bool:
         """Whether `launch` returns before the step is computed. Then steps may be launched one behind the other, each
-        going on from what the one before writes and chooses, as long as that one had no drafts to verify or propose."""
+        going on from what the one before writes, chooses and, if the executor proposes, drafts; but for drafts of items
+        that `needs_host`."""
 
     def launch(self, batch: Sequence[BatchItem]) -> Step:
         """Write the KV of every item's tokens into its pages, and choose a token for each item with `sample`.

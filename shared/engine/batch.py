@@ -21,7 +21,8 @@ class Batch:
     drafts.
 
     Sequence s computes rows query_starts[s] .. query_starts[s+1] of the T tokens, attends to context_lens[s] tokens
-    (its own included), and lives in pages page_ids[page_starts[s] : page_starts[s+1]].
+    (its own included), and lives in pages page_ids[page_starts[s] : page_starts[s+1]]. With `moved` its positions are
+    moved[s] higher, and `context_lens` are the most that they may be.
     """
 
     num_tokens: int
@@ -33,6 +34,7 @@ class Batch:
     page_starts: torch.Tensor  # [S + 1]
     page_ids: torch.Tensor  # [all pages]
     sampled_rows: torch.Tensor  # [R], rows of T
+    moved: torch.Tensor | None = None  # [S], on a GPU; see `moved_on`
 
     def to(self, device: torch.device) -> "Batch":
         """The same on another device; itself if it is there."""
@@ -56,14 +58,24 @@ class Batch:
         known, stands = (put(each, each.dtype, chosen.device) for each in (self.token_ids, stands))
         return replace(self, token_ids=torch.where(stands, found, known))
 
+    def moved_on(self, by: torch.Tensor, most: Sequence[int]) -> "Batch":
+        """With each sequence `by` int64 [S] positions on, at most as many as `most` says. A GPU that knows them does
+        not tell the host, and finds positions and pages itself where the step is laid out."""
+        if by.is_cuda:
+            return replace(self, moved=by, context_lens=self.context_lens + _int32(most))
+        rows = by.repeat_interleave(self.query_starts.diff())
+        positions, context_lens = self.positions + rows, self.context_lens + by
+        return replace(self, positions=positions.int(), context_lens=context_lens.int())
+
 
 def build(items: Sequence[BatchItem], page_size: int) -> Batch:
     """Lay the items of a step out. Raises ValueError for an item without tokens or without pages for them."""
     lengths = [len(item.token_ids) for item in items]
     ends = [item.start + length for item, length in zip(items, lengths, strict=True)]
     for item, length, end in zip(items, lengths, ends, strict=True):
-        if not length or len(item.page_ids) * page_size < end:
-            raise ValueError(f"{item.request_id}: {length} tokens to position {end} in {len(item.page_ids)} pages")
+        most = end + item.num_in_doubt
+        if not length or len(item.page_ids) * page_size < most:
+            raise ValueError(f"{item.request_id}: {length} tokens to position {most} in {len(item.page_ids)} pages")
     starts = [0, *accumulate(lengths)]
     return Batch(
         num_tokens=starts[-1],

@@ -64,7 +64,8 @@ class Engine:
         self._grammars = grammars
         self._speculator = Speculator(speculation, self._meter)
         self._clock = clock
-        self._flight = Flight(executor, kv, clock)
+        drafts_here = executor.proposes and speculation.make_proposer is None
+        self._flight = Flight(executor, kv, clock, drafts_here=drafts_here)
         self._numbers = count()
         self._load = self._rates(EngineLoad())
         self._draft_counts = DraftCounts()
@@ -144,9 +145,9 @@ class Engine:
         """Schedule, launch, absorb, emit. What is absorbed may be the step before: see `flight`."""
         self._admit()
         events: list[Event] = []
-        if parts := self._scheduler.schedule(ahead=len(self._flight) > 0):
-            self._flight.launch(parts, self._items(parts))
-        while self._flight.is_due(planned=bool(parts)):
+        if planned := self._plan():
+            self._flight.launch(*planned)
+        while self._flight.is_due(planned=planned is not None):
             events += self._land(self._flight.land())
         self._note_load()
         return events
@@ -161,6 +162,13 @@ class Engine:
             self._scheduler.add(sequence)
         for sequence in cancelled:
             self._retire(sequence)
+
+    def _plan(self) -> tuple[list[Part], list[BatchItem]] | None:
+        """The next step, if there is one to be launched now. What needs the host is planned anew when the flight has
+        landed."""
+        parts = self._scheduler.schedule(ahead=len(self._flight) > 0)
+        items = self._items(parts)
+        return (parts, items) if parts and self._flight.takes(items) else None
 
     def _items(self, parts: list[Part]) -> list[BatchItem]:
         num_generating, items = sum(part.is_last for part in parts), []
@@ -183,7 +191,8 @@ class Engine:
 
     def _absorb(self, part: Part, item: BatchItem, chosen: Chosen | None) -> list[Event]:
         """Note what a part computed, and say what came of it."""
-        sequence, num_computed, events = part.sequence, part.end, list[Event]()
+        sequence, events = part.sequence, list[Event]()
+        num_computed = len(sequence.tokens) if item.sample else part.end  # known now, if it was in doubt when planned
         if sequence.request.prefill_only:
             first_page, page_ids = sequence.unannounced(num_computed)
             if page_ids:

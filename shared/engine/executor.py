@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, Recorded, SampledToken, Step
-from shared.engine.batch import build
+from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, Recorded, SampledToken, Step, awaited
+from shared.engine.batch import Batch, build
 from shared.engine.kernels import cuda_choice
 from shared.engine.kernels.cuda_choice import CudaChoice
 from shared.engine.kv.layout import KvLayout, compatibility_hash
@@ -19,10 +19,11 @@ from shared.engine.models.inventory import revision
 from shared.engine.models.tokens import num_tokens
 from shared.engine.parallel.group import Alone, Group
 from shared.engine.parallel.partition import Shard
-from shared.engine.pinned import Fetched
+from shared.engine.pinned import Fetched, put, some
 from shared.engine.sampling.batched import BatchedSampler, Choice
 from shared.engine.sampling.rejection import RejectionSampler
 from shared.engine.sampling.sampler import Sampler
+from shared.engine.speculation.late import DraftedStep, LateDrafter
 from shared.engine.speculation.mtp import MtpDrafter
 from shared.errors import Unsupported
 from shared.models.store import default_cache
@@ -38,10 +39,10 @@ class TorchExecutor:
     """Satisfies `shared.engine.api.Executor`; `layout` is that of its pages, a rank's share of the spec's. Ids from
     `num_tokens` on are never chosen.
 
-    On a GPU it runs behind, and chooses tokens there; with `behind` it does so wherever it is. A layer that proposes
-    drafts goes on from chosen tokens, so with one steps are computed to their end. With `rejection` its drafts are
-    verified by rejection sampling, on the host and row by row; without a layer that changes nothing. `choice` is the
-    kernel that draws there, if there is one.
+    On a GPU it runs behind, and chooses tokens there; with `behind` it does so wherever it is. So are drafts verified,
+    but in a step with an item that `needs_host`, which is computed to its end at once. With `rejection` the drafts of a
+    layer that proposes them are verified by rejection sampling, on the host and row by row, in order; without a layer
+    that changes nothing. `choice` is the kernel that draws there, if there is one.
     """
 
     def __init__(
@@ -67,7 +68,11 @@ class TorchExecutor:
         elif behind or self._pool.is_cuda:
             self._sampler = BatchedSampler(known, spec.eos_token_ids, choice)
         self._drafter = None if drafts is None else MtpDrafter(drafts, self._sampler, self.layout)
-        self._chosen = torch.empty(0, dtype=torch.int64, device=self._pool.device)
+        self._late: LateDrafter | None = None
+        if drafts is not None and isinstance(self._sampler, BatchedSampler):
+            self._late = LateDrafter(drafts, self._sampler, self.layout)
+        # What the last step leaves for the next one, which may be launched before the host hears of it.
+        self._chosen = self._num_right = torch.empty(0, dtype=torch.int64, device=self._pool.device)
 
     @property
     def recorded(self) -> Recorded | None:
@@ -82,7 +87,7 @@ class TorchExecutor:
     @property
     def runs_behind(self) -> bool:
         """Whether `launch` returns before the step is computed."""
-        return self._drafter is None and isinstance(self._sampler, BatchedSampler)
+        return isinstance(self._sampler, BatchedSampler)
 
     def forward(self, batch: Sequence[BatchItem]) -> list[Chosen | None]:
         """Compute a step to its end; what is chosen for each item with `sample`."""
@@ -103,6 +108,8 @@ class TorchExecutor:
         if self._pool.is_cuda:
             torch.cuda.set_device(self._pool.device)  # and so does CUDA, for whatever does not ask where tensors are
         step, sampled = build(batch, self.layout.page_size), [item for item in batch if item.sample]
+        if self._late is not None and not any(item.needs_host for item in sampled):
+            return self._drafted(self._late, batch, step)
         if self._drafter is not None:
             logits, states = self._drafter.layer.forward(step, self._pool, self.layout)
             tokens = _spread(self._sampler(logits, sampled), batch)
@@ -112,9 +119,30 @@ class TorchExecutor:
         logits = self.model.forward(step.resolved(self._chosen), self._pool, self.layout)
         if not isinstance(self._sampler, BatchedSampler):
             return Computed(_choices(self._sampler(logits, sampled), batch))
-        choice = self._sampler.launch(logits, sampled, self._chosen)
+        choice = self._sampler.launch(logits, sampled, self._chosen).send()
         self._chosen = choice.tokens
         return TorchStep(list(batch), choice)
+
+    def _drafted(self, drafter: LateDrafter, batch: Sequence[BatchItem], step: Batch) -> Step:
+        """Launch a step whose drafts are verified and proposed where it is computed."""
+        asked, moved = [item for item in batch if item.sample], self._moved(batch)
+        step = step.resolved(self._chosen)
+        if moved is not None:
+            step = step.moved_on(moved, [item.num_in_doubt for item in batch])
+            moved = some(moved, [place for place, item in enumerate(batch) if item.sample])
+        logits, states = drafter.layer.forward(step, self._pool, self.layout)
+        choice = drafter.sampler.launch(logits, asked, self._chosen, moved)
+        self._num_right, self._chosen = drafter(batch, step, choice.tokens, moved, states, self._pool)
+        return DraftedStep(list(batch), choice.send(self._num_right, self._chosen))
+
+    def _moved(self, batch: Sequence[BatchItem]) -> torch.Tensor | None:
+        """How many drafts were right in the step before, int64 [S], of the sequences for which that is in doubt."""
+        in_doubt = [item.num_in_doubt > 0 for item in batch]
+        if not any(in_doubt):
+            return None
+        places = [awaited(item.token_ids[0]) if doubt else 0 for item, doubt in zip(batch, in_doubt, strict=True)]
+        moved = some(self._num_right, places)
+        return moved if all(in_doubt) else moved * put(in_doubt, torch.int64, moved.device)
 
 
 @dataclass(frozen=True, slots=True)

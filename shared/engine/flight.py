@@ -4,9 +4,12 @@ A step of an executor that computes at once lands before the next one is planned
 step stays in flight while the next is planned and launched; then it lands. So the device finds its next step waiting,
 and the host has the time of a step to plan, and to say what the last one chose.
 
-The next step is not launched before this one has landed where it needs to know what this one chooses: this one verifies
-drafts, or the executor is to propose some; or drafts were found in the text, to be verified next; or an output is held
-to a grammar, which says what may come next. What a sequence computes behind its end is passed over when it lands.
+Drafts that the executor proposes, it also verifies behind the step that does: how many of them are right, and so where
+the next step goes on, it knows before the host does, which plans for all of them.
+
+The next step is not launched before this one has landed where the host needs to know what this one chooses: drafts
+from the text are looked for in it; an output is held to a grammar; and see `BatchItem.needs_host`. What a sequence
+computes behind its end is passed over when it lands.
 """
 
 from collections import deque
@@ -58,16 +61,23 @@ class Broken:
 
 
 class Flight:
-    """Between two calls of the engine's step, at most one step is in flight, and another may be launched behind it."""
+    """Between two calls of the engine's step, at most one step is in flight, and another may be launched behind it.
+    With `drafts_here` drafts are those that the executor proposes."""
 
-    def __init__(self, executor: Executor, kv: KvStore, clock: Callable[[], float]) -> None:
-        self._executor, self._kv, self._clock = executor, kv, clock
+    def __init__(
+        self, executor: Executor, kv: KvStore, clock: Callable[[], float], *, drafts_here: bool = False
+    ) -> None:
+        self._executor, self._kv, self._clock, self._drafts_here = executor, kv, clock, drafts_here
         self._steps: deque[Launched] = deque()
         self._landed_at_s = clock()
 
     def __len__(self) -> int:
         """Steps in flight."""
         return len(self._steps)
+
+    def takes(self, items: list[BatchItem]) -> bool:
+        """Whether a step of these may be launched now."""
+        return not (self._steps and self._executor.proposes and any(item.needs_host for item in items))
 
     def launch(self, parts: list[Part], items: list[BatchItem]) -> None:
         """Have a step computed. Raises WorkerLost; what else goes wrong comes when the step lands."""
@@ -79,9 +89,9 @@ class Flight:
         except Exception as error:
             step = Broken(error)
         self._steps.append(Launched(parts, items, step, at_s))
-        place = 0
+        place, num_places = 0, sum(item.sample for item in items)
         for part, item in zip(parts, items, strict=True):
-            part.sequence.launch(part.end, place if item.sample else None)
+            part.sequence.launch(part.end, item, place, num_places, item.num_wanted if self._drafts_here else 0)
             place += item.sample
 
     def is_due(self, *, planned: bool) -> bool:
@@ -116,8 +126,9 @@ class Flight:
         self._kv.drop(sequence.table)
 
     def _may_be_followed(self) -> bool:
-        if not self._executor.runs_behind:
-            return False
         last, proposes = self._steps[-1], self._executor.proposes
-        waits = any(item.num_drafts or item.allowed or (proposes and item.num_wanted) for item in last.items)
-        return not waits and not isinstance(last.step, Broken)
+        if not self._executor.runs_behind or isinstance(last.step, Broken):
+            return False
+        if self._drafts_here:
+            return not any(item.needs_host for item in last.items)
+        return not any(item.num_drafts or item.allowed or (proposes and item.num_wanted) for item in last.items)

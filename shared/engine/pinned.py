@@ -9,9 +9,14 @@ import torch
 
 
 def put(values: Sequence[Any] | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Numbers, or a tensor in host memory, on a device; a GPU gets them as they are now."""
-    host = torch.as_tensor(values, dtype=dtype)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    """Numbers, or a tensor in host memory or there already, on a device; a GPU gets them as they are now."""
+    here = torch.as_tensor(values, dtype=dtype)
+    return here if device.type == "cpu" or here.is_cuda else here.pin_memory().to(device, non_blocking=True)
+
+
+def some(values: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """`values` [N, ..] at `places`; themselves if these are all of them in order."""
+    return values if list(places) == list(range(len(values))) else values[put(places, torch.int64, values.device)]
 
 
 class Fetched:

@@ -126,8 +126,8 @@ class Scheduler:
 
     def schedule(self, *, ahead: bool = False) -> list[Part]:
         """Plan a step: those that generate first, then prompts in order of rank, as far as the budget goes. `ahead` of
-        one in flight nothing is planned if somebody would have to give pages for it, or has drafts: they can be
-        verified once it is known what they are to follow."""
+        one in flight nothing is planned if somebody would have to give pages for it, or has drafts from the text: they
+        can be verified once it is known what they are to follow. The executor's own are awaited like tokens."""
         num_freed, self._short = self._kv.num_freed(), False
         self._computing = self._computing if ahead else set()
         self._start_computed()
@@ -151,8 +151,8 @@ class Scheduler:
         return parts if self.is_pressed else self._with_drafts(parts, budget)
 
     def _can_go_on(self, decoding: list[Sequence]) -> bool:
-        """Whether sequences whose next token is awaited need nothing but a page that is free."""
-        if any(sequence.drafts for sequence in decoding):
+        """Whether sequences whose next token is awaited need nothing but pages that are free."""
+        if not self._num_ahead and any(sequence.drafts for sequence in decoding):
             return False
         growing = [sequence for sequence in decoding if sequence.num_pages_missing]
         self._short = not all(self._kv.extend(sequence.table, sequence.num_pages_missing) for sequence in growing)
@@ -171,12 +171,12 @@ class Scheduler:
         num_drafts, table = min(sequence.num_draftable, budget), sequence.table
         if not num_drafts + self._num_ahead:
             return 0
-        end = sequence.length + num_drafts
+        end = sequence.longest + num_drafts
         for num_tokens in (min(end + self._num_ahead, sequence.limits.max_len), end):
             num_pages = max(0, -(-num_tokens // self._kv.page_size) - len(table.page_ids))
             if self._kv.extend(table, num_pages, num_spare=len(self.running)):
                 break
-        return min(num_drafts, len(table.page_ids) * self._kv.page_size - sequence.length)
+        return min(num_drafts, len(table.page_ids) * self._kv.page_size - sequence.longest)
 
     def _prompts(self) -> Iterator[Sequence]:
         """Prompts that may have a part in the step, in order; the resumed ones alone if there are any."""

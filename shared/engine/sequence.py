@@ -35,9 +35,12 @@ class Ending:
 class Sequence:
     """Tokens, and the pages that hold the KV of the first `num_computed` of them.
 
-    `rank` orders sequences: lower runs first. `drafts` may follow `tokens`. Steps in flight choose `num_awaited` tokens
-    more, the last of them as the `place`-th of its step; `table` is as it will be when those steps are done. There
-    are never more than `most` tokens. Only the engine's thread changes a sequence, but for `cancelled`.
+    `rank` orders sequences: lower runs first. `drafts` may follow `tokens`. There are never more than `most` tokens.
+    Only the engine's thread changes a sequence, but for `cancelled`.
+
+    Steps in flight choose `num_awaited` tokens more, one each, and `table` is as it will be when those steps are done.
+    The last of them chooses in its `place`-th of `num_places` places, and leaves `num_proposed` drafts for the next.
+    Up to `num_in_doubt` drafts may turn out right there, each of which is one more token, computed already.
     """
 
     request: EngineRequest
@@ -53,6 +56,9 @@ class Sequence:
     num_announced: int = 0
     num_awaited: int = 0
     place: int = 0
+    num_places: int = 0
+    num_proposed: int = 0
+    num_in_doubt: int = 0
     started: bool = False
     cancelled: bool = False
     ended: bool = False
@@ -71,8 +77,14 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens, those that are awaited included."""
+        """Tokens, those that are awaited included: at least so many."""
         return len(self.tokens) + self.num_awaited
+
+    @property
+    def longest(self) -> int:
+        """Tokens, should all drafts be right that are in doubt."""
+        num_tokens = len(self.tokens)
+        return num_tokens + self.num_awaited + self.num_in_doubt if self.num_awaited else num_tokens
 
     @property
     def num_computed(self) -> int:
@@ -92,15 +104,16 @@ class Sequence:
     @property
     def num_pages_missing(self) -> int:
         """Pages to hold before all tokens have room."""
-        return max(0, -(-self.length // self.limits.page_size) - len(self.table.page_ids))
+        return max(0, -(-self.longest // self.limits.page_size) - len(self.table.page_ids))
 
     @property
     def num_draftable(self) -> int:
-        """Drafts that may be verified: if all are right, the token behind them is the last one there is room for."""
+        """Drafts that may be verified: if all are right, the token behind them is the last one there is room for.
+        Behind a step in flight those that it proposes."""
         if self.request.prefill_only:
             return 0
-        num_left = self.request.sampling.max_tokens - self.num_output
-        return max(0, min(len(self.drafts), num_left - 1, self.limits.max_len - len(self.tokens) - 1))
+        num_drafts = self.num_proposed if self.num_awaited else len(self.drafts)
+        return max(0, min(num_drafts, self.most - self.length - 1, self.limits.max_len - self.longest - 1))
 
     @property
     def num_reusable(self) -> int:
@@ -120,12 +133,22 @@ class Sequence:
         self.started = True
 
     def part(self, start: int, num_tokens: int, num_drafts: int = 0, num_wanted: int = 0) -> BatchItem:
-        """The item of a step that computes `num_tokens` tokens from `start`, and drafts behind them. It shows the live
-        lists, uncopied: they do not change before the step is launched."""
+        """The item of a step that computes `num_tokens` tokens from `start`, and drafts behind them. It wants no
+        more drafts of the executor than the pages have room for. It shows the live lists, uncopied: they do not change
+        before the step is launched."""
         end = start + num_tokens
+        token_ids, num_in_doubt = self.tokens[start:end], 0
+        if not token_ids:
+            num_in_doubt = self.num_in_doubt
+            token_ids = [awaited(self.place + number * self.num_places) for number in range(1 + num_drafts)]
+        elif num_drafts:
+            token_ids += self.drafts[:num_drafts]
+        if num_wanted and self.proposer is None:  # the last draft is not computed in the step that proposes it
+            num_free = len(self.table.page_ids) * self.limits.page_size - end - num_drafts - num_in_doubt
+            num_wanted = max(0, min(num_wanted, num_free + 1))
         return BatchItem(
             request_id=self.request.request_id,
-            token_ids=(self.tokens[start:end] or [awaited(self.place)]) + self.drafts[:num_drafts],
+            token_ids=token_ids,
             start=start,
             page_ids=self.table.page_ids,
             sample=end == self.length,
@@ -137,15 +160,17 @@ class Sequence:
             hands_over=self.request.prefill_only,
             following=self.tokens[end] if end < len(self.tokens) else None,
             allowed=self.matcher.allowed(self.drafts[:num_drafts]) if self.matcher and end == self.length else (),
+            num_in_doubt=num_in_doubt,
         )
 
-    def launch(self, end: int, place: int | None) -> None:
-        """A step was launched that computes the tokens up to `end`; if they are all, it chooses the next one in
-        `place`."""
+    def launch(self, end: int, item: BatchItem, place: int, num_places: int, num_proposed: int) -> None:
+        """A step was launched with this part, which computes the tokens up to `end`. If they are all, it chooses the
+        next one in one of its places, and proposes drafts of what follows."""
         self.table.num_tokens = end
-        if place is not None:
-            self.place = place
+        if item.sample:
             self.num_awaited += 1
+            self.place, self.num_places = place, num_places
+            self.num_in_doubt, self.num_proposed = item.num_drafts, num_proposed
 
     def unpublished(self, num_computed: int) -> tuple[int, list[bytes]]:
         """Full pages of the first `num_computed` tokens, which are known, that were not made findable yet: index of the

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from shared.engine.api import SamplingParams
 from shared.engine.speculation.speculator import Speculation
 from tests.law import test_same_tokens as laws
-from tests.law.conftest import BEHIND, GREEDY, NUM_TOKENS, SAMPLED, Law, behind, sim, tiny_model
+from tests.law.conftest import BEHIND, DRAWN, GREEDY, NUM_TOKENS, SAMPLED, Law, behind, sim, tiny_model
 
 NUM_DRAFTS = 4
 
@@ -35,11 +36,16 @@ CASES = [
 CASES += [("glm-mtp", BY_ITSELF, sampling) for sampling in (GREEDY, SAMPLED)]
 CASES += [(f"glm-mtp {REJECTION}", BY_ITSELF, GREEDY)]
 CASES += [(f"sim {BEHIND}", drafts, SAMPLED) for drafts in (BY_A_PROPHET, BY_ITSELF)]
+CASES += [(f"glm-mtp {BEHIND}", BY_ITSELF, sampling) for sampling in (GREEDY, DRAWN, SAMPLED)]
 # A random layer is never right about a random model, unless few tokens are left to choose from.
 FEW_TOKENS = tuple((token_id, 200.0) for token_id in (5, 6, 7))
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {case[1]}, {case[2].temperature}")
+def _way(sampling: SamplingParams) -> str:
+    return f"{sampling.temperature}{' and penalties' if sampling.has_penalties else ''}"
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {case[1]}, {_way(case[2])}")
 def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Law:
     model, drafts, sampling = request.param
     name, _, how = model.partition(" ")
@@ -108,7 +114,8 @@ def test_drafts_handed_over_with_a_prompt_are_verified_by_the_first_step(drafted
     drafts = prefill.drafts["r"]
     assert len(drafts) == NUM_DRAFTS
     decode.submit(replace(drafted.request(prompt, output=first), draft_token_ids=drafts), pages)
-    decode.step()
+    while not decode.outputs["r"]:
+        decode.step()
     assert decode.engine.draft_counts().verified == (1,) * NUM_DRAFTS
     decode.finish()
     assert first + decode.outputs["r"] == drafted.tokens(prompt)

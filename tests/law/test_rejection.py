@@ -39,6 +39,7 @@ def expected(executor: TorchExecutor) -> dict[tuple[int, ...], float]:
 def test_outputs_that_an_mtp_layer_drafted_follow_the_models_distribution(tmp_path: Path) -> None:
     executor = tiny_model("glm-mtp", tmp_path, rejection=True)(200)
     assert isinstance(executor, TorchExecutor)
+    assert not executor.runs_behind
     worker = Worker(executor, speculation=Speculation(2, adaptive=False))
     for seed in range(COUNT):
         worker.submit(EngineRequest(str(seed), PROMPT, replace(SAMPLING, seed=seed * 104_729)))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 from tokenizers import Tokenizer
@@ -17,7 +17,7 @@ from shared.engine.grammars import Grammars
 from shared.engine.speculation.speculator import Speculation
 from shared.errors import InvalidRequest, Unsupported
 from shared.grammar import Grammar, Kind
-from tests.law.conftest import MakeExecutor, behind, default_model, sim
+from tests.law.conftest import MakeExecutor, behind, default_model, sim, tiny_model
 from tests.law.worker import Worker
 
 SCHEMA: dict[str, Any] = {
@@ -189,3 +189,53 @@ def test_an_output_so_far_that_is_not_of_its_grammar(model: Model) -> None:
 def test_a_model_without_text() -> None:
     with pytest.raises(Unsupported, match="cannot be held to a grammar"):
         Worker(sim(8)).submit(EngineRequest("r", (5, 6), GREEDY))
+
+
+class Alternating:
+    """A grammar's matcher, for a model without text: tokens of one kind and of another in turns."""
+
+    error = ""
+    KINDS = (5, 6, 7), (8, 9)
+
+    def __init__(self, num_said: int) -> None:
+        self._num_said = num_said
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        self._num_said += len(token_ids)
+
+    def allowed(self, drafts: Sequence[int]) -> tuple[bytes, ...]:
+        turns = range(self._num_said, self._num_said + len(drafts) + 1)
+        return tuple(sum(1 << token_id for token_id in self.KINDS[turn % 2]).to_bytes(28, "little") for turn in turns)
+
+
+class Alternation:
+    """In the place of `Grammars`."""
+
+    def begin(self, _grammar: Grammar, output: Sequence[int]) -> Alternating:
+        return Alternating(len(output))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_drafted_by_a_layer_of_the_model_beside_one_that_is_free(sampling: SamplingParams, tmp_path: Path) -> None:
+    """On the host, where steps are launched ahead, and where drafts are refused by the grammar alone."""
+    make_executor, speculation = tiny_model("glm-mtp", tmp_path), Speculation(3, adaptive=False)
+    free = replace(sampling, grammar=None, max_tokens=30, repetition_penalty=1.0)
+    held = EngineRequest("held", tuple(range(20, 60)), replace(sampling, max_tokens=40))
+    beside = EngineRequest("free", tuple(range(60, 110)), free)
+
+    def outputs(*requests: EngineRequest, ahead: bool = False, drafts: bool = True) -> dict[str, list[int]]:
+        executor, grammars = make_executor(64), cast(Grammars, Alternation())
+        worker = Worker(
+            behind(executor) if ahead else executor, speculation=speculation if drafts else None, grammars=grammars
+        )
+        for request in requests:
+            worker.submit(request)
+        worker.finish()
+        return worker.outputs
+
+    wanted = outputs(held, drafts=False) | outputs(beside, drafts=False)
+    assert len(wanted["held"]) == 40
+    assert all(token_id in Alternating.KINDS[turn % 2] for turn, token_id in enumerate(wanted["held"]))
+    for ahead in (False, True):
+        assert outputs(held, beside, ahead=ahead) == wanted
+        assert outputs(beside, held, ahead=ahead) == wanted

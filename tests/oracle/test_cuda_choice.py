@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def asking(count: int, ways: Sequence[dict[str, Any]]) -> list[BatchItem]:
 def require_twins_tokens(kernel: CudaChoice, logits: torch.Tensor, items: list[BatchItem]) -> None:
     vocab = logits.shape[1]
     ours, twin = BatchedSampler(vocab, (), kernel), BatchedSampler(vocab, ())
-    assert ours.tokens(logits, items).tolist() == twin.tokens(logits, items).tolist()
+    assert ours.launch(logits, items).tokens.tolist() == twin.launch(logits, items).tokens.tolist()
 
 
 def tied(count: int, vocab: int) -> torch.Tensor:
@@ -57,7 +58,7 @@ def test_tokens_are_the_twins(emulated: CudaChoice) -> None:
 def test_of_ties_at_a_threshold_the_first_are_kept(emulated: CudaChoice) -> None:
     """All tokens weigh the same, so that each of those that a cut keeps comes up, and no other."""
     ways: list[dict[str, Any]] = [{"top_k": 3}, {"top_p": 0.04}, {"top_k": 50, "top_p": 0.05}]
-    found = BatchedSampler(VOCAB, (), emulated).tokens(torch.zeros(90, VOCAB), asking(90, ways))
+    found = BatchedSampler(VOCAB, (), emulated).launch(torch.zeros(90, VOCAB), asking(90, ways)).tokens
     assert [set(found[way::3].tolist()) for way in range(3)] == [{0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2}]
 
 
@@ -65,6 +66,17 @@ def test_rows_may_lie_apart(emulated: CudaChoice) -> None:
     padded = torch.full((4, VOCAB + 30), 99.0)
     padded[:, :VOCAB] = rows(4)
     require_twins_tokens(emulated, padded[:, :VOCAB], asking(4, WAYS))
+
+
+def test_noise_may_begin_where_only_the_device_knows(emulated: CudaChoice) -> None:
+    """Behind drafts in doubt: the positions are `moved` on."""
+    items, moved = asking(len(WAYS), WAYS), torch.arange(len(WAYS)) % 3
+    in_doubt = [replace(each, num_in_doubt=2) for each in items]
+    there = [replace(each, start=each.start + by) for each, by in zip(items, moved.tolist(), strict=True)]
+    logits = rows(len(WAYS))
+    found = BatchedSampler(VOCAB, (), emulated).launch(logits, in_doubt, None, moved).tokens
+    assert found.tolist() == BatchedSampler(VOCAB, ()).launch(logits, there).tokens.tolist()
+    assert found.tolist() != BatchedSampler(VOCAB, ()).launch(logits, items).tokens.tolist()
 
 
 def test_a_larger_vocabulary_is_shared_out_to_more_warps(emulated: CudaChoice) -> None:
@@ -92,8 +104,8 @@ def test_on_a_gpu_one_row_is_drawn_as_among_many() -> None:
     chance, kernel, logits = random.Random(2), on_a_gpu(49_152), rows(64, 49_152).to(GPU)
     items = asking(64, [chance.choice(WAYS) for _ in range(64)])
     sampler = BatchedSampler(49_152, (), kernel)
-    together = sampler.tokens(logits, items).tolist()
-    assert [int(sampler.tokens(logits[n : n + 1], items[n : n + 1])) for n in range(64)] == together
+    together = sampler.launch(logits, items).tokens.tolist()
+    assert [int(sampler.launch(logits[n : n + 1], items[n : n + 1]).tokens) for n in range(64)] == together
 
 
 def test_a_gpu_without_clusters_is_an_obstacle_with_a_name(tmp_path: Any) -> None:

@@ -81,11 +81,13 @@ def test_drafts_do_not_depend_on_the_chunks_of_the_prompt(oracle: tuple[Path, An
     assert step(again, prompt_item(GOLDEN_PROMPT, 30)).drafts == whole
 
 
-def test_drafts_end_where_the_pages_of_a_sequence_end(oracle: tuple[Path, Any, Any, bool]) -> None:
+def test_drafts_are_as_many_as_are_wanted_and_the_last_one_needs_no_page(oracle: tuple[Path, Any, Any, bool]) -> None:
     executor, item = load(oracle[0]), prompt_item(GOLDEN_PROMPT)
     drafts = step(executor, item).drafts
-    assert step(executor, replace(item, page_ids=item.page_ids[:3])).drafts == drafts[:1]
     assert step(executor, replace(item, num_wanted=2)).drafts == drafts[:2]
+    assert step(executor, replace(item, page_ids=item.page_ids[:3], num_wanted=1)).drafts == drafts[:1]
+    with pytest.raises(ValueError, match="in 3 pages"):
+        step(executor, replace(item, page_ids=item.page_ids[:3], num_wanted=2))
 
 
 WAYS = (

@@ -26,6 +26,8 @@ class Behind:
         self.log: list[str] = []
         self.in_flight: list[LateStep] = []
         self.before_computing: Callable[[], None] = lambda: None
+        self.num_moved = 0
+        """Tokens by which parts started further on than it seemed when they were launched."""
         self._last: LateStep | None = None
 
     @property
@@ -37,8 +39,12 @@ class Behind:
         assert len(self.in_flight) < 2
         if self.in_flight:
             before = self.in_flight[-1].items
-            assert not any(item.num_drafts or (self.proposes and item.num_wanted) for item in before)
+            drafts = [item for item in before if item.num_drafts or (self.proposes and item.num_wanted)]
+            assert not drafts or self.proposes
+            assert not any(item.needs_host for item in (*before, *batch) if self.proposes)
         items = [replace(item, page_ids=tuple(item.page_ids), history=tuple(item.history)) for item in batch]
+        size, most = self.spec.layout.page_size, self.spec.max_model_len
+        assert all(_end(item) <= min(most, len(item.page_ids) * size) for item in items), "written where no room is"
         self._last = LateStep(self, items, self._last if self.in_flight else None)
         self.in_flight.append(self._last)
         return self._last
@@ -53,7 +59,7 @@ class LateStep:
 
     def __init__(self, executor: Behind, items: list[BatchItem], before: "LateStep | None") -> None:
         self.items = items
-        self.tokens: list[int] | None = None
+        self.choices: list[Chosen] | None = None
         self._executor, self._before = executor, before
 
     def is_done(self) -> bool:
@@ -66,11 +72,13 @@ class LateStep:
         try:
             executor.before_computing()
             resolved = [self._resolved(item) for item in self.items]
+            pairs = zip(resolved, self.items, strict=True)
+            executor.num_moved += sum(item.start - own.start for item, own in pairs if item is not None)
             computed = iter(executor.own.launch([item for item in resolved if item is not None]).chosen())
         finally:
             executor.in_flight.remove(self)
         choices = [NONSENSE if item is None else next(computed) for item in resolved]
-        self.tokens = [choice.tokens[-1].token_id for choice in choices if choice is not None]
+        self.choices = [choice for choice in choices if choice is not None]
         return choices
 
     def _resolved(self, item: BatchItem) -> BatchItem | None:
@@ -79,20 +87,36 @@ class LateStep:
             return item
         assert self._before is not None
         assert len(item.history) == item.start
-        if self._before.tokens is None:
+        if self._before.choices is None:
             return None
-        (placeholder,) = item.token_ids
-        token = self._before.tokens[awaited(placeholder)]
-        return replace(item, token_ids=(token,), history=(*item.history, token))
+        place, num_places = awaited(item.token_ids[0]), len(self._before.choices)
+        assert list(item.token_ids[1:]) == [awaited(place + (1 + n) * num_places) for n in range(item.num_drafts)]
+        chosen = self._before.choices[place]
+        tokens, drafts = [token.token_id for token in chosen.tokens], chosen.drafts[: item.num_drafts]
+        assert len(drafts) == item.num_drafts
+        assert len(tokens) - 1 <= item.num_in_doubt
+        return replace(
+            item,
+            token_ids=(tokens[-1], *drafts),
+            start=item.start + len(tokens) - 1,
+            history=(*item.history, *tokens),
+            num_in_doubt=0,
+        )
 
     def pages(self) -> set[int]:
         """Those that it writes to."""
-        size = self._executor.spec.layout.page_size
+        size, known = self._executor.spec.layout.page_size, self._before is None or self._before.choices is not None
+        items = [self._resolved(item) if known else item for item in self.items]
         return {
             page_id
-            for item in self.items
-            for page_id in item.page_ids[item.start // size : (item.start + len(item.token_ids) - 1) // size + 1]
+            for item in items
+            if item is not None
+            for page_id in item.page_ids[item.start // size : (_end(item) - 1) // size + 1]
         }
+
+
+def _end(item: BatchItem) -> int:
+    return item.start + len(item.token_ids) + item.num_in_doubt
 
 
 class WatchedStore(KvStore):

@@ -151,7 +151,7 @@ def test_a_token_that_is_still_awaited_counts_for_penalties(temperature: float, 
     known = [item((4, 8, 8, 15, token), 2, temperature=temperature, **penalty) for token in before.tolist()]
     late = [replace(each, token_ids=[awaited(place)], history=each.history[:-1]) for place, each in enumerate(known)]
     sampler = BatchedSampler(VOCAB, (EOS,))
-    assert sampler.launch(given, late, before).collect() == sampler(given, known)
+    assert sampler.launch(given, late, before).send().collect() == sampler(given, known)
     order = [2, 0, 1]
     assert sampler.launch(given[order], [late[row] for row in order], before).tokens.tolist() == [
         sampler(given, known)[row][0].token_id for row in order

@@ -40,6 +40,16 @@ def test_no_drafts_are_verified_beyond_the_context() -> None:
     assert rig.batches[-1] == {"r": 2}
 
 
+@pytest.mark.parametrize(("num_free", "num_drafts"), [(2, 3), (4, 4)])
+def test_no_more_drafts_are_wanted_than_pages_have_room_for(num_free: int, num_drafts: int) -> None:
+    """The last one is not computed in the step that proposes it."""
+    rig = Rig(model=SURE, speculation=FIXED)
+    others = rig.kv.reserve([], 32 - num_free)
+    assert others is not None
+    rig.submit("r", 30, prefill_only=True)
+    assert len(last(rig.finish(), "r").draft_token_ids) == num_drafts
+
+
 def test_a_stop_token_among_the_drafts_ends_the_sequence_there() -> None:
     tokens = tokens_of(8)
     rig = Rig(model=SURE, speculation=FIXED)

@@ -107,6 +107,14 @@ def test_steps_are_launched_ahead_until_there_are_drafts_to_verify() -> None:
     assert rig.behind.log == [*ahead, *verifying, "launch", *["launch", "land"] * 7, "land"]
 
 
+@pytest.mark.parametrize("params", [{"presence_penalty": 0.5}, {"min_tokens": 12}], ids=str)
+def test_so_they_are_for_whom_the_executors_own_drafts_would_need_the_host(params: dict[str, Any]) -> None:
+    rig = Rig(behind=True, speculation=Speculation(2, adaptive=False, make_proposer=lambda: Guesses(random.Random(3))))
+    rig.submit("r", max_tokens=12, **params)
+    assert output(rig.finish(), "r") == tokens_of("r", max_tokens=12, **params)
+    assert "launch launch land" in " ".join(rig.behind.log)
+
+
 def test_drafts_that_came_with_a_request_are_verified_behind_its_prompt(rig: Rig) -> None:
     rig.submit("r", 100, max_tokens=6, draft_token_ids=(7, 8, 9))
     assert output(rig.finish(), "r") == tokens_of("r", num_tokens=100, max_tokens=6)
@@ -243,6 +251,7 @@ class Schedule:
             "num_logprobs": chance.choice([None, 2]),
             "prefill_only": chance.random() < 0.15,
             "priority": chance.randrange(2),
+            "presence_penalty": chance.choice([0.0, 0.0, 0.0, 0.5]),  # of which the simulation knows nothing
         }
         asked = request(name, chance.choice([1, 15, 16, 17, 31, 32, 40, 70]), **fields)
         if kin:
@@ -268,9 +277,13 @@ class Schedule:
 
 def comparable(events: Sequence[Event], name: str) -> list[tuple[object, ...]]:
     """All that is said of a request, but for what the cache had, and how many steps it took."""
-    said = [event for event in events if event.request_id == name and not isinstance(event, PagesComputed)]
-    assert all(isinstance(event, TokensSampled) for event in said)
-    return [(each.tokens, each.finish_reason, each.stop_token_id) for each in said if isinstance(each, TokensSampled)]
+    found = list[tuple[object, ...]]()
+    for event in events:
+        if event.request_id == name and not isinstance(event, PagesComputed):
+            assert isinstance(event, TokensSampled)
+            found += [(token,) for token in event.tokens]
+            found += [(event.finish_reason, event.stop_token_id)] * (event.finish_reason is not None)
+    return found
 
 
 @dataclass
@@ -291,14 +304,11 @@ POOLS = {"roomy": 200, "tight": 12, "as small as can be": 7}
 @pytest.mark.parametrize("pool", POOLS)
 def test_any_schedule_yields_what_each_request_would_have_alone_and_in_order(pool: str, seed: int) -> None:
     chance = random.Random(f"{pool} {seed}")
-    rig = Rig(
-        POOLS[pool],
-        max_step_tokens=chance.choice([5, 24, 64]),
-        max_num_sequences=5,
-        model=MANY_ENDS,
-        speculation=Speculation(3, make_proposer=lambda: Guesses(chance)) if seed % 3 == 0 else None,
-        behind=True,
-    )
+    speculation = Speculation(3, make_proposer=lambda: Guesses(chance)) if seed % 3 == 0 else None
+    run_any(chance, Rig(POOLS[pool], chance.choice([5, 24, 64]), 5, MANY_ENDS, speculation, behind=True))
+
+
+def run_any(chance: random.Random, rig: Rig) -> None:
     schedule = Schedule(chance, rig)
     schedule.run(25)
     for name, asked in schedule.asked.items():

@@ -222,7 +222,7 @@ class VirtualWorker:
         items = [part.sequence.part(part.start, part.num_tokens) for part in parts]
         took_ms = self.model.step_ms(items)
         for place, (part, item) in enumerate(zip(parts, items, strict=True)):
-            part.sequence.launch(part.end, place if item.sample else None)
+            part.sequence.launch(part.end, item, place, len(items), num_proposed=0)
         return took_ms, sum(item.sample for item in items)
 
     def _absorb(self, part: Part) -> None:

@@ -51,12 +51,17 @@ class CudaChoice:
         self._library = library
         self.most_tokens: int = library.forebay_choose_most()
 
-    def __call__(self, logits: torch.Tensor, asked: Sequence[Asked]) -> torch.Tensor:
+    def __call__(
+        self, logits: torch.Tensor, asked: Sequence[Asked], begins: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """A token for each row of logits float32 [R, V], whose rows may be apart: int64 [R]. Of equals the first counts
-        as the likelier, and where the likeliest is not finite, it is the answer."""
+        as the likelier, and where the likeliest is not finite, it is the answer. Where noise begins is in `begins`
+        int64 [R], if only the device knows."""
         num_rows, num_tokens = logits.shape
         words = bytearray().join(each.packed(num_tokens) for each in asked)
         rows = put(torch.frombuffer(words, dtype=torch.int64), torch.int64, logits.device)
+        if begins is not None:
+            rows.view(num_rows, -1)[:, -1] = begins
         out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         at = (tensor.data_ptr() for tensor in (logits, rows, out))
         arguments = Choose(*at, logits.stride(0), num_tokens)

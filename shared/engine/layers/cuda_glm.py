@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
-from shared.engine.kernels import triton_dense, triton_index
+from shared.engine.kernels import triton_dense, triton_index, triton_moved
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.gluon_state import Rows
 from shared.engine.kv import view
@@ -187,7 +187,10 @@ def rows_of(inputs: torch.Tensor, num_rows: int, frequencies: torch.Tensor) -> t
 def on_device(batch: Batch, page_size: int, device: torch.device) -> torch.Tensor:
     """A step laid out as `Graph` says, on the device."""
     places = torch.cat((torch.from_numpy(_places(batch, page_size)).flatten(), batch.page_ids))
-    return torch.cat((batch.token_ids.to(device), put(places, torch.int32, device)))
+    inputs = torch.cat((put(batch.token_ids, torch.int32, device), put(places, torch.int32, device)))
+    if batch.moved is not None:
+        triton_moved.move(inputs, batch.num_tokens, batch, page_size)
+    return inputs
 
 
 def nobodys(num_rows: int, device: torch.device) -> torch.Tensor:
@@ -215,6 +218,8 @@ def stage(batch: Batch, num_rows: int, page_size: int, inputs: torch.Tensor) -> 
     inputs[: len(staging)].copy_(staging, non_blocking=True)
     if batch.token_ids.is_cuda:  # chosen by a step that the host has not heard of yet
         inputs[: batch.num_tokens].copy_(batch.token_ids)
+    if batch.moved is not None:
+        triton_moved.move(inputs, num_rows, batch, page_size)
 
 
 def _places(batch: Batch, page_size: int) -> NDArray[np.int32]:

@@ -68,7 +68,7 @@ class DraftLayer(Protocol):
 
     def extend(self, batch: Batch, states: torch.Tensor, pool: torch.Tensor, layout: KvLayout) -> DraftStep:
         """Follow the model: `batch` has for each position the token behind it, `states` [T, hidden] what the model has
-        there. The sampled rows draft."""
+        there. The sampled rows draft, one of a sequence at most; which rows, the model's device alone may know."""
 
     def advance(
         self, batch: Batch, last: DraftStep, going_on: Sequence[int], pool: torch.Tensor, layout: KvLayout

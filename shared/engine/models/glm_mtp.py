@@ -59,8 +59,10 @@ class GlmMtp:
     def extend(self, batch: Batch, states: torch.Tensor, pool: torch.Tensor, layout: KvLayout) -> DraftStep:
         """Follow the model; see `models.api.DraftLayer`."""
         m, selection = self._run(batch, states, pool, layout, None)
-        drafting = torch.isin(batch.query_starts[1:] - 1, batch.sampled_rows).tolist()
-        kept = [own[-1:] for own, drafts in zip(selection, drafting, strict=True) if drafts]
+        rows = batch.sampled_rows.int()
+        owners = torch.searchsorted(batch.query_starts, rows, right=True) - 1
+        places = (rows - batch.query_starts[owners]).tolist()
+        kept = [selection[s][place : place + 1] for s, place in zip(owners.tolist(), places, strict=True)]
         return self._step(m[batch.sampled_rows], kept)
 
     def advance(

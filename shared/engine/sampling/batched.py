@@ -27,30 +27,44 @@ LIKELIEST = Asked(temperature=0.0, min_p=0.0, top_p=1.0, top_k=0, begin=0)
 
 
 class Choice:
-    """What was chosen for the rows of a step, R in all, on its way to the host. `tokens` is int64 [R] on the device."""
+    """What was chosen for the rows of a step, R in all. `tokens` is int64 [R] on the device; the host hears of them
+    once they are sent."""
 
     def __init__(self, items: Sequence[BatchItem], tokens: torch.Tensor, logprobs: "Logprobs | None") -> None:
         self.tokens = tokens
         self._items, self._logprobs = items, logprobs
-        numbers = [tokens.double(), *logprobs.numbers] if logprobs else [tokens]  # float64 holds all of them exactly
-        self._fetched = Fetched(torch.cat([each.flatten() for each in numbers]) if logprobs else tokens)
+        self._fetched: Fetched | None = None
+
+    def send(self, *others: torch.Tensor) -> "Choice":
+        """Begin to tell the host, and numbers [..] of the device with them."""
+        numbers = [self.tokens, *(self._logprobs.numbers if self._logprobs else ()), *others]
+        flat = [each.double().flatten() for each in numbers]  # float64 holds all of them exactly
+        self._fetched = Fetched(torch.cat(flat) if len(flat) > 1 else self.tokens)
+        return self
 
     def is_done(self) -> bool:
-        """Whether `collect` returns at once."""
-        return self._fetched.is_done()
+        """Whether `collect` and `hear` return at once."""
+        return self._fetched is not None and self._fetched.is_done()
 
     def collect(self) -> list[tuple[SampledToken, ...]]:
         """Wait; what is chosen for each item: see `verify.verified`."""
-        numbers: list[float] = self._fetched.wait().tolist()
-        sampled = [SampledToken(int(token_id)) for token_id in numbers[: len(self.tokens)]]
-        if self._logprobs is not None:
-            self._logprobs.add(sampled, numbers[len(self.tokens) :])
-        chosen, start = [], 0
+        (sampled, _), chosen, start = self.hear(), [], 0
         for item in self._items:
             own = sampled[start : start + 1 + item.num_drafts]
             chosen.append(verified(item, partial(_given, own)))
             start += len(own)
         return chosen
+
+    def hear(self) -> tuple[list[SampledToken], list[float]]:
+        """Wait; what is chosen for each row, and the numbers that were sent with it."""
+        assert self._fetched is not None, "nothing was sent"
+        numbers: list[float] = self._fetched.wait().tolist()
+        sampled = [SampledToken(int(token_id)) for token_id in numbers[: len(self.tokens)]]
+        others = len(self.tokens)
+        if self._logprobs is not None:
+            self._logprobs.add(sampled, numbers[others:])
+            others += sum(map(torch.numel, self._logprobs.numbers))
+        return sampled, numbers[others:]
 
 
 def _given(own: Sequence[SampledToken], row: int, _item: BatchItem) -> SampledToken:
@@ -90,31 +104,41 @@ class BatchedSampler(Sampler):
 
     def __call__(self, rows: torch.Tensor, items: Sequence[BatchItem], /) -> list[tuple[SampledToken, ...]]:
         """As of `Sampler`."""
-        return self.launch(rows, items).collect()
+        return self.launch(rows, items).send().collect()
 
-    def launch(self, rows: torch.Tensor, items: Sequence[BatchItem], before: torch.Tensor | None = None) -> Choice:
-        """Begin to choose. `before` [..] are the tokens on the device that awaited ones stand for."""
+    def launch(
+        self,
+        rows: torch.Tensor,
+        items: Sequence[BatchItem],
+        before: torch.Tensor | None = None,
+        moved: torch.Tensor | None = None,
+    ) -> Choice:
+        """Begin to choose. `before` [..] are the tokens on the device that awaited ones stand for, and `moved` int64
+        [items] says by how much more than it seems each item is on, at most its `num_in_doubt`."""
         logits, asked = rows[:, : self._vocab_size], _asked(items)
-        tokens = self._chosen(logits, asked, before)
+        tokens = self._chosen(logits, asked, before, None if moved is None else _each_row(moved, items))
         counts = {row: item.sampling.num_logprobs for row, item in enumerate(asked)}
         wanted = {row: count for row, count in counts.items() if count is not None}
         return Choice(items, tokens, Logprobs(logits, tokens, wanted) if wanted else None)
 
-    def tokens(self, rows: torch.Tensor, items: Sequence[BatchItem]) -> torch.Tensor:
-        """What `launch` chooses, int64 [R], which stays on the device."""
-        return self._chosen(rows[:, : self._vocab_size], _asked(items), None)
-
-    def _chosen(self, logits: torch.Tensor, asked: Sequence[BatchItem], before: torch.Tensor | None) -> torch.Tensor:
+    def _chosen(
+        self,
+        logits: torch.Tensor,
+        asked: Sequence[BatchItem],
+        before: torch.Tensor | None,
+        moved: torch.Tensor | None,
+    ) -> torch.Tensor:
         changed = adjusted(logits, asked, [self._stops_forbidden(item) for item in asked], before)
         drawing = [row for row, item in enumerate(asked) if item.sampling.temperature >= MIN_TEMPERATURE]
         if self._kernel is not None and drawing:
-            return self._kernel(changed, [_drawn(item) for item in asked])
+            begins = None if moved is None else _begins(asked, moved, logits.device)
+            return self._kernel(changed, [_drawn(item) for item in asked], begins)
         tokens = changed.argmax(dim=-1)  # of equals the first, which has the lowest id
         if drawing and len(drawing) == len(asked):
-            tokens = _draw(changed, tokens, asked)
+            tokens = _draw(changed, tokens, asked, moved)
         elif drawing:
-            chosen = put(drawing, torch.int64, tokens.device)
-            tokens[chosen] = _draw(changed[chosen], tokens[chosen], [asked[row] for row in drawing])
+            chosen, of = put(drawing, torch.int64, tokens.device), [asked[row] for row in drawing]
+            tokens[chosen] = _draw(changed[chosen], tokens[chosen], of, None if moved is None else moved[chosen])
         return tokens
 
 
@@ -131,10 +155,19 @@ def _drawn(item: BatchItem) -> Asked:
     return Asked(params.temperature, params.min_p, params.top_p, params.top_k, begin)
 
 
-def _draw(logits: torch.Tensor, best: torch.Tensor, asked: Sequence[BatchItem]) -> torch.Tensor:
+def _each_row(moved: torch.Tensor, items: Sequence[BatchItem]) -> torch.Tensor:
+    """`moved` [items] for each row."""
+    if not any(item.num_drafts for item in items):
+        return moved
+    owners = [place for place, item in enumerate(items) for _ in range(1 + item.num_drafts)]
+    return moved[put(owners, torch.int64, moved.device)]
+
+
+def _draw(
+    logits: torch.Tensor, best: torch.Tensor, asked: Sequence[BatchItem], moved: torch.Tensor | None
+) -> torch.Tensor:
     """A token for each of [D, V]. Where the largest logit, at `best` [D], is not finite, it is the answer."""
-    starts = [gumbel.start(item.sampling.seed, item.position) for item in asked]
-    begins = put([_signed(start) for start in starts], torch.int64, logits.device)
+    begins = _begins(asked, moved, logits.device)
     steps = torch.arange(1, logits.shape[1] + 1, device=logits.device) * _signed(GOLDEN)
     largest, num_together = logits.gather(1, best[:, None]), max(1, MOST_NUMBERS // logits.shape[1])
     picked = []
@@ -142,6 +175,14 @@ def _draw(logits: torch.Tensor, best: torch.Tensor, asked: Sequence[BatchItem]) 
         rows = slice(first, first + num_together)
         picked.append(pick(_weights(logits[rows], largest[rows], asked[rows]), begins[rows], steps))
     return torch.where(largest[:, 0].isfinite(), torch.cat(picked), best)
+
+
+def _begins(asked: Sequence[BatchItem], moved: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """Where the noise of each begins, int64 [D]: of all positions that it may be at, the one where it is."""
+    most = 0 if moved is None else max(item.num_in_doubt for item in asked)
+    starts = [gumbel.start(item.sampling.seed, item.position + by) for item in asked for by in range(most + 1)]
+    begins = put([_signed(start) for start in starts], torch.int64, device)
+    return begins if moved is None else begins.view(-1, most + 1).gather(1, moved[:, None])[:, 0]
 
 
 def _weights(logits: torch.Tensor, largest: torch.Tensor, asked: Sequence[BatchItem]) -> torch.Tensor:

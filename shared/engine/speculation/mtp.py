@@ -11,26 +11,19 @@ from itertools import count
 
 import torch
 
-from shared.engine.api import BatchItem, Chosen, SampledToken, awaited
+from shared.engine.api import BatchItem, Chosen, SampledToken
 from shared.engine.batch import build
 from shared.engine.kv.layout import KvLayout
 from shared.engine.models.api import DraftLayer
-from shared.engine.pinned import Fetched, put
-from shared.engine.sampling.batched import BatchedSampler
+from shared.engine.pinned import put
 from shared.engine.sampling.sampler import Sampler
 
 Tokens = tuple[SampledToken, ...] | None
-# Which of their drafts was chosen for which sequences, int64 on the device.
-Late = tuple[int, Sequence["_Run"], torch.Tensor]
-AWAITED = -1
 
 
 class MtpDrafter:
-    """For one executor, with the sampler that verifies what is proposed here.
-
-    Where tokens are chosen on a device, the next draft is launched before the host hears of the last one; not where
-    penalties depend on it.
-    """
+    """For one executor, with the sampler that verifies what is proposed here. The host hears of every token and draft;
+    where it need not, `late.LateDrafter` does the same."""
 
     def __init__(self, layer: DraftLayer, sampler: Sampler, layout: KvLayout) -> None:
         self.layer, self._sampler, self._layout = layer, sampler, layout
@@ -48,33 +41,24 @@ class MtpDrafter:
             states = states[put(kept, torch.int64, states.device)]
         step = self.layer.extend(batch, states, pool, self._layout)
         runs = {s: _Run(item, tokens[s] or ()) for s, item in enumerate(followed) if item.sample}
-        asking, numbers, late = list(runs), count(), list[Late]()
+        asking, numbers = list(runs), count()
         while asking:
-            drafted = self._draft(step.logits, [runs[s] for s in asking], next(numbers), late)
-            going_on = [place for place, s in enumerate(asking) if runs[s].num_left(self._layout.page_size)]
+            self._draft(step.logits, [runs[s] for s in asking], next(numbers))
+            going_on = [place for place, s in enumerate(asking) if runs[s].is_asking]
             asking = [asking[place] for place in going_on]
             if asking:
-                following = [runs[s].item(place) for s, place in zip(asking, going_on, strict=True)]
-                batch = build(following, self._layout.page_size).resolved(drafted)
+                batch = build([runs[s].item() for s in asking], self._layout.page_size)
                 step = self.layer.advance(batch, step, going_on, pool, self._layout)
-        _tell(late)
         return [
             None if chosen is None else Chosen(chosen, tuple(runs[s].drafts) if s in runs else ())
             for s, chosen in enumerate(tokens)
         ]
 
-    def _draft(self, logits: torch.Tensor, runs: Sequence["_Run"], number: int, late: list["Late"]) -> torch.Tensor:
-        """Choose the `number`-th draft of each, int64 [runs]; if the host does not hear of them yet, `late` says so."""
-        views = [run.view() for run in runs]
-        if isinstance(self._sampler, BatchedSampler) and not any(view.sampling.has_penalties for view in views):
-            tokens, known = self._sampler.tokens(logits, views), [AWAITED] * len(runs)
-            late.append((number, runs, tokens))
-        else:
-            known = self._sampler.propose(logits, views, number)
-            tokens = torch.tensor(known)
-        for run, token_id in zip(runs, known, strict=True):
+    def _draft(self, logits: torch.Tensor, runs: Sequence["_Run"], number: int) -> None:
+        """Choose the `number`-th draft of each."""
+        drafts = self._sampler.propose(logits, [run.view() for run in runs], number)
+        for run, token_id in zip(runs, drafts, strict=True):
             run.drafts.append(token_id)
-        return tokens
 
 
 class _Run:
@@ -88,10 +72,10 @@ class _Run:
         self._history = list(followed.history) if followed.sampling.has_penalties else []
         self._history += [token.token_id for token in chosen] if self._history else []
 
-    def num_left(self, page_size: int) -> int:
-        """Drafts that are still to be proposed and have room in the sequence's pages."""
-        wanted = self._item.num_wanted - len(self.drafts)
-        return max(0, min(wanted, len(self._item.page_ids) * page_size - self._end - len(self.drafts) + 1))
+    @property
+    def is_asking(self) -> bool:
+        """Whether drafts are still to be proposed."""
+        return len(self.drafts) < self._item.num_wanted
 
     def view(self) -> BatchItem:
         """What the sampler has to know: the next draft is behind the chosen tokens and the drafts so far."""
@@ -101,19 +85,9 @@ class _Run:
         item = replace(self._item, token_ids=(0,), start=position - 1, sampling=sampling, history=history)
         return replace(item, allowed=())  # a draft that a grammar forbids is refused when it is verified
 
-    def item(self, place: int) -> BatchItem:
-        """The layer's next token, one position on: the last draft, which stands at `place` of those chosen with it."""
-        return replace(self._item, token_ids=(awaited(place),), start=self._end + len(self.drafts) - 1)
-
-
-def _tell(late: Sequence[Late]) -> None:
-    """Wait for all drafts that the host has not heard of, and tell it."""
-    if not late:
-        return
-    token_ids = iter(Fetched(torch.cat([tokens for _, _, tokens in late])).wait().tolist())
-    for number, runs, _ in late:
-        for run in runs:
-            run.drafts[number] = next(token_ids)
+    def item(self) -> BatchItem:
+        """The layer's next token, one position on: the last draft."""
+        return replace(self._item, token_ids=self.drafts[-1:], start=self._end + len(self.drafts) - 1)
 
 
 def _follow(item: BatchItem, chosen: Tokens) -> BatchItem:

@@ -1,0 +1,192 @@
+"""How long a GPU has nothing to do between verifications of GLM-5.2 on one of eight ranks, whose MTP layer drafts: in
+order, and with the next step launched before the host hears how many drafts were right.
+
+    python -m bench.glm_gaps [--layers 78] [--drafts 3] [--sizes 1] [--context 8192] [--steps 60]
+
+As `bench.gaps`, with the rank and its pages of `bench.glm_rank`. A step verifies so many drafts of each sequence,
+follows the model by what was chosen, and proposes as many again; drafts are right as random weights have it.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from bench import provenance
+from bench.gaps import HEAD_START_CYCLES
+from bench.glm_random import FIELDS, KV_TOKENS, PAGE_SIZE, Rank, rank
+from shared.engine.api import (
+    BatchItem,
+    Computed,
+    EngineRequest,
+    EngineSpec,
+    Executor,
+    Recorded,
+    SamplingParams,
+    TokensSampled,
+    awaited,
+)
+from shared.engine.batch import Batch
+from shared.engine.engine import Engine
+from shared.engine.executor import TorchExecutor
+from shared.engine.kv.layout import KvLayout
+from shared.engine.kv.store import KvStore
+from shared.engine.layers import cuda_glm
+from shared.engine.models.api import DraftLayer
+from shared.engine.models.glm_config import parse
+from shared.engine.speculation.speculator import Speculation
+
+WAYS = {
+    "greedy": SamplingParams(),
+    "temperature 1": SamplingParams(temperature=1.0),
+    "temperature 1, top_p 0.95": SamplingParams(temperature=1.0, top_p=0.95),
+}
+NUM_QUEUED = 2  # steps, of some hundred launches each
+
+
+class RankModel:
+    """Satisfies `shared.engine.models.api.Model` by a rank with its share of the vocabulary."""
+
+    def __init__(self, made: Rank) -> None:
+        self.vocab_size, self.max_position = len(made.decoder.ends.head), KV_TOKENS
+        self.eos_token_ids: tuple[int, ...] = ()
+        self.num_torch_threads, self.arithmetic = 1, "bfloat16"
+        self.recorded: Recorded | None = cuda_glm.recorded(KV_TOKENS)
+        self.draft_layer: DraftLayer | None = made.drafts
+        self._layout = made.layout
+
+    def layout(self, page_size: int) -> KvLayout:
+        """That of the rank's pages."""
+        assert page_size == PAGE_SIZE
+        return self._layout
+
+    def rank_layout(self, page_size: int) -> KvLayout:
+        """The same."""
+        return self.layout(page_size)
+
+    def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
+        """The layer that drafts runs the model."""
+        raise NotImplementedError
+
+
+class InOrder:
+    """Satisfies `shared.engine.api.Executor`: the same, but each step is waited for before the next is planned."""
+
+    runs_behind, proposes = False, True
+
+    def __init__(self, own: TorchExecutor) -> None:
+        self.spec, self.memory, self.recorded, self._own = own.spec, own.memory, own.recorded, own
+
+    def launch(self, batch: Sequence[BatchItem]) -> Computed:
+        return Computed(self._own.forward(batch))
+
+
+def on_rank(made: Rank) -> TorchExecutor:
+    """An executor of the rank alone."""
+    model = RankModel(made)
+    spec = EngineSpec("glm", model.vocab_size, KV_TOKENS, (), made.layout, KV_TOKENS // PAGE_SIZE, "", 256)
+    return TorchExecutor(model, spec, made.memory)
+
+
+def gpu_ms(executor: TorchExecutor, size: int, context: int, num_drafts: int, params: SamplingParams) -> float:
+    """A step's time on the GPU; not a number if the host was too slow to queue the steps before the first began."""
+    room = -(-(context + (2 + NUM_QUEUED) * (1 + num_drafts) + num_drafts) // PAGE_SIZE)
+    items = [
+        BatchItem(
+            str(place), range(5, 6 + num_drafts), context, range(place * room, (place + 1) * room), True,
+            replace(params, seed=place), 0, (), num_drafts, num_drafts,
+        )
+        for place in range(size)
+    ]  # fmt: skip
+    _queued(executor, items)  # memory for so many steps at once is had now, for which the host may wait
+    busy_ms, in_time = _queued(executor, items)
+    return busy_ms if in_time else float("nan")
+
+
+def _queued(executor: TorchExecutor, items: Sequence[BatchItem]) -> tuple[float, bool]:
+    """A step's time, and whether all steps were queued before the first of them began."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    executor.forward(items)
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    steps = [executor.launch(items)]
+    start.record()
+    steps += [executor.launch([_behind(item, place, len(items), number) for place, item in enumerate(items)])
+              for number in range(1, 1 + NUM_QUEUED)]  # fmt: skip
+    end.record()
+    in_time = not start.query()
+    for step in steps:
+        step.chosen()
+    return start.elapsed_time(end) / NUM_QUEUED, in_time
+
+
+def _behind(item: BatchItem, place: int, num_places: int, number: int) -> BatchItem:
+    """The `number`-th step behind one that verifies `item`, as if that were known to have started with all right."""
+    token_ids = [awaited(place + each * num_places) for each in range(1 + item.num_drafts)]
+    start = item.start + number + (number - 1) * item.num_drafts
+    return replace(item, token_ids=token_ids, start=start, num_in_doubt=item.num_drafts)
+
+
+def wall_ms(
+    executor: Executor, size: int, context: int, num_drafts: int, params: SamplingParams, num_steps: int
+) -> tuple[float, float]:
+    """A step's time as an engine takes it, everything included, and how many tokens it yields for a sequence."""
+    kv = KvStore(executor.spec.num_pages, PAGE_SIZE, 10_000)
+    speculation = Speculation(num_drafts, adaptive=False)
+    engine = Engine(executor, kv, max_step_tokens=8192, max_num_sequences=size, speculation=speculation)
+    most = (num_steps + 10) * (1 + num_drafts)
+    for number in range(size):
+        prompt = tuple((number * 31 + place) % 1000 + 3 for place in range(context))
+        pages = kv.reserve([], -(-context // PAGE_SIZE))
+        assert pages is not None
+        pages.num_tokens = context - 1  # of noise
+        asked = replace(params, seed=number, max_tokens=most, ignore_eos=True)
+        engine.submit(EngineRequest(str(number), prompt, asked), pages)
+    for _ in range(5):
+        engine.step()
+    started, num_tokens = time.perf_counter(), 0
+    for _ in range(num_steps):
+        num_tokens += sum(len(event.tokens) for event in engine.step() if isinstance(event, TokensSampled))
+    elapsed_s = time.perf_counter() - started
+    for number in range(size):
+        engine.cancel(str(number))
+    while engine.has_work():
+        engine.step()
+    return elapsed_s / num_steps * 1000, num_tokens / num_steps / size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=78)
+    parser.add_argument("--drafts", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=60)
+    args = parser.parse_args()
+    print(provenance.banner("bench.glm_gaps"))
+    config, device = parse(FIELDS), torch.device("cuda", 0)
+    config = replace(
+        config, num_layers=args.layers, full_layers=config.full_layers[: args.layers],
+        moe_layers=config.moe_layers[: args.layers],
+    )  # fmt: skip
+    with torch.inference_mode():
+        executor = on_rank(rank(config, 8, device, pdl=True, cuda=True))
+    print(torch.cuda.get_device_name(0))
+    print("| verification | ms on the GPU | ms in order (idle) | ms launched ahead (idle) | tokens a step, each way |")
+    print("|---|---|---|---|---|")
+    for size in args.sizes:
+        for name, params in WAYS.items():
+            busy = gpu_ms(executor, size, args.context, args.drafts, params)
+            found = [
+                wall_ms(kind, size, args.context, args.drafts, params, args.steps)
+                for kind in (InOrder(executor), executor)
+            ]
+            cells = [f"{wall:.2f} ({1 - busy / wall:.1%})" for wall, _ in found]
+            tokens = ", ".join(f"{each:.2f}" for _, each in found)
+            print(f"| batch {size}, {args.drafts} drafts, {name} | {busy:.2f} | {' | '.join(cells)} | {tokens} |",
+                  flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
