@@ -9,7 +9,7 @@ from shared.engine.kernels import build, cuda_experts, cuda_latent
 from shared.engine.kernels.cuda_experts import CudaExperts
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.experts import FACTOR, Experts, SharedExpert
-from shared.engine.kernels.gluon_state import KeyNorm
+from shared.engine.kernels.inputs import KeyNorm
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.view import DeviceMemory
 from shared.engine.layers import cuda_glm_layer

@@ -119,7 +119,8 @@ def test_a_padded_graph_writes_no_page_but_those_of_its_sequences(tmp_path: Path
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4])
 @pytest.mark.parametrize(("n", "k"), [(2784, 6144), (77, 256), (512, 1536)])
 def test_a_product_behind_a_norm_equals_the_reference(num_rows: int, n: int, k: int) -> None:
-    from shared.engine.kernels.gluon_rows import Norm, linear, linear_keeping
+    from shared.engine.kernels.gluon_rows import linear, linear_keeping
+    from shared.engine.kernels.inputs import Norm
 
     x, delta, weight = random(num_rows, k), random(num_rows, k), random(n, k, scale=k**-0.5)
     gain = 1 + random(k, scale=0.1)
@@ -168,7 +169,7 @@ def test_a_gain_that_fp16_cannot_bear_is_refused() -> None:
 
 
 def rows_of(batch: Batch) -> Any:
-    from shared.engine.kernels.gluon_state import Rows
+    from shared.engine.kernels.inputs import Rows
 
     sequence = torch.repeat_interleave(batch.query_starts.diff())
     starts = batch.page_starts[sequence]

@@ -15,7 +15,7 @@ SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-pthread", "-shared", "-fPIC")
 CUDA_SOURCES = Path(__file__).parent / "cuda"
 CUDA_FLAGS = ("-std=c++20", "-O3", "-t=2", "-I", str(CUDA_SOURCES), "-shared", "-Xcompiler", "-fPIC", "-cudart=static")
-CUDA_LIBRARIES = {"products": ("products.cu", "layers.cu", "wide.cu"), "glm": ("experts.cu", "latent.cu")}
+CUDA_LIBRARIES = {"products": ("products.cu", "layers.cu", "wide.cu"), "glm": ("experts.cu", "latent.cu", "fp8.cu")}
 MIN_CAPABILITY = (8, 0)  # the first with bf16 on its tensor cores
 LAYERS_CAPABILITY = (9, 0)  # the first with copies that complete a signal in shared memory
 WIDE_CAPABILITY = (9, 0)  # the only one whose warps multiply four together
@@ -68,7 +68,7 @@ def cuda_compiler() -> str | None:
 def _suits(source: str, capability: tuple[int, int]) -> bool:
     if source == "wide.cu":
         return capability == WIDE_CAPABILITY
-    return source not in ("layers.cu", "latent.cu") or capability >= LAYERS_CAPABILITY
+    return source not in ("layers.cu", "latent.cu", "fp8.cu") or capability >= LAYERS_CAPABILITY
 
 
 def _key(program: str, flags: Sequence[str], sources: Path, processor: bytes = b"") -> str:

@@ -25,8 +25,8 @@ from shared.engine.kernels import (
 from shared.engine.kernels.cuda_experts import CudaExperts
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.experts import Experts, SharedExpert
-from shared.engine.kernels.gluon_rows import MAX_ROWS, Norm
-from shared.engine.kernels.gluon_state import KeyNorm, Rows
+from shared.engine.kernels.gluon_rows import MAX_ROWS
+from shared.engine.kernels.inputs import KeyNorm, Norm, Rows
 from shared.engine.kernels.triton_latent import Selected
 from shared.engine.kernels.triton_queries import Dims
 from shared.engine.layers.mla import KEY_NORM_EPS
