@@ -143,6 +143,23 @@ class CudaFp8:
         call(self._library, "forebay_fp8_product", out.device, ctypes.byref(product), pages, *sizes)
 
 
+@dataclass(frozen=True, slots=True)
+class Fp8Matrix:
+    """A matrix in e4m3, and who multiplies it."""
+
+    weight: Weight
+    kernels: CudaFp8
+
+    @property
+    def nbytes(self) -> int:
+        """What reading it takes."""
+        return self.weight.nbytes
+
+    def first(self, num_rows: int) -> "Fp8Matrix":
+        """So many rows of it; see `Weight.first`."""
+        return Fp8Matrix(self.weight.first(num_rows), self.kernels)
+
+
 def plan(num_rows: int, num_columns: int) -> Cut:
     """The cut that was fastest on an H100 (docs/LOG.md)."""
     return Cut(8, 3, 2) if num_columns > LONG else Cut(8, 2, 2)

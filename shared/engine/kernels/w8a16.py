@@ -52,7 +52,11 @@ def fits(num_rows: int, num_columns: int, first_row: int = 0, first_column: int 
 
 def of_blocks(codes: torch.Tensor, scales: torch.Tensor, first_row: int = 0) -> Weight:
     """Rows of a matrix with a scale for each block of 128 by 128. `scales` [blocks, K / 128] begin with the block that
-    `first_row` of the matrix, which is the first of codes [N, K], lies in."""
+    `first_row` of the matrix, which is the first of codes [N, K], lies in. Raises ValueError for others."""
+    last_row, num_columns = first_row % BLOCK + len(codes), codes.shape[1]
+    wanted = (-(-last_row // BLOCK), num_columns // COLUMNS)
+    if tuple(scales.shape) != wanted or codes.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"{codes.dtype} {list(codes.shape)} needs scales {list(wanted)}, not {list(scales.shape)}")
     tiles = torch.arange(first_row % BLOCK, first_row % BLOCK + len(codes), ROWS, device=codes.device) // BLOCK
     return Weight(codes, scales.float()[tiles].contiguous(), _none(codes))
 
