@@ -25,7 +25,7 @@ from shared.engine.kernels.w8a16 import Weight
 
 TOTAL_BYTES = 240 << 20  # of matrices that take turns: several times the cache
 GROUPS, REPLAYS = 5, 10
-CUTS = ((4, 2, 6), (4, 3, 4), (4, 4, 4), (4, 6, 3), (8, 2, 2), (8, 2, 3), (8, 3, 2), (8, 6, 1), (16, 3, 1))
+CUTS = tuple((cluster, depth) for cluster in (1, 2, 4, 8) for depth in (2, 3, 4, 6))
 # Name, rows, rows behind them in 16 bits, columns, and what goes in: the residual and what is added to it, a low query
 # in float32, both behind a norm, or something as it is.
 SHAPES = (

@@ -15,7 +15,7 @@ from shared.engine.kernels.inputs import Norm, Rows, State
 from shared.engine.kernels.w8a16 import Weight
 
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-MAX_ROWS = 32  # more read a matrix in bfloat16, made anew for them
+MAX_ROWS = 64  # more read a matrix in bfloat16, made anew for them
 LONG = 4096  # columns
 
 
@@ -25,7 +25,7 @@ class Product(ctypes.Structure):
     _fields_ = (
         *((name, Pointer) for name in ("codes", "scales", "others", "x", "delta", "gain", "out", "total")),
         *((name, Int) for name in ("num_tokens", "num_rows", "num_others", "num_columns", "x_stride", "delta_stride")),
-        *((name, Int) for name in ("wide_x", "wide_out")),
+        *((name, Int) for name in ("wide_x", "wide_out", "cluster")),
         ("eps", Float),
     )
 
@@ -44,12 +44,11 @@ class Kept(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a product is cut up: warps of a block, which share out columns; steps of 128 columns that each has asked for
-    at once; blocks that a multiprocessor has room for."""
+    """How a product is cut up: blocks that share out columns (a cluster), and how many steps of 128 columns each warp
+    has asked for at once."""
 
-    warps: int
+    cluster: int
     depth: int
-    blocks: int
 
 
 class CudaFp8:
@@ -133,14 +132,14 @@ class CudaFp8:
             norm.gain.data_ptr() if norm else None, out.data_ptr(), None,
             len(x), len(weight.codes), len(weight.others), num_columns, x.stride(0),
             delta.stride(0) if delta is not None else 0, int(x.dtype == torch.float32), int(dtype == torch.float32),
-            norm.eps if norm else 0.0,
+            eps=norm.eps if norm else 0.0,
         )  # fmt: skip
         return product, out
 
     def _launch(self, product: Product, kept: Kept | None, out: torch.Tensor, cut: Cut, *, pdl: bool) -> None:
         pages = ctypes.byref(kept) if kept else None
-        sizes = cut.warps, cut.depth, cut.blocks, int(pdl)
-        call(self._library, "forebay_fp8_product", out.device, ctypes.byref(product), pages, *sizes)
+        product.cluster = cut.cluster
+        call(self._library, "forebay_fp8_product", out.device, ctypes.byref(product), pages, cut.depth, int(pdl))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +161,9 @@ class Fp8Matrix:
 
 def plan(num_rows: int, num_columns: int) -> Cut:
     """The cut that was fastest on an H100 (docs/LOG.md)."""
-    return Cut(8, 3, 2) if num_columns > LONG else Cut(8, 2, 2)
+    steps = num_columns // w8a16.COLUMNS
+    cluster = next(size for size in ((8, 4, 2, 1) if num_columns > LONG else (4, 2, 1)) if steps % size == 0)
+    return Cut(cluster, min(4, max(2, steps // cluster)))
 
 
 def suits(weight: Weight) -> bool:
@@ -174,7 +175,7 @@ def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes."""
     library = ctypes.CDLL(str(path))
     product = ctypes.POINTER(Product)
-    library.forebay_fp8_product.argtypes = (product, ctypes.POINTER(Kept), Int, Int, Int, Int, Pointer)
+    library.forebay_fp8_product.argtypes = (product, ctypes.POINTER(Kept), Int, Int, Pointer)
     library.forebay_fp8_dequantize.argtypes = (product, Int, Pointer)
     return library
 

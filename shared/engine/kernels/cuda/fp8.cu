@@ -1,27 +1,28 @@
 // Products of few tokens with a matrix in e4m3, and what lies around them in a layer of GLM: the C side of `kernels.cuda_fp8`.
 //
-// A block computes 16 rows; its warps share out the columns, 128 at a time, and take weights straight into the registers in which
-// tensor cores want them, several steps ahead, the first ones before it waits for the kernel in front. Then it brings the tokens into
-// shared memory as fp16, behind their norm: codes are exact in fp16, and so are their products in the sums of tensor cores.
+// A block's warps have 16 rows each, the blocks of a cluster share out the columns. A warp takes weights straight into the registers
+// in which tensor cores want them, several steps ahead, the first ones before it waits for the kernel in front. Then the block brings
+// its columns of the tokens into shared memory as fp16: codes are exact in it, and so are products in the sums of tensor cores. What
+// an RMSNorm divides by is found along the way, and divided by in the end, where the blocks add up their parts in a fixed order.
 // Which columns share an instruction does not matter as long as both sides agree, so a lane takes sixteen that lie side by side.
 #include <device.cuh>
 
 namespace forebay {
 
-constexpr int ROWS = 16, EIGHT = 8, STEP = 128;  // rows of a block, tokens of it, columns with one scale
-constexpr int AT_ONCE = 4;                       // pieces of tokens that a thread asks for at once
-constexpr float SMALLER = 1.0f / 16;             // what is behind a norm: gains of up to 13,000 then fit into fp16
+constexpr int WARPS = 4, THREADS = WARPS * 32, ROWS = 16, BLOCK_ROWS = WARPS * ROWS;
+constexpr int STEP = 128;                // columns with one scale
+constexpr float SMALLER = 1.0f / 64;     // tokens are kept as fp16 times this: up to four million, and to 2^-19 apart
 
 struct Product {
     const uint8_t* codes;      // [num_rows, K]
     const float* scales;       // [num_rows / ROWS, K / STEP]
-    const __half* others;      // [num_others, K]: rows behind these that are not in e4m3, or none
+    const __half* others;      // [num_others, K]: rows behind these that are not in e4m3
     const void* x;             // [tokens, K], bf16 or float
     const __nv_bfloat16* delta;  // to be added to x, [tokens, K], or none
     const __nv_bfloat16* gain;   // of an RMSNorm, [K], or none
     void* out;                 // [tokens, num_rows + num_others], bf16 or float
     __nv_bfloat16* total;      // [tokens, K]: x and delta, or none
-    int num_tokens, num_rows, num_others, num_columns, x_stride, delta_stride, wide_x, wide_out;
+    int num_tokens, num_rows, num_others, num_columns, x_stride, delta_stride, wide_x, wide_out, cluster;
     float eps;
 };
 
@@ -37,40 +38,47 @@ struct Kept {
     float latent_eps, key_eps;
 };
 
-// Weights of a row as lanes take them: four times sixteen bytes, of row g and of row g + 8.
+// Weights of a tile as a warp's lanes take them in a step: sixteen bytes four times, two of row g and two of row g + 8. `x` is where
+// the lane's columns of the step are, of the first eight tokens, and of others each `next` bytes further.
 struct Codes {
-    static constexpr int COLUMNS = 128;
-    __device__ static int64_t first(const Product& p, int row) { return static_cast<int64_t>(row) * p.num_columns / 16; }
-    __device__ static const uint4* from(const Product& p) { return reinterpret_cast<const uint4*>(p.codes); }
-    static constexpr int SECOND = 4;  // where a lane's second sixteen bytes are, from the first, in sixteens
+    static constexpr int COLUMNS = 128, BYTES = 1, SECOND = 4;  // a lane's second sixteen bytes are so many sixteens behind the first
 
-    __device__ __forceinline__ static void add(float (&sum)[4], const uint4 (&w)[4], const char* x) {
+    template <int EIGHTS>
+    __device__ __forceinline__ static void add(float (&sums)[EIGHTS][4], const uint4 (&w)[4], float scale, const char* x, int next) {
+        float parts[EIGHTS][4] = {};
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const uint4 b[2] = {*reinterpret_cast<const uint4*>(x + h * 128), *reinterpret_cast<const uint4*>(x + h * 128 + 16)};
             const uint32_t low[4] = {w[h].x, w[h].y, w[h].z, w[h].w}, high[4] = {w[2 + h].x, w[2 + h].y, w[2 + h].z, w[2 + h].w};
 #pragma unroll
-            for (int s = 0; s < 4; s++) {
-                const uint2 near = from_fp8(low[s]), far = from_fp8(high[s]);
-                const uint4 pairs = b[s / 2];
-                multiply_half(sum, {near.x, far.x, near.y, far.y}, s % 2 ? pairs.z : pairs.x, s % 2 ? pairs.w : pairs.y);
+            for (int s = 0; s < 4; s += 2) {
+                const uint2 near = from_fp8(low[s]), far = from_fp8(high[s]), near_next = from_fp8(low[s + 1]), far_next = from_fp8(high[s + 1]);
+#pragma unroll
+                for (int m = 0; m < EIGHTS; m++) {
+                    const uint4 b = *reinterpret_cast<const uint4*>(x + m * next + h * 128 + s * 8);
+                    multiply_half(parts[m], {near.x, far.x, near.y, far.y}, b.x, b.y);
+                    multiply_half(parts[m], {near_next.x, far_next.x, near_next.y, far_next.y}, b.z, b.w);
+                }
             }
         }
+#pragma unroll
+        for (int m = 0; m < EIGHTS; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[m][i] += parts[m][i] * scale;
     }
 };
 struct Halves {
-    static constexpr int COLUMNS = 64;
-    __device__ static int64_t first(const Product& p, int row) { return static_cast<int64_t>(row) * p.num_columns / 8; }
-    __device__ static const uint4* from(const Product& p) { return reinterpret_cast<const uint4*>(p.others); }
-    static constexpr int SECOND = 1;
+    static constexpr int COLUMNS = 64, BYTES = 2, SECOND = 1;
 
-    __device__ __forceinline__ static void add(float (&sum)[4], const uint4 (&w)[4], const char* x) {
+    template <int EIGHTS>
+    __device__ __forceinline__ static void add(float (&sums)[EIGHTS][4], const uint4 (&w)[4], float, const char* x, int next) {
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const uint4 b = *reinterpret_cast<const uint4*>(x + h * 16);
-            multiply_half(sum, {w[h].x, w[2 + h].x, w[h].y, w[2 + h].y}, b.x, b.y);
-            multiply_half(sum, {w[h].z, w[2 + h].z, w[h].w, w[2 + h].w}, b.z, b.w);
-        }
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int m = 0; m < EIGHTS; m++) {
+                const uint4 b = *reinterpret_cast<const uint4*>(x + m * next + h * 16);
+                multiply_half(sums[m], {w[h].x, w[2 + h].x, w[h].y, w[2 + h].y}, b.x, b.y);
+                multiply_half(sums[m], {w[h].z, w[2 + h].z, w[h].w, w[2 + h].w}, b.z, b.w);
+            }
     }
 };
 
@@ -95,150 +103,120 @@ __device__ __forceinline__ uint4 eight(const Product& p, int token, int place) {
     return make_uint4(pair(a.x, a.y), pair(a.z, a.w), pair(b.x, b.y), pair(b.z, b.w));
 }
 
-// A token's row in shared memory, in bytes: sixteen more than its values, so that rows begin in other banks.
-__device__ __forceinline__ int row_bytes(int num_columns) { return num_columns * 2 + 16; }
+// The columns of a block: so many from `first` on.
+struct Share {
+    int first, size;
 
-// Tokens into shared memory as fp16, behind their norm or, where there is none, scaled by a power of two that keeps them in range; what
-// undoes that is left in `factors`. `found` has room for a number of each warp and token. Some blocks write each a part of `total`.
-template <int TOKENS, int WARPS>
-__device__ __forceinline__ void stage(const Product& p, int first_token, char* tokens, float* found, float* factors) {
-    constexpr int THREADS = WARPS * 32, SOME = TOKENS < AT_ONCE ? TOKENS : AT_ONCE, PIECES = AT_ONCE / SOME;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = row_bytes(p.num_columns), pieces = p.num_columns / 8;
-    const bool normed = p.gain != nullptr;
+    // A token's row in shared memory, in bytes: sixteen more than its values, so that rows begin in other banks.
+    __device__ int row_bytes() const { return size * 2 + 16; }
+};
+
+// This block's columns of the tokens into shared memory, and in `squares` the sums of theirs. Blocks of other rows write each a part
+// of `total`.
+template <int TOKENS>
+__device__ __forceinline__ void stage(const Product& p, const Share& share, int first_token, int group, int num_groups, char* tokens, float* squares) {
+    constexpr int WARPS_OF_TOKEN = TOKENS < WARPS ? WARPS / TOKENS : 1, BESIDE = WARPS / WARPS_OF_TOKEN;
+    constexpr int EACH = TOKENS / BESIDE, SOME = EACH < 2 ? EACH : 2, PIECES = WARPS_OF_TOKEN == 1 ? 3 : WARPS_OF_TOKEN == 2 ? 2 : 1;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = share.size / 8;
+    const int begin = warp % WARPS_OF_TOKEN * 32 + lane, stride = WARPS_OF_TOKEN * 32, row = share.row_bytes();
+#pragma unroll 1
+    for (int each = 0; each < EACH; each += SOME) {
+        float sums[SOME] = {};
+        for (int base = begin; base < pieces; base += stride * PIECES) {
+            uint4 value[PIECES][SOME], other[PIECES][SOME], gain[PIECES];
 #pragma unroll
-    for (int begin = 0; begin < TOKENS; begin += SOME) {
-        float reduced[SOME] = {};
-        for (int base = threadIdx.x; base < pieces; base += THREADS * PIECES) {
-            uint4 value[PIECES][SOME], other[PIECES][SOME];
-#pragma unroll
-            for (int i = 0; i < PIECES; i++)
+            for (int i = 0; i < PIECES; i++) {
+                const int place = min(base + i * stride, pieces - 1), at = share.first / 8 + place;
+                if (p.gain != nullptr) gain[i] = *reinterpret_cast<const uint4*>(p.gain + at * 8);
 #pragma unroll
                 for (int n = 0; n < SOME; n++) {
-                    const int place = base + i * THREADS, token = first_token + begin + n;
-                    value[i][n] = other[i][n] = make_uint4(0, 0, 0, 0);
-                    if (place >= pieces || token >= p.num_tokens) continue;
-                    value[i][n] = eight(p, token, place);
-                    if (p.delta != nullptr) other[i][n] = fresh(static_cast<const void*>(p.delta + static_cast<int64_t>(token) * p.delta_stride + place * 8));
+                    const int token = min(first_token + warp / WARPS_OF_TOKEN + (each + n) * BESIDE, p.num_tokens - 1);
+                    value[i][n] = eight(p, token, at);
+                    if (p.delta != nullptr) other[i][n] = fresh(static_cast<const void*>(p.delta + static_cast<int64_t>(token) * p.delta_stride + at * 8));
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < PIECES; i++) {
+                const int place = base + i * stride;
+                if (place >= pieces) continue;
+                float gains[8];
+                const uint32_t both[4] = {gain[i].x, gain[i].y, gain[i].z, gain[i].w};
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    gains[2 * k] = p.gain != nullptr ? first_of(both[k]) * SMALLER : SMALLER;
+                    gains[2 * k + 1] = p.gain != nullptr ? second_of(both[k]) * SMALLER : SMALLER;
                 }
 #pragma unroll
-            for (int i = 0; i < PIECES; i++)
-#pragma unroll
                 for (int n = 0; n < SOME; n++) {
-                    const int place = base + i * THREADS, token = first_token + begin + n;
-                    if (place >= pieces) continue;
-                    if (p.delta != nullptr) value[i][n] = added(value[i][n], other[i][n]);
-                    *reinterpret_cast<uint4*>(tokens + (begin + n) * row + place * 16) = value[i][n];
-                    if (p.total != nullptr && place % gridDim.x == blockIdx.x && token < p.num_tokens)
-                        *reinterpret_cast<uint4*>(p.total + static_cast<int64_t>(token) * p.num_columns + place * 8) = value[i][n];
-                    const uint32_t pairs[4] = {value[i][n].x, value[i][n].y, value[i][n].z, value[i][n].w};
+                    const int own = warp / WARPS_OF_TOKEN + (each + n) * BESIDE, token = first_token + own;
+                    const uint4 v = p.delta != nullptr ? added(value[i][n], other[i][n]) : value[i][n];
+                    if (p.total != nullptr && place % num_groups == group && token < p.num_tokens)
+                        *reinterpret_cast<uint4*>(p.total + static_cast<int64_t>(token) * p.num_columns + share.first + place * 8) = v;
+                    const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+                    uint32_t halves[4];
 #pragma unroll
                     for (int k = 0; k < 4; k++) {
                         const float a = first_of(pairs[k]), b = second_of(pairs[k]);
-                        reduced[n] = normed ? reduced[n] + a * a + b * b : fmaxf(reduced[n], fmaxf(fabsf(a), fabsf(b)));
+                        sums[n] += a * a + b * b;
+                        halves[k] = as_halves(a * gains[2 * k], b * gains[2 * k + 1]);
                     }
+                    *reinterpret_cast<uint4*>(tokens + own * row + place * 16) = make_uint4(halves[0], halves[1], halves[2], halves[3]);
                 }
+            }
         }
 #pragma unroll
         for (int n = 0; n < SOME; n++) {
-            for (int i = 16; i; i /= 2) {
-                const float theirs = __shfl_xor_sync(~0u, reduced[n], i);
-                reduced[n] = normed ? reduced[n] + theirs : fmaxf(reduced[n], theirs);
+            for (int i = 16; i; i /= 2) sums[n] += __shfl_xor_sync(~0u, sums[n], i);
+            if (lane == 0) squares[warp % WARPS_OF_TOKEN * TOKENS + warp / WARPS_OF_TOKEN + (each + n) * BESIDE] = sums[n];
+        }
+    }
+    __syncthreads();
+    if (WARPS_OF_TOKEN > 1) {  // the first of them has the sum of all once the block has met again
+        if (threadIdx.x < TOKENS)
+            for (int w = 1; w < WARPS_OF_TOKEN; w++) squares[threadIdx.x] += squares[w * TOKENS + threadIdx.x];
+    }
+}
+
+// What a warp has of a product: a tile of rows, of which it reads so many steps of the block's columns.
+template <class Weights, int DEPTH>
+struct Tile {
+    const uint4 *near, *far;
+    const float* scales;
+    int num_steps;
+
+    __device__ Tile(const Product& p, const Share& share, int tile) {
+        const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+        const void* const from = Weights::BYTES == 1 ? static_cast<const void*>(p.codes) : p.others;
+        const int64_t row = static_cast<int64_t>(p.num_columns) * Weights::BYTES / 16;  // in sixteens
+        near = static_cast<const uint4*>(from) + (tile * ROWS + g) * row + share.first * Weights::BYTES / 16 + q * Weights::BYTES;
+        far = near + 8 * row;
+        scales = p.scales + static_cast<int64_t>(tile) * (p.num_columns / STEP) + share.first / STEP;
+        num_steps = share.size / Weights::COLUMNS;
+    }
+    __device__ __forceinline__ void load(uint4 (&into)[4], float& scale, int step) const {
+        const int at = step * (STEP / 16);
+        into[0] = stream(near + at), into[1] = stream(near + at + Weights::SECOND);
+        into[2] = stream(far + at), into[3] = stream(far + at + Weights::SECOND);
+        if (Weights::BYTES == 1) scale = __uint_as_float(stream(reinterpret_cast<const uint32_t*>(scales + step)));
+    }
+    __device__ __forceinline__ void begin(uint4 (&ahead)[DEPTH][4], float (&scale)[DEPTH]) const {
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++)
+            if (d < num_steps) load(ahead[d], scale[d], d);
+    }
+    template <int EIGHTS>
+    __device__ __forceinline__ void finish(float (&sums)[EIGHTS][4], uint4 (&ahead)[DEPTH][4], float (&scale)[DEPTH], const char* x, int next) const {
+        for (int base = 0; base < num_steps; base += DEPTH) {
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) {
+                if (base + d >= num_steps) break;
+                Weights::add(sums, ahead[d], scale[d], x + (base + d) * Weights::COLUMNS * 2, next);
+                if (base + d + DEPTH < num_steps) load(ahead[d], scale[d], base + d + DEPTH);
             }
-            if (lane == 0) found[warp * TOKENS + begin + n] = reduced[n];
         }
     }
-    __syncthreads();
-    if (threadIdx.x < TOKENS) {
-        float all = 0;
-        for (int w = 0; w < WARPS; w++) all = normed ? all + found[w * TOKENS + threadIdx.x] : fmaxf(all, found[w * TOKENS + threadIdx.x]);
-        const uint32_t exponent = min(254u, max(15u, __float_as_uint(all) >> 23));
-        factors[threadIdx.x] = normed ? 1 / SMALLER : __uint_as_float((exponent - 14) << 23);
-        factors[TOKENS + threadIdx.x] = normed ? rsqrtf(all / p.num_columns + p.eps) * SMALLER : __uint_as_float((268 - exponent) << 23);
-    }
-    __syncthreads();
-    for (int place = threadIdx.x; place < pieces; place += THREADS) {
-        float gains[8] = {1, 1, 1, 1, 1, 1, 1, 1};
-        if (normed) {
-            const uint4 gain = *reinterpret_cast<const uint4*>(p.gain + place * 8);
-            const uint32_t pairs[4] = {gain.x, gain.y, gain.z, gain.w};
-#pragma unroll
-            for (int k = 0; k < 4; k++) gains[2 * k] = first_of(pairs[k]), gains[2 * k + 1] = second_of(pairs[k]);
-        }
-#pragma unroll
-        for (int n = 0; n < TOKENS; n++) {
-            auto* at = reinterpret_cast<uint4*>(tokens + n * row + place * 16);
-            const uint32_t pairs[4] = {at->x, at->y, at->z, at->w};
-            const float scale = factors[TOKENS + n];
-            uint32_t halves[4];
-#pragma unroll
-            for (int k = 0; k < 4; k++) halves[k] = as_halves(first_of(pairs[k]) * scale * gains[2 * k], second_of(pairs[k]) * scale * gains[2 * k + 1]);
-            *at = make_uint4(halves[0], halves[1], halves[2], halves[3]);
-        }
-    }
-    __syncthreads();
-}
+};
 
-// One block's rows of a product, from `row` on of its kind of weights, written from `out_row` on.
-template <class Weights, int TOKENS, int WARPS, int DEPTH>
-__device__ __forceinline__ void compute(const Product& p, int row, int out_row, int first_token) {
-    constexpr int THREADS = WARPS * 32;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const int all = p.num_columns / Weights::COLUMNS, num_steps = (all - warp + WARPS - 1) / WARPS;
-    const uint4* const near = Weights::from(p) + Weights::first(p, row + g) + (Weights::SECOND == 1 ? 2 * q : q);
-    const uint4* const far = near + Weights::first(p, 8);
-    const float* const scales = p.scales + static_cast<int64_t>(row / ROWS) * (p.num_columns / STEP);
-    constexpr int PER_STEP = 8;  // sixteens of a row
-    uint4 ahead[DEPTH][4];
-    float scale_ahead[DEPTH];
-    const auto load = [&](int d, int step) {
-        const int at = warp + step * WARPS;
-        ahead[d][0] = stream(near + at * PER_STEP), ahead[d][1] = stream(near + at * PER_STEP + Weights::SECOND);
-        ahead[d][2] = stream(far + at * PER_STEP), ahead[d][3] = stream(far + at * PER_STEP + Weights::SECOND);
-        scale_ahead[d] = Weights::COLUMNS == STEP ? __uint_as_float(stream(reinterpret_cast<const uint32_t*>(scales + at))) : 1.0f;
-    };
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++)
-        if (d < num_steps) load(d, d);
-
-    char* const tokens = reinterpret_cast<char*>(dynamic_shared());
-    float* const parts = reinterpret_cast<float*>(tokens + TOKENS * row_bytes(p.num_columns));  // [WARPS][TOKENS][ROWS]
-    float* const factors = parts + WARPS * TOKENS * ROWS;
-    let_dependents_start();
-    wait_for_inputs(p.x);
-    stage<TOKENS, WARPS>(p, first_token, tokens, parts, factors);
-
-    float sums[4] = {};
-    const char* const x = tokens + g % TOKENS * row_bytes(p.num_columns) + q * 32;
-    for (int base = 0; base < num_steps; base += DEPTH) {
-#pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            if (base + d >= num_steps) break;
-            float part[4] = {};
-            Weights::add(part, ahead[d], x + (warp + (base + d) * WARPS) * Weights::COLUMNS * 2);
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[i] += part[i] * scale_ahead[d];
-            if (base + d + DEPTH < num_steps) load(d, base + d + DEPTH);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int n = q * 2 + i % 2;
-        if (n < TOKENS) parts[(warp * TOKENS + n) * ROWS + g + i / 2 * 8] = sums[i];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < TOKENS * ROWS; i += THREADS) {
-        const int token = first_token + i / ROWS;
-        if (token >= p.num_tokens) continue;
-        float sum = 0;
-        for (int w = 0; w < WARPS; w++) sum += parts[w * TOKENS * ROWS + i];
-        sum *= factors[i / ROWS];
-        const int64_t at = static_cast<int64_t>(token) * (p.num_rows + p.num_others) + out_row + i % ROWS;
-        if (p.wide_out) static_cast<float*>(p.out)[at] = sum;
-        else static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16(sum);
-    }
-}
-
-template <int WARPS>
 __device__ __forceinline__ float sum_of_block(float value, float* found) {
     for (int i = 16; i; i /= 2) value += __shfl_xor_sync(~0u, value, i);
     __syncthreads();
@@ -256,9 +234,7 @@ __device__ __forceinline__ void turn(const Kept& k, int token, int pair, float e
 __device__ __forceinline__ float rounded(float value) { return __bfloat162float(__float2bfloat16(value)); }
 
 // What lies behind the columns of x that are multiplied, behind its norms and rotation, into the token's slot.
-template <int WARPS>
 __device__ __forceinline__ void append(const Product& p, const Kept& k, int token, float* found) {
-    constexpr int THREADS = WARPS * 32;
     const int slot = k.slots[token], thread = threadIdx.x;
     if (slot < 0) return;
     const float* const from = static_cast<const float*>(p.x) + static_cast<int64_t>(token) * p.x_stride + p.num_columns;
@@ -266,7 +242,7 @@ __device__ __forceinline__ void append(const Product& p, const Kept& k, int toke
     __nv_bfloat16* const latent = k.latents + page * k.latent_page + place * (k.latent + 2 * k.half);
     float squares = 0;
     for (int i = thread; i < k.latent; i += THREADS) squares += fresh(from + i) * fresh(from + i);
-    const float scale = rsqrtf(sum_of_block<WARPS>(squares, found) / k.latent + k.latent_eps);
+    const float scale = rsqrtf(sum_of_block(squares, found) / k.latent + k.latent_eps);
     for (int i = thread; i < k.latent; i += THREADS)
         latent[i] = __float2bfloat16(rounded(fresh(from + i) * scale) * __bfloat162float(k.latent_gain[i]));
     const float* const turned = from + k.latent;
@@ -275,28 +251,70 @@ __device__ __forceinline__ void append(const Product& p, const Kept& k, int toke
     const float* const key = turned + 2 * k.half;
     float sum = 0, spread = 0;
     for (int i = thread; i < k.key; i += THREADS) sum += fresh(key + i);
-    const float mean = sum_of_block<WARPS>(sum, found) / k.key;
+    const float mean = sum_of_block(sum, found) / k.key;
     for (int i = thread; i < k.key; i += THREADS) spread += (fresh(key + i) - mean) * (fresh(key + i) - mean);
-    const float by = rsqrtf(sum_of_block<WARPS>(spread, found) / k.key + k.key_eps);
+    const float by = rsqrtf(sum_of_block(spread, found) / k.key + k.key_eps);
     const auto normed = [&](int i) { return rounded((fresh(key + i) - mean) * by * k.key_gain[i] + k.key_bias[i]); };
     for (int i = thread; i < k.key / 2; i += THREADS)
         turn(k, token, i, normed(2 * i), normed(2 * i + 1), k.keys + page * k.key_page + place * k.key);
 }
 
-// Rows that are not in e4m3 first, since there is more of them to read; behind all rows what tokens leave in their pages.
-template <int TOKENS, int WARPS, int DEPTH, int BLOCKS>
-__global__ void __launch_bounds__(WARPS * 32, BLOCKS) product(const __grid_constant__ Product p, const __grid_constant__ Kept kept) {
-    const int others = p.num_others / ROWS, tiles = others + p.num_rows / ROWS, block = blockIdx.x;
-    const int first_token = blockIdx.y * EIGHT;
-    if (block >= tiles) {
+// Tiles that are not in e4m3 first, since there is more of them to read; behind all rows what tokens leave in their pages.
+template <int TOKENS, int DEPTH>
+__global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Product p, const __grid_constant__ Kept kept) {
+    constexpr int EIGHTS = TOKENS < 8 ? 1 : TOKENS / 8;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    const int others = p.num_others / ROWS, tiles = others + p.num_rows / ROWS, num_groups = (tiles + WARPS - 1) / WARPS;
+    const int group = blockIdx.x / p.cluster, rank = blockIdx.x % p.cluster, first_token = blockIdx.y * TOKENS;
+    if (group >= num_groups) {
         let_dependents_start();
         wait_for_inputs(p.x);
-        if (blockIdx.y == 0) append<WARPS>(p, kept, block - tiles, dynamic_shared());
-    } else if (block >= others) {
-        compute<Codes, TOKENS, WARPS, DEPTH>(p, (block - others) * ROWS, (block - others) * ROWS, first_token);
-    } else {
-        compute<Halves, TOKENS, WARPS, DEPTH>(p, block * ROWS, p.num_rows + block * ROWS, first_token);
+        const int token = (group - num_groups) * p.cluster + rank;
+        if (blockIdx.y == 0 && token < p.num_tokens) append(p, kept, token, dynamic_shared());
+        return;
     }
+    const int tile = group * WARPS + warp;
+    const Share share{rank * (p.num_columns / p.cluster), p.num_columns / p.cluster};
+    const bool coded = tile >= others;
+    const Tile<Codes, DEPTH> codes(p, share, min(tile, tiles - 1) - others);
+    const Tile<Halves, DEPTH> halves(p, share, tile);
+    uint4 ahead[DEPTH][4];
+    float scale[DEPTH];
+    if (tile < tiles) coded ? codes.begin(ahead, scale) : halves.begin(ahead, scale);
+
+    char* const tokens = reinterpret_cast<char*>(dynamic_shared());
+    float* const parts = reinterpret_cast<float*>(tokens + TOKENS * share.row_bytes());  // [TOKENS][BLOCK_ROWS]
+    float* const squares = parts + TOKENS * BLOCK_ROWS;                                  // of all warps of a token
+    let_dependents_start();
+    wait_for_inputs(p.x);
+    stage<TOKENS>(p, share, first_token, group, num_groups, tokens, squares);
+
+    float sums[EIGHTS][4] = {};
+    const char* const x = tokens + g % TOKENS * share.row_bytes() + q * 32;
+    if (tile < tiles) coded ? codes.finish(sums, ahead, scale, x, 8 * share.row_bytes()) : halves.finish(sums, ahead, scale, x, 8 * share.row_bytes());
+#pragma unroll
+    for (int m = 0; m < EIGHTS; m++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int n = m * 8 + q * 2 + i % 2;
+            if (n < TOKENS) parts[n * BLOCK_ROWS + warp * ROWS + g + i / 2 * 8] = sums[m][i];
+        }
+    p.cluster > 1 ? Cluster::sync() : __syncthreads();
+    for (int i = rank * THREADS + threadIdx.x; i < TOKENS * BLOCK_ROWS; i += p.cluster * THREADS) {
+        const int n = i / BLOCK_ROWS, token = first_token + n, own = group * WARPS + i % BLOCK_ROWS / ROWS;
+        if (token >= p.num_tokens || own >= tiles) continue;
+        float sum = 0, all = 0;
+        for (int r = 0; r < p.cluster; r++) {
+            const float* const theirs = p.cluster > 1 ? Cluster::of(parts, r) : parts;
+            sum += theirs[i], all += theirs[TOKENS * BLOCK_ROWS + n];
+        }
+        sum *= p.gain != nullptr ? rsqrtf(all / p.num_columns + p.eps) / SMALLER : 1 / SMALLER;
+        const int row = (own < others ? p.num_rows / ROWS + own : own - others) * ROWS + i % ROWS;
+        const int64_t at = static_cast<int64_t>(token) * (p.num_rows + p.num_others) + row;
+        if (p.wide_out) static_cast<float*>(p.out)[at] = sum;
+        else static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16(sum);
+    }
+    if (p.cluster > 1) Cluster::sync();  // nobody leaves while others read from it
 }
 
 // The matrix in bf16, without the others; a thread has sixteen codes.
@@ -321,41 +339,38 @@ __global__ void __launch_bounds__(256) dequantize(const __grid_constant__ Produc
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, bool early, cudaStream_t stream, const Arguments&... arguments) {
-    cudaLaunchAttribute attributes[1];
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int cluster, bool early, cudaStream_t stream, const Arguments&... arguments) {
+    cudaLaunchAttribute attributes[2];
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[0].val.programmaticStreamSerializationAllowed = early;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
-    config.attrs = attributes, config.numAttrs = early;
+    config.attrs = attributes, config.numAttrs = cluster > 1 ? 2 : 1;
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-template <int TOKENS, int WARPS, int DEPTH, int BLOCKS>
+template <int TOKENS, int DEPTH>
 cudaError_t run(const Product& p, const Kept* kept, bool early, cudaStream_t stream) {
-    const size_t shared = TOKENS * (p.num_columns * 2 + 16) + sizeof(float) * (WARPS * TOKENS * ROWS + 2 * TOKENS);
-    auto* kernel = product<TOKENS, WARPS, DEPTH, BLOCKS>;
+    const size_t shared = TOKENS * (p.num_columns / p.cluster * 2 + 16) + sizeof(float) * TOKENS * (BLOCK_ROWS + WARPS);
+    auto* kernel = product<TOKENS, DEPTH>;
     if (shared > 40 << 10) {
         const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
         if (error != cudaSuccess) return error;
     }
-    const int blocks = (p.num_rows + p.num_others) / ROWS + (kept ? p.num_tokens : 0);
-    const dim3 grid(blocks, (p.num_tokens + EIGHT - 1) / EIGHT);
-    return launch(kernel, grid, WARPS * 32, shared, early, stream, p, kept ? *kept : Kept{});
+    const int groups = ((p.num_rows + p.num_others) / ROWS + WARPS - 1) / WARPS, keepers = kept ? (p.num_tokens + p.cluster - 1) / p.cluster : 0;
+    const dim3 grid((groups + keepers) * p.cluster, (p.num_tokens + TOKENS - 1) / TOKENS);
+    return launch(kernel, grid, THREADS, shared, p.cluster, early, stream, p, kept ? *kept : Kept{});
 }
 
 template <int TOKENS>
-cudaError_t run(const Product& p, const Kept* kept, int warps, int depth, int blocks, bool early, cudaStream_t stream) {
-    switch (warps * 100 + depth * 10 + blocks) {
-        case 426: return run<TOKENS, 4, 2, 6>(p, kept, early, stream);
-        case 434: return run<TOKENS, 4, 3, 4>(p, kept, early, stream);
-        case 444: return run<TOKENS, 4, 4, 4>(p, kept, early, stream);
-        case 463: return run<TOKENS, 4, 6, 3>(p, kept, early, stream);
-        case 822: return run<TOKENS, 8, 2, 2>(p, kept, early, stream);
-        case 823: return run<TOKENS, 8, 2, 3>(p, kept, early, stream);
-        case 832: return run<TOKENS, 8, 3, 2>(p, kept, early, stream);
-        case 861: return run<TOKENS, 8, 6, 1>(p, kept, early, stream);
-        case 1631: return run<TOKENS, 16, 3, 1>(p, kept, early, stream);
+cudaError_t run(const Product& p, const Kept* kept, int depth, bool early, cudaStream_t stream) {
+    switch (depth) {
+        case 2: return run<TOKENS, 2>(p, kept, early, stream);
+        case 3: return run<TOKENS, 3>(p, kept, early, stream);
+        case 4: return run<TOKENS, 4>(p, kept, early, stream);
+        case 6: return run<TOKENS, 6>(p, kept, early, stream);
         default: return cudaErrorInvalidValue;
     }
 }
@@ -365,16 +380,19 @@ cudaError_t run(const Product& p, const Kept* kept, int warps, int depth, int bl
 extern "C" {
 
 // Each returns a cudaError_t. Without `kept` nothing is written into pages.
-int forebay_fp8_product(const forebay::Product* p, const forebay::Kept* kept, int warps, int depth, int blocks, int early, void* stream) {
+int forebay_fp8_product(const forebay::Product* p, const forebay::Kept* kept, int depth, int early, void* stream) {
     auto* s = static_cast<cudaStream_t>(stream);
-    if (p->num_tokens == 1) return forebay::run<1>(*p, kept, warps, depth, blocks, early, s);
-    if (p->num_tokens == 2) return forebay::run<2>(*p, kept, warps, depth, blocks, early, s);
-    if (p->num_tokens <= 4) return forebay::run<4>(*p, kept, warps, depth, blocks, early, s);
-    return forebay::run<forebay::EIGHT>(*p, kept, warps, depth, blocks, early, s);
+    if (p->cluster < 1 || p->num_columns % (forebay::STEP * p->cluster)) return cudaErrorInvalidValue;
+    if (p->num_tokens == 1) return forebay::run<1>(*p, kept, depth, early, s);
+    if (p->num_tokens == 2) return forebay::run<2>(*p, kept, depth, early, s);
+    if (p->num_tokens <= 4) return forebay::run<4>(*p, kept, depth, early, s);
+    if (p->num_tokens <= 8) return forebay::run<8>(*p, kept, depth, early, s);
+    if (p->num_tokens <= 16) return forebay::run<16>(*p, kept, depth, early, s);
+    return forebay::run<32>(*p, kept, depth, early, s);
 }
 
 int forebay_fp8_dequantize(const forebay::Product* p, int early, void* stream) {
     const int64_t threads = static_cast<int64_t>(p->num_rows) * (p->num_columns / 16);
-    return forebay::launch(forebay::dequantize, dim3(static_cast<unsigned>((threads + 255) / 256)), 256, 0, early, static_cast<cudaStream_t>(stream), *p);
+    return forebay::launch(forebay::dequantize, dim3(static_cast<unsigned>((threads + 255) / 256)), 256, 0, 1, early, static_cast<cudaStream_t>(stream), *p);
 }
 }
