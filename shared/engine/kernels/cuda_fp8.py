@@ -15,8 +15,8 @@ from shared.engine.kernels.inputs import Norm, Rows, State
 from shared.engine.kernels.w8a16 import Weight
 
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-MAX_ROWS = 64  # more read a matrix in bfloat16, made anew for them
-LONG = 4096  # columns
+MAX_ROWS = 32  # more read a matrix in bfloat16, made anew for them
+LONG, TALL = 4096, 4096  # columns, and rows
 
 
 class Product(ctypes.Structure):
@@ -160,10 +160,11 @@ class Fp8Matrix:
 
 
 def plan(num_rows: int, num_columns: int) -> Cut:
-    """The cut that was fastest on an H100 (docs/LOG.md)."""
-    steps = num_columns // w8a16.COLUMNS
-    cluster = next(size for size in ((8, 4, 2, 1) if num_columns > LONG else (4, 2, 1)) if steps % size == 0)
-    return Cut(cluster, min(4, max(2, steps // cluster)))
+    """The cut that was fastest (docs/LOG.md): so many blocks that a warp asks for most of what it reads at once, as far
+    as all of them find a place at once."""
+    steps, long = num_columns // w8a16.COLUMNS, num_columns > LONG
+    cluster = next(size for size in ((8, 4, 2, 1) if long else (4, 2, 1)) if steps % size == 0)
+    return Cut(cluster, 4 if long or num_rows <= TALL else 3)
 
 
 def suits(weight: Weight) -> bool:
@@ -177,6 +178,8 @@ def load(path: Path) -> ctypes.CDLL:
     product = ctypes.POINTER(Product)
     library.forebay_fp8_product.argtypes = (product, ctypes.POINTER(Kept), Int, Int, Pointer)
     library.forebay_fp8_dequantize.argtypes = (product, Int, Pointer)
+    if hasattr(library, "forebay_error"):  # as among all kernels of GLM
+        library.forebay_error.argtypes, library.forebay_error.restype = (Int,), ctypes.c_char_p
     return library
 
 
