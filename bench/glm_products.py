@@ -25,7 +25,7 @@ from shared.engine.kernels.w8a16 import Weight
 
 TOTAL_BYTES = 240 << 20  # of matrices that take turns: several times the cache
 GROUPS, REPLAYS = 5, 10
-CUTS = tuple((cluster, depth) for cluster in (2, 4, 8) for depth in (3, 4))
+CUTS = tuple((cluster, depth) for cluster in (2, 4, 8) for depth in (3, 4, 6))
 # Name, rows, rows behind them in 16 bits, columns, and what goes in: the residual and what is added to it, a low query
 # in float32, both behind a norm, or something as it is.
 SHAPES = (

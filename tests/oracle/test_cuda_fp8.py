@@ -12,7 +12,7 @@ from shared.models.store import default_cache
 from tests.oracle.emulated_cuda import compiled
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-CUTS = tuple((cluster, depth) for cluster in (2, 4, 8) for depth in (3, 4))
+CUTS = tuple((cluster, depth) for cluster in (2, 4, 8) for depth in (3, 4, 6))
 PAGE_SIZE, LATENT, HALF, INDEX = 4, 64, 8, 32
 
 
@@ -97,7 +97,7 @@ def require_state(kernels: CudaFp8, num_tokens: int, full: bool, device: torch.d
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "cut"), [(1, (4, 3)), (2, (1, 4)), (3, (2, 4)), (4, (4, 3)), (5, (2, 3)), (8, (4, 4)), (12, (4, 3)), (33, (2, 4))]
+    ("num_tokens", "cut"), [(1, (4, 3)), (2, (1, 4)), (3, (2, 4)), (4, (4, 3)), (5, (2, 6)), (8, (4, 6)), (12, (4, 3)), (33, (2, 4))]
 )
 def test_products_equal_torchs(num_tokens: int, cut: tuple[int, int], emulated: CudaFp8) -> None:
     require_product(emulated, num_tokens, (48, 32, 1536), Cut(*cut), CPU)

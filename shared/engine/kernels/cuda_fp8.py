@@ -16,7 +16,7 @@ from shared.engine.kernels.w8a16 import Weight
 
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 MAX_ROWS = 32  # more read a matrix in bfloat16, made anew for them
-LONG, TALL = 4096, 4096  # columns, and rows
+LONG, FULL = 4096, 3000  # columns, and rows of which a cluster of eight blocks leaves none without a place
 
 
 class Product(ctypes.Structure):
@@ -72,7 +72,7 @@ class CudaFp8:
         A float32 x is rounded to bfloat16 first. Rows of x and of what is added to it may be strided.
         """
         product, out = self._product(x, weight, norm, dtype)
-        self._launch(product, None, out, cut or plan(*weight.shape), pdl=pdl)
+        self._launch(product, None, out, cut or plan(*weight.shape, len(x)), pdl=pdl)
         return out
 
     def linear_keeping(
@@ -82,7 +82,7 @@ class CudaFp8:
         product, out = self._product(x, weight, norm, torch.float32)
         total = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
         product.total = total.data_ptr()
-        self._launch(product, None, out, cut or plan(*weight.shape), pdl=pdl)
+        self._launch(product, None, out, cut or plan(*weight.shape, len(x)), pdl=pdl)
         return out, total
 
     def queries_and_state(
@@ -108,7 +108,7 @@ class CudaFp8:
             latents.shape[2] - 2 * half, half, keys.shape[2] if keys is not None and full else 0, latents.shape[1],
             state.latent_eps, key_norm.eps if key_norm else 0.0,
         )  # fmt: skip
-        self._launch(product, kept, out, cut or plan(*weight.shape), pdl=pdl)
+        self._launch(product, kept, out, cut or plan(*weight.shape, len(low)), pdl=pdl)
         return out
 
     def plain(self, weight: Weight, *, pdl: bool = True) -> torch.Tensor:
@@ -159,12 +159,20 @@ class Fp8Matrix:
         return Fp8Matrix(self.weight.first(num_rows), self.kernels)
 
 
-def plan(num_rows: int, num_columns: int) -> Cut:
-    """The cut that was fastest (docs/LOG.md): so many blocks that a warp asks for most of what it reads at once, as far
-    as all of them find a place at once."""
-    steps, long = num_columns // w8a16.COLUMNS, num_columns > LONG
-    cluster = next(size for size in ((8, 4, 2, 1) if long else (4, 2, 1)) if steps % size == 0)
-    return Cut(cluster, 4 if long or num_rows <= TALL else 3)
+def plan(num_rows: int, num_columns: int, num_tokens: int) -> Cut:
+    """The cut that was fastest (docs/LOG.md): a warp asks at once for most of what it reads, as far as all blocks then
+    find a place at once. More registers go to more tokens, and fewer blocks do."""
+    if num_columns > LONG:
+        return _cut(num_columns, 8, 4 if num_tokens <= 4 and num_rows <= FULL else 3)
+    if num_rows <= FULL:
+        return _cut(num_columns, 8, 3)
+    return _cut(num_columns, 4, 3) if 1 < num_tokens <= 4 else _cut(num_columns, 2, 6)
+
+
+def _cut(num_columns: int, cluster: int, depth: int) -> Cut:
+    """With the largest cluster up to that one which has whole steps for each block."""
+    steps = num_columns // w8a16.COLUMNS
+    return Cut(next(size for size in (8, 4, 2, 1) if size <= cluster and steps % size == 0), depth)
 
 
 def suits(weight: Weight) -> bool:

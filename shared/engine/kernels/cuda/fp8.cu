@@ -11,7 +11,7 @@ namespace forebay {
 
 constexpr int WARPS = 4, THREADS = WARPS * 32, ROWS = 16, BLOCK_ROWS = WARPS * ROWS;
 constexpr int STEP = 128;                // columns with one scale
-constexpr int MAX_CLUSTER = 8;           // blocks; four of them find a place on a multiprocessor
+constexpr int MAX_CLUSTER = 8;           // blocks
 constexpr float SMALLER = 1.0f / 64;     // tokens are kept as fp16 times this: up to four million, and to 2^-19 apart
 
 struct Product {
@@ -117,7 +117,7 @@ struct Share {
 template <int TOKENS>
 __device__ __forceinline__ void stage(const Product& p, const Share& share, int first_token, int group, int num_groups, char* tokens, float* squares) {
     constexpr int WARPS_OF_TOKEN = TOKENS < WARPS ? WARPS / TOKENS : 1, BESIDE = WARPS / WARPS_OF_TOKEN;
-    constexpr int EACH = TOKENS / BESIDE, SOME = 1, PIECES = WARPS_OF_TOKEN == 1 ? 3 : WARPS_OF_TOKEN == 2 ? 2 : 1;
+    constexpr int EACH = TOKENS / BESIDE, SOME = EACH < 2 ? EACH : 2, PIECES = WARPS_OF_TOKEN == 1 ? 3 : WARPS_OF_TOKEN == 2 ? 2 : 1;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = share.size / 8;
     const int begin = warp % WARPS_OF_TOKEN * 32 + lane, stride = WARPS_OF_TOKEN * 32, row = share.row_bytes();
 #pragma unroll 1
@@ -262,7 +262,7 @@ __device__ __forceinline__ void append(const Product& p, const Kept& k, int toke
 
 // Tiles that are not in e4m3 first, since there is more of them to read; behind all rows what tokens leave in their pages.
 template <int TOKENS, int DEPTH>
-__global__ void __launch_bounds__(THREADS, 4) product(const __grid_constant__ Product p, const __grid_constant__ Kept kept) {
+__global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Product p, const __grid_constant__ Kept kept) {
     constexpr int EIGHTS = TOKENS < 8 ? 1 : TOKENS / 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const int others = p.num_others / ROWS, tiles = others + p.num_rows / ROWS, num_groups = (tiles + WARPS - 1) / WARPS;
@@ -304,15 +304,11 @@ __global__ void __launch_bounds__(THREADS, 4) product(const __grid_constant__ Pr
     for (int i = rank * THREADS + threadIdx.x; i < TOKENS * BLOCK_ROWS; i += p.cluster * THREADS) {
         const int n = i / BLOCK_ROWS, token = first_token + n, own = group * WARPS + i % BLOCK_ROWS / ROWS;
         if (token >= p.num_tokens || own >= tiles) continue;
-        float sum = 0, all = 0, found[MAX_CLUSTER][2];
-#pragma unroll
-        for (int r = 0; r < MAX_CLUSTER; r++) {
-            const float* const theirs = p.cluster > 1 ? Cluster::of(parts, min(r, p.cluster - 1)) : parts;
-            found[r][0] = theirs[i], found[r][1] = theirs[TOKENS * BLOCK_ROWS + n];
+        float sum = 0, all = 0;
+        for (int r = 0; r < p.cluster; r++) {
+            const float* const theirs = p.cluster > 1 ? Cluster::of(parts, r) : parts;
+            sum += theirs[i], all += theirs[TOKENS * BLOCK_ROWS + n];
         }
-#pragma unroll
-        for (int r = 0; r < MAX_CLUSTER; r++)
-            if (r < p.cluster) sum += found[r][0], all += found[r][1];
         sum *= p.gain != nullptr ? rsqrtf(all / p.num_columns + p.eps) / SMALLER : 1 / SMALLER;
         const int row = (own < others ? p.num_rows / ROWS + own : own - others) * ROWS + i % ROWS;
         const int64_t at = static_cast<int64_t>(token) * (p.num_rows + p.num_others) + row;
@@ -374,6 +370,7 @@ cudaError_t run(const Product& p, const Kept* kept, int depth, bool early, cudaS
     switch (depth) {
         case 3: return run<TOKENS, 3>(p, kept, early, stream);
         case 4: return run<TOKENS, 4>(p, kept, early, stream);
+        case 6: return run<TOKENS, 6>(p, kept, early, stream);
         default: return cudaErrorInvalidValue;
     }
 }
