@@ -55,6 +55,10 @@ class Checkpoint:
             linear = name.removesuffix(".weight")
             raise Unsupported(f"the scales of {linear} do not fit its weights: {error}") from None
 
+    def as_stored(self, name: str) -> torch.Tensor:
+        """A tensor of the files as it is there, a view of its file: until another file is read from."""
+        return self._tensor(name, None)
+
     def nvfp4(self, name: str, part: Part | None = None) -> nvfp4.Nvfp4Tensor | None:
         """A matrix on the device of this checkpoint as it is stored; None if that is in another format, or if a part
         cuts a group."""
