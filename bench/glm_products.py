@@ -9,7 +9,6 @@ to multiply. To read: the weights at the bandwidth of a plain sum. With `--cuts`
 """
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -61,7 +60,9 @@ def in_bfloat16(x: torch.Tensor, norm: Norm | None, kind: str) -> Callable[[torc
     return lambda weight: gluon_rows.linear(x, weight, norm, torch.float32 if norm else torch.bfloat16)
 
 
-def in_fp8(kernels: CudaFp8, x: torch.Tensor, norm: Norm | None, kind: str, cut: Cut | None) -> Callable[[Weight], object]:
+def in_fp8(
+    kernels: CudaFp8, x: torch.Tensor, norm: Norm | None, kind: str, cut: Cut | None
+) -> Callable[[Weight], object]:
     """The same in e4m3."""
     if kind == "residual" and norm is not None:
         return lambda weight: kernels.linear_keeping(x, weight, norm, cut=cut)
@@ -105,7 +106,7 @@ def main() -> None:
                 cells = [f"{times[0]:.2f}", f"{floors[0]:.2f}", f"{times[1]:.2f}", f"{floors[1]:.2f}"]
                 cells += [f"{timed[cut]:.2f}" if cut in timed else "-" for cut in cuts]
                 print(f"| {' | '.join((name, str(tokens), *cells))} |", flush=True)
-            made = microseconds(lambda weight: kernels.plain(weight), narrow)
+            made = microseconds(kernels.plain, narrow)
             print(f"| {name} made bfloat16 | any |  |  | {made:.2f} | {floors[1] + floors[0]:.2f} |", flush=True)
         del wide, narrow
 

@@ -201,9 +201,7 @@ def compiled(device: torch.device) -> tuple[CudaExperts, CudaLatent, CudaFp8]:
     return CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path)), CudaFp8(cuda_fp8.load(path))
 
 
-def rank(
-    config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool, cuda: bool, fp8: bool = False
-) -> Rank:
+def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool, cuda: bool, fp8: bool = False) -> Rank:
     """Make one; without `cuda` its kernels are those that need no compiler. `fp8` as in RandomLayers."""
     grouped, latent, products = compiled(device) if cuda or fp8 else (None, None, None)
     weights, group = RandomLayers(config, num_ranks, device, products if fp8 else None), Counted(num_ranks)

@@ -39,7 +39,10 @@ def quantize(
         path = store.resolve(source)
         prompts = calibration.read_prompts(calibrate, path) if calibrate else None
         options = job.Options(
-            Modules(modules) if modules else None, round(shard_gb * 1e9), prompts.identity if prompts else None, keep_fp8
+            Modules(modules) if modules else None,
+            round(shard_gb * 1e9),
+            prompts.identity if prompts else None,
+            keep_fp8,
         )
         result = job.run(
             path,

@@ -43,7 +43,9 @@ def near(found: torch.Tensor, expected: torch.Tensor, most: float) -> None:
     assert float((found.float() - expected).norm() / expected.norm()) < most
 
 
-def require_product(kernels: CudaFp8, num_tokens: int, shape: tuple[int, int, int], cut: Cut | None, device: torch.device) -> None:
+def require_product(
+    kernels: CudaFp8, num_tokens: int, shape: tuple[int, int, int], cut: Cut | None, device: torch.device
+) -> None:
     """That a product equals torch's with the same matrix: behind a norm and a sum, and as it is."""
     torch.manual_seed(num_tokens)
     weight, num_columns = random_weight(*shape, device), shape[2]
@@ -97,7 +99,8 @@ def require_state(kernels: CudaFp8, num_tokens: int, full: bool, device: torch.d
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "cut"), [(1, (4, 3)), (2, (1, 4)), (3, (2, 4)), (4, (4, 3)), (5, (2, 6)), (8, (4, 6)), (12, (4, 3)), (33, (2, 4))]
+    ("num_tokens", "cut"),
+    [(1, (4, 3)), (2, (1, 4)), (3, (2, 4)), (4, (4, 3)), (5, (2, 6)), (8, (4, 6)), (12, (4, 3)), (33, (2, 4))],
 )
 def test_products_equal_torchs(num_tokens: int, cut: tuple[int, int], emulated: CudaFp8) -> None:
     require_product(emulated, num_tokens, (48, 32, 1536), Cut(*cut), CPU)

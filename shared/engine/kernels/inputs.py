@@ -1,4 +1,4 @@
-"""What kernels of a GLM layer take besides its weights: norms, the rows of a step, and where these leave their state."""
+"""What kernels of a GLM layer take besides its weights: norms, the rows of a step, where these leave their state."""
 
 from dataclasses import dataclass
 

@@ -77,9 +77,7 @@ def _compiled(placement: Placement) -> tuple[CudaExperts | None, CudaLatent | No
         return None, None, None
 
 
-def read_layer(
-    weights: GlmWeights, index: int, fp4: w4a4.Products | None = None, fp8: CudaFp8 | None = None
-) -> Layer:
+def read_layer(weights: GlmWeights, index: int, fp4: w4a4.Products | None = None, fp8: CudaFp8 | None = None) -> Layer:
     """A layer of a checkpoint. With `fp4`, experts that are stored for products in FP4 have these; with `fp8`, matrices
     of attention and of dense MLPs that are stored in e4m3 stay so."""
     attention = weights.stored_attention(index) if fp8 else weights.attention(index)

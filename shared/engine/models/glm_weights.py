@@ -15,7 +15,6 @@ from shared.engine.parallel.partition import Shard, of_glm
 from shared.engine.quantization.nvfp4 import Nvfp4Tensor
 from shared.engine.quantization.w4a4 import Calibrated, stacked
 
-
 Matrix_co = TypeVar("Matrix_co", covariant=True)
 Stored = torch.Tensor | w8a16.Weight  # dequantized, or in e4m3 as a checkpoint has it
 

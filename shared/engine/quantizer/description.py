@@ -2,9 +2,9 @@
 `quantization_config` of `config.json`.
 
 With scales of activations it is NVFP4, which engines may compute in 4 bits throughout; without them it is W4A16_NVFP4,
-weights alone. Where layers stay in block FP8 beside them it is MIXED_PRECISION, and each layer's own algorithm is listed
-(FP8_PB_WO, as in NVIDIA's checkpoints with `weight_scale_inv`). A missing `input_scale` under the name of NVFP4 would be read as whatever was in memory (vLLM allocates
-it and lets the checkpoint fill it in).
+weights alone. Where layers stay in block FP8 beside them it is MIXED_PRECISION, and each layer's algorithm is listed
+(FP8_PB_WO, as in NVIDIA's own mixed checkpoints with `weight_scale_inv`). A missing `input_scale` under the name of
+NVFP4 would be read as whatever was in memory (vLLM allocates it and lets the checkpoint fill it in).
 """
 
 import re
@@ -69,8 +69,8 @@ class Description:
     def _layers(self) -> dict[str, Any]:
         if not self.kept:
             return {}
-        nvfp4 = dict.fromkeys(_layers(self.quantized), {"quant_algo": self._algorithm, "group_size": GROUP})
-        fp8 = dict.fromkeys(_layers(self.kept), {"quant_algo": "FP8_PB_WO", "group_size": BLOCK})
+        nvfp4 = {key: {"quant_algo": self._algorithm, "group_size": GROUP} for key in _layers(self.quantized)}
+        fp8 = {key: {"quant_algo": "FP8_PB_WO", "group_size": BLOCK} for key in _layers(self.kept)}
         return {"quantized_layers": nvfp4 | fp8}
 
     @property
