@@ -175,11 +175,6 @@ def _cut(num_columns: int, cluster: int, depth: int) -> Cut:
     return Cut(next(size for size in (8, 4, 2, 1) if size <= cluster and steps % size == 0), depth)
 
 
-def suits(weight: Weight) -> bool:
-    """Whether the kernels can take a matrix: tiles of rows and blocks of columns that are whole."""
-    return w8a16.fits(len(weight.codes), weight.shape[1]) and len(weight.others) % w8a16.ROWS == 0
-
-
 def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes."""
     library = ctypes.CDLL(str(path))
