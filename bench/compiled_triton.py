@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.glm_random import FIELDS, PAGE_SIZE, Counted, RandomLayers
 from shared.engine.kernels import triton_dense, triton_index, triton_paged
-from shared.engine.kernels.gluon_state import Rows
+from shared.engine.kernels.inputs import Rows
 from shared.engine.layers import cuda_glm_layer
 from shared.engine.layers.cuda_glm_layer import State, Step
 from shared.engine.models import glm_config

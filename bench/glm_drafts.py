@@ -16,6 +16,7 @@ from bench.glm_random import KV_TOKENS, PAGE_SIZE, Rank
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import build
 from shared.engine.kernels.experts import Experts
+from shared.engine.layers import cuda_glm_layer
 from shared.engine.layers.cuda_glm_layer import Mixture
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.sampling.batched import BatchedSampler, Choice
@@ -31,7 +32,7 @@ def floor_ms(made: Rank, config: GlmConfig, num_drafts: int, rate: float) -> flo
     """One row's experts for each draft, and more rows' for the tokens that are followed are left out."""
     a, mlp, ends = made.drafting_layer.attention, made.drafting_layer.mlp, made.decoder.ends
     own = made.decoder.config
-    num_low, num_query = own.q_lora_rank + own.latent_dim, own.num_heads * own.qk_head_dim
+    kept = cuda_glm_layer.sharing(a, own)
     fixed = sum(x.nbytes for x in (a.up_key, a.up_value, a.output, ends.head)) + 4 * config.hidden_size**2
     assert isinstance(mlp, Mixture)
     assert isinstance(mlp.experts, Experts)
@@ -40,7 +41,7 @@ def floor_ms(made: Rank, config: GlmConfig, num_drafts: int, rate: float) -> flo
     fixed += chosen // config.num_experts
     fixed += config.index_topk * config.latent_dim * 2
     first = a.down.nbytes + a.query.nbytes + CONTEXT * config.index_head_dim * 2
-    further = a.down[:num_low].nbytes + a.query[:num_query].nbytes
+    further = kept.down.nbytes + kept.query.nbytes
     return float(num_drafts * fixed + first + (num_drafts - 1) * further) / rate * 1e3
 
 

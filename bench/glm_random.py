@@ -5,20 +5,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from shared.engine.kernels import build, cuda_experts, cuda_latent
+from shared.engine.kernels import build, cuda_experts, cuda_fp8, cuda_latent, w8a16
 from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.cuda_fp8 import CudaFp8, Fp8Matrix
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.experts import FACTOR, Experts, SharedExpert
-from shared.engine.kernels.gluon_state import KeyNorm
+from shared.engine.kernels.inputs import KeyNorm
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.view import DeviceMemory
 from shared.engine.layers import cuda_glm_layer
 from shared.engine.layers.cuda_glm import CudaGlm, Ends
-from shared.engine.layers.cuda_glm_layer import Attention, Layer, Mixture
+from shared.engine.layers.cuda_glm_layer import Attention, Dense, Layer, Matrix, Mixture
 from shared.engine.models import glm_layout
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_mtp_cuda import GlmMtpOnCuda
-from shared.engine.models.glm_weights import MlpWeights, MtpWeights
+from shared.engine.models.glm_weights import MtpWeights
 from shared.engine.parallel.group import added
 from shared.engine.parallel.partition import Shard, of_glm
 from shared.models.store import default_cache
@@ -83,11 +84,12 @@ class Counted:
 
 
 class RandomLayers:
-    """A rank's weights, made on the device."""
+    """A rank's weights, made on the device. With `fp8`, linears that GLM's FP8 checkpoints have in e4m3 are kept so:
+    attention's but kv_b, and those of dense MLPs."""
 
-    def __init__(self, config: GlmConfig, num_ranks: int, device: torch.device) -> None:
+    def __init__(self, config: GlmConfig, num_ranks: int, device: torch.device, fp8: CudaFp8 | None = None) -> None:
         shard = Shard(0, num_ranks, "matrices")
-        self.config, self._device = of_glm(config, shard)[0], device
+        self.config, self._device, self._fp8 = of_glm(config, shard)[0], device, fp8
         self._inner = len(shard.share(config.moe_intermediate_size))
         self._chance = torch.Generator(device).manual_seed(0)
         self.vocabulary = len(shard.share(config.vocab_size))
@@ -125,23 +127,33 @@ class RandomLayers:
 
     def _attention(self, *, full: bool) -> Attention:
         c = self.config
-        index_rows = c.index_head_dim + c.index_num_heads if full else 0
+        heads = c.index_num_heads  # whose weights are in bfloat16 everywhere
+        index_rows = c.index_head_dim + heads if full else 0
         index_queries = c.index_num_heads * c.index_head_dim if full else 0
         ones = torch.ones(c.index_head_dim, device=self._device)
         return Attention(
-            down=self._matrix(c.q_lora_rank + c.latent_dim + index_rows, c.hidden_size),
+            down=self._stored(c.q_lora_rank + c.latent_dim + index_rows, c.hidden_size, heads if full else 0),
             query_norm=self._gain(c.q_lora_rank),
-            query=self._matrix(c.num_heads * c.qk_head_dim + index_queries, c.q_lora_rank),
+            query=self._stored(c.num_heads * c.qk_head_dim + index_queries, c.q_lora_rank),
             latent_norm=self._gain(c.kv_lora_rank),
             up_key=self._matrix(c.num_heads * c.qk_nope_head_dim, c.kv_lora_rank).unflatten(0, (c.num_heads, -1)),
             up_value=self._matrix(c.num_heads * c.v_head_dim, c.kv_lora_rank).unflatten(0, (c.num_heads, -1)),
-            output=self._matrix(c.hidden_size, c.num_heads * c.v_head_dim),
+            output=self._stored(c.hidden_size, c.num_heads * c.v_head_dim),
             key_norm=KeyNorm(ones, 0 * ones, 1e-6) if full else None,
         )
 
-    def _mlp(self, inner: int) -> MlpWeights:
+    def _mlp(self, inner: int) -> Dense:
         hidden = self.config.hidden_size
-        return MlpWeights(self._matrix(2 * inner, hidden), self._matrix(hidden, inner))
+        return Dense(self._stored(2 * inner, hidden), self._stored(hidden, inner))
+
+    def _stored(self, rows: int, columns: int, num_others: int = 0) -> Matrix:
+        """In e4m3 but for the last rows, if wanted."""
+        matrix = self._matrix(rows, columns)
+        if self._fp8 is None:
+            return matrix
+        codes, scales = w8a16.quantize(matrix[: rows - num_others])
+        weight = w8a16.join([w8a16.of_blocks(codes, scales)], matrix[rows - num_others :])
+        return Fp8Matrix(weight, self._fp8)
 
     def _mixture(self) -> Mixture:
         c, inner = self.config, self._inner
@@ -182,17 +194,17 @@ class Rank:
     group: Counted
 
 
-def compiled(device: torch.device) -> tuple[CudaExperts, CudaLatent]:
+def compiled(device: torch.device) -> tuple[CudaExperts, CudaLatent, CudaFp8]:
     """The kernels that nvcc makes."""
     capability = torch.cuda.get_device_capability(device)
     path = build.cuda_library(default_cache() / "kernels", build.cuda_compiler(), capability, "glm")
-    return CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path))
+    return CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path)), CudaFp8(cuda_fp8.load(path))
 
 
-def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool, cuda: bool) -> Rank:
-    """Make one; without `cuda` its kernels are those that need no compiler."""
-    weights, group = RandomLayers(config, num_ranks, device), Counted(num_ranks)
-    grouped, latent = compiled(device) if cuda else (None, None)
+def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool, cuda: bool, fp8: bool = False) -> Rank:
+    """Make one; without `cuda` its kernels are those that need no compiler. `fp8` as in RandomLayers."""
+    grouped, latent, products = compiled(device) if cuda or fp8 else (None, None, None)
+    weights, group = RandomLayers(config, num_ranks, device, products if fp8 else None), Counted(num_ranks)
     top_k = config.num_experts_per_token
     layers = [cuda_glm_layer.grouping(weights.layer(index), top_k, grouped) for index in range(config.num_layers)]
     drafting_layer, joining = weights.drafting_layer(), weights.joining()

@@ -1,10 +1,11 @@
 """One of eight ranks of GLM-5.2 at its full size on one GPU: what a decode step takes, and what it must take.
 
-    python -m bench.glm_rank [--ranks 8] [--layers 78] [--no-pdl] [--no-cuda] [--profile]
+    python -m bench.glm_rank [--ranks 8] [--layers 78] [--linears bf16|fp8] [--no-pdl] [--no-cuda] [--profile]
 
 The rank holds its share under tensor parallelism with the experts' matrices split too: routed experts of layers 3 to 77
-in NVFP4, all else in bfloat16, as in NVIDIA's checkpoint; random weights made on the device, experts chosen by the
-router from whatever comes out. Collectives are left out and counted. Steps are CUDA graphs; times are of the GPU, by
+in NVFP4, all else in bfloat16, as in NVIDIA's checkpoint, or with `--linears fp8` those of attention (but kv_b) and of
+dense MLPs in e4m3 as in GLM's own FP8 checkpoint; random weights made on the device, experts chosen by the router from
+whatever comes out. Collectives are left out and counted. Steps are CUDA graphs; times are of the GPU, by
 events around replays in a row. The floor is the time to read once, at the bandwidth that a plain sum over 4 GiB
 reaches in the same run, the weights that a step needs and the latents and index keys that it attends to.
 """
@@ -25,10 +26,9 @@ from shared.engine.batch import Batch, build
 from shared.engine.kernels import reference
 from shared.engine.kernels.experts import Experts
 from shared.engine.layers.cuda_glm import CudaGlm, Graph, views
-from shared.engine.layers.cuda_glm_layer import Mixture
+from shared.engine.layers.cuda_glm_layer import Dense, Mixture
 from shared.engine.layers.moe import route
 from shared.engine.models.glm_config import GlmConfig, parse
-from shared.engine.models.glm_weights import MlpWeights
 
 Step = tuple[int, int, int]  # batch, tokens of each, context
 STEPS = (
@@ -89,7 +89,7 @@ def floor_bytes(made: Rank, config: GlmConfig, size: int, width: int, context: i
     for layer in made.layers:
         a = layer.attention
         found["attention"] += sum(x.nbytes for x in (a.down, a.query, a.up_key, a.up_value, a.output))
-        if isinstance(layer.mlp, MlpWeights):
+        if isinstance(layer.mlp, Dense):
             found["dense and shared"] += layer.mlp.gate_up.nbytes + layer.mlp.down.nbytes
             continue
         found["dense and shared"] += sum(
@@ -199,10 +199,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=78)
     parser.add_argument("--no-pdl", action="store_true", help="kernels start when those in front of them have ended")
     parser.add_argument("--no-cuda", action="store_true", help="without kernels that need nvcc")
+    parser.add_argument("--linears", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--brief", action="store_true", help="few steps only")
     args = parser.parse_args()
     print(provenance.banner("bench.glm_rank"))
+    print(f"attention's linears, and dense MLPs', in {args.linears}")
     device = torch.device("cuda", 0)
     config = parse(FIELDS)
     config = replace(
@@ -213,7 +215,8 @@ def main() -> None:
     torch.cuda.empty_cache()
     started = time.perf_counter()
     with torch.inference_mode():
-        made = rank(config, args.ranks, device, pdl=not args.no_pdl, cuda=not args.no_cuda)
+        how = {"pdl": not args.no_pdl, "cuda": not args.no_cuda, "fp8": args.linears == "fp8"}
+        made = rank(config, args.ranks, device, **how)
         torch.cuda.synchronize()
         print(
             f"{torch.cuda.get_device_name(0)}; plain reads {rate / 1e12:.2f} TB/s; "

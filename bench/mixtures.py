@@ -22,7 +22,8 @@ from bench.glm_random import FIELDS, RandomLayers, compiled
 from shared.engine.kernels import gluon_experts, gluon_rows, triton_dense, triton_route
 from shared.engine.kernels.cuda_experts import CudaExperts
 from shared.engine.kernels.experts import Experts
-from shared.engine.kernels.gluon_rows import MAX_ROWS, Norm
+from shared.engine.kernels.gluon_rows import MAX_ROWS
+from shared.engine.kernels.inputs import Norm
 from shared.engine.layers import captured
 from shared.engine.layers.cuda_glm_layer import Mixture
 from shared.engine.models.glm_config import GlmConfig, parse

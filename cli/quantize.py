@@ -20,6 +20,9 @@ def quantize(
     ] = "",
     processes: Annotated[int, typer.Option(min=1, help="Processes that write shards.")] = 1,
     shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest file, in 10^9 bytes.")] = 5.0,
+    keep_fp8: Annotated[
+        bool, typer.Option("--keep-fp8", help="Leave FP8 layers that are not quantized as they are, not in bfloat16.")
+    ] = False,
     calibrate: Annotated[
         Path | None,
         typer.Option(metavar="PROMPTS", help="Prompts (.txt, one a line, or .jsonl) to measure activations on."),
@@ -36,7 +39,10 @@ def quantize(
         path = store.resolve(source)
         prompts = calibration.read_prompts(calibrate, path) if calibrate else None
         options = job.Options(
-            Modules(modules) if modules else None, round(shard_gb * 1e9), prompts.identity if prompts else None
+            Modules(modules) if modules else None,
+            round(shard_gb * 1e9),
+            prompts.identity if prompts else None,
+            keep_fp8,
         )
         result = job.run(
             path,

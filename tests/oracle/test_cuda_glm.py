@@ -15,7 +15,7 @@ from shared.engine.models.api import Model, Placement
 from shared.engine.quantization import nvfp4
 from shared.engine.quantization.packed_experts import packed as lay_out
 from shared.errors import Unsupported
-from tests.oracle import random_glm
+from tests.oracle import quantized, random_glm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -101,12 +101,38 @@ STEPS = (
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_steps_of_every_kind_are_as_near_to_float32_as_bfloat16_is_on_the_cpu(variant: str, tmp_path: Path) -> None:
     random_glm.write(tmp_path, **VARIANTS[variant])
-    models, ours, theirs = Models(tmp_path), list[torch.Tensor](), list[torch.Tensor]()
+    require_as_near(variant, *distances(Models(tmp_path)))
+
+
+def distances(models: Models) -> tuple[torch.Tensor, torch.Tensor]:
+    """From float32, of all steps: on the GPU, and on the CPU in bfloat16."""
+    ours, theirs = list[torch.Tensor](), list[torch.Tensor]()
     for step in STEPS:
         found, exact, rounded = models.logits(step)
         ours.append(distance(found, exact))
         theirs.append(distance(rounded, exact))
-    require_as_near(variant, torch.cat(ours), torch.cat(theirs))
+    return torch.cat(ours), torch.cat(theirs)
+
+
+@pytest.mark.parametrize("variant", ["nothing to choose", "experts and tokens"])
+def test_a_checkpoint_in_e4m3_stays_so_and_is_as_near_to_float32(variant: str, tmp_path: Path) -> None:
+    from shared.engine.kernels.cuda_fp8 import Fp8Matrix
+
+    models = Models(in_e4m3(tmp_path, variant))
+    layers = getattr(models.models[0], "_decoder")._layers  # noqa: B009 - what only a GPU has
+    for layer in layers:
+        attention = layer.attention
+        assert all(isinstance(matrix, Fp8Matrix) for matrix in (attention.down, attention.query, attention.output))
+    assert isinstance(layers[0].mlp.gate_up, Fp8Matrix)
+    require_as_near(variant, *distances(models))
+
+
+def in_e4m3(folder: Path, variant: str) -> Path:
+    """The directory of such a model."""
+    (folder / "plain").mkdir()
+    random_glm.write(folder / "plain", **VARIANTS[variant])
+    quantized.write(folder / "plain", "fp8", folder / "e4m3", folder / "meant")
+    return folder / "e4m3"
 
 
 def test_a_padded_graph_writes_no_page_but_those_of_its_sequences(tmp_path: Path) -> None:
@@ -119,7 +145,8 @@ def test_a_padded_graph_writes_no_page_but_those_of_its_sequences(tmp_path: Path
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4])
 @pytest.mark.parametrize(("n", "k"), [(2784, 6144), (77, 256), (512, 1536)])
 def test_a_product_behind_a_norm_equals_the_reference(num_rows: int, n: int, k: int) -> None:
-    from shared.engine.kernels.gluon_rows import Norm, linear, linear_keeping
+    from shared.engine.kernels.gluon_rows import linear, linear_keeping
+    from shared.engine.kernels.inputs import Norm
 
     x, delta, weight = random(num_rows, k), random(num_rows, k), random(n, k, scale=k**-0.5)
     gain = 1 + random(k, scale=0.1)
@@ -168,7 +195,7 @@ def test_a_gain_that_fp16_cannot_bear_is_refused() -> None:
 
 
 def rows_of(batch: Batch) -> Any:
-    from shared.engine.kernels.gluon_state import Rows
+    from shared.engine.kernels.inputs import Rows
 
     sequence = torch.repeat_interleave(batch.query_starts.diff())
     starts = batch.page_starts[sequence]

@@ -13,7 +13,7 @@ from shared.engine.executor import TorchExecutor, load_executor
 from shared.engine.models import glm
 from shared.engine.models.api import DraftLayer, DraftStep, Placement
 from tests.oracle import random_glm
-from tests.oracle.test_cuda_glm import NUM_PAGES, PAGE_SIZE, VARIANTS, distance, item, require_as_near
+from tests.oracle.test_cuda_glm import NUM_PAGES, PAGE_SIZE, VARIANTS, distance, in_e4m3, item, require_as_near
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -74,9 +74,18 @@ STEPS = (
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_drafts_are_as_near_to_float32_as_bfloat16_is_on_the_cpu(variant: str, share: bool, tmp_path: Path) -> None:
     random_glm.write(tmp_path, index_share_for_mtp_iteration=share, **VARIANTS[variant])
+    require_near_drafts(variant, tmp_path)
+
+
+def test_drafts_of_a_checkpoint_in_e4m3_are_as_near(tmp_path: Path) -> None:
+    require_near_drafts("nothing to choose", in_e4m3(tmp_path, "nothing to choose"))
+
+
+def require_near_drafts(variant: str, model_dir: Path) -> None:
+    """That drafts on the GPU are as near to float32 as those on the CPU in bfloat16."""
     found = []
     for place in PLACES:
-        made = Drafting(tmp_path, place)
+        made = Drafting(model_dir, place)
         found.append(torch.cat([made.logits(*step) for step in STEPS]))
     on_gpu, exact, rounded = found
     require_as_near(variant, distance(on_gpu, exact), distance(rounded, exact))
@@ -113,7 +122,16 @@ WAYS = (
 @pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "drawn", "penalties"])
 def test_tokens_and_drafts_do_not_depend_on_what_was_verified(sampling: SamplingParams, tmp_path: Path) -> None:
     random_glm.write(tmp_path, **VARIANTS["nothing to choose"])
-    without, one_by_one = executor(tmp_path, mtp=False), executor(tmp_path, mtp=True)
+    require_equal_tokens(tmp_path, sampling)
+
+
+def test_nor_do_those_of_a_checkpoint_in_e4m3(tmp_path: Path) -> None:
+    require_equal_tokens(in_e4m3(tmp_path, "nothing to choose"), SamplingParams())
+
+
+def require_equal_tokens(model_dir: Path, sampling: SamplingParams) -> None:
+    """That tokens and drafts equal those one by one, whatever was verified before."""
+    without, one_by_one = executor(model_dir, mtp=False), executor(model_dir, mtp=True)
     tokens, drafts = list(PROMPT), list[tuple[int, ...]]()
     for _ in range(24):
         start = 0 if len(tokens) == len(PROMPT) else len(tokens) - 1
@@ -121,7 +139,7 @@ def test_tokens_and_drafts_do_not_depend_on_what_was_verified(sampling: Sampling
         assert plain.tokens == drafting.tokens
         drafts.append(drafting.drafts)
         tokens.append(plain.tokens[0].token_id)
-    verifying, at = executor(tmp_path, mtp=True), len(PROMPT)
+    verifying, at = executor(model_dir, mtp=True), len(PROMPT)
     assert chosen(verifying, part(tokens[:at], 0, sampling)).drafts == drafts[0]
     for num_right in (0, 3, 1, 2, 3, 0, 2, 3):
         right = tokens[at + 1 : at + 1 + num_right]

@@ -156,6 +156,30 @@ def test_a_source_in_fp8_is_dequantized_first(tmp_path: Path) -> None:
     assert not any(name.endswith("weight_scale_inv") for name in made)
 
 
+def test_a_source_in_fp8_keeps_what_is_not_quantized_if_asked(tmp_path: Path) -> None:
+    """Weights and scales to the bit; the configuration says which layers have which form, and what is read is what they
+    mean."""
+    tiny.write("glm-5.2-even", tmp_path / "plain")
+    quantized.write(tmp_path / "plain", "fp8", tmp_path / "fp8", tmp_path / "meant")
+    job.run(tmp_path / "fp8", tmp_path / "made", job.Options(keep_fp8=True), progress=silent)
+    made, source = tensors(tmp_path / "made"), load_file(tmp_path / "fp8" / "model.safetensors")
+    experts = {name.rpartition(".")[0] for name in made if name.endswith("weight_scale_2")}
+    assert all(".mlp.experts." in name for name in experts)
+    others = [name for name in made if name.rpartition(".")[0] not in experts]
+    assert [name for name in others if bits(made[name]) != bits(source[name])] == []
+    assert "model.layers.3.self_attn.o_proj.weight_scale_inv" in made
+    for about in (
+        json.loads((tmp_path / "made" / "hf_quant_config.json").read_text())["quantization"],
+        json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"],
+    ):
+        assert about["quant_algo"] == "MIXED_PRECISION"
+        layers = about["quantized_layers"]
+        assert layers["model.layers.3.mlp.experts"] == {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+        assert layers["model.layers.3.self_attn.o_proj"] == {"quant_algo": "FP8_PB_WO", "group_size": 128}
+    dequantize(tmp_path / "made", tmp_path / "dequantized")
+    assert torch.equal(logits(tmp_path / "made"), logits(tmp_path / "dequantized"))
+
+
 def test_an_expert_that_saw_no_token_gets_the_scale_of_its_like(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

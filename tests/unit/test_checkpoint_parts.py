@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from shared.engine.kernels import w8a16
 from shared.engine.models import glm_config, glm_shapes, tiny
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.inventory import header
@@ -102,6 +103,37 @@ def test_a_part_is_a_cut_of_the_whole(method: str | None, part: Part, tmp_path: 
 
 
 @only_where_it_is_told
+@pytest.mark.parametrize(
+    "part", [None, Part(0, 0, 448), Part(0, 144, 432), Part(0, 560, 16), Part(1, 128, 128), Part(1, 0, 256)], ids=str
+)
+def test_a_part_in_e4m3_is_what_dequantizing_it_gives(part: Part | None, tmp_path: Path) -> None:
+    name = write_e4m3(tmp_path)
+    kept = Checkpoint(tmp_path, torch.float32).fp8(name, part)
+    assert kept is not None
+    assert torch.equal(w8a16.unpack(kept), Checkpoint(tmp_path, torch.float32).read(name, part=part))
+
+
+@pytest.mark.parametrize("part", [Part(0, 0, 100), Part(0, 8, 16), Part(1, 64, 128), Part(1, 0, 64)], ids=str)
+def test_a_part_that_cuts_what_has_one_scale_is_not_kept_in_e4m3(part: Part, tmp_path: Path) -> None:
+    name = write_e4m3(tmp_path)
+    assert Checkpoint(tmp_path, torch.float32).fp8(name, part) is None
+
+
+def test_blocks_whose_scales_do_not_fit_are_named(tmp_path: Path) -> None:
+    name = write_e4m3(tmp_path, num_scales=4)
+    with pytest.raises(Unsupported, match="the scales of linear do not fit"):
+        Checkpoint(tmp_path, torch.float32).fp8(name)
+
+
+def write_e4m3(model_dir: Path, num_scales: int = 5) -> str:
+    """A matrix [576, 256] of which rows have so many scales; its name."""
+    torch.manual_seed(0)
+    parts, _ = METHODS["fp8"](torch.randn(ROWS, 256) * torch.exp2(torch.arange(ROWS) // 100)[:, None])
+    parts["weight_scale_inv"] = parts["weight_scale_inv"][:num_scales].contiguous()
+    save_file({f"linear.{suffix}": part for suffix, part in parts.items()}, model_dir / "model.safetensors")
+    return "linear.weight"
+
+
 def test_loading_half_of_every_tensor_takes_the_halves_and_less_than_one_file_besides(tmp_path: Path) -> None:
     names = ("a", "b", "c", "d")
     save(tmp_path, [{f"{n}.{name}": torch.full((2048, 2048), float(n)) for name in names} for n in range(NUM_SHARDS)])

@@ -98,15 +98,19 @@ def test_kv_of_glm_52_takes_the_published_bytes_per_token(glm_52: ModelTensors) 
     assert (drafted["bfloat16"], drafted["fp8"]) == (96_640, 54_728)
 
 
-def test_what_fits_is_what_a_rank_has_left(glm_52_fp8: ModelTensors) -> None:
-    """Stored in FP8 it fits on 8 GPUs; dequantized, as it is computed with, it does not and leaves no token."""
+def test_what_fits_is_what_a_rank_has_left(glm_52: ModelTensors, glm_52_fp8: ModelTensors) -> None:
+    """Stored in FP8 it fits on 8 GPUs; with experts dequantized, as it is computed with, it does not and leaves no
+    token. What attention has in FP8 stays so."""
     fits = {(fit.weights, fit.kv_dtype): fit for fit in accounting.fits(glm_52_fp8, 8, 141 * 10**9)}
     fit, eighth = fits["as stored", "fp8"], total_bytes(glm_52_fp8) / 8
     assert eighth < fit.weight_bytes < eighth * 1.02
     assert fit.room_bytes == 141 * 10**9 - fit.weight_bytes
     assert fit.num_tokens == fit.room_bytes // 54_728
-    assert fits["bfloat16", "fp8"].room_bytes < 0
-    assert fits["bfloat16", "fp8"].num_tokens == 0
+    held = fits["fp8 and bfloat16", "fp8"]
+    assert held.room_bytes < 0
+    assert held.num_tokens == 0
+    wide = accounting.fits(glm_52, 8, 141 * 10**9)[0]
+    assert 2.8e9 < wide.weight_bytes - held.weight_bytes < 2.9e9
 
 
 def test_experts_in_nvfp4_are_held_as_they_are_stored() -> None:

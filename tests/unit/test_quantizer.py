@@ -97,6 +97,20 @@ def test_routed_experts_of_glm_52_make_nvidias_checkpoint(
     assert round(num_bytes / 1e9, 2) == 464.80
 
 
+def test_fp8_layers_that_are_kept_are_told_by_name(glm_52: ModelTensors) -> None:
+    fields = GLM_52 | GLM
+    fp8 = tensor_list.of_config(fields | {"quantization_config": {"quant_method": "fp8"}})
+    names = choice.chosen(fp8, Modules.ROUTED_EXPERTS)
+    kept = choice.kept(fp8, set(names))
+    ignored = choice.left_alone(fp8, {*names, *kept})
+    told = description.Description(tuple(ignored), False, "0", tuple(names), tuple(kept))
+    after = tensor_list.of_config(told.config(fields))
+    assert {name for name, tensor in after.tensors.items() if tensor.form == "fp8"} == set(kept)
+    assert {name for name, tensor in after.tensors.items() if tensor.form == "nvfp4"} == set(names)
+    with pytest.raises(InvalidRequest, match="no layers in FP8"):
+        choice.kept(glm_52, set(names))
+
+
 def test_all_linears_are_all_but_head_embedding_router_and_mtp(
     glm_52: ModelTensors, glm_52_told: dict[Modules, ModelTensors]
 ) -> None:

@@ -14,19 +14,12 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from shared.engine.kernels.inputs import Norm
+
 MAX_ROWS = 4  # from there on multiplying takes longer than reading
 SMALL, LONG = 6 << 20, 4096  # elements of a matrix, and of a row
 VECTOR = 8  # values of 16 bits that a thread loads at once
 WARP = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """RMSNorm of x, or of the sum of x and `delta` [T, K]: `gain` [K]."""
-
-    gain: torch.Tensor
-    eps: float
-    delta: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Latent attention over a selection (MLA with DSA) on a GPU, in Triton. The twin is `sparse_reference`.
 
-Rows and slots are those of `gluon_state.Rows`. A row's selection is `counts[row]` slots of `slots[row]`.
+Rows and slots are those of `inputs.Rows`. A row's selection is `counts[row]` slots of `slots[row]`.
 
 Attention is cut into splits of a selection, merged by their log-sum-exp ("Flash-Decoding", Dao et al. 2023). Latents
 are the left side of both products, so that heads, which are few on a rank, need to fill no more than 16 columns.

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from shared.engine.kernels.gluon_state import Rows
+from shared.engine.kernels.inputs import Rows
 from shared.engine.kernels.triton_early import wait
 
 ABSORB_ROWS = 16

@@ -18,7 +18,7 @@ from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kernels import triton_dense, triton_index, triton_moved
 from shared.engine.kernels.cuda_latent import CudaLatent
-from shared.engine.kernels.gluon_state import Rows
+from shared.engine.kernels.inputs import Rows
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import captured, cuda_glm_layer, rope

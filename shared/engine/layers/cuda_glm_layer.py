@@ -12,26 +12,30 @@ import torch.nn.functional as F
 
 from shared.engine.kernels import (
     cuda_experts,
+    cuda_fp8,
     gluon_experts,
     gluon_rows,
     gluon_state,
+    inputs,
     triton_dense,
     triton_index,
     triton_latent,
     triton_queries,
     triton_route,
     w4a4,
+    w8a16,
 )
 from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.cuda_fp8 import CudaFp8, Fp8Matrix
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.experts import Experts, SharedExpert
-from shared.engine.kernels.gluon_rows import MAX_ROWS, Norm
-from shared.engine.kernels.gluon_state import KeyNorm, Rows
+from shared.engine.kernels.gluon_rows import MAX_ROWS
+from shared.engine.kernels.inputs import KeyNorm, Norm, Rows
 from shared.engine.kernels.triton_latent import Selected
 from shared.engine.kernels.triton_queries import Dims
 from shared.engine.layers.mla import KEY_NORM_EPS
 from shared.engine.models.glm_config import GlmConfig
-from shared.engine.models.glm_weights import AttentionWeights, MlpWeights, MoeWeights, PackedMoeWeights
+from shared.engine.models.glm_weights import AttentionOf, MlpOf, MlpWeights, MoeWeights, PackedMoeWeights, Stored
 from shared.engine.parallel.group import Group
 from shared.engine.quantization.packed_experts import packed
 
@@ -40,18 +44,29 @@ LEAST_GROUPED = 32  # rows; fewer seldom choose the same expert (docs/LOG.md)
 SELECTING_ROWS = 256  # at a time, so that their scores stay small
 
 
+Matrix = torch.Tensor | Fp8Matrix  # in bfloat16, or in e4m3 as it is stored
+
+
 @dataclass(frozen=True, slots=True)
 class Attention:
     """As AttentionWeights, joined as above."""
 
-    down: torch.Tensor
+    down: Matrix
     query_norm: torch.Tensor
-    query: torch.Tensor
+    query: Matrix
     latent_norm: torch.Tensor
     up_key: torch.Tensor
     up_value: torch.Tensor
-    output: torch.Tensor
+    output: Matrix
     key_norm: KeyNorm | None
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """As MlpWeights."""
+
+    gate_up: Matrix
+    down: Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +106,7 @@ class Layer:
     input_norm: torch.Tensor
     post_norm: torch.Tensor
     attention: Attention
-    mlp: MlpWeights | Mixture
+    mlp: Dense | Mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,30 +134,48 @@ class State:
     selects_first: bool
 
 
-def attention(weights: AttentionWeights) -> Attention:
-    """Join what is computed together."""
+def attention(weights: AttentionOf[Stored], fp8: CudaFp8 | None = None) -> Attention:
+    """Join what is computed together. `fp8` multiplies what is all in e4m3."""
     indexer = weights.indexer
     down, query = [weights.down], [weights.query]
     if indexer is not None:
-        down += [indexer.key, indexer.head_weights]
+        down.append(indexer.key)
         query.append(indexer.query)
     gain, bias = (part.float() for part in indexer.key_norm) if indexer else (None, None)
     return Attention(
-        torch.cat(down),
+        joined(down, fp8, indexer.head_weights if indexer else None),
         weights.query_norm,
-        torch.cat(query),
+        joined(query, fp8),
         weights.latent_norm,
         weights.up_key,
         weights.up_value,
-        weights.output,
+        joined([weights.output], fp8),
         None if gain is None or bias is None else KeyNorm(gain, bias, KEY_NORM_EPS),
     )
+
+
+def joined(parts: list[Stored], fp8: CudaFp8 | None, behind: torch.Tensor | None = None) -> Matrix:
+    """One below the other, and behind them rows that no checkpoint has in e4m3."""
+    narrow = [part for part in parts if isinstance(part, w8a16.Weight)]
+    if fp8 is not None and len(narrow) == len(parts):
+        return Fp8Matrix(w8a16.join(narrow, behind), fp8)
+    wide = [w8a16.unpack(part, torch.bfloat16) if isinstance(part, w8a16.Weight) else part for part in parts]
+    return torch.cat(wide if behind is None else [*wide, behind])
 
 
 def sharing(own: Attention, config: GlmConfig) -> Attention:
     """The same without what selects, for steps that keep a selection."""
     num_low, num_query = config.q_lora_rank + config.latent_dim, config.num_heads * config.qk_head_dim
-    return replace(own, down=own.down[:num_low], query=own.query[:num_query], key_norm=None)
+    return replace(own, down=_first(own.down, num_low), query=_first(own.query, num_query), key_norm=None)
+
+
+def _first(matrix: Matrix, num_rows: int) -> Matrix:
+    return matrix.first(num_rows) if isinstance(matrix, Fp8Matrix) else matrix[:num_rows]
+
+
+def dense(weights: MlpOf[Stored], fp8: CudaFp8 | None = None) -> Dense:
+    """As `attention`."""
+    return Dense(joined([weights.gate_up], fp8), joined([weights.down], fp8))
 
 
 def mixture(weights: MoeWeights | PackedMoeWeights, fp4: w4a4.Products | None = None) -> Mixture:
@@ -184,7 +217,7 @@ def forward(
     Of a last layer not all rows may be of use: only those `going_on`, int64 [S], are computed further than their state
     and returned. The step's selection is then theirs.
     """
-    low, x, _ = _kept(x, layer.attention.down, Norm(layer.input_norm, step.config.rms_norm_eps, delta), step)
+    low, x = _normed(x, layer.attention.down, Norm(layer.input_norm, step.config.rms_norm_eps, delta), step)
     q = _queries(low, layer.attention, state, step)
     if going_on is not None:
         low, q, x = low[going_on], q[going_on], x[going_on]
@@ -196,8 +229,21 @@ def forward(
     if isinstance(layer.mlp, Mixture):
         logits, x, normed = _kept(x, layer.mlp.router, norm, step, layer.mlp.activations(len(x)))
         return x, step.group.sum(_mix(logits, normed, layer.mlp, step))
-    inner, x, _ = _kept(x, layer.mlp.gate_up, norm, step)
+    inner, x = _normed(x, layer.mlp.gate_up, norm, step)
     return x, step.group.sum(_plain(triton_dense.silu_mul(inner), layer.mlp.down, pdl=step.pdl))
+
+
+def _normed(x: torch.Tensor, weight: Matrix, norm: Norm, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, K] behind `norm`, times weight' [N, K], float32; and the sum that was normed, bfloat16 [T, K]."""
+    if isinstance(weight, Fp8Matrix) and len(x) <= cuda_fp8.MAX_ROWS:
+        return weight.kernels.linear_keeping(x, weight.weight, norm, pdl=step.pdl)
+    product, total, _ = _kept(x, _in_bfloat16(weight, pdl=step.pdl), norm, step)
+    return product, total
+
+
+def _in_bfloat16(weight: Matrix, *, pdl: bool) -> torch.Tensor:
+    """Made anew each time of a matrix in e4m3: many rows are worth it."""
+    return weight.kernels.plain(weight.weight, pdl=pdl) if isinstance(weight, Fp8Matrix) else weight
 
 
 def _kept(
@@ -226,8 +272,12 @@ def behind_norm(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, step:
     return F.linear(triton_dense.add_rms_norm(x, None, gain, step.config.rms_norm_eps), weight)
 
 
-def _plain(x: torch.Tensor, weight: torch.Tensor, *, pdl: bool) -> torch.Tensor:
+def _plain(x: torch.Tensor, weight: Matrix, *, pdl: bool) -> torch.Tensor:
     """x [T, K] times weight' [N, K], bfloat16."""
+    if isinstance(weight, Fp8Matrix):
+        if len(x) <= cuda_fp8.MAX_ROWS:
+            return weight.kernels.linear(x, weight.weight, dtype=torch.bfloat16, pdl=pdl)
+        weight = _in_bfloat16(weight, pdl=pdl)
     if len(x) <= MAX_ROWS:
         return gluon_rows.linear(x, weight, dtype=weight.dtype, pdl=pdl)
     return F.linear(x.to(weight.dtype), weight)
@@ -236,13 +286,17 @@ def _plain(x: torch.Tensor, weight: torch.Tensor, *, pdl: bool) -> torch.Tensor:
 def _queries(low: torch.Tensor, weights: Attention, state: State, step: Step) -> torch.Tensor:
     """`query`'s product, from `down`'s. Writes the rows' state."""
     config, num_low = step.config, step.config.q_lora_rank
-    kept = gluon_state.State(state.latents, weights.latent_norm, config.latent_norm_eps, state.keys, weights.key_norm)
+    kept = inputs.State(state.latents, weights.latent_norm, config.latent_norm_eps, state.keys, weights.key_norm)
+    query, query_norm = weights.query, Norm(weights.query_norm, config.latent_norm_eps)
+    if isinstance(query, Fp8Matrix):
+        if len(low) <= cuda_fp8.MAX_ROWS:
+            return query.kernels.queries_and_state(low, query.weight, query_norm, step.rows, kept, pdl=step.pdl)
+        query = _in_bfloat16(query, pdl=step.pdl)
     if len(low) <= MAX_ROWS:
-        query_norm = Norm(weights.query_norm, config.latent_norm_eps)
-        return gluon_state.queries_and_state(low, weights.query, query_norm, step.rows, kept, pdl=step.pdl)
+        return gluon_state.queries_and_state(low, query, query_norm, step.rows, kept, pdl=step.pdl)
     gluon_state.append(low, num_low, step.rows, kept)
     q_low = triton_dense.add_rms_norm(low[:, :num_low].bfloat16(), None, weights.query_norm, config.latent_norm_eps)
-    return F.linear(q_low, weights.query)
+    return F.linear(q_low, query)
 
 
 def _attend(

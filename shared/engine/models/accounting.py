@@ -13,7 +13,7 @@ from shared.engine.parallel.partition import EXPERT, PartOf, Shard, of_dense, of
 from shared.errors import InvalidRequest
 
 PAGE_SIZE = 64  # state classes of so many tokens need no padding
-COMPUTE_DTYPE, COMPUTE_BYTES, ROUTER_BYTES, KEPT = "bfloat16", 2, 4, "nvfp4"
+COMPUTE_DTYPE, COMPUTE_BYTES, ROUTER_BYTES = "bfloat16", 2, 4
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 # The first that is found in a name; norms and the expert router are told by what they are, wherever they are.
 CLASSES = (
@@ -24,6 +24,7 @@ CLASSES = (
     ("indexer", re.compile(r"\.indexer\.")),
     ("attention", re.compile(r"\.self_attn\.")),
 )
+STAYS_FP8 = re.compile(r"\.self_attn\.(?!kv_b)|\.mlp\.(gate|up|down)_proj\.")  # of GLM
 MTP, EMBEDDING_AND_HEAD = "mtp", "embedding and head"
 
 
@@ -112,7 +113,8 @@ def kv_bytes_per_token(model: ModelTensors, *, mtp: bool = False, shard: Shard |
 
 def fits(model: ModelTensors, num_gpus: int, gpu_memory_bytes: int) -> list[Fit]:
     """Weights as GPUs hold them to compute with: in bfloat16, but NVFP4 stays packed in dense models and in routed
-    experts. Others that are quantized are dequantized when loaded; what they would take as stored is told besides.
+    experts, and FP8 stays in GLM's attention (but for kv_b) and dense MLPs. Others that are quantized are dequantized
+    when loaded; what they would take as stored is told besides.
 
     A room below 0 means that the weights do not fit. Raises InvalidRequest for no GPU or no memory, Unsupported for a
     number of ranks that the model cannot be shared out to.
@@ -121,8 +123,8 @@ def fits(model: ModelTensors, num_gpus: int, gpu_memory_bytes: int) -> list[Fit]
         raise InvalidRequest("what fits is told for at least one GPU with some memory")
     stored, computed = _rank_bytes(model, Shard(0, num_gpus))
     quantized = any(tensor.form not in STORED_FLOATS for tensor in model.tensors.values())
-    kept = any(_stays_packed(model, name, tensor) for name, tensor in model.tensors.items())
-    held = f"{KEPT} and {COMPUTE_DTYPE}" if kept else COMPUTE_DTYPE
+    kept = {tensor.form for name, tensor in model.tensors.items() if _stays_packed(model, name, tensor)}
+    held = " and ".join((*sorted(kept, reverse=True), COMPUTE_DTYPE))
     forms = {held: computed} | ({"as stored": stored} if quantized else {})
     per_token = kv_bytes_per_token(model, mtp=model.has_mtp, shard=Shard(0, num_gpus))
     return [
@@ -154,4 +156,7 @@ def _rank_bytes(model: ModelTensors, shard: Shard) -> tuple[int, int]:
 
 
 def _stays_packed(model: ModelTensors, name: str, tensor: Tensor) -> bool:
-    return tensor.form == KEPT and (isinstance(model.config, DenseConfig) or EXPERT.search(name) is not None)
+    is_dense = isinstance(model.config, DenseConfig)
+    if tensor.form == "fp8":
+        return not is_dense and STAYS_FP8.search(name) is not None
+    return tensor.form == "nvfp4" and (is_dense or EXPERT.search(name) is not None)

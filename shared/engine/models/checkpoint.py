@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from shared.engine.kernels import w8a16
 from shared.engine.models.inventory import Inventory
 from shared.engine.parallel.partition import Part
 from shared.engine.quantization import fp8_block, nvfp4
@@ -54,6 +55,10 @@ class Checkpoint:
             linear = name.removesuffix(".weight")
             raise Unsupported(f"the scales of {linear} do not fit its weights: {error}") from None
 
+    def as_stored(self, name: str) -> torch.Tensor:
+        """A tensor of the files as it is there, a view of its file: until another file is read from."""
+        return self._tensor(name, None)
+
     def nvfp4(self, name: str, part: Part | None = None) -> nvfp4.Nvfp4Tensor | None:
         """A matrix on the device of this checkpoint as it is stored; None if that is in another format, or if a part
         cuts a group."""
@@ -70,6 +75,26 @@ class Checkpoint:
         found = nvfp4.from_stored(stored, codes, scales, self._tensor(factor, None))
         codes, scales, scale_2 = (x.to(self._device, copy=True) for x in (found.codes, found.scale, found.scale_2))
         return nvfp4.Nvfp4Tensor(codes, scales, scale_2)
+
+    def fp8(self, name: str, part: Part | None = None) -> w8a16.Weight | None:
+        """A matrix on the device of this checkpoint as it is stored, in e4m3 with scales of blocks; None if that is in
+        another format, or if a part cuts what has one scale. Raises Unsupported for scales that do not fit."""
+        if self.inventory.format(name) is not Format.FP8_BLOCK:
+            return None
+        shape = list(self.inventory.shape(name))
+        starts, outer = [0, 0], None
+        if part is not None:
+            starts[part.dim], shape[part.dim] = part.start, part.length
+            outer = _widened(part, fp8_block.BLOCK, self.inventory.shape(name)[part.dim])
+        if not w8a16.fits(*shape, *starts):
+            return None
+        weight, scale = self.inventory.parts(name)
+        codes = self._tensor(weight, part).to(self._device, copy=True, memory_format=torch.contiguous_format)
+        scales = self._tensor(scale, _scaled(outer, fp8_block.BLOCK)).to(self._device)
+        try:
+            return w8a16.of_blocks(codes, scales, starts[0])
+        except ValueError as error:
+            raise Unsupported(f"the scales of {name.removesuffix('.weight')} do not fit its weights: {error}") from None
 
     def has_input_scales(self) -> bool:
         """Whether any matrix in NVFP4 has a scale for what it is multiplied with."""

@@ -8,8 +8,9 @@ from tqdm import tqdm
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
-from shared.engine.kernels import build, cuda_experts, cuda_latent, w4a4
+from shared.engine.kernels import build, cuda_experts, cuda_fp8, cuda_latent, w4a4
 from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.cuda_fp8 import CudaFp8
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import cuda_glm, cuda_glm_layer
@@ -19,7 +20,7 @@ from shared.engine.models.api import DraftLayer, Placement
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_layout import INDEX_KEYS, LATENTS, layout
 from shared.engine.models.glm_mtp_cuda import GlmMtpOnCuda
-from shared.engine.models.glm_weights import GlmWeights, MlpWeights
+from shared.engine.models.glm_weights import GlmWeights, MlpOf
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,10 @@ class GlmOnCuda:
         self.arithmetic = placement.arithmetic(fp4=fp4 is not None)
         self._config, self._group = config, placement.group
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
-        top_k, (grouped, latent) = weights.config.num_experts_per_token, _compiled(placement)
+        top_k, (grouped, latent, fp8) = weights.config.num_experts_per_token, _compiled(placement)
 
         def ready(index: int, fp4: w4a4.Products | None = None) -> Layer:
-            return cuda_glm_layer.grouping(read_layer(weights, index, fp4), top_k, grouped)
+            return cuda_glm_layer.grouping(read_layer(weights, index, fp4, fp8), top_k, grouped)
 
         read = [ready(index, fp4) for index in layers]
         ends = read_ends(weights, config.vocab_size, placement)
@@ -64,25 +65,27 @@ class GlmOnCuda:
         return self._group.join(logits) if len(logits) else logits
 
 
-def _compiled(placement: Placement) -> tuple[CudaExperts | None, CudaLatent | None]:
+def _compiled(placement: Placement) -> tuple[CudaExperts | None, CudaLatent | None, CudaFp8 | None]:
     """Kernels that a compiler has to be there for. Without them those in Triton serve, which compute each choice of an
-    expert by itself, and merge attention for each few of its values anew."""
+    expert by itself, merge attention for each few of its values anew, and take matrices in bfloat16 alone."""
     capability = torch.cuda.get_device_capability(placement.device)
     try:
         path = build.cuda_library(placement.cache_dir / "kernels", build.cuda_compiler(), capability, "glm")
-        return CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path))
+        return CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path)), CudaFp8(cuda_fp8.load(path))
     except (build.BuildError, OSError) as error:
         log.warning("computing without our CUDA kernels for GLM: %s", error)
-        return None, None
+        return None, None, None
 
 
-def read_layer(weights: GlmWeights, index: int, fp4: w4a4.Products | None = None) -> Layer:
-    """A layer of a checkpoint. With `fp4`, experts that are stored for products in FP4 have these."""
-    mlp = (weights.fp4_mlp(index) if fp4 else None) or weights.packed_mlp(index)
+def read_layer(weights: GlmWeights, index: int, fp4: w4a4.Products | None = None, fp8: CudaFp8 | None = None) -> Layer:
+    """A layer of a checkpoint. With `fp4`, experts that are stored for products in FP4 have these; with `fp8`, matrices
+    of attention and of dense MLPs that are stored in e4m3 stay so."""
+    attention = weights.stored_attention(index) if fp8 else weights.attention(index)
+    mlp = (weights.fp4_mlp(index) if fp4 else None) or (weights.stored_mlp if fp8 else weights.packed_mlp)(index)
     return Layer(
         *weights.norms(index),
-        cuda_glm_layer.attention(weights.attention(index)),
-        mlp if isinstance(mlp, MlpWeights) else cuda_glm_layer.mixture(mlp, fp4),
+        cuda_glm_layer.attention(attention, fp8),
+        cuda_glm_layer.dense(mlp, fp8) if isinstance(mlp, MlpOf) else cuda_glm_layer.mixture(mlp, fp4),
     )
 
 

@@ -1,10 +1,12 @@
 """The tensors of a GLM-5 decoder as layers take them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
-from shared.engine.kernels import w4a4
+from shared.engine.kernels import w4a4, w8a16
 from shared.engine.models.checkpoint import Checkpoint
 from shared.engine.models.dense_shapes import EMBEDDING, FINAL_NORM, HEAD
 from shared.engine.models.glm_config import GlmConfig
@@ -13,38 +15,50 @@ from shared.engine.parallel.partition import Shard, of_glm
 from shared.engine.quantization.nvfp4 import Nvfp4Tensor
 from shared.engine.quantization.w4a4 import Calibrated, stacked
 
+Matrix_co = TypeVar("Matrix_co", covariant=True)
+Stored = torch.Tensor | w8a16.Weight  # dequantized, or in e4m3 as a checkpoint has it
+
 
 @dataclass(frozen=True, slots=True)
-class IndexerWeights:
+class IndexerOf(Generic[Matrix_co]):
     """The sparse selection of one layer; `key_norm` is a LayerNorm's weight and bias."""
 
-    query: torch.Tensor
-    key: torch.Tensor
+    query: Matrix_co
+    key: Matrix_co
     key_norm: tuple[torch.Tensor, torch.Tensor]
     head_weights: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionWeights:
+class AttentionOf(Generic[Matrix_co]):
     """Latent attention. `down` is q_a and kv_a joined [q_lora + latent, hidden]; the two halves of kv_b are apart:
     `up_key` [H, nope, kv_lora] and `up_value` [H, v, kv_lora]."""
 
-    down: torch.Tensor
+    down: Matrix_co
     query_norm: torch.Tensor
-    query: torch.Tensor
+    query: Matrix_co
     latent_norm: torch.Tensor
     up_key: torch.Tensor
     up_value: torch.Tensor
-    output: torch.Tensor
-    indexer: IndexerWeights | None
+    output: Matrix_co
+    indexer: IndexerOf[Matrix_co] | None
 
 
 @dataclass(frozen=True, slots=True)
-class MlpWeights:
+class MlpOf(Generic[Matrix_co]):
     """gate and up joined [2 I, hidden], and down [hidden, I]."""
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Matrix_co
+    down: Matrix_co
+
+
+IndexerWeights = IndexerOf[torch.Tensor]
+AttentionWeights = AttentionOf[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class MlpWeights(MlpOf[torch.Tensor]):
+    """Dequantized, if they were quantized."""
 
 
 # Expert by expert: gate and up joined, and down.
@@ -125,24 +139,42 @@ class GlmWeights:
 
     def attention(self, layer: int) -> AttentionWeights:
         """One layer's attention."""
+        return self._attention(layer, self._joined)
+
+    def stored_attention(self, layer: int) -> AttentionOf[Stored]:
+        """As `attention`, with matrices in e4m3 as they are stored; kv_b is dequantized, since its scales are those of
+        blocks that heads and their halves do not fill."""
+        return self._attention(layer, self._stored)
+
+    def _joined(self, *names: str) -> torch.Tensor:
+        parts = [self._read(name) for name in names]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _stored(self, *names: str) -> Stored:
+        """In e4m3 if all of them are."""
+        parts = [self._checkpoint.fp8(name, self._part_of(name)) for name in names]
+        found = [part for part in parts if part is not None]
+        return w8a16.join(found) if len(found) == len(parts) else self._joined(*names)
+
+    def _attention(self, layer: int, join: Callable[..., Matrix_co]) -> AttentionOf[Matrix_co]:
         config, prefix, read = self.config, f"model.layers.{layer}.self_attn.", self._read
         both = read(prefix + "kv_b_proj.weight").view(config.num_heads, -1, config.kv_lora_rank)
-        return AttentionWeights(
-            down=torch.cat([read(prefix + "q_a_proj.weight"), read(prefix + "kv_a_proj_with_mqa.weight")]),
+        return AttentionOf(
+            down=join(prefix + "q_a_proj.weight", prefix + "kv_a_proj_with_mqa.weight"),
             query_norm=read(prefix + "q_a_layernorm.weight"),
-            query=read(prefix + "q_b_proj.weight"),
+            query=join(prefix + "q_b_proj.weight"),
             latent_norm=read(prefix + "kv_a_layernorm.weight"),
             up_key=both[:, : config.qk_nope_head_dim].contiguous(),
             up_value=both[:, config.qk_nope_head_dim :].contiguous(),
-            output=read(prefix + "o_proj.weight"),
-            indexer=self._indexer(prefix + "indexer.") if self._is(config.full_layers, layer) else None,
+            output=join(prefix + "o_proj.weight"),
+            indexer=self._indexer(prefix + "indexer.", join) if self._is(config.full_layers, layer) else None,
         )
 
-    def _indexer(self, prefix: str) -> IndexerWeights:
+    def _indexer(self, prefix: str, join: Callable[..., Matrix_co]) -> IndexerOf[Matrix_co]:
         read = self._read
-        return IndexerWeights(
-            query=read(prefix + "wq_b.weight"),
-            key=read(prefix + "wk.weight"),
+        return IndexerOf(
+            query=join(prefix + "wq_b.weight"),
+            key=join(prefix + "wk.weight"),
             key_norm=(read(prefix + "k_norm.weight"), read(prefix + "k_norm.bias")),
             head_weights=read(prefix + "weights_proj.weight"),
         )
@@ -171,6 +203,13 @@ class GlmWeights:
             for whole, part in zip(stacked, parts, strict=True):
                 whole[place] = part
         return MlpWeights(*stacked)
+
+    def stored_mlp(self, layer: int) -> MlpOf[Stored] | MoeWeights | PackedMoeWeights:
+        """As `packed_mlp`, with the matrices of a dense MLP in e4m3 as they are stored."""
+        if self._is(self.config.moe_layers, layer):
+            return self.packed_mlp(layer)
+        gate, up, down = (f"model.layers.{layer}.mlp.{kind}_proj.weight" for kind in ("gate", "up", "down"))
+        return MlpOf(self._stored(gate, up), self._stored(down))
 
     def packed_mlp(self, layer: int) -> MlpWeights | MoeWeights | PackedMoeWeights:
         """As `mlp`, but a mixture whose experts are all stored in NVFP4 keeps them so."""

@@ -29,6 +29,7 @@ FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 FORMAT_NAMES = {Format.FP8_BLOCK: "fp8", Format.NVFP4: "nvfp4", Format.NVFP4_RECIPROCAL: "nvfp4"}
 LINEAR = re.compile(r"\.layers\.\d+\..*proj(_with_mqa)?\.weight$|\.indexer\.w\w+\.weight$")
+EXPERT = re.compile(r"\.experts\.\d+\..*")
 NEVER_FP8 = re.compile(r"weights_proj|eh_proj")
 FP8_BLOCK, NVFP4_GROUP = 128, 16
 
@@ -129,9 +130,21 @@ def _quantization(fields: Mapping[str, Any]) -> Callable[[str], Format]:
         return lambda name: Format.PLAIN if NEVER_FP8.search(name) else Format.FP8_BLOCK
     if "nvfp4" not in json.dumps(about).lower():
         raise Unsupported(f"quant_method {method!r} without NVFP4 is not supported")
+    if layers := about.get("quantized_layers"):
+        return lambda name: _listed(name, layers)
     stored = Format.NVFP4 if method == "modelopt" else Format.NVFP4_RECIPROCAL
     ignored = [str(pattern) for pattern in about.get("ignore") or ()]
     return lambda name: Format.PLAIN if _matches(name.removesuffix(".weight"), ignored) else stored
+
+
+def _listed(name: str, layers: Mapping[str, Any]) -> Format:
+    """That of the layer, or of the experts it belongs to, in ModelOpt's list of layers with forms of their own."""
+    of_experts = EXPERT.sub(".experts", name).removesuffix(".weight")
+    about = layers.get(name.removesuffix(".weight")) or layers.get(of_experts) or {}
+    algorithm = str(about.get("quant_algo", ""))
+    if algorithm == "FP8_PB_WO":
+        return Format.FP8_BLOCK
+    return Format.NVFP4 if "NVFP4" in algorithm else Format.PLAIN
 
 
 def _matches(linear: str, patterns: list[str]) -> bool:

@@ -53,6 +53,14 @@ def chosen(model: ModelTensors, modules: Modules) -> list[str]:
     return found
 
 
+def kept(model: ModelTensors, quantized: Collection[str]) -> list[str]:
+    """The weights in block FP8 that are not quantized again. Raises InvalidRequest where there are none."""
+    found = [name for name, tensor in model.tensors.items() if tensor.form == "fp8" and name not in quantized]
+    if not found:
+        raise InvalidRequest(f"{model.architecture} has no layers in FP8 to keep", param="keep_fp8")
+    return found
+
+
 def _wanted(module_class: str, modules: Modules) -> bool:
     if modules is Modules.ROUTED_EXPERTS:
         return module_class == "routed experts"
@@ -70,7 +78,8 @@ def joined(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def left_alone(model: ModelTensors, quantized: Collection[str]) -> list[str]:
-    """Patterns (fnmatch) that match the names of all linear layers but the quantized ones: what `ignore` lists."""
+    """Patterns (fnmatch) that match the names of all linear layers but the quantized ones (in whatever form): what
+    `ignore` lists."""
     linears = {name.removesuffix(".weight"): name in quantized for name in model.tensors if _is_linear(name)}
     return [HEAD, *_patterns("", linears)]
 

@@ -44,11 +44,13 @@ Calibrate = Callable[[list[str]], Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What decides the bytes. `prompts` names the prompts of calibration by their hash."""
+    """What decides the bytes. `prompts` names the prompts of calibration by their hash. With `keep_fp8` layers of the
+    source in FP8 that are not chosen stay as they are; else they become bfloat16."""
 
     modules: Modules | None = None
     shard_bytes: int = 5 * 10**9
     prompts: str | None = None
+    keep_fp8: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,8 @@ def run(
         raise Unsupported(f"{source} holds no weights")
     modules = options.modules or choice.default(model)
     options, names = replace(options, modules=modules), choice.chosen(model, modules)
+    if options.keep_fp8:
+        choice.kept(model, set(names))  # that there are any, before anything is written
     lock = directory / LOCK
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -123,6 +127,7 @@ def _about(source: Path, options: Options) -> dict[str, Any]:
         "modules": str(options.modules),
         "shard size": options.shard_bytes,
         "calibration": options.prompts,
+        "choice to keep FP8": options.keep_fp8,
     }
 
 
@@ -138,14 +143,15 @@ def _fill(
 ) -> Result:
     for leftover in directory.glob(f".*{PARTIAL}"):  # of a process that was killed
         leftover.unlink()
-    shards = plan.make(Inventory(source), choice.joined(names), scales, options.shard_bytes)
+    kept = choice.kept(model, set(names)) if options.keep_fp8 else []
+    shards = plan.make(Inventory(source), choice.joined(names), scales, options.shard_bytes, set(kept))
     missing = [shard for shard in shards if not (directory / shard.file).exists()]
     _require_room(directory, missing)
     write_all(missing, source, directory, num_processes, progress)
-    ignored = choice.left_alone(model, set(names))
+    ignored = choice.left_alone(model, {*names, *kept})
     _write_json(directory / INDEX, _index(shards))
     _copy_others(source, directory)
-    told = description.Description(tuple(ignored), bool(scales), version("forebay"))
+    told = description.Description(tuple(ignored), bool(scales), version("forebay"), tuple(names), tuple(kept))
     _write_json(directory / "hf_quant_config.json", told.hf_quant_config())
     _write_json(directory / "config.json", told.config(read_json(source / "config.json")))
     (directory / NOTES).unlink()

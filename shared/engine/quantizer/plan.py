@@ -4,7 +4,7 @@ The plan follows from the source's headers and the options alone, so a run that 
 the same bytes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -34,7 +34,8 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One weight of the source: copied, or quantized with the scale that it shares with `group` (itself included).
+    """One weight of the source: copied, in as many tensors as it is stored in or in one, or quantized with the scale
+    that it shares with `group` (itself included).
 
     `input_scale` is that of its activations, if it is known. `source_bytes` is what reading it once takes.
     """
@@ -71,17 +72,24 @@ class Shard:
 
 
 def make(
-    source: Inventory, groups: Mapping[str, tuple[str, ...]], input_scales: Mapping[str, float], shard_bytes: int
+    source: Inventory,
+    groups: Mapping[str, tuple[str, ...]],
+    input_scales: Mapping[str, float],
+    shard_bytes: int,
+    kept: Collection[str] = (),
 ) -> tuple[Shard, ...]:
     """The files of at most `shard_bytes` (more only for one group of weights that is larger), in order.
 
-    `groups` has the weights to quantize, `input_scales` is by the same names and may be empty. Raises Unsupported for a
-    tensor of a dtype that is not known here.
+    `groups` has the weights to quantize, `input_scales` is by the same names and may be empty; `kept` are weights in
+    FP8 that stay so. Raises Unsupported for a tensor of a dtype that is not known here.
     """
     bundles: list[list[Task]] = [[]]
     room = shard_bytes
     for members in _in_order(source, groups):
-        tasks = [_task(source, name, groups.get(name, ()), input_scales.get(name)) for name in members]
+        tasks = [
+            _copied(source, name) if name in kept else _task(source, name, groups.get(name, ()), input_scales.get(name))
+            for name in members
+        ]
         size = sum(task.num_bytes for task in tasks)
         if size > room and bundles[-1]:
             bundles.append([])
@@ -114,6 +122,16 @@ def _task(source: Inventory, name: str, group: tuple[str, ...], input_scale: flo
             raise Unsupported(f"{name} is stored as {dtype}; known are {', '.join(WIDTHS)}")
         outputs = (Output(name, dtype, shape),)
     return Task(name, shape, source.num_bytes(name), outputs, group, input_scale)
+
+
+def _copied(source: Inventory, name: str) -> Task:
+    """Weights and scales as they are."""
+    parts = {part: source.stored[part] for part in source.parts(name)}
+    unknown = [stored.dtype for stored in parts.values() if stored.dtype not in WIDTHS]
+    if unknown:
+        raise Unsupported(f"{name} has parts stored as {', '.join(unknown)}; known are {', '.join(WIDTHS)}")
+    outputs = tuple(Output(part, stored.dtype, stored.shape) for part, stored in parts.items())
+    return Task(name, source.shape(name), source.num_bytes(name), outputs)
 
 
 def _quantized(linear: str, shape: tuple[int, ...], *, with_input: bool) -> tuple[Output, ...]:

@@ -64,7 +64,10 @@ class _Writer:
 
     def write(self, task: Task) -> None:
         """Copy or quantize one weight."""
-        if not task.group:
+        if not task.group and len(task.outputs) > 1:
+            for output in task.outputs:
+                self._append(output, self._source.as_stored(output.name))
+        elif not task.group:
             for part in self._parts(task.name, task.shape):
                 self._append(task.outputs[0], part)
         else:

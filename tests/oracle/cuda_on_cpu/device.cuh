@@ -269,6 +269,14 @@ inline uint32_t as_halves(float a, float b) {
 }
 inline uint32_t times_half(uint32_t a, uint32_t b) { return as_halves(of_halves(a, 0) * of_halves(b, 0), of_halves(a, 1) * of_halves(b, 1)); }
 inline void multiply_half(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply_by(of_halves, sum, a, b0, b1); }
+inline float of_fp8(uint32_t code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    const float value = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+    return (code & 127) == 127 ? NAN : code & 128 ? -value : value;
+}
+inline uint2 from_fp8(uint32_t four) {
+    return {as_halves(of_fp8(four & 255), of_fp8(four >> 8 & 255)), as_halves(of_fp8(four >> 16 & 255), of_fp8(four >> 24))};
+}
 inline uint32_t largest_of_warp(uint32_t value) {
     Warp& warp = my_warp();
     warp.words[threadIdx.x % 32][0] = value;

@@ -60,6 +60,16 @@ __device__ __forceinline__ uint32_t as_halves(float a, float b) {
 }
 __device__ __forceinline__ float2 from_halves(uint32_t pair) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Four e4m3 to fp16, which is exact: the first two, and the others.
+__device__ __forceinline__ uint2 from_fp8(uint32_t four) {
+    uint2 halves;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high;}"
+        : "=r"(halves.x), "=r"(halves.y) : "r"(four));
+    return halves;
+}
+#endif
+
 __device__ __forceinline__ uint32_t largest_of_warp(uint32_t value) { return __reduce_max_sync(~0u, value); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // where a launch waits for the one before it
