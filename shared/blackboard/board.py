@@ -12,7 +12,7 @@ from redis.asyncio.client import PubSub
 from shared.blackboard import keys
 from shared.blackboard.admission import AdmissionBoard
 from shared.blackboard.connection import connect, faults
-from shared.blackboard.index import PrefixIndex
+from shared.blackboard.index import MAX_LATE_MS, MAX_WAIT_MS, PrefixIndex
 from shared.blackboard.placements import PlacementBoard
 from shared.blackboard.records import Registration, Role
 from shared.errors import BlackboardLost, StaleEpoch
@@ -32,13 +32,15 @@ class Blackboard:
 
     def __init__(self, url: str, timeout_ms: int = TIMEOUT_MS) -> None:
         self._redis: Redis = connect(url, timeout_ms)
-        self.index = PrefixIndex(self._redis)
+        self._waiting: Redis = connect(url, timeout_ms + MAX_WAIT_MS + MAX_LATE_MS)
+        self.index = PrefixIndex(self._redis, self._waiting)
         self.admission = AdmissionBoard(self._redis, timeout_ms / 1000)
         self.placements = PlacementBoard(self._redis)
 
     async def close(self) -> None:
         """Close the connections."""
         await self.admission.close()
+        await self._waiting.aclose()
         await self._redis.aclose()
 
     async def next_epoch(self, name: str) -> int:
