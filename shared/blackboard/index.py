@@ -146,8 +146,9 @@ class PrefixIndex:
     async def events(self, position: bytes, wait_ms: int = 0) -> tuple[list[IndexEvent], bytes]:
         """Changes behind a position of the stream, and the position behind them; waits so long for the first, at most
         `MAX_WAIT_MS`."""
+        block_ms = wait_ms or None
         with faults():
-            answer: Any = await self._waiting.xread({keys.EVENTS: position}, count=EVENTS_PER_READ, block=wait_ms or None)
+            answer: Any = await self._waiting.xread({keys.EVENTS: position}, count=EVENTS_PER_READ, block=block_ms)
         if not answer:
             return [], position
         ((_, entries),) = answer
