@@ -14,7 +14,7 @@ from shared.errors import BlackboardLost
 
 log = logging.getLogger(__name__)
 
-# Changes are taken together that come within this time: each worker writes twenty times a second.
+# Changes are taken together that come within this time: each worker writes twenty times a second at most.
 GATHER_S = 0.02
 RETRY_S = 0.5
 AUDIT_S = 2.0
