@@ -171,7 +171,7 @@ class SimExecutor:
         """The state [P] before the first row of each page: what the page before the item's first one has, and the sums
         [P] of its pages in between."""
         ends = np.cumsum(sums, dtype=np.uint64) - sums
-        states = self._words[rows.before, -1, 0]
+        states: Words = self._words[rows.before, -1, 0]
         states[rows.before < 0] = 0
         states += ends
         states -= ends[rows.firsts]
