@@ -3,11 +3,12 @@
     python -m bench.front [--rounds 9] [--streams 16 256] [--beside CHECKOUT]
 
 Text prompts of 512 tokens are answered by 32, over REST with streaming, by two sim workers that take no time; tokenizer
-and detokenizer are the default model's. Printed are CPU seconds per 1,000 requests, median (best) of the rounds, and
-the median of the rounds' differences with its 95 % interval.
+and detokenizer are the default model's. Printed are CPU seconds per 1,000 requests, of each role and of this client,
+and seconds by the clock: median (best) of the rounds, and the median of the rounds' differences with its 95 % interval.
 """
 
 import argparse
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -28,7 +29,7 @@ from cli.process import ROOT
 PROMPT_TOKENS = 512
 # A burst at the start shows in few requests, and the clock of a process ticks every 10 ms.
 MIN_REQUESTS = 200
-BOTH = "gateway and router"
+BOTH, CLIENT, WALL = "gateway and router", "this client", "by the clock, s per 1,000 requests"
 
 Found = dict[tuple[int, str], dict[str, list[float]]]
 """CPU seconds per 1,000 requests by number of streams and role, then by checkout, round by round."""
@@ -42,11 +43,13 @@ async def measure(
 
     async def one(name: str, num_streams: int, prompts: Sequence[str], took: dict[str, dict[str, float]]) -> None:
         running = clusters[name]
-        before = background.cpu_s(running)
+        before, own_s, started_s = background.cpu_s(running), time.process_time(), time.perf_counter()
         if await ask_all(Client(running.run.url, running.run.model), prompts, num_streams):
             raise RuntimeError("requests failed")
-        spent = {role: (s - before[role]) * 1e3 / len(prompts) for role, s in background.cpu_s(running).items()}
-        took[name] = {BOTH: spent["gateway"] + spent["router"], **spent}
+        wall_s, own_s = time.perf_counter() - started_s, time.process_time() - own_s
+        took_s = {role: s - before[role] for role, s in background.cpu_s(running).items()}
+        took_s |= {BOTH: took_s["gateway"] + took_s["router"], CLIENT: own_s, WALL: wall_s}
+        took[name] = {role: s * 1e3 / len(prompts) for role, s in took_s.items()}
 
     for _ in range(num_rounds):
         for num_streams in streams:

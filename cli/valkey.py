@@ -21,6 +21,7 @@ def command(host: str, port: int, socket: Path | None = None) -> tuple[str, ...]
         "dir": tempfile.gettempdir(),
         "save": "",
         "appendonly": "no",
+        "hz": "1",  # how often it looks for what nobody asks for; what has expired is not there at any time
         "protected-mode": "yes" if host.startswith("127.") else "no",
     }
     if socket is not None:

@@ -5,10 +5,13 @@ carried through every hop as W3C trace context. Metrics are OpenTelemetry instru
 """
 
 import logging
+import socket
 import sys
+import threading
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import Protocol
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from opentelemetry import context, propagate, trace
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
@@ -17,7 +20,8 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider, sampling
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Tracer
-from prometheus_client import CollectorRegistry, Metric, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
 from pythonjsonlogger.json import JsonFormatter
 
 from shared.errors import Fault
@@ -25,6 +29,7 @@ from shared.instruments import Meter
 from shared.version import version
 
 TRACE_PARENT = "traceparent"
+DAY_S = 86_400.0
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
@@ -85,10 +90,14 @@ class Telemetry:
 
     def serve_metrics(self, host: str, port: int) -> int:
         """Answer Prometheus at http://host:port/metrics from a thread; return the port. Raises OSError."""
+        server_class = _Ipv6Server if ":" in host else ThreadingWSGIServer
         try:
-            server, _ = start_http_server(port, addr=host, registry=self.registry)
+            server = make_server(host, port, make_wsgi_app(self.registry), server_class, _SilentHandler)
         except OSError as error:
             raise OSError(f"cannot listen on {host}:{port} for metrics: {error.strerror}") from error
+        # prometheus_client's own thread wakes twice a second, to see whether it is to end; this one ends with its
+        # process.
+        threading.Thread(target=server.serve_forever, args=(DAY_S,), name="metrics", daemon=True).start()
         return int(server.server_port)
 
     def close(self) -> None:
@@ -96,6 +105,15 @@ class Telemetry:
         self.meter.take_in()
         self._tracers.shutdown()
         self._meters.shutdown()
+
+
+class _Ipv6Server(ThreadingWSGIServer):
+    address_family = socket.AF_INET6
+
+
+class _SilentHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing of each reading."""
 
 
 class _Registry(CollectorRegistry):

@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
+import uvloop
+
 from bench.placement.client import Client
 from bench.serve.measures import ttft_ms
 from cli.background import Background, cluster, cpu_s
@@ -69,7 +71,7 @@ def measure(num_requests: int, concurrencies: list[int], seed: int) -> None:
     with cluster(*flags(timed)) as running:
         client = Client(running.run.url, running.run.model)
         for num_tokens in (512, 4096):
-            added = asyncio.run(_added_ms(client, num_tokens, seed))
+            added = uvloop.run(_added_ms(client, num_tokens, seed))
             print(f"added to the first token of {num_tokens}: median {median(added):.1f} ms, best {min(added):.1f} ms")
 
 
@@ -77,7 +79,7 @@ def _row(running: Background, concurrency: int, num_requests: int, seed: int) ->
     chance = random.Random(f"path {concurrency} {seed}")
     prompts = [prompt(chance, 512) for _ in range(num_requests)]
     before, own, started = cpu_s(running), time.process_time(), time.perf_counter()
-    num_failed = asyncio.run(ask_all(Client(running.run.url, running.run.model), prompts, concurrency))
+    num_failed = uvloop.run(ask_all(Client(running.run.url, running.run.model), prompts, concurrency))
     wall_s, own = time.perf_counter() - started, time.process_time() - own
     spent = {role: (after - before[role]) * 1000 / num_requests for role, after in cpu_s(running).items()}
     workers = spent["decode"] + spent.get("prefill", 0.0)

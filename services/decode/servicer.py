@@ -186,7 +186,8 @@ class Generation:
                     if is_cached:
                         local = event.num_cached_tokens - self._usage.num_cached_transferred
                         self._usage.num_cached_local = max(0, local)
-                    wire.count_drafts(self._usage, event.num_drafts, event.num_accepted)
+                    if event.num_drafts:
+                        wire.count_drafts(self._usage, event.num_drafts, event.num_accepted)
                 if tokens := [token for event in sampled for token in event.tokens]:
                     yield self._tokens(wire.token_chunk(tokens), counts=drafted)
                 match events[-1]:

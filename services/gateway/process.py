@@ -35,6 +35,9 @@ from shared.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
+# How old the time in an answer's Date header may be: it has whole seconds.
+DATE_S = 1.0
+
 
 async def run(config: GatewayConfig) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises OSError for a taken port, InvalidRequest for a wrong path."""
@@ -106,7 +109,7 @@ async def _serve(
         await gentle_start.over()
         await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
     await _drain(config, core, heartbeat)
-    http.should_exit = True
+    http.end()
     await grpc_server.stop(0)
     for task in (stopping, following):
         task.cancel()
@@ -176,11 +179,23 @@ class RestServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
         super().__init__(config)
-        self._listener = listener
+        self._listener, self._ended = listener, asyncio.Event()
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until `should_exit` is set."""
+        """Serve until `end` is called."""
         await super().serve(sockets or [self._listener])
+
+    def end(self) -> None:
+        """Take no more requests, and let `serve` return."""
+        self.should_exit = True
+        self._ended.set()
+
+    async def main_loop(self) -> None:
+        """uvicorn looks ten times a second whether it is to end. This one is told, and wakes for the Date header."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DATE_S):
+                    await self._ended.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -147,6 +147,11 @@ class Fleet:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    @property
+    def next_change(self) -> asyncio.Event:
+        """Set when workers come, go, begin to drain or are trusted again; each such change has its own."""
+        return self._changed
+
     async def changed(self, timeout_s: float) -> None:
         """Wait until workers come, go, begin to drain or are trusted again, or for the time given."""
         with suppress(TimeoutError):

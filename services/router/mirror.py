@@ -66,6 +66,11 @@ class Slots:
         """Nobody adds to this slot or asks for it any more."""
         self._used_up.append(slot)
 
+    @property
+    def are_tidy(self) -> bool:
+        """Whether there is nothing to clear."""
+        return not (self._clearing or self._used_up)
+
     def tidy(self) -> None:
         """Clear a part of what was given back."""
         if not self._clearing:
@@ -204,6 +209,11 @@ class Mirror:
         if len(pages):
             change = self._index.add if stored else self._index.discard
             change(pages, np.full(len(pages), slot))
+
+    @property
+    def is_tidy(self) -> bool:
+        """Whether there is no housekeeping to be done."""
+        return self._slots.are_tidy
 
     def tidy(self) -> None:
         """A little housekeeping, to be called again and again."""

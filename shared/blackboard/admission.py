@@ -112,12 +112,11 @@ class AdmissionBoard:
     def __init__(self, redis: Redis, timeout_s: float) -> None:
         self._redis = redis
         script = _SCRIPT.replace("'WAITER'", f"'{keys.WAITER}'").replace("'WAKE'", f"'{keys.WAKE}'")
-        self._script = redis.register_script(script)
-        self._reservations = Together(redis, script, timeout_s)
+        self._runs = Together(redis, script, timeout_s)
 
     async def close(self) -> None:
-        """Close the connection of reservations."""
-        await self._reservations.close()
+        """Close the connection of the script."""
+        await self._runs.close()
 
     def reserve(
         self,
@@ -152,13 +151,13 @@ class AdmissionBoard:
             " ".join([f"{decode + 1} {0 if prefill is None else prefill + 1}" for decode, prefill in pairs]),
         ]
         workers = [(need.name, need.epoch) for need in needs]
-        return _judged(self._reservations.run(_keys(ask.model, workers), args))
+        return _judged(self._runs.run(_keys(ask.model, workers), args))
 
     async def withdraw(self, ask: Ask, router: str, workers: Iterable[tuple[str, int]]) -> None:
         """Take a request out of the queue, unless another router has it now, and back what these workers (name, epoch)
         were promised of it."""
         with faults():
-            await self._reservations.run(_keys(ask.model, workers), ["withdraw", ask.request_id, router])
+            await self._runs.run(_keys(ask.model, workers), ["withdraw", ask.request_id, router])
 
     async def give_back(self, request_id: str, model: str, workers: Iterable[tuple[str, int]]) -> None:
         """End the promises of these workers (name, epoch) to a request that will not come to them."""
@@ -172,12 +171,12 @@ class AdmissionBoard:
         amounts = [limits.sequences, limits.tokens, limits.pages, used.sequences, used.tokens, used.pages]
         with faults():
             worker = [(name, epoch)]
-            return int(await self._script(keys=_keys(model, worker), args=["report", *amounts, ttl_ms, *arrived]))
+            return int(await self._runs.run(_keys(model, worker), ["report", *amounts, ttl_ms, *arrived]))
 
     async def tend(self, model: str, router: str) -> None:
         """A sign of life of a router that has requests in this queue; wakes the first of the queue."""
         with faults():
-            await self._script(keys=_keys(model, ()), args=["tend", router, LEASE_MS])
+            await self._runs.run(_keys(model, ()), ["tend", router, LEASE_MS])
 
     async def num_queued(self, models: Sequence[str]) -> list[int]:
         """Lengths of these models' queues."""

@@ -12,9 +12,10 @@ from redis.asyncio.client import PubSub
 from shared.blackboard import keys
 from shared.blackboard.admission import AdmissionBoard
 from shared.blackboard.connection import connect, faults
-from shared.blackboard.index import PrefixIndex
+from shared.blackboard.index import MAX_LATE_MS, MAX_WAIT_MS, PrefixIndex
 from shared.blackboard.placements import PlacementBoard
 from shared.blackboard.records import Registration, Role
+from shared.blackboard.together import Together
 from shared.errors import BlackboardLost, StaleEpoch
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,31 @@ log = logging.getLogger(__name__)
 TIMEOUT_MS = 1_000
 # Names that have not registered for this long are dropped from the list of members.
 FORGET_MS = 3_600_000
+
+# What every process asks for twice a second, in one script: its keys and answers cost less than commands of their own.
+#   KEYS: members, process, index, count. ARGV: 'register', name, registration, lifetime, now, channel or nothing.
+#   KEYS: members of each role. ARGV: 'list', the pattern of each role's processes.
+_SCRIPT = f"""
+if ARGV[1] == 'list' then
+  local found = {{}}
+  for role, members in ipairs(KEYS) do
+    for _, registration in ipairs(redis.call('SORT', members, 'ALPHA', 'GET', ARGV[role + 1])) do
+      if registration then found[#found + 1] = registration end
+    end
+  end
+  return found
+end
+local members, process, index, count = unpack(KEYS)
+local _, name, registration, ttl_ms, now_ms, channel = unpack(ARGV)
+local previous = redis.call('SET', process, registration, 'PX', ttl_ms, 'GET')
+redis.call('ZADD', members, now_ms, name)
+redis.call('ZREMRANGEBYSCORE', members, '-inf', now_ms - {FORGET_MS})
+local is_complete = redis.call('SISMEMBER', index, '{keys.COMPLETE}')
+redis.call('PEXPIRE', index, ttl_ms)
+redis.call('PEXPIRE', count, ttl_ms)
+if channel ~= '' then redis.call('PUBLISH', channel, name) end
+return {{previous, is_complete}}
+"""
 
 
 class Blackboard:
@@ -32,13 +58,17 @@ class Blackboard:
 
     def __init__(self, url: str, timeout_ms: int = TIMEOUT_MS) -> None:
         self._redis: Redis = connect(url, timeout_ms)
-        self.index = PrefixIndex(self._redis)
+        self._waiting: Redis = connect(url, timeout_ms + MAX_WAIT_MS + MAX_LATE_MS)
+        self.index = PrefixIndex(self._redis, self._waiting)
         self.admission = AdmissionBoard(self._redis, timeout_ms / 1000)
         self.placements = PlacementBoard(self._redis)
+        self._runs = Together(self._redis, _SCRIPT, timeout_ms / 1000)
 
     async def close(self) -> None:
         """Close the connections."""
         await self.admission.close()
+        await self._runs.close()
+        await self._waiting.aclose()
         await self._redis.aclose()
 
     async def next_epoch(self, name: str) -> int:
@@ -57,18 +87,10 @@ class Blackboard:
         whole index. Raises StaleEpoch if a newer incarnation of the same name has registered: end this one.
         """
         role, name, epoch = registration.role, registration.name, registration.epoch
-        now_ms, index = time.time_ns() // 1_000_000, keys.index(name, epoch)
-        pipeline = self._redis.pipeline()
-        pipeline.set(keys.process(role, name), registration.model_dump_json(), px=ttl_ms, get=True)
-        pipeline.zadd(keys.members(role), {name: now_ms})
-        pipeline.zremrangebyscore(keys.members(role), "-inf", now_ms - FORGET_MS)
-        pipeline.sismember(index, keys.COMPLETE)
-        pipeline.pexpire(index, ttl_ms)
-        pipeline.pexpire(keys.index_count(name, epoch), ttl_ms)
-        if announce:
-            pipeline.publish(keys.CHANGES, name)
+        where = keys.members(role), keys.process(role, name), keys.index(name, epoch), keys.index_count(name, epoch)
+        about = registration.model_dump_json(), ttl_ms, time.time_ns() // 1_000_000, keys.CHANGES if announce else ""
         with faults():
-            previous, _, _, complete, *_ = await pipeline.execute()
+            previous, complete = await self._runs.run(where, ("register", name, *about))
         if (other := _parse(previous)) is not None and other.epoch > epoch:
             raise StaleEpoch(f"{name} was started again as epoch {other.epoch}; this is epoch {epoch}")
         return bool(complete)
@@ -88,12 +110,10 @@ class Blackboard:
 
     async def processes(self, *roles: Role) -> list[Registration]:
         """Every living process of these roles, by role and name, in one round trip."""
-        pipeline = self._redis.pipeline(transaction=False)
-        for role in roles:
-            pipeline.sort(keys.members(role), alpha=True, get=[keys.process(role, "*")])
+        members = [keys.members(role) for role in roles]
         with faults():
-            answers = await pipeline.execute()
-        found = (_parse(raw) for answer in answers for raw in answer)
+            answers = await self._runs.run(members, ("list", *(keys.process(role, "*") for role in roles)))
+        found = (_parse(raw) for raw in answers)
         return [registration for registration in found if registration is not None]
 
     async def ages_ms(self, *roles: Role) -> dict[str, float]:

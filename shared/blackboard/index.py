@@ -28,6 +28,10 @@ CHANGES_PER_TRIP = 16
 MAX_EVENTS = 4_096
 EVENTS_TTL_MS = 60_000
 EVENTS_PER_READ = 512
+# A reader waits for changes for so long at most. A server looks at who has waited for long enough from time to time,
+# by default ten times a second.
+MAX_WAIT_MS = 2_000
+MAX_LATE_MS = 1_000
 # An SSCAN of so many hashes holds Redis up for less than a millisecond.
 HASHES_PER_PART = 2_000
 
@@ -93,8 +97,9 @@ class IndexPart:
 class PrefixIndex:
     """Written by each worker for itself, read by routers. All methods raise BlackboardLost."""
 
-    def __init__(self, redis: Redis) -> None:
-        self._redis = redis
+    def __init__(self, redis: Redis, waiting: Redis) -> None:
+        """A command on `waiting` may take longer than others by `MAX_WAIT_MS` and `MAX_LATE_MS`."""
+        self._redis, self._waiting = redis, waiting
 
     # Written by workers -----------------------------------------------------------------------------------------------
 
@@ -139,12 +144,11 @@ class PrefixIndex:
         return last[0][0] if last else b"0-0"
 
     async def events(self, position: bytes, wait_ms: int = 0) -> tuple[list[IndexEvent], bytes]:
-        """Changes behind a position of the stream, and the position behind them; waits so long for the first.
-
-        `wait_ms` must be shorter than the connection's timeout.
-        """
+        """Changes behind a position of the stream, and the position behind them; waits so long for the first, at most
+        `MAX_WAIT_MS`."""
+        block_ms = wait_ms or None
         with faults():
-            answer: Any = await self._redis.xread({keys.EVENTS: position}, count=EVENTS_PER_READ, block=wait_ms or None)
+            answer: Any = await self._waiting.xread({keys.EVENTS: position}, count=EVENTS_PER_READ, block=block_ms)
         if not answer:
             return [], position
         ((_, entries),) = answer

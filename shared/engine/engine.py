@@ -67,7 +67,7 @@ class Engine:
         drafts_here = executor.proposes and speculation.make_proposer is None
         self._flight = Flight(executor, kv, clock, drafts_here=drafts_here)
         self._numbers = count()
-        self._load = self._rates(EngineLoad())
+        self._load = self._measured()
         self._draft_counts = DraftCounts()
         self._lock = threading.Lock()  # guards what follows; everything else belongs to the engine's thread
         self._known: dict[str, Sequence] = {}
@@ -257,19 +257,19 @@ class Engine:
 
     def _note_load(self) -> None:
         running, waiting = self._scheduler.running, self._scheduler.waiting
-        load = EngineLoad(
+        load = self._measured(
             num_running=len(running),
             num_waiting=len(waiting),
-            num_queued_tokens=sum(each.num_uncomputed for each in (*running, *waiting) if each.num_uncomputed > 1),
+            num_queued_tokens=sum(num for each in (*running, *waiting) if (num := each.num_uncomputed) > 1),
             num_preemptions=self._scheduler.num_preemptions,
         )
         with self._lock:
-            self._load, self._draft_counts = self._rates(load), self._speculator.counts()
+            self._load, self._draft_counts = load, self._speculator.counts()
 
-    def _rates(self, load: EngineLoad) -> EngineLoad:
-        """The same load, with what the meter says."""
-        return replace(
-            load,
+    def _measured(self, **counts: int) -> EngineLoad:
+        """A load of these counts, with what the meter says."""
+        return EngineLoad(
+            **counts,
             prefill_ms_per_token=self._meter.prefill_ms_per_token,
             prefill_ms_per_pair=self._meter.prefill_ms_per_pair,
             num_prompt_tokens=self._meter.prompts.num_tokens,

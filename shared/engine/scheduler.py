@@ -257,7 +257,7 @@ class Scheduler:
         """Get a running sequence its next page, if it is at the end of its last one."""
         if not sequence.table.page_ids:
             return False  # preempted a moment ago, by an older one of this step
-        while not self._kv.extend(sequence.table, sequence.num_pages_missing):
+        while (num_missing := sequence.num_pages_missing) and not self._kv.extend(sequence.table, num_missing):
             growing = [each for each in self.running if not each.request.prefill_only]
             if not self._preempt_younger(sequence, growing + self.waiting):
                 self._short = True

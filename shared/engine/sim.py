@@ -1,7 +1,7 @@
 """An executor without a model, whose pages and tokens obey laws that show every mistake of the machinery around it.
 
     state[t] = sum over i <= t of mix(token[i], i)              64 bits, wrapping
-    page words of token t = state[t], mix(state[t], 1), mix(state[t], 2) …
+    page words of token t = state[t], state[t] xor salt[1], state[t] xor salt[2] …
     token after t = mix(state[t], seed, t) mod vocabulary       seed 0 if the temperature is 0
     draft of it   = the same, or where mix(state[t], …) says so, the token beside it
 
@@ -13,7 +13,6 @@ is an error, loud and at once. Sampling parameters that shape probabilities have
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from math import log
 
 import numpy as np
@@ -28,6 +27,9 @@ from shared.engine.splitmix import GOLDEN, Words, mix, mix_words
 Ints = NDArray[np.int64]
 
 WORD_BYTES = 8
+# Of a token and of its position in `mix`: odd, so that no two tokens, nor two positions, are the same there.
+OF_TOKEN, OF_POSITION = 0xAF251AF3B0F025B5, GOLDEN
+_OF_TOKEN, _OF_POSITION = np.uint64(OF_TOKEN), np.uint64(OF_POSITION)
 
 
 class WrongPages(Exception):
@@ -69,16 +71,17 @@ class SimModel:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The tokens of a step that are checked or written, all S items laid end to end: N rows."""
+    """The tokens of a step that are checked or written: the P pages that they are in, those of all items one behind the
+    other, each with a row for each of its T tokens. Rows behind an item's last token mean nothing."""
 
-    items: Ints  # [N], whose row it is
-    positions: Ints  # [N]
-    tokens: Words  # [N]
-    pages: Ints  # [N]
-    slots: Ints  # [N], places within the pages
-    is_new: NDArray[np.bool_]  # [N], to be written; the others are context
-    ends: Ints  # [S], where the rows of each item end
-    pages_before: Ints  # [S], the page before the first row of each item, -1 if there is none
+    pages: Ints  # [P]
+    tokens: Words  # [P, T]
+    positions: Ints  # [P, T]
+    is_new: NDArray[np.bool_]  # [P, T], to be written
+    is_context: NDArray[np.bool_]  # [P, T], to be checked
+    firsts: Ints  # [P], the first page of the same item
+    before: Ints  # [P], the page before that one, -1 if there is none
+    lasts: list[int]  # [S], the row behind each item's last, of all P * T
 
 
 class SimExecutor:
@@ -108,7 +111,7 @@ class SimExecutor:
         self._model = model
         self._sleep = sleep
         self._clock = clock
-        self._salts = np.arange(model.words_per_token, dtype=np.uint64)
+        self._salts = mix_words(np.arange(model.words_per_token, dtype=np.uint64))  # the first is 0
         token_bytes = model.words_per_token * WORD_BYTES
         self._words: Words = np.ndarray(  # [pages, page_size, words_per_token]
             (num_pages, model.page_size, model.words_per_token),
@@ -141,21 +144,20 @@ class SimExecutor:
     def _compute(self, batch: Sequence[BatchItem]) -> list[list[int]]:
         """Check the context of every item, and write its new tokens; the states after which it may choose a token."""
         rows = _lay_out(batch, [self._first_row(item) for item in batch], self._model.page_size)
-        sums = np.cumsum(
-            mix_words(mix_words(rows.tokens + np.uint64(1)) + rows.positions.astype(np.uint64) * np.uint64(GOLDEN)),
-            dtype=np.uint64,
-        )
-        sums_before = np.concatenate([np.zeros(1, np.uint64), sums[rows.ends[:-1] - 1]])
-        states = sums + (self._states_before(rows) - sums_before)[rows.items]
-        words = self._expand(states)
+        states = rows.tokens * _OF_TOKEN
+        states += rows.positions.view(np.uint64) * _OF_POSITION
+        np.cumsum(mix_words(states), axis=1, out=states)
+        states += self._states_before(rows, states[:, -1])[:, None]
+        words = states[..., None] ^ self._salts
 
-        found = self._words[rows.pages, rows.slots]
-        wrong = np.nonzero(~rows.is_new & (found != words).any(axis=1))[0]
-        if wrong.size:
-            name, position = batch[rows.items[wrong[0]]].request_id, rows.positions[wrong[0]]
-            raise WrongPages(f"{name}: page {rows.pages[wrong[0]]} does not hold token {position} of the sequence")
-        self._words[rows.pages[rows.is_new], rows.slots[rows.is_new]] = words[rows.is_new]
-        return [states[end - 1 - item.num_drafts : end].tolist() for item, end in zip(batch, rows.ends, strict=True)]
+        wrong = self._words[rows.pages] != words
+        wrong &= rows.is_context[..., None]
+        if wrong.any():
+            raise WrongPages(_difference(batch, rows, wrong.any(axis=2)))
+        page, slot = rows.is_new.nonzero()
+        self._words[rows.pages[page], slot] = words[page, slot]
+        flat = states.reshape(-1)
+        return [flat[last - 1 - item.num_drafts : last].tolist() for item, last in zip(batch, rows.lasts, strict=True)]
 
     def _first_row(self, item: BatchItem) -> int:
         """From where the context of an item is checked: all of it at the beginning of each page and of each part of a
@@ -165,18 +167,20 @@ class SimExecutor:
         whole = item.position > item.start + 1 or (_end(item) - 1) // page_size != (item.start - 1) // page_size
         return 0 if whole else item.start // page_size * page_size
 
-    def _states_before(self, rows: Rows) -> Words:
-        """The state [S] before the first row of each item, as its pages have it."""
-        return np.where(rows.pages_before < 0, np.uint64(0), self._words[rows.pages_before, -1, 0])
-
-    def _expand(self, states: Words) -> Words:
-        """Page words [tokens, words_per_token] of states [tokens]."""
-        words = mix_words(states[:, None] + self._salts * np.uint64(GOLDEN))
-        words[:, 0] = states
-        return words
+    def _states_before(self, rows: Rows, sums: Words) -> Words:
+        """The state [P] before the first row of each page: what the page before the item's first one has, and the sums
+        [P] of its pages in between."""
+        ends = np.cumsum(sums, dtype=np.uint64) - sums
+        states: Words = self._words[rows.before, -1, 0]
+        states[rows.before < 0] = 0
+        states += ends
+        states -= ends[rows.firsts]
+        return states
 
     def _chosen(self, item: BatchItem, states: Sequence[int]) -> Chosen:
         """What the item's tokens are followed by; `states` after the last of them, and after each draft."""
+        if not (item.num_drafts or self.proposes):
+            return Chosen((self._choose(states[0], item),))
         tokens = verified(item, lambda row, view: self._choose(states[row], view))
         num_wanted = item.num_wanted if self.proposes else 0
         state, position = states[len(tokens) - 1], item.position + len(tokens) - 1
@@ -197,8 +201,8 @@ class SimExecutor:
 
     def _choose(self, state: int, item: BatchItem) -> SampledToken:
         sampling, token = item.sampling, self._draw(item, state, item.position)
-        if item.position - item.output_start < sampling.min_tokens:
-            stops = {*self._model.eos_token_ids, *sampling.stop_token_ids}
+        stops = self._model.eos_token_ids + sampling.stop_token_ids
+        if token in stops and item.position - item.output_start < sampling.min_tokens:
             token = next(other for other in self._from(token) if other not in stops)
         if sampling.num_logprobs is None:
             return SampledToken(token)
@@ -215,29 +219,44 @@ def _end(item: BatchItem) -> int:
 
 
 def _lay_out(batch: Sequence[BatchItem], firsts: Sequence[int], page_size: int) -> Rows:
-    """Rows of each item from its `first`, which is where a page begins."""
-    lengths = np.array([_end(item) - first for item, first in zip(batch, firsts, strict=True)])
-    ends = np.cumsum(lengths)
-    items = np.repeat(np.arange(len(batch)), lengths)
-    positions = np.arange(len(items)) - (ends - lengths - np.array(firsts))[items]
-    tables = np.cumsum([0, *(len(item.page_ids) for item in batch[:-1])])
-    history = [(*item.history[first : item.start], *item.token_ids) for item, first in zip(batch, firsts, strict=True)]
+    """Rows of each item from its `first`, which is where a page begins.
+
+    By lists, which are made into arrays at the end: most steps have few rows, and each call of numpy costs as much as
+    dozens of them."""
+    pages, tokens, begins, facts, lasts = list[int](), list[int](), list[int](), list[int](), list[int]()
+    for item, first in zip(batch, firsts, strict=True):
+        page, end = len(pages), _end(item)
+        pages += item.page_ids[first // page_size : -(-end // page_size)]
+        tokens += item.history[first : item.start]
+        tokens += item.token_ids
+        lasts.append(len(tokens))
+        tokens += [0] * (-end % page_size)
+        begins += range(first, end, page_size)
+        before = item.page_ids[first // page_size - 1] if first else -1
+        facts += (item.start, end, page, before) * (len(pages) - page)
+    starts, ends, first_pages, before_pages = np.array(facts).reshape(-1, 4).T
+    positions = np.array(begins)[:, None] + np.arange(page_size)
+    is_context = positions < starts[:, None]
     return Rows(
-        items=items,
+        pages=np.array(pages),
+        tokens=np.array(tokens, np.uint64).reshape(-1, page_size),
         positions=positions,
-        tokens=np.array(list(chain.from_iterable(history)), np.uint64),
-        pages=np.array(list(chain.from_iterable(item.page_ids for item in batch)))[
-            tables[items] + positions // page_size
-        ],
-        slots=positions % page_size,
-        is_new=positions >= np.array([item.start for item in batch])[items],
-        ends=ends,
-        pages_before=np.array(
-            [item.page_ids[first // page_size - 1] if first else -1 for item, first in zip(batch, firsts, strict=True)]
-        ),
+        is_new=(positions < ends[:, None]) ^ is_context,
+        is_context=is_context,
+        firsts=first_pages,
+        before=before_pages,
+        lasts=lasts,
     )
+
+
+def _difference(batch: Sequence[BatchItem], rows: Rows, wrong: NDArray[np.bool_]) -> str:
+    """Where a page is not what its sequence says."""
+    page, slot = np.argwhere(wrong)[0].tolist()
+    row = page * wrong.shape[1] + slot
+    name = next(item.request_id for item, last in zip(batch, rows.lasts, strict=True) if row < last)
+    return f"{name}: page {rows.pages[page]} does not hold token {rows.positions[page, slot]} of the sequence"
 
 
 def _after(token: int, position: int) -> int:
     """What a token adds to the state."""
-    return mix((mix(token + 1) + position * GOLDEN) % 2**64)
+    return mix((token * OF_TOKEN + position * OF_POSITION) % 2**64)

@@ -10,6 +10,7 @@ Words = NDArray[np.uint64]
 GOLDEN = 0x9E3779B97F4A7C15
 # The finalizer, variant 13 of David Stafford's: shifts, and what is multiplied by between them.
 SHIFTS, FACTORS = (30, 27, 31), (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_SHIFTS, _FACTORS = [np.uint64(shift) for shift in SHIFTS], [np.uint64(factor) for factor in FACTORS]
 
 
 def mix(word: int) -> int:
@@ -21,10 +22,10 @@ def mix(word: int) -> int:
 
 def mix_words(words: Words) -> Words:
     """`mix` of each word, in place."""
-    shifted = words >> np.uint64(SHIFTS[0])
-    for factor, shift in zip(FACTORS, SHIFTS[1:], strict=True):
+    shifted = words >> _SHIFTS[0]
+    for factor, shift in zip(_FACTORS, _SHIFTS[1:], strict=True):
         words ^= shifted
-        words *= np.uint64(factor)
-        np.right_shift(words, np.uint64(shift), out=shifted)
+        words *= factor
+        np.right_shift(words, shift, out=shifted)
     words ^= shifted
     return words

@@ -401,6 +401,9 @@ async def test_a_router_that_is_gone_is_passed_over(world: World) -> None:
         await world.reserve("ours")
         await world.report()
         assert (await gone.woken("r2"), await world.woken()) == (["theirs"], [])
+    async with asyncio.timeout(10):
+        while (await world.redis.pubsub_numsub(keys.WAKE + "r2"))[0][1]:  # noqa: ASYNC110 - it has yet to see that
+            await asyncio.sleep(0)
     await world.board.tend("m", "r1")
     assert await world.woken() == ["ours"]
     assert await world.reserve("ours") == Placed(0)

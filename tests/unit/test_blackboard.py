@@ -292,9 +292,13 @@ async def test_a_listener_learns_that_redis_went_away(valkey: ValkeyProcess) -> 
 
 
 async def test_a_server_that_accepts_and_never_answers_is_a_fault() -> None:
+    left = asyncio.Event()
+
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
+        await writer.wait_closed()
+        left.set()
 
     async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
@@ -302,6 +306,7 @@ async def test_a_server_that_accepts_and_never_answers_is_a_fault() -> None:
         with pytest.raises(BlackboardLost):
             await board.processes(Role.DECODE)
         await board.close()
+        await asyncio.wait_for(left.wait(), 10)
 
 
 def test_what_uvloop_says_of_a_connection_that_was_closed_is_a_fault() -> None:

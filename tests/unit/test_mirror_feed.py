@@ -5,7 +5,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-import redis
+import redis.asyncio
 
 from services.router.candidate import Weights
 from services.router.fleet import Fleet
@@ -13,6 +13,7 @@ from services.router.mirror import Mirror
 from services.router.mirror_feed import MirrorFeed
 from shared.blackboard import keys
 from shared.blackboard.board import Blackboard
+from shared.blackboard.index import IndexEvent, PrefixIndex
 from tests.unit.fleets import registration
 from tests.valkey import ValkeyProcess
 
@@ -23,12 +24,12 @@ HASHES = [os.urandom(16) for _ in range(6_000)]
 class World:
     """A mirror that is fed, and a worker `d1`."""
 
-    def __init__(self, url: str, audit_s: float = 3_600.0) -> None:
+    def __init__(self, url: str, audit_s: float = 3_600.0, index: PrefixIndex | None = None) -> None:
         self.raw = redis.Redis.from_url(url)
         self.board = Blackboard(url)
         self.fleet = Fleet(self.board, Weights(), heartbeat_ms=20, ttl_ms=TTL_MS)
         self.mirror = Mirror(max_pages=100_000)
-        self.feed = MirrorFeed(self.board.index, self.fleet, self.mirror, audit_s=audit_s)
+        self.feed = MirrorFeed(index or self.board.index, self.fleet, self.mirror, audit_s=audit_s)
         self.fleet.observe([registration("d1")])
 
     def start(self) -> None:
@@ -40,8 +41,8 @@ class World:
         await self.board.close()
         self.raw.close()
 
-    def run(self) -> int:
-        return int(self.mirror.runs(b"".join(HASHES), [("d1", 1)])[0])
+    def run(self, name: str = "d1") -> int:
+        return int(self.mirror.runs(b"".join(HASHES), [(name, 1)])[0])
 
     async def until(self, true: Callable[[], bool]) -> None:
         async with asyncio.timeout(15):
@@ -97,6 +98,26 @@ async def test_a_lost_last_change_is_found_by_the_audit(valkey: ValkeyProcess) -
     pipeline.execute()
     await world.until(lambda: world.run() == 20)
     await world.stop()
+
+
+class Quiet(PrefixIndex):
+    """An index in which nothing ever changes."""
+
+    async def events(self, position: bytes, wait_ms: int = 0) -> tuple[list[IndexEvent], bytes]:
+        await asyncio.Event().wait()
+        return await super().events(position, wait_ms)
+
+
+async def test_a_worker_that_joins_is_read_at_once_though_nothing_changes(valkey_url: str) -> None:
+    async with redis.asyncio.Redis.from_url(valkey_url) as raw:
+        world = World(valkey_url, index=Quiet(raw, raw))
+        await world.board.index.replace("d1", 1, HASHES[:10], TTL_MS)
+        await world.board.index.replace("d2", 1, HASHES[:20], TTL_MS)
+        world.start()
+        await world.until(lambda: world.run() == 10)
+        world.fleet.observe([registration("d1"), registration("d2")])
+        await world.until(lambda: world.run("d2") == 20)
+        await world.stop()
 
 
 async def test_the_mirror_is_kept_while_redis_is_away_and_read_again_when_it_is_back(

@@ -27,6 +27,11 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._pages)
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether `drain` would return anything."""
+        return bool(self._changes)
+
     def name(self, page_id: int) -> bytes:
         """The hash that a page was published under; empty if it never was."""
         return self._names.get(page_id, (b"", b""))[0]

@@ -33,7 +33,8 @@ class KvStore:
     hash is known stays findable (cached) until the room is needed: least recently used first, a prefix after what
     continues it.
 
-    `on_capacity`, if set, is called after pages became available, outside the lock, by the thread that freed them.
+    `on_capacity`, if set, is called after pages became available, outside the lock, by the thread that freed them; so
+    is `on_events` when the first change of the index is there since `drain_events`.
     Leases that lapse unseen free nothing until some method is called: whoever waits for room looks again after
     `next_lease_end_s`.
     """
@@ -45,6 +46,7 @@ class KvStore:
         self.page_size = page_size
         self.lease_ttl_ms = lease_ttl_ms
         self.on_capacity: Callable[[], None] | None = None
+        self.on_events: Callable[[], None] | None = None
         self._lock = threading.Lock()
         self._index = PrefixIndex()
         self._pages = PagePool(num_pages, self._index)
@@ -206,10 +208,10 @@ class KvStore:
     @contextmanager
     def _section(self) -> Iterator[int]:
         """The lock, with lapsed leases ended first (yields how many); afterwards, outside it, word of freed pages."""
-        freed = False
+        freed = changed = False
         try:
             with self._lock:
-                num_freed = self._pages.num_freed
+                num_freed, had_changed = self._pages.num_freed, self._index.has_changed
                 lapsed = self._leases.lapse()
                 for page_ids in lapsed:
                     self._pages.unlease(page_ids)
@@ -217,6 +219,9 @@ class KvStore:
                     yield len(lapsed)
                 finally:
                     freed = self._pages.num_freed > num_freed
+                    changed = self._index.has_changed and not had_changed
         finally:
             if freed and self.on_capacity is not None:
                 self.on_capacity()
+            if changed and self.on_events is not None:
+                self.on_events()

@@ -229,5 +229,5 @@ async def served(world: World, *flags: str) -> AsyncIterator[str]:
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.should_exit = True
+        server.end()
         await serving
