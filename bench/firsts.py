@@ -12,6 +12,7 @@ noise.
 
 import argparse
 import asyncio
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -42,19 +43,22 @@ Found = dict[str, dict[str, list[float]]]
 """Milliseconds to the first token by kind of prompt and checkout, round by round."""
 
 
-async def measure(clusters: Mapping[str, Cluster], num_rounds: int, chance: Random) -> Found:
-    """Ask every cluster for everything, in turns."""
-    found: Found = {kind: {name: [] for name in clusters} for kind in KINDS}
+async def measure(clusters: Mapping[str, Cluster], num_rounds: int, chance: Random, found: Found) -> None:
+    """Ask every cluster for everything, in turns. What is `found` is of whole turns, also if it is ended before its
+    time."""
 
-    async def one(name: str, kind: str, prompt: list[int]) -> None:
+    async def one(name: str, kind: str, prompt: list[int], took: dict[str, float]) -> None:
         await asyncio.sleep(PAUSE_S)
-        found[kind][name].append((await clusters[name].ask(prompt, KINDS[kind][1])).first_ms)
+        took[name] = (await clusters[name].ask(prompt, KINDS[kind][1])).first_ms
 
     for _ in range(num_rounds):
         by_length = {length: chance.choices(range(100, 32_000), k=length) for length in (64, 512)}
         for kind, (length, _) in KINDS.items():
-            await turns.in_turns({name: partial(one, name, kind, by_length[length]) for name in clusters}, chance)
-    return found
+            took: dict[str, float] = {}
+            ways = {name: partial(one, name, kind, by_length[length], took) for name in clusters}
+            await turns.in_turns(ways, chance)
+            for name, first_ms in took.items():
+                found[kind][name].append(first_ms)
 
 
 def report(found: Found, names: list[str]) -> None:
@@ -65,6 +69,10 @@ def report(found: Found, names: list[str]) -> None:
         cells = [f"{median(by_name[name]):.2f} ({min(by_name[name]):.2f})" for name in names]
         cells += [f"{turns.difference(by_name[name], by_name[names[0]]):+.2f}" for name in names[1:]]
         print(f"| {kind} | {' | '.join(cells)} |")
+
+
+def _nothing() -> Found:
+    return defaultdict(lambda: defaultdict(list))
 
 
 def main() -> None:
@@ -80,8 +88,12 @@ def main() -> None:
     with ExitStack() as stack:
         running = {name: stack.enter_context(background.cluster(*FLAGS, root=at)) for name, at in checkouts.items()}
         clusters = {name: Cluster(one) for name, one in running.items()}
-        uvloop.run(measure(clusters, 5, chance))
-        report(uvloop.run(measure(clusters, args.rounds, chance)), list(clusters))
+        uvloop.run(measure(clusters, 5, chance, _nothing()))
+        found = _nothing()
+        try:
+            uvloop.run(measure(clusters, args.rounds, chance, found))
+        finally:
+            report(found, list(clusters))
 
 
 if __name__ == "__main__":

@@ -30,13 +30,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         """Compute a prompt; see the protocol."""
         worker, started = self._worker, time.monotonic()
         worker.identity.require(request.epoch, request.model)
-        job = wire.engine_request(request, prefill_only=True)
-        num_tokens = len(job.token_ids)
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         with worker.admission.request(
-            job.request_id, num_tokens, worker.engine.spec.layout.num_pages(num_tokens)
+            request.request_id, num_tokens, worker.engine.spec.layout.num_pages(num_tokens)
         ) as stay:
             worker.measures.requests.add(1)
-            table, usage = await self._reserve(job, request)
+            job, table, usage = await self._reserve(request)
             stay.cached(table.num_tokens, table.num_tokens // worker.engine.spec.layout.page_size)
             with self._lease(request.num_pages_held, table) as handed:
                 async with aclosing(self._compute(job, table, handed, usage)) as responses:
@@ -46,22 +45,24 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                         yield response
 
     async def _reserve(
-        self, job: EngineRequest, request: prefill_pb2.PrefillRequest
-    ) -> tuple[PageTable, generation_pb2.Usage]:
+        self, request: prefill_pb2.PrefillRequest
+    ) -> tuple[EngineRequest, PageTable, generation_pb2.Usage]:
         """Pages for the whole prompt, with what is cached here, or can be pulled from a peer, in them."""
-        hashes, num_pages = self._worker.pages_for(job)
+        token_ids = (*request.prompt_token_ids, *request.output_token_ids)
+        hashes, num_pages = self._worker.pages_for(request.hash_key, token_ids)
         table = await self._worker.loop.reserve(hashes, num_pages)
         usage = generation_pb2.Usage(
-            num_prompt_tokens=len(job.prompt_token_ids), num_output_tokens=1, num_cached_remote=table.num_tokens
+            num_prompt_tokens=len(request.prompt_token_ids), num_output_tokens=1, num_cached_remote=table.num_tokens
         )
         try:
             if request.HasField("kv_source"):
-                pull = self._worker.puller.pull_prefix(request.kv_source, job.request_id, hashes, table)
+                pull = self._worker.puller.pull_prefix(request.kv_source, request.request_id, hashes, table)
                 usage.num_cached_transferred = await pull
+            job = wire.engine_request(request, page_hashes=hashes, prefill_only=True)
         except BaseException:
             self._worker.engine.kv.drop(table)
             raise
-        return table, usage
+        return job, table, usage
 
     @contextmanager
     def _lease(self, num_pages_held: int, table: PageTable) -> Iterator["_Handover"]:

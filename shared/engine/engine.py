@@ -112,6 +112,11 @@ class Engine:
         with self._lock:
             return self._draft_counts
 
+    @property
+    def num_running(self) -> int:
+        """As of the last step."""
+        return self._load.num_running
+
     def is_short(self) -> bool:
         """Whether a sequence of this engine waits for pages."""
         return self._scheduler.is_short

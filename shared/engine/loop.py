@@ -149,8 +149,8 @@ class EngineLoop:
                     self._post(self._step())
                 else:
                     # Whoever lacks pages that a lease has, lacks them no longer than that.
-                    self._wake.wait(self.engine.kv.next_lease_end_s())
-                    self.engine.kv.expire()
+                    if not self._wake.wait(self.engine.kv.next_lease_end_s()):
+                        self.engine.kv.expire()
         except BaseException as error:
             log.critical("the engine died", exc_info=error)
             internal = Internal(f"the engine died: {type(error).__name__}: {error}")
@@ -198,8 +198,7 @@ class EngineLoop:
             if first.pages.done():  # cancelled, and about to leave by itself
                 self._waiters.popleft()
                 continue
-            num_spare = self.engine.load().num_running
-            pages = self.engine.kv.reserve(first.page_hashes, first.num_pages, num_spare)
+            pages = self.engine.kv.reserve(first.page_hashes, first.num_pages, self.engine.num_running)
             if pages is None:
                 break
             self._waiters.popleft()

@@ -14,6 +14,11 @@ MAX_BYTES = 1 << 20
 LONGEST_BYTES = (64 << 20) - (64 << 10)
 
 
+def _never(_message: object) -> bool:
+    """A way to write that always has to wait."""
+    return False
+
+
 class Outbox(Generic[Message]):
     """Messages in the making. While one is being written the next one gathers what is said meanwhile."""
 
@@ -22,19 +27,27 @@ class Outbox(Generic[Message]):
         self._waiting: deque[Message] = deque()
         self._num_bytes = 0
         self._num_written = 0
+        self._is_writing = False
+        self.write_now: Callable[[Message], bool] = _never
+        """Writes a message if that takes no waiting, and says whether it did."""
         self._anything, self._progress = asyncio.Event(), asyncio.Event()
         self.last = 0
-        """Number of the message that `put` named last."""
+        """Number of the message that was added to last."""
 
-    def put(self, num_bytes: int) -> Message:
-        """The message that something of so many bytes is to be added to."""
+    def add(self, num_bytes: int, fill: Callable[[Message], object], *, at_once: bool = False) -> None:
+        """Have `fill` put something of so many bytes into the next message. That is written with all that is said in
+        this turn of the event loop; `at_once` without waiting for more of it, if it can be."""
         if not self._waiting or self._num_bytes + num_bytes > MAX_BYTES:
             self._waiting.append(self._make())
             self._num_bytes = 0
             self.last += 1
-            self._anything.set()
         self._num_bytes += num_bytes
-        return self._waiting[-1]
+        fill(self._waiting[-1])
+        while at_once and self._waiting and not self._is_writing and self.write_now(self._waiting[0]):
+            self._waiting.popleft()
+            self._note_written()
+        if self._waiting:
+            self._anything.set()
 
     async def written(self, number: int) -> None:
         """Wait until the message of this number is written."""
@@ -47,7 +60,12 @@ class Outbox(Generic[Message]):
             await self._anything.wait()
             self._anything.clear()
             while self._waiting:
+                self._is_writing = True
                 await write(self._waiting.popleft())
-                self._num_written += 1
-                self._progress.set()
-                self._progress = asyncio.Event()
+                self._is_writing = False
+                self._note_written()
+
+    def _note_written(self) -> None:
+        self._num_written += 1
+        self._progress.set()
+        self._progress = asyncio.Event()
