@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 from opentelemetry import propagate, trace
+from opentelemetry.context import get_current
 
 from protos.forebay.v1 import line_pb2, line_pb2_grpc
 from shared import status, telemetry
@@ -111,10 +112,12 @@ def no_deadline() -> Iterator[None]:
 
 def _timeout(limit: float | None) -> float | None:
     """What a call may take: its own limit or what is left, whichever is shorter."""
-    left = [seconds for seconds in (limit, time_remaining()) if seconds is not None]
-    if left and min(left) <= 0:
+    left = time_remaining()
+    if left is None or (limit is not None and limit < left):
+        left = limit
+    if left is not None and left <= 0:
         raise DeadlineExceeded("the deadline has passed")
-    return min(left, default=None)
+    return left
 
 
 # Calling --------------------------------------------------------------------------------------------------------------
@@ -216,7 +219,7 @@ async def stream(
 def outgoing() -> tuple[tuple[str, str], ...]:
     """The metadata of a call: trace and request id of the work at hand."""
     carrier: dict[str, str] = {}
-    if trace.get_current_span() is not trace.INVALID_SPAN:
+    if get_current():  # empty, unless the work at hand has a span
         propagate.inject(carrier)
     if current := telemetry.request_id.get():
         carrier[REQUEST_ID_KEY] = current

@@ -94,9 +94,9 @@ def parse(fields: Fields, defaults: Mapping[str, float], num_logprobs: int | Non
 
 def refuse_unsupported(fields: Fields, unsupported: Mapping[str, tuple[Any, ...]]) -> None:
     """Raise Unsupported if a field asks for more than nothing."""
-    for name, harmless in unsupported.items():
+    for name in fields.present(unsupported):
         value = fields.raw(name)
-        if value is not None and not any(value == other for other in harmless):
+        if value is not None and not any(value == other for other in unsupported[name]):
             raise Unsupported(f"'{name}' is not supported", param=name)
 
 

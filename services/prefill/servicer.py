@@ -95,13 +95,17 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     async def _compute(
         self, job: EngineRequest, table: PageTable, handed: "_Handover", usage: generation_pb2.Usage
     ) -> AsyncGenerator[prefill_pb2.PrefillResponse, None]:
-        """The last pages go with the first token, which would otherwise wait for a message to be written and read."""
+        """The last pages go with the first token, which would otherwise wait for a message to be written and read.
+
+        Whoever looks for readers is woken when they have been told: it would take the interpreter from the telling.
+        """
         async with aclosing(self._worker.loop.bursts(job, table)) as bursts:
             async for events in bursts:
                 ready: prefill_pb2.PagesReady | None = None
                 for event in events:
                     if ready is not None and not isinstance(event, TokensSampled):
                         yield prefill_pb2.PrefillResponse(pages_ready=ready)
+                        self._worker.kv_servicer.serve()
                     match event:
                         case PagesComputed():
                             ready = await self._ready(handed, event)
@@ -109,11 +113,13 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                             handed.stays = True
                             usage.num_cached_remote = max(0, event.num_cached_tokens - usage.num_cached_transferred)
                             yield prefill_pb2.PrefillResponse(finished=handed.finished(event, usage, ready))
+                            self._worker.kv_servicer.serve()
                             return
                         case Failed():
                             raise event.fault
                 if ready is not None:
                     yield prefill_pb2.PrefillResponse(pages_ready=ready)
+                    self._worker.kv_servicer.serve()
         raise Internal("the engine ended a prompt without a token")
 
     async def _ready(self, handed: "_Handover", event: PagesComputed) -> prefill_pb2.PagesReady | None:
@@ -121,7 +127,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         if ready := handed.ready(self._worker.engine.spec.layout, event):
             self._worker.engine.kv.widen(ready.lease.lease_id, ready.manifest.page_ids)
             await self._worker.kv_servicer.seal(ready.manifest)
-            self._worker.kv_servicer.serve()
         return ready
 
 

@@ -54,7 +54,7 @@ class EngineLoop:
         self._wake = threading.Event()
         self._stopping = False
         self._fault: Fault | None = None
-        self._streams: dict[str, asyncio.Queue[Event]] = {}
+        self._streams: dict[str, _Events] = {}
         self._waiters: deque[Waiter] = deque()
         self._numbers = count(1)
         self.on_pages_freed: Callable[[], None] = lambda: None
@@ -123,14 +123,12 @@ class EngineLoop:
         """
         self._require_alive()
         request = replace(request, request_id=f"{request.request_id}#{next(self._numbers)}")
-        stream = self._streams[request.request_id] = asyncio.Queue()
+        stream = self._streams[request.request_id] = _Events()
         try:
             self.engine.submit(request, pages)
             self._wake.set()
             while True:
-                events = [await stream.get()]
-                while not stream.empty():
-                    events.append(stream.get_nowait())
+                events = await stream.take()
                 yield events
                 if any(_is_last(event, request) for event in events):
                     return
@@ -179,7 +177,7 @@ class EngineLoop:
     def _deliver(self, events: list[Event]) -> None:
         for event in events:
             if stream := self._streams.get(event.request_id):
-                stream.put_nowait(event)
+                stream.put(event)
         self._serve()
 
     def _on_capacity(self) -> None:
@@ -224,7 +222,7 @@ class EngineLoop:
     def _end(self, fault: Fault) -> None:
         self._fault = self._fault or fault
         for request_id, stream in self._streams.items():
-            stream.put_nowait(Failed(request_id, self._fault))
+            stream.put(Failed(request_id, self._fault))
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.pages.done():
@@ -233,6 +231,28 @@ class EngineLoop:
     def _require_alive(self) -> None:
         if self._fault is not None:
             raise self._fault
+
+
+class _Events:
+    """Those of one sequence, on their way to whoever takes them."""
+
+    def __init__(self) -> None:
+        self._came: list[Event] = []
+        self._news: asyncio.Future[None] | None = None
+
+    def put(self, event: Event) -> None:
+        """One more came."""
+        self._came.append(event)
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    async def take(self) -> list[Event]:
+        """All that have come since the last time; at least one."""
+        while not self._came:
+            self._news = asyncio.get_running_loop().create_future()
+            await self._news
+        came, self._came = self._came, []
+        return came
 
 
 def _is_last(event: Event, request: EngineRequest) -> bool:
