@@ -63,7 +63,7 @@ class Engine:
         self._clock = clock
         self._flight = Flight(executor, kv, clock)
         self._numbers = count()
-        self._load = self._rates(EngineLoad())
+        self._load = self._measured()
         self._draft_counts = DraftCounts()
         self._lock = threading.Lock()  # guards what follows; everything else belongs to the engine's thread
         self._known: dict[str, Sequence] = {}
@@ -233,19 +233,18 @@ class Engine:
 
     def _note_load(self) -> None:
         running, waiting = self._scheduler.running, self._scheduler.waiting
-        load = EngineLoad(
-            num_running=len(running),
-            num_waiting=len(waiting),
-            num_queued_tokens=sum(each.num_uncomputed for each in (*running, *waiting) if each.num_uncomputed > 1),
-            num_preemptions=self._scheduler.num_preemptions,
-        )
+        num_queued_tokens = sum(each.num_uncomputed for each in (*running, *waiting) if each.num_uncomputed > 1)
+        load = self._measured(len(running), len(waiting), num_queued_tokens)
         with self._lock:
-            self._load, self._draft_counts = self._rates(load), self._speculator.counts()
+            self._load, self._draft_counts = load, self._speculator.counts()
 
-    def _rates(self, load: EngineLoad) -> EngineLoad:
-        """The same load, with what the meter says."""
-        return replace(
-            load,
+    def _measured(self, num_running: int = 0, num_waiting: int = 0, num_queued_tokens: int = 0) -> EngineLoad:
+        """So much is to be done, and what the meter says."""
+        return EngineLoad(
+            num_running=num_running,
+            num_waiting=num_waiting,
+            num_queued_tokens=num_queued_tokens,
+            num_preemptions=self._scheduler.num_preemptions,
             prefill_ms_per_token=self._meter.prefill_ms_per_token,
             prefill_ms_per_pair=self._meter.prefill_ms_per_pair,
             num_prompt_tokens=self._meter.prompts.num_tokens,
