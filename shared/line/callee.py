@@ -230,13 +230,9 @@ class _Answer:
         self._status = dict(trailing_metadata)[status.DETAILS_KEY]
         raise grpc.aio.AbortError
 
-    def _say(self, message: bytes | None = None, status: bytes | None = None) -> None:
+    def _say(self, **said: bytes | None) -> None:
         """The first thing goes at once: a first token, or the whole answer. What follows may gather."""
-        num_bytes, number = len(message or b"") + len(status or b""), self._call.number
+        num_bytes, number = sum(map(len, filter(None, said.values()))), self._call.number
         is_first, self._has_spoken = not self._has_spoken, True
-        self._replies.add(
-            num_bytes,
-            lambda said: said.replies.add(number=number, message=message, status=status),
-            at_once=is_first,
-        )
+        self._replies.add(num_bytes, lambda message: message.replies.add(number=number, **said), at_once=is_first)
         self._last = self._replies.last

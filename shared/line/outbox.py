@@ -1,4 +1,5 @@
-"""What waits to be said on a line: all that is said in one turn of the event loop goes into one message."""
+"""What waits to be said on a line: all that is said in one turn of the event loop goes into one message, but for what
+others wait for (docs/decisions/0060)."""
 
 import asyncio
 from collections import deque
