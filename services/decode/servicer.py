@@ -111,9 +111,7 @@ class Generation:
                 async for response in responses:
                     yield response
         if not self._over:
-            job = wire.engine_request(
-                self._request, page_hashes=hashes, more_output=self._first, drafts=self._drafts
-            )
+            job = wire.engine_request(self._request, page_hashes=hashes, more_output=self._first, drafts=self._drafts)
             async with aclosing(self._decode(job, table)) as responses:
                 async for response in responses:
                     yield response

@@ -18,7 +18,8 @@ _NORMAL_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}
 # As they are written in tokenizer.json: of Llama 3 and GLM-4 and those after them, and of Qwen 2 and those after it.
 # GPT-2's is ByteLevel's own.
 _LLAMA = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PATTERNS = {_LLAMA, _LLAMA.replace("{1,3}", "")}
 
@@ -55,7 +56,8 @@ def _all(component: Mapping[str, Any] | None, parts: str) -> list[Mapping[str, A
 def _cuts_between_words(steps: list[Mapping[str, Any]]) -> bool:
     """Whether one of these steps cuts there, and none looks beyond, or adds anything to its pieces."""
     return any(map(_is_known, steps)) and all(
-        _is_known(each) or each["type"] in ("Digits", "ByteLevel") and not each.get("add_prefix_space") for each in steps
+        _is_known(each) or (each["type"] in ("Digits", "ByteLevel") and not each.get("add_prefix_space"))
+        for each in steps
     )
 
 

@@ -12,7 +12,6 @@ from services.gateway.parsers.formats import Parsing
 from shared import page_hash
 from shared.errors import ContextTooLong, InvalidRequest
 
-
 _TEXT = Parsing()
 
 

@@ -22,7 +22,7 @@ _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cach
 
 
 class Answer:
-    """An ASGI application that runs a job. The status is sent with the first token, so that earlier faults have theirs."""
+    """An ASGI application that runs a job. Its status is sent with the first token: earlier faults have theirs."""
 
     def __init__(self, job: Job, run: Callable[[Job], AsyncGenerator[Delta, None]]) -> None:
         self._job, self._run = job, run

@@ -146,10 +146,9 @@ class EngineLoop:
                 self._wake.clear()
                 if self.engine.has_work():
                     self._post(self._step())
-                else:
-                    # Whoever lacks pages that a lease has, lacks them no longer than that.
-                    if not self._wake.wait(self.engine.kv.next_lease_end_s()):
-                        self.engine.kv.expire()
+                # Whoever lacks pages that a lease has, lacks them no longer than that.
+                elif not self._wake.wait(self.engine.kv.next_lease_end_s()):
+                    self.engine.kv.expire()
         except BaseException as error:
             log.critical("the engine died", exc_info=error)
             internal = Internal(f"the engine died: {type(error).__name__}: {error}")

@@ -109,7 +109,7 @@ class SimExecutor:
         self._sleep = sleep
         self._clock = clock
         self._late_s = 0.0
-        """What the last step slept too long: the next one sleeps as much less, so that on average they take their time."""
+        """What the last step slept too long: the next one sleeps as much less, so that on average they are right."""
         self._salts = np.arange(model.words_per_token, dtype=np.uint64)
         token_bytes = model.words_per_token * WORD_BYTES
         self._words: Words = np.ndarray(  # [pages, page_size, words_per_token]

@@ -13,6 +13,8 @@ Message = TypeVar("Message")
 MAX_BYTES = 1 << 20
 # A thing longer than this fits no message that gRPC takes (`rpc.MAX_MESSAGE_BYTES`).
 LONGEST_BYTES = (64 << 20) - (64 << 10)
+# While no more calls run on a line there is little to gather, and what others wait for is said at once.
+FEW_CALLS = 4
 
 
 def _never(_message: object) -> bool:
@@ -28,7 +30,7 @@ class Outbox(Generic[Message]):
         self._waiting: deque[Message] = deque()
         self._num_bytes = 0
         self._num_written = 0
-        self._is_writing = self._has_hurried = False
+        self._is_writing = False
         self.write_now: Callable[[Message], bool] = _never
         """Writes a message if that takes no waiting, and says whether it did."""
         self._anything, self._progress = asyncio.Event(), asyncio.Event()
@@ -37,29 +39,18 @@ class Outbox(Generic[Message]):
 
     def add(self, num_bytes: int, fill: Callable[[Message], object], *, at_once: bool = False) -> None:
         """Have `fill` put something of so many bytes into the next message. That is written with all that is said in
-        this turn of the event loop. What is `at_once` does not wait for more, if it is the first such thing of a turn: a
-        burst takes two messages, not one for each."""
+        this turn of the event loop; `at_once`, where that takes no waiting, without looking for more of it."""
         if not self._waiting or self._num_bytes + num_bytes > MAX_BYTES:
             self._waiting.append(self._make())
             self._num_bytes = 0
             self.last += 1
         self._num_bytes += num_bytes
         fill(self._waiting[-1])
-        if at_once and not (self._has_hurried or self._is_writing):
-            self._hurry()
-        if self._waiting:
-            self._anything.set()
-
-    def _hurry(self) -> None:
-        while self._waiting and self.write_now(self._waiting[0]):
+        while at_once and self._waiting and not self._is_writing and self.write_now(self._waiting[0]):
             self._waiting.popleft()
             self._note_written()
-            if not self._has_hurried:
-                self._has_hurried = True
-                asyncio.get_running_loop().call_soon(self._end_turn)
-
-    def _end_turn(self) -> None:
-        self._has_hurried = False
+        if self._waiting:
+            self._anything.set()
 
     async def written(self, number: int) -> None:
         """Wait until the message of this number is written."""

@@ -33,7 +33,7 @@ class Admission:
     def __init__(self) -> None:
         self.draining = False
         self.arrived: dict[str, tuple[int, int]] = {}
-        """Requests that came since somebody last took these, with the prompt tokens and pages that they took at first."""
+        """Requests that came since somebody last took these, with the prompt tokens and pages that they took."""
         self.on_freed: Callable[[], None] = lambda: None
         """Called whenever a request takes less, or leaves."""
         self.num_requests = 0

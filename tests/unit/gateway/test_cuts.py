@@ -13,10 +13,28 @@ from services.gateway import cuts, tokenizer
 from tests.unit.gateway.tiny_tokenizers import byte_fallback, word_piece
 
 LLAMA = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # What tokenizers treat in ways of their own: contractions, digits, runs of spaces, marks that join the letter before.
-SCRAPS = ["the", " of", " a", " it's", "'s", "'", "  ", " ", "\n", "\r\n ", "\t", "12", " 3456", "é", "e\u0301", " \u0301"]
+SCRAPS = [
+    "the",
+    " of",
+    " a",
+    " it's",
+    "'s",
+    "'",
+    "  ",
+    " ",
+    "\n",
+    "\r\n ",
+    "\t",
+    "12",
+    " 3456",
+    "é",
+    "e\u0301",
+    " \u0301",
+]
 SCRAPS += ["一二", "🙂", ".", " (x", "END", " END", "<|end|>", " <|end|>", "Å", " \u212b", "_y", " z", "İ", " q"]
 
 
