@@ -113,6 +113,10 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+def leaving(number: int) -> Callable[[line_pb2.OpenRequest], None]:
+    return lambda message: message.left.append(number)
+
+
 async def test_what_is_said_while_a_message_is_written_goes_into_the_next_one() -> None:
     outbox, written, may_write = Outbox(line_pb2.OpenRequest), [], asyncio.Event()
 
@@ -122,10 +126,10 @@ async def test_what_is_said_while_a_message_is_written_goes_into_the_next_one() 
 
     writing = asyncio.create_task(outbox.run(write))
     for number in (1, 2):
-        outbox.add(0, lambda message, number=number: message.left.append(number))
+        outbox.add(0, leaving(number))
     await until(lambda: written == [[1, 2]])
     for number in (3, 4, 5):
-        outbox.add(0, lambda message, number=number: message.left.append(number))
+        outbox.add(0, leaving(number))
     may_write.set()
     await asyncio.wait_for(outbox.written(outbox.last), PATIENCE_S)
     assert written == [[1, 2], [3, 4, 5]]
@@ -148,9 +152,9 @@ async def test_what_is_said_at_once_is_written_before_the_turn_ends_behind_what_
         return True
 
     outbox.write_now = write_now
-    outbox.add(0, lambda message: message.left.append(1))
+    outbox.add(0, leaving(1))
     assert written == []
-    outbox.add(0, lambda message: message.left.append(2), at_once=True)
+    outbox.add(0, leaving(2), at_once=True)
     assert written == [[1, 2]]
     await asyncio.wait_for(outbox.written(outbox.last), PATIENCE_S)
 
@@ -167,11 +171,11 @@ async def test_what_is_said_at_once_waits_for_what_is_being_written() -> None:
         return True
 
     writing = asyncio.create_task(outbox.run(write))
-    outbox.add(0, lambda message: message.left.append(1))
+    outbox.add(0, leaving(1))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     outbox.write_now = write_now
-    outbox.add(0, lambda message: message.left.append(2), at_once=True)
+    outbox.add(0, leaving(2), at_once=True)
     assert written == []
     may_write.set()
     await until(lambda: written == [[1], [2]])
