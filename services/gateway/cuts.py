@@ -15,7 +15,7 @@ CHARS = 6_000
 # Of ASCII: no normal form puts one of these together with what stands beside it.
 _BETWEEN_WORDS = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
 _NORMAL_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}
-# As they are written in tokenizer.json: of Llama 3 and GLM-4 and those after them, and of Qwen 2 and those after it.
+# As they are written in tokenizer.json: of Llama 3 and those like it, and of Qwen 2.
 # GPT-2's is ByteLevel's own.
 _LLAMA = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
