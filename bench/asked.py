@@ -67,8 +67,8 @@ class Cluster:
     def __init__(self, running: Background) -> None:
         self._address, self._model = urlsplit(running.run.url), running.run.model
 
-    async def ask(self, prompt: Sequence[int], num_tokens: int) -> Timing:
-        """See `Asked`."""
+    async def ask(self, prompt: Sequence[int] | str, num_tokens: int) -> Timing:
+        """See `Asked`; of a text, too."""
         body: dict[str, Any] = {"model": self._model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0}
         content = json.dumps(body | {"stream": True, "ignore_eos": True, "return_token_ids": True}).encode()
         reader, writer = await asyncio.open_connection(self._address.hostname, self._address.port)

@@ -1,13 +1,14 @@
 """What the four-service path costs beside the bare engine, with the default model, request by request in turns.
 
-    python -m bench.path [--rounds 30] [--beside CHECKOUT] [--worker-flags "--speculation off"]
+    python -m bench.path [--rounds 30] [--handed-over] [--beside CHECKOUT] [--worker-flags "--speculation off"]
 
 The bare engine is in this process, the services are a cluster of one prefill and one decode worker, asked over REST
 with streaming; both have as many threads as the machine has cores, and get the same prompts with the same settings.
 While one answers the other has nothing to do. Each round asks both, in an order of chance, for the outputs of a prompt
 of 64 tokens (prefilled on the decode worker, which routers are told to do; left alone they may hand it over), of one of
-512 (handed over), and of the latter again (its prefix is cached). With `--beside` a cluster of another checkout of this
-repository takes its turns, too.
+512 (handed over), and of the latter again (its prefix is cached). With `--handed-over` only the second of these is
+asked: its kernels take 360 ms, and vary by more than what the path adds, so that it takes hundreds of pairs to tell.
+With `--beside` a cluster of another checkout of this repository takes its turns, too.
 
 Printed are medians, the median of what the path adds in each pair with its 95 % interval, whether prompts went the way
 that they should, and what each process costs when nobody asks. Drafts are off unless the flags, which are the bare
@@ -50,7 +51,9 @@ Found = dict[str, dict[str, list[float]]]
 """Milliseconds by figure and by who was asked, round by round."""
 
 
-async def measure(asked: dict[str, Asked], num_rounds: int, chance: Random, found: Found) -> None:
+async def measure(
+    asked: dict[str, Asked], num_rounds: int, chance: Random, found: Found, *, handed_over: bool = False
+) -> None:
     """Ask everybody, in turns. What is `found` is of whole turns, also if it is ended before its time."""
 
     async def one(name: str, prompt: Sequence[int], num_tokens: int, took: dict[str, Timing]) -> None:
@@ -59,11 +62,12 @@ async def measure(asked: dict[str, Asked], num_rounds: int, chance: Random, foun
 
     for _ in range(num_rounds):
         short, long = _prompt(chance, 64), _prompt(chance, 512)
-        for figure, prompt, num_tokens in (
+        figures = [
             ("first token of 64", short, NUM_TOKENS),
             ("first token of 512", long, 2),
             ("first token of 512, prefix cached", long, 1),
-        ):
+        ]
+        for figure, prompt, num_tokens in figures[1:2] if handed_over else figures:
             took: dict[str, Timing] = {}
             await turns.in_turns({name: partial(one, name, prompt, num_tokens, took) for name in asked}, chance)
             for name, timing in took.items():
@@ -150,7 +154,7 @@ async def run(args: argparse.Namespace, checkouts: dict[str, Path]) -> None:
             before = {name: await reads(one.run.redis_url) for name, one in running.items()}
             found = _nothing()
             try:
-                await measure(asked, args.rounds, chance, found)
+                await measure(asked, args.rounds, chance, found, handed_over=args.handed_over)
             finally:
                 report(found, list(asked))
             for name, one in running.items():
@@ -170,6 +174,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--beside", help="another checkout, whose cluster takes turns, too")
     parser.add_argument("--worker-flags", default="--speculation off", help="of both workers and the bare engine")
+    parser.add_argument("--handed-over", action="store_true", help="measure prompts of 512 tokens alone")
     parser.add_argument("--loads", action="store_true", help="measure 8 streams and 1,500 tokens, too")
     args = parser.parse_args()
     print(provenance.banner("bench.path"), flush=True)

@@ -61,7 +61,7 @@ class Generation:
 
     def __init__(self, worker: Worker, request: decode_pb2.GenerateRequest, stay: Stay) -> None:
         self._worker, self._request, self._stay = worker, request, stay
-        self._job = wire.engine_request(request)
+        self._token_ids = (*request.prompt_token_ids, *request.output_token_ids)
         self._usage = generation_pb2.Usage(
             num_prompt_tokens=len(request.prompt_token_ids), num_output_tokens=len(request.output_token_ids)
         )
@@ -74,7 +74,8 @@ class Generation:
 
     async def run(self) -> Responses:
         """Prefill where the placement says, then decode here."""
-        worker, hashes, num_pages = self._worker, *self._worker.pages_for(self._job)
+        worker, key = self._worker, self._request.hash_key
+        hashes, num_pages = worker.pages_for(key, self._token_ids)
         table = await worker.loop.reserve(hashes, num_pages)
         self._got_pages = time.monotonic()
         self._stay.cached(table.num_tokens, table.num_tokens // worker.engine.spec.layout.page_size)
@@ -83,7 +84,8 @@ class Generation:
                 run = self._behind_remote_prefill(hashes, table)
             else:
                 await self._pull(hashes, table)
-                run = self._decode(self._job, table, is_cached=True)
+                job = wire.engine_request(self._request, page_hashes=hashes)
+                run = self._decode(job, table, is_cached=True)
             async with aclosing(run) as responses:
                 async for response in responses:
                     yield response
@@ -109,7 +111,7 @@ class Generation:
                 async for response in responses:
                     yield response
         if not self._over:
-            job = wire.engine_request(self._request, more_output=self._first, drafts=self._drafts)
+            job = wire.engine_request(self._request, page_hashes=hashes, more_output=self._first, drafts=self._drafts)
             async with aclosing(self._decode(job, table)) as responses:
                 async for response in responses:
                     yield response
@@ -120,7 +122,7 @@ class Generation:
         placement, layout = self._request.placement, self._worker.engine.spec.layout
         source = placement.kv_source if placement.HasField("kv_source") else None
         yield placement.prefill, source
-        num_left = len(self._job.token_ids) - table.num_tokens
+        num_left = len(self._token_ids) - table.num_tokens
         if self._over or self._first or num_left <= REST_TOKENS or not placement.HasField("second_prefill"):
             return
         if table.num_tokens > self._num_cached_here:
@@ -149,7 +151,7 @@ class Generation:
                 if finished.HasField("last_pages"):
                     await asyncio.sleep(TOKEN_AHEAD_S)
                     handoff.read(finished.last_pages)
-                await handoff.complete(finished.num_pages, len(self._job.token_ids))
+                await handoff.complete(finished.num_pages, len(self._token_ids))
                 # Before its turn in a step comes: others with this prompt may be in that step, too.
                 self._worker.engine.kv.publish(table, 0, hashes)
         except Fault as fault:
@@ -223,7 +225,7 @@ class Generation:
             "choice": self._request.request_id,
             "pages_s": self._got_pages - self._started,
             "first_s": time.monotonic() - self._started,
-            "num_tokens": len(self._job.token_ids),
+            "num_tokens": len(self._token_ids),
             "num_cached": _num_cached(self._usage),
         }
         log.info("took over", extra=said)

@@ -40,7 +40,7 @@ async def job(raw: Mapping[str, Any], caller: Caller, model: ServedModel, max_ch
 
 
 def _check_best_of(fields: Fields, n: int) -> None:
-    best_of = fields.integer("best_of", Range(1, 128))
+    best_of = fields.integer("best_of", common.NUM_OUTPUTS)
     if best_of is not None and best_of != n:
         raise Unsupported("'best_of' is not supported: ask for 'n' outputs and choose among them", param="best_of")
 

@@ -8,7 +8,7 @@ sampling give equally likely ones (docs/decisions/0028).
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 
 from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, router_pb2
@@ -136,6 +136,12 @@ def _time_remaining(otherwise: float) -> float:
     return otherwise if left is None else left
 
 
+def _write_log(what: str, about: Mapping[str, str], at_s: float) -> None:
+    line = log.makeRecord(log.name, logging.INFO, __file__, 0, what, (), None, extra=about)
+    line.created = at_s
+    log.handle(line)
+
+
 class _Attempt:
     """Where a choice stands: the workers that failed it, and in the request the tokens that the client has."""
 
@@ -172,8 +178,7 @@ class _Attempt:
         """
         if log.isEnabledFor(logging.INFO):
             placed = {"choice": self.route.request_id, "decode": self.request.placement.decode.worker_id}
-            line = log.makeRecord(log.name, logging.INFO, __file__, 0, what, (), None, extra=placed | more)
-            asyncio.get_running_loop().call_later(LOG_LATER_S, log.handle, line)
+            asyncio.get_running_loop().call_later(LOG_LATER_S, _write_log, what, placed | more, time.time())
 
     def note(self, response: decode_pb2.GenerateResponse) -> None:
         """Remember what the client gets."""

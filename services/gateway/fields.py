@@ -1,7 +1,7 @@
 """Reading a client's JSON object: each value is of the right type and in range, or an InvalidRequest names it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -53,6 +53,11 @@ class Fields:
     def raw(self, name: str) -> Any:
         """The value as it came, None if there is none."""
         return self._raw.get(name)
+
+    def present(self, names: Iterable[str]) -> list[str]:
+        """Those of these names that the object has."""
+        raw = self._raw
+        return [name for name in names if name in raw]
 
     def number(self, name: str, allowed: Range) -> float | None:
         """A number in a range."""

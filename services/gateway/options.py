@@ -21,6 +21,10 @@ MAX_LOGPROBS = 20
 INT32 = Range(-(2**31), 2**31 - 1)
 INT64 = Range(-(2**63), 2**63 - 1)
 COUNT = Range(0, 2**31 - 1)
+NUM_OUTPUTS = Range(1, 128)
+# Made once: each of them takes as long as reading its field.
+_TOP_K, _TEMPERATURE, _SHARE = Range(-1, 2**31 - 1), Range(0, 2), Range(0, 1)
+_TOP_P, _PENALTY, _REPETITION = Range(0, 1, above=True), Range(-2, 2), Range(0, 100, above=True)
 
 # Value: what is asked for when the field is absent; anything else but null cannot be honoured.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -71,7 +75,7 @@ def parse(fields: Fields, defaults: Mapping[str, float], num_logprobs: int | Non
         raise InvalidRequest("'cache_salt' must not be empty", param="cache_salt")
     return Options(
         sampling=_sampling(fields, defaults, min_tokens, num_logprobs),
-        n=fields.integer("n", Range(1, 128)) or 1,
+        n=fields.integer("n", NUM_OUTPUTS) or 1,
         seed=fields.integer("seed", INT64),
         max_tokens=max_tokens,
         stop=_stop(fields),
@@ -89,9 +93,9 @@ def parse(fields: Fields, defaults: Mapping[str, float], num_logprobs: int | Non
 
 def refuse_unsupported(fields: Fields, unsupported: Mapping[str, tuple[Any, ...]]) -> None:
     """Raise Unsupported if a field asks for more than nothing."""
-    for name, harmless in unsupported.items():
+    for name in fields.present(unsupported):
         value = fields.raw(name)
-        if value is not None and not any(value == other for other in harmless):
+        if value is not None and not any(value == other for other in unsupported[name]):
             raise Unsupported(f"'{name}' is not supported", param=name)
 
 
@@ -109,15 +113,15 @@ def _sampling(
         value = fields.number(name, allowed)
         return defaults.get(name, neutral) if value is None else value
 
-    top_k = fields.integer("top_k", Range(-1, 2**31 - 1))
+    top_k = fields.integer("top_k", _TOP_K)
     return generation_pb2.SamplingParams(
-        temperature=number("temperature", 1.0, Range(0, 2)),
-        top_p=number("top_p", 1.0, Range(0, 1, above=True)),
+        temperature=number("temperature", 1.0, _TEMPERATURE),
+        top_p=number("top_p", 1.0, _TOP_P),
         top_k=max(0, int(defaults.get("top_k", 0)) if top_k is None else top_k),
-        min_p=number("min_p", 0.0, Range(0, 1)),
-        presence_penalty=number("presence_penalty", 0.0, Range(-2, 2)),
-        frequency_penalty=number("frequency_penalty", 0.0, Range(-2, 2)),
-        repetition_penalty=number("repetition_penalty", 1.0, Range(0, 100, above=True)),
+        min_p=number("min_p", 0.0, _SHARE),
+        presence_penalty=number("presence_penalty", 0.0, _PENALTY),
+        frequency_penalty=number("frequency_penalty", 0.0, _PENALTY),
+        repetition_penalty=number("repetition_penalty", 1.0, _REPETITION),
         logit_bias=_logit_bias(fields),
         min_tokens=min_tokens,
         stop_token_ids=_stop_token_ids(fields),

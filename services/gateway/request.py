@@ -12,6 +12,8 @@ from services.gateway.parsers.formats import Parsing
 from shared import page_hash
 from shared.errors import ContextTooLong, InvalidRequest
 
+_TEXT = Parsing()
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -61,7 +63,7 @@ class Job:
     @property
     def parsing(self) -> Parsing:
         """How outputs are read; those of completions are text."""
-        return self.chat or Parsing()
+        return self.chat or _TEXT
 
     def call_id(self, choice: int, call: int) -> str:
         """The id of a tool call: the same on every face, and no other call's."""

@@ -11,7 +11,7 @@ import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.api_keys import ApiKeys
 from services.gateway.core import Core
@@ -40,7 +40,7 @@ class Route(NamedTuple):
     """What answers a path. The open ones need no API key."""
 
     method: str
-    endpoint: Callable[[Request], Awaitable[Response]]
+    endpoint: Callable[[Request], Awaitable[ASGIApp]]
     is_open: bool = False
 
 
@@ -93,7 +93,7 @@ class Rest:
         response = await self._respond(request)
         await response(scope, receive, send_with_id)
 
-    async def _respond(self, request: Request) -> Response:
+    async def _respond(self, request: Request) -> ASGIApp:
         """Let in who may come; turn faults and defects into responses."""
         try:
             method, endpoint, is_open = self._find(request.scope["path"])
@@ -101,7 +101,7 @@ class Rest:
                 message = f"{request.method} is not allowed on {request.scope['path']}"
                 raise HttpFault(405, message, "method_not_allowed", {"Allow": method})
             if not is_open:
-                self._tenant(request)
+                request.scope[TENANT] = self._tenant(request)
             return await endpoint(request)
         except Fault as fault:
             log.info("fault %s: %s", fault.reason, fault.message)
@@ -122,16 +122,16 @@ class Rest:
             raise HttpFault(404, f"there is no {path[:200]} here; {hint}", "not_found")
         return route
 
-    async def _chat(self, request: Request) -> Response:
+    async def _chat(self, request: Request) -> ASGIApp:
         return await self._generate(request, self._core.chat)
 
-    async def _complete(self, request: Request) -> Response:
+    async def _complete(self, request: Request) -> ASGIApp:
         return await self._generate(request, self._core.complete)
 
     async def _generate(
         self, request: Request, make_job: Callable[[Mapping[str, object], Caller], Awaitable[Job]]
-    ) -> Response:
-        caller = Caller(telemetry.request_id.get(), self._tenant(request), self._timeout_s(request))
+    ) -> ASGIApp:
+        caller = Caller(telemetry.request_id.get(), request.scope[TENANT], self._timeout_s(request))
         raw = await read_object(request, self._max_body_bytes)
         job = await make_job(raw, caller)
         return _Served(Answer(job, self._core.run), self._core, self._telemetry, request)
@@ -181,11 +181,10 @@ class Rest:
         return min(int(raw), self._timeout_ms) / 1000
 
 
-class _Served(Response):
+class _Served:
     """An answer that counts as running, inside a span that continues the client's trace."""
 
     def __init__(self, answer: Answer, core: Core, telemetry: Telemetry, request: Request) -> None:
-        super().__init__()
         self._answer, self._core, self._telemetry, self._request = answer, core, telemetry, request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

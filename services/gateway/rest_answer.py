@@ -21,11 +21,10 @@ log = logging.getLogger(__name__)
 _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
-class Answer(Response):
-    """An ASGI response that runs a job. The status is sent with the first token, so that earlier faults have theirs."""
+class Answer:
+    """An ASGI application that runs a job. Its status is sent with the first token: earlier faults have theirs."""
 
     def __init__(self, job: Job, run: Callable[[Job], AsyncGenerator[Delta, None]]) -> None:
-        super().__init__()
         self._job, self._run = job, run
         self._bodies = Bodies(job)
         self._started = False

@@ -45,15 +45,18 @@ def _defect(raw: bytes) -> str:
     return ""
 
 
+def _too_large(max_bytes: int) -> HttpFault:
+    return HttpFault(413, f"the body must have at most {max_bytes} bytes", "request_too_large")
+
+
 async def _read(request: Request, max_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "")
-    too_large = HttpFault(413, f"the body must have at most {max_bytes} bytes", "request_too_large")
     if announced.isdigit() and int(announced) > max_bytes:
-        raise too_large
+        raise _too_large(max_bytes)
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > max_bytes:
-            raise too_large
+            raise _too_large(max_bytes)
         parts.append(part)
     return b"".join(parts)

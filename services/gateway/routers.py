@@ -53,7 +53,8 @@ class Routers:
                 fault = error
             finally:
                 self._num_asked[router.address] -= 1
-                self._num_asked += Counter()  # forget those with none
+                if not self._num_asked[router.address]:
+                    del self._num_asked[router.address]
                 self._herds.pop(left, None)
         raise fault
 

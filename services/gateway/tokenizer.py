@@ -1,11 +1,13 @@
 """A model's tokenizer: text to ids, ids to text, and single tokens for log-probabilities."""
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as HfTokenizer
 
+from services.gateway import cuts
 from services.gateway.detokenizer import Detokenizer
 from shared.errors import InvalidRequest
 
@@ -38,13 +40,14 @@ class Tokenizer:
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.added_tokens = {content: token_id for token_id, content in self._added.items()}
         self._alphabet = _bytes_of_characters() if "ByteLevel" in str(self._hf.decoder) else {}
+        self._around = self._special_around() if cuts.may_cut(json.loads(self._hf.to_str())) else None
 
     async def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids; `special` adds those that the tokenizer puts around a text. Raises InvalidRequest."""
         try:
             if len(text) <= NUM_CHARS_INLINE:
-                return self._encode(text, special)
-            return await asyncio.to_thread(self._encode, text, special)
+                return self._encode([text], special)
+            return await asyncio.to_thread(self._encode_long, text, special)
         except UnicodeEncodeError:
             raise InvalidRequest("the text holds half of a surrogate pair, which is no character") from None
 
@@ -70,6 +73,22 @@ class Tokenizer:
             raw = piece.replace("\u2581", " ").encode()
         return raw.decode(errors="replace"), raw
 
-    def _encode(self, text: str, special: bool) -> list[int]:
-        # Unlike encode, this lets other threads run meanwhile; and "fast" keeps no offsets, which nobody asks for.
-        return list(self._hf.encode_batch_fast([text], add_special_tokens=special)[0].ids)
+    def _encode(self, texts: Sequence[str], special: bool) -> list[int]:
+        # Unlike encode, this lets other threads run meanwhile, and takes several for several texts; "fast" keeps no
+        # offsets, which nobody asks for.
+        found = self._hf.encode_batch_fast(texts, add_special_tokens=special)
+        return found[0].ids if len(found) == 1 else [token_id for each in found for token_id in each.ids]
+
+    def _encode_long(self, text: str, special: bool) -> list[int]:
+        parts = [text] if self._around is None else cuts.cut(text)
+        if self._around is None or len(parts) == 1:
+            return self._encode(parts, special)
+        before, after = self._around if special else ([], [])
+        return [*before, *self._encode(parts, special=False), *after]
+
+    def _special_around(self) -> tuple[list[int], list[int]] | None:
+        """The tokens that are put before and behind a text; None if that is not what is done to it."""
+        text, whole = self._encode(["a"], special=False), self._encode(["a"], special=True)
+        places = range(len(whole) - len(text) + 1) if text else ()
+        at = next((i for i in places if whole[i : i + len(text)] == text), None)
+        return None if at is None else (whole[:at], whole[at + len(text) :])

@@ -30,13 +30,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         """Compute a prompt; see the protocol."""
         worker, started = self._worker, time.monotonic()
         worker.identity.require(request.epoch, request.model)
-        job = wire.engine_request(request, prefill_only=True)
-        num_tokens = len(job.token_ids)
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         with worker.admission.request(
-            job.request_id, num_tokens, worker.engine.spec.layout.num_pages(num_tokens)
+            request.request_id, num_tokens, worker.engine.spec.layout.num_pages(num_tokens)
         ) as stay:
             worker.measures.requests.add(1)
-            table, usage = await self._reserve(job, request)
+            job, table, usage = await self._reserve(request)
             stay.cached(table.num_tokens, table.num_tokens // worker.engine.spec.layout.page_size)
             with self._lease(request.num_pages_held, table) as handed:
                 async with aclosing(self._compute(job, table, handed, usage)) as responses:
@@ -46,22 +45,24 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                         yield response
 
     async def _reserve(
-        self, job: EngineRequest, request: prefill_pb2.PrefillRequest
-    ) -> tuple[PageTable, generation_pb2.Usage]:
+        self, request: prefill_pb2.PrefillRequest
+    ) -> tuple[EngineRequest, PageTable, generation_pb2.Usage]:
         """Pages for the whole prompt, with what is cached here, or can be pulled from a peer, in them."""
-        hashes, num_pages = self._worker.pages_for(job)
+        token_ids = (*request.prompt_token_ids, *request.output_token_ids)
+        hashes, num_pages = self._worker.pages_for(request.hash_key, token_ids)
         table = await self._worker.loop.reserve(hashes, num_pages)
         usage = generation_pb2.Usage(
-            num_prompt_tokens=len(job.prompt_token_ids), num_output_tokens=1, num_cached_remote=table.num_tokens
+            num_prompt_tokens=len(request.prompt_token_ids), num_output_tokens=1, num_cached_remote=table.num_tokens
         )
         try:
             if request.HasField("kv_source"):
-                pull = self._worker.puller.pull_prefix(request.kv_source, job.request_id, hashes, table)
+                pull = self._worker.puller.pull_prefix(request.kv_source, request.request_id, hashes, table)
                 usage.num_cached_transferred = await pull
+            job = wire.engine_request(request, page_hashes=hashes, prefill_only=True)
         except BaseException:
             self._worker.engine.kv.drop(table)
             raise
-        return table, usage
+        return job, table, usage
 
     @contextmanager
     def _lease(self, num_pages_held: int, table: PageTable) -> Iterator["_Handover"]:
@@ -94,13 +95,17 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     async def _compute(
         self, job: EngineRequest, table: PageTable, handed: "_Handover", usage: generation_pb2.Usage
     ) -> AsyncGenerator[prefill_pb2.PrefillResponse, None]:
-        """The last pages go with the first token, which would otherwise wait for a message to be written and read."""
+        """The last pages go with the first token, which would otherwise wait for a message to be written and read.
+
+        Whoever looks for readers is woken when they have been told: it would take the interpreter from the telling.
+        """
         async with aclosing(self._worker.loop.bursts(job, table)) as bursts:
             async for events in bursts:
                 ready: prefill_pb2.PagesReady | None = None
                 for event in events:
                     if ready is not None and not isinstance(event, TokensSampled):
                         yield prefill_pb2.PrefillResponse(pages_ready=ready)
+                        self._worker.kv_servicer.serve()
                     match event:
                         case PagesComputed():
                             ready = await self._ready(handed, event)
@@ -108,11 +113,13 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                             handed.stays = True
                             usage.num_cached_remote = max(0, event.num_cached_tokens - usage.num_cached_transferred)
                             yield prefill_pb2.PrefillResponse(finished=handed.finished(event, usage, ready))
+                            self._worker.kv_servicer.serve()
                             return
                         case Failed():
                             raise event.fault
                 if ready is not None:
                     yield prefill_pb2.PrefillResponse(pages_ready=ready)
+                    self._worker.kv_servicer.serve()
         raise Internal("the engine ended a prompt without a token")
 
     async def _ready(self, handed: "_Handover", event: PagesComputed) -> prefill_pb2.PagesReady | None:
@@ -120,7 +127,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         if ready := handed.ready(self._worker.engine.spec.layout, event):
             self._worker.engine.kv.widen(ready.lease.lease_id, ready.manifest.page_ids)
             await self._worker.kv_servicer.seal(ready.manifest)
-            self._worker.kv_servicer.serve()
         return ready
 
 

@@ -49,7 +49,13 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
     async def Route(self, request: router_pb2.RouteRequest, context: RouteContext) -> router_pb2.RouteResponse:  # noqa: ARG002
         """Place a request."""
-        outcome = "ok"
+        outcome, expected = "ok", list[tuple[Candidate, router_pb2.RouteResponse]]()
+
+        def expect(chosen: Candidate) -> None:
+            """While the blackboard thinks about it."""
+            self._placements.record(page_hashes, chosen)
+            expected.append((chosen, _answer(chosen)))
+
         try:
             query = parse(request, page_hashes := request.page_hashes)
             self._doubts.hear(request.lost)
@@ -59,7 +65,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 request,
                 query,
                 lambda: self._rank(page_hashes, query),
-                lambda chosen: self._placements.record(page_hashes, chosen),
+                expect,
                 can_reserve=self._fleet.is_current,
             )
         except Fault as fault:
@@ -67,7 +73,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             raise
         finally:
             self._routes.add(1, {"outcome": outcome})
-        return router_pb2.RouteResponse(placement=_placement(chosen), num_cached_tokens=chosen.num_cached_tokens)
+        return next((answer for each, answer in reversed(expected) if each is chosen), None) or _answer(chosen)
 
     async def Explain(self, request: router_pb2.ExplainRequest, context: ExplainContext) -> router_pb2.ExplainResponse:  # noqa: ARG002
         """Say what Route would answer, and why."""
@@ -160,6 +166,10 @@ def summarize(query: Query, chosen: Candidate, num_candidates: int) -> str:
         f"{where}{source}: {chosen.cost_ms:.1f} ms, most of it {dearest[0]} ({dearest[1]:.1f} ms); "
         f"{chosen.num_cached_tokens} of {query.num_prompt_tokens} prompt tokens cached; {num_candidates} candidates"
     )
+
+
+def _answer(chosen: Candidate) -> router_pb2.RouteResponse:
+    return router_pb2.RouteResponse(placement=_placement(chosen), num_cached_tokens=chosen.num_cached_tokens)
 
 
 def _placement(candidate: Candidate) -> decode_pb2.Placement:

@@ -56,7 +56,8 @@ class EngineRequest:
     `output_token_ids` were emitted before (by another worker): they are computed like the prompt, are not emitted
     again, and count for max_tokens, min_tokens and penalties. `draft_token_ids` may follow them; nobody has verified
     that. With `prefill_only` the sequence ends after one more token. A `resumed` one goes on after a fault elsewhere:
-    its client waits amid an answer.
+    its client waits amid an answer. `page_hashes` name leading pages of its prompt and earlier output, where whoever
+    asks knows them: what is not among them is worked out.
     """
 
     request_id: str
@@ -68,6 +69,7 @@ class EngineRequest:
     priority: int = 0
     draft_token_ids: tuple[int, ...] = ()
     resumed: bool = False
+    page_hashes: tuple[bytes, ...] = ()
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -216,6 +218,10 @@ class Engine(Protocol):
 
     def draft_counts(self) -> DraftCounts:
         """How drafts have fared."""
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that steps compute, as of the last one."""
 
     def is_short(self) -> bool:
         """Whether a sequence of this engine waits for pages: newcomers should leave it what is freed next."""

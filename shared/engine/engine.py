@@ -121,6 +121,11 @@ class Engine:
         with self._lock:
             return self._draft_counts
 
+    @property
+    def num_running(self) -> int:
+        """As of the last step."""
+        return self._load.num_running
+
     def is_short(self) -> bool:
         """Whether a sequence of this engine waits for pages."""
         return self._scheduler.is_short
@@ -257,19 +262,18 @@ class Engine:
 
     def _note_load(self) -> None:
         running, waiting = self._scheduler.running, self._scheduler.waiting
-        load = self._measured(
-            num_running=len(running),
-            num_waiting=len(waiting),
-            num_queued_tokens=sum(num for each in (*running, *waiting) if (num := each.num_uncomputed) > 1),
-            num_preemptions=self._scheduler.num_preemptions,
-        )
+        num_queued_tokens = sum(num for each in (*running, *waiting) if (num := each.num_uncomputed) > 1)
+        load = self._measured(len(running), len(waiting), num_queued_tokens)
         with self._lock:
             self._load, self._draft_counts = load, self._speculator.counts()
 
-    def _measured(self, **counts: int) -> EngineLoad:
-        """A load of these counts, with what the meter says."""
+    def _measured(self, num_running: int = 0, num_waiting: int = 0, num_queued_tokens: int = 0) -> EngineLoad:
+        """So much is to be done, and what the meter says."""
         return EngineLoad(
-            **counts,
+            num_running=num_running,
+            num_waiting=num_waiting,
+            num_queued_tokens=num_queued_tokens,
+            num_preemptions=self._scheduler.num_preemptions,
             prefill_ms_per_token=self._meter.prefill_ms_per_token,
             prefill_ms_per_pair=self._meter.prefill_ms_per_pair,
             num_prompt_tokens=self._meter.prompts.num_tokens,

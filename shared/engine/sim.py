@@ -111,6 +111,8 @@ class SimExecutor:
         self._model = model
         self._sleep = sleep
         self._clock = clock
+        self._late_s = 0.0
+        """What the last step slept too long: the next one sleeps as much less, so that on average they are right."""
         self._salts = mix_words(np.arange(model.words_per_token, dtype=np.uint64))  # the first is 0
         token_bytes = model.words_per_token * WORD_BYTES
         self._words: Words = np.ndarray(  # [pages, page_size, words_per_token]
@@ -134,11 +136,13 @@ class SimExecutor:
 
         Raises WrongPages if a page does not hold what the item says was computed before.
         """
-        started = self._clock()
+        due = self._clock() + self._model.step_ms(batch) / 1000 - self._late_s
         states = self._compute(batch)
         chosen = [self._chosen(item, own) if item.sample else None for item, own in zip(batch, states, strict=True)]
-        if (pause_s := self._model.step_ms(batch) / 1000 - (self._clock() - started)) > 0:
+        self._late_s = 0.0
+        if (pause_s := due - self._clock()) > 0:
             self._sleep(pause_s)
+            self._late_s = max(0.0, self._clock() - due)
         return chosen
 
     def _compute(self, batch: Sequence[BatchItem]) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Sized
 from typing import Any, NoReturn
 
 import grpc
@@ -14,7 +14,7 @@ from shared import status
 from shared.errors import Draining, Fault, Internal, InvalidRequest, Unsupported
 from shared.line import pipe as pipes
 from shared.line.caller import WINDOW_BYTES
-from shared.line.outbox import LONGEST_BYTES, Outbox
+from shared.line.outbox import FEW_CALLS, LONGEST_BYTES, Outbox
 from shared.line.pipe import Pipe, Pipes
 
 log = logging.getLogger(__name__)
@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 PIPE_S = 5.0
 
 Replies = Outbox[line_pb2.OpenResponse]
-Find = Callable[[str, Mapping[str, str]], Awaitable[Any]]
-"""The handler for a method and a call's metadata; None for one that nobody wrote."""
+Find = Callable[[str], Awaitable[Any]]
+"""The handler for a method; None for one that nobody wrote."""
 
 
-async def _nobody(_method: str, _metadata: Mapping[str, str]) -> None:
+async def _nobody(_method: str) -> None:
     """No handler."""
 
 
@@ -75,6 +75,8 @@ class _Line:
         self.refuses = False
         self._find, self._write, self._pipe = find, pipe.write if pipe else context.write, pipe
         self._replies: Replies = Outbox(line_pb2.OpenResponse)
+        if pipe is not None:
+            self._replies.write_now = pipe.write_now
         self._answers: dict[int, _Answer] = {}
         self._closed = asyncio.Event()
 
@@ -126,7 +128,7 @@ class _Line:
                 answer.taken(taken.num_bytes)
 
     def _begin(self, call: line_pb2.Call) -> None:
-        answer = _Answer(self._replies, call)
+        answer = _Answer(self._replies, call, self._answers)
         if self.refuses:
             answer.end(Draining("this process is shutting down"))
         elif call.number in self._answers:
@@ -142,9 +144,10 @@ class _Answer:
 
     task: asyncio.Task[None]
 
-    def __init__(self, replies: Replies, call: line_pb2.Call) -> None:
-        self._replies, self._call = replies, call
+    def __init__(self, replies: Replies, call: line_pb2.Call, running: Sized) -> None:
+        self._replies, self._call, self._running = replies, call, running
         self._num_ahead = self._last = 0
+        self._has_spoken = False
         self._status = b""
         self._serialize: Callable[[Any], bytes] = bytes
         self._was_taken = asyncio.Event()
@@ -173,7 +176,7 @@ class _Answer:
     async def _handled(self, find: Find) -> bytes | None:
         """The last message, if the handler did not write it."""
         method = self._call.method
-        handler = await find(method, self._call.metadata)
+        handler = await find(method)
         if handler is None or handler.request_streaming:
             raise Unsupported(f"no method {method} that takes one message")
         try:
@@ -201,6 +204,11 @@ class _Answer:
         self._num_ahead -= num_bytes
         self._was_taken.set()
 
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        """What the call brought; as gRPC's context."""
+        metadata = self._call.metadata
+        return tuple((key, metadata[key]) for key in metadata)
+
     def time_remaining(self) -> float | None:
         """Seconds until the deadline; as gRPC's context."""
         return None if self._until is None else self._until - asyncio.get_running_loop().time()
@@ -222,7 +230,9 @@ class _Answer:
         self._status = dict(trailing_metadata)[status.DETAILS_KEY]
         raise grpc.aio.AbortError
 
-    def _say(self, **said: Any) -> None:
-        num_bytes = sum(len(part) for part in said.values() if part)
-        self._replies.put(num_bytes).replies.add(number=self._call.number, **said)
+    def _say(self, **said: bytes | None) -> None:
+        """The first thing, a first token or the whole answer, goes at once where few calls run; others may gather."""
+        num_bytes, number = sum(map(len, filter(None, said.values()))), self._call.number
+        at_once, self._has_spoken = not self._has_spoken and len(self._running) <= FEW_CALLS, True
+        self._replies.add(num_bytes, lambda message: message.replies.add(number=number, **said), at_once=at_once)
         self._last = self._replies.last

@@ -16,7 +16,7 @@ from protos.forebay.v1 import line_pb2, line_pb2_grpc
 from shared import status
 from shared.errors import Cancelled, DeadlineExceeded, Fault, Internal, InvalidRequest, Unsupported, WorkerLost
 from shared.line import pipe as pipes
-from shared.line.outbox import LONGEST_BYTES, Outbox
+from shared.line.outbox import FEW_CALLS, LONGEST_BYTES, Outbox
 from shared.line.pipe import Pipe
 
 Response = TypeVar("Response")
@@ -58,7 +58,10 @@ class Line:
             if len(message) > LONGEST_BYTES:
                 raise InvalidRequest(f"a request of {len(message)} bytes is too long: {LONGEST_BYTES} may be")
             call = LineCall(self, next(self._numbers), response_deserializer, timeout)
-            self._begin(call, line_pb2.Call(method=method, request=message, metadata=dict(metadata), timeout_s=timeout))
+            said = line_pb2.Call(number=call.number, method=method, request=message, timeout_s=timeout)
+            for key, value in metadata:
+                said.metadata[key] = value
+            self._begin(call, said)
             return call
 
         return begin
@@ -71,13 +74,13 @@ class Line:
             # Of no request: without its deadline, its id and its trace.
             self._open = asyncio.get_running_loop().create_task(self._run(self._outbox), context=Context())
         self._calls[call.number] = call
-        said.number = call.number
-        self._outbox.put(len(said.request)).calls.append(said)
+        few = len(self._calls) <= FEW_CALLS
+        self._outbox.add(len(said.request), lambda message: message.calls.append(said), at_once=few)
 
     def left(self, number: int) -> None:
         """Nobody waits for the answer to a call any more."""
         if self._calls.pop(number, None):
-            self._outbox.put(0).left.append(number)
+            self._outbox.add(0, lambda message: message.left.append(number))
 
     def ended(self, number: int) -> None:
         """The answer to a call is complete."""
@@ -86,7 +89,7 @@ class Line:
     def taken(self, number: int, num_bytes: int) -> None:
         """The caller has taken so much more of an answer."""
         if number in self._calls:
-            self._outbox.put(0).taken.add(number=number, num_bytes=num_bytes)
+            self._outbox.add(0, lambda message: message.taken.add(number=number, num_bytes=num_bytes))
 
     async def close(self) -> None:
         """End the line and all calls on it."""
@@ -127,6 +130,7 @@ class Line:
         stream = self._stub.Open(metadata=((pipes.KEY, pipe.introduce()),))
         pipe.listen(lambda message: self._hear(line_pb2.OpenResponse.FromString(message)))
         stopped = asyncio.ensure_future(self._converse(stream, outbox, pipe.write))
+        outbox.write_now = pipe.write_now
         try:
             await asyncio.wait({stopped, pipe.ended}, return_when=asyncio.FIRST_COMPLETED)
             if stopped.done():
@@ -200,8 +204,9 @@ class LineCall(Generic[Response]):
 
     def cancel(self) -> None:
         """Leave it, which ends it on the other side."""
-        self._line.left(self.number)
-        self.end(Cancelled("the caller left"))
+        if not self._is_over:
+            self._line.left(self.number)
+            self.end(Cancelled("the caller left"))
 
     def _expire(self) -> None:
         self._line.left(self.number)

@@ -1,4 +1,5 @@
-"""What waits to be said on a line: all that is said in one turn of the event loop goes into one message."""
+"""What waits to be said on a line: all that is said in one turn of the event loop goes into one message, but for what
+others wait for (docs/decisions/0060)."""
 
 import asyncio
 from collections import deque
@@ -12,6 +13,13 @@ Message = TypeVar("Message")
 MAX_BYTES = 1 << 20
 # A thing longer than this fits no message that gRPC takes (`rpc.MAX_MESSAGE_BYTES`).
 LONGEST_BYTES = (64 << 20) - (64 << 10)
+# While no more calls run on a line there is little to gather, and what others wait for is said at once.
+FEW_CALLS = 4
+
+
+def _never(_message: object) -> bool:
+    """A way to write that always has to wait."""
+    return False
 
 
 class Outbox(Generic[Message]):
@@ -22,19 +30,27 @@ class Outbox(Generic[Message]):
         self._waiting: deque[Message] = deque()
         self._num_bytes = 0
         self._num_written = 0
+        self._is_writing = False
+        self.write_now: Callable[[Message], bool] = _never
+        """Writes a message if that takes no waiting, and says whether it did."""
         self._anything, self._progress = asyncio.Event(), asyncio.Event()
         self.last = 0
-        """Number of the message that `put` named last."""
+        """Number of the message that was added to last."""
 
-    def put(self, num_bytes: int) -> Message:
-        """The message that something of so many bytes is to be added to."""
+    def add(self, num_bytes: int, fill: Callable[[Message], object], *, at_once: bool = False) -> None:
+        """Have `fill` put something of so many bytes into the next message. That is written with all that is said in
+        this turn of the event loop; `at_once`, where that takes no waiting, without looking for more of it."""
         if not self._waiting or self._num_bytes + num_bytes > MAX_BYTES:
             self._waiting.append(self._make())
             self._num_bytes = 0
             self.last += 1
-            self._anything.set()
         self._num_bytes += num_bytes
-        return self._waiting[-1]
+        fill(self._waiting[-1])
+        while at_once and self._waiting and not self._is_writing and self.write_now(self._waiting[0]):
+            self._waiting.popleft()
+            self._note_written()
+        if self._waiting:
+            self._anything.set()
 
     async def written(self, number: int) -> None:
         """Wait until the message of this number is written."""
@@ -47,7 +63,12 @@ class Outbox(Generic[Message]):
             await self._anything.wait()
             self._anything.clear()
             while self._waiting:
+                self._is_writing = True
                 await write(self._waiting.popleft())
-                self._num_written += 1
-                self._progress.set()
-                self._progress = asyncio.Event()
+                self._is_writing = False
+                self._note_written()
+
+    def _note_written(self) -> None:
+        self._num_written += 1
+        self._progress.set()
+        self._progress = asyncio.Event()

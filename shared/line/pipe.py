@@ -56,6 +56,13 @@ class Pipe(asyncio.Protocol):
         await self._may_write.wait()
         self._say(message.SerializeToString())
 
+    def write_now(self, message: Message) -> bool:
+        """As `write` if the other side is not behind; whether it is not."""
+        if not self._may_write.is_set():
+            return False
+        self._say(message.SerializeToString())
+        return True
+
     def close(self) -> None:
         """End it, behind what was written."""
         self._transport.close()

@@ -32,8 +32,8 @@ class Admission:
 
     def __init__(self) -> None:
         self.draining = False
-        self.arrived: dict[str, Room] = {}
-        """Requests that came since somebody last took these, with what they took at first."""
+        self.arrived: dict[str, tuple[int, int]] = {}
+        """Requests that came since somebody last took these, with the prompt tokens and pages that they took."""
         self.on_freed: Callable[[], None] = lambda: None
         """Called whenever a request takes less, or leaves."""
         self.num_requests = 0
@@ -53,7 +53,7 @@ class Admission:
         if self.draining:
             raise Draining("this worker is draining")
         stay = Stay(request_id, num_tokens, num_pages, self._freed)
-        self.arrived[request_id] = Room(sequences=1, tokens=num_tokens, pages=num_pages)
+        self.arrived[request_id] = num_tokens, num_pages
         self._inside.add(stay)
         self.num_requests += 1
         self._idle.clear()

@@ -55,11 +55,11 @@ class RoomWriter:
             self._woken.set()
 
     def _may_look_full(self) -> bool:
-        known = [self._reported, *self._admission.arrived.values()]
+        known, arrived = self._reported, self._admission.arrived.values()
         return (
-            2 * sum(room.sequences for room in known) >= self._limits.sequences
-            or 2 * sum(room.tokens for room in known) >= self._limits.tokens
-            or 2 * sum(room.pages for room in known) >= self._limits.pages
+            2 * (known.sequences + len(arrived)) >= self._limits.sequences
+            or 2 * (known.tokens + sum(num_tokens for num_tokens, _ in arrived)) >= self._limits.tokens
+            or 2 * (known.pages + sum(num_pages for _, num_pages in arrived)) >= self._limits.pages
         )
 
     async def _run(self) -> None:

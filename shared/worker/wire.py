@@ -45,12 +45,13 @@ def _grammar(message: generation_pb2.Grammar) -> Grammar:
 def engine_request(
     message: decode_pb2.GenerateRequest | prefill_pb2.PrefillRequest,
     *,
+    page_hashes: Iterable[bytes],
     prefill_only: bool = False,
     more_output: Iterable[int] = (),
     drafts: Iterable[int] = (),
 ) -> EngineRequest:
-    """The sequence that a message asks for, with `more_output` behind the output that it has already, and drafts of
-    what follows."""
+    """The sequence that a message asks for, whose leading pages have these hashes, with `more_output` behind the output
+    that it has already, and drafts of what follows."""
     return EngineRequest(
         request_id=message.request_id,
         prompt_token_ids=tuple(message.prompt_token_ids),
@@ -61,6 +62,7 @@ def engine_request(
         priority=message.priority,
         draft_token_ids=tuple(drafts),
         resumed=bool(message.output_token_ids),
+        page_hashes=tuple(page_hashes),
     )
 
 

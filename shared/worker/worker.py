@@ -1,9 +1,10 @@
 """A worker: an engine, its pages, and the ways to other workers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared import page_hash, rpc
-from shared.engine.api import Engine, EngineRequest
+from shared.engine.api import Engine
 from shared.engine.loop import EngineLoop
 from shared.worker.admission import Admission
 from shared.worker.identity import Identity
@@ -25,11 +26,11 @@ class Worker:
     channels: rpc.Channels
     measures: Measures
 
-    def pages_for(self, job: EngineRequest) -> tuple[list[bytes], int]:
+    def pages_for(self, hash_key: bytes, token_ids: Sequence[int]) -> tuple[list[bytes], int]:
         """Hashes of a sequence's pages as far as they may come out of a cache, and how many pages it needs.
 
         The last token is always computed, since its logits choose the next one: a page that ends with it is no use.
         """
         layout = self.engine.spec.layout
-        hashes = page_hash.chain(job.hash_key, job.token_ids[:-1], layout.page_size)
-        return hashes, layout.num_pages(len(job.token_ids))
+        hashes = page_hash.chain(hash_key, token_ids[:-1], layout.page_size)
+        return hashes, layout.num_pages(len(token_ids))

@@ -59,7 +59,7 @@ class Workers:
             yield response
 
     def _compute(self, request: decode_pb2.GenerateRequest) -> Iterator[Response]:
-        self._engine.submit(wire.engine_request(request))
+        self._engine.submit(wire.engine_request(request, page_hashes=()))
         while self._engine.has_work():
             for event in self._engine.step():
                 assert isinstance(event, TokensSampled)

@@ -113,6 +113,10 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+def leaving(number: int) -> Callable[[line_pb2.OpenRequest], None]:
+    return lambda message: message.left.append(number)
+
+
 async def test_what_is_said_while_a_message_is_written_goes_into_the_next_one() -> None:
     outbox, written, may_write = Outbox(line_pb2.OpenRequest), [], asyncio.Event()
 
@@ -122,10 +126,10 @@ async def test_what_is_said_while_a_message_is_written_goes_into_the_next_one() 
 
     writing = asyncio.create_task(outbox.run(write))
     for number in (1, 2):
-        outbox.put(0).left.append(number)
+        outbox.add(0, leaving(number))
     await until(lambda: written == [[1, 2]])
     for number in (3, 4, 5):
-        outbox.put(0).left.append(number)
+        outbox.add(0, leaving(number))
     may_write.set()
     await asyncio.wait_for(outbox.written(outbox.last), PATIENCE_S)
     assert written == [[1, 2], [3, 4, 5]]
@@ -134,8 +138,48 @@ async def test_what_is_said_while_a_message_is_written_goes_into_the_next_one() 
 
 async def test_a_long_thing_has_a_message_of_its_own() -> None:
     outbox = Outbox(line_pb2.OpenRequest)
-    messages = [outbox.put(num_bytes) for num_bytes in (10, MAX_BYTES, 10)]
+    messages = list[line_pb2.OpenRequest]()
+    for num_bytes in (10, MAX_BYTES, 10):
+        outbox.add(num_bytes, messages.append)
     assert len({id(message) for message in messages}) == 3
+
+
+async def test_what_is_said_at_once_is_written_before_the_turn_ends_behind_what_waits_already() -> None:
+    outbox, written = Outbox(line_pb2.OpenRequest), list[list[int]]()
+
+    def write_now(message: line_pb2.OpenRequest) -> bool:
+        written.append(list(message.left))
+        return True
+
+    outbox.write_now = write_now
+    outbox.add(0, leaving(1))
+    assert written == []
+    outbox.add(0, leaving(2), at_once=True)
+    assert written == [[1, 2]]
+    await asyncio.wait_for(outbox.written(outbox.last), PATIENCE_S)
+
+
+async def test_what_is_said_at_once_waits_for_what_is_being_written() -> None:
+    outbox, written, may_write = Outbox(line_pb2.OpenRequest), list[list[int]](), asyncio.Event()
+
+    async def write(message: line_pb2.OpenRequest) -> None:
+        await may_write.wait()
+        written.append(list(message.left))
+
+    def write_now(message: line_pb2.OpenRequest) -> bool:
+        written.append([*message.left, -1])
+        return True
+
+    writing = asyncio.create_task(outbox.run(write))
+    outbox.add(0, leaving(1))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    outbox.write_now = write_now
+    outbox.add(0, leaving(2), at_once=True)
+    assert written == []
+    may_write.set()
+    await until(lambda: written == [[1], [2]])
+    writing.cancel()
 
 
 async def test_many_calls_at_once_each_get_their_own_answer(world: World) -> None:

@@ -80,6 +80,16 @@ async def test_a_writer_waits_while_the_other_side_is_behind() -> None:
     assert wire.sent == framed(line_pb2.OpenRequest(left=[1]).SerializeToString())
 
 
+async def test_what_is_not_to_wait_is_written_only_if_the_other_side_is_not_behind() -> None:
+    pipe, wire = opened()
+    pipe.pause_writing()
+    assert not pipe.write_now(line_pb2.OpenRequest(left=[1]))
+    assert not wire.sent
+    pipe.resume_writing()
+    assert pipe.write_now(line_pb2.OpenRequest(left=[1]))
+    assert wire.sent == framed(line_pb2.OpenRequest(left=[1]).SerializeToString())
+
+
 async def test_nothing_is_said_to_who_is_gone() -> None:
     pipe, wire = opened()
     pipe.pause_writing()

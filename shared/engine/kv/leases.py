@@ -65,7 +65,10 @@ class LeaseBook:
 
     def lapse(self) -> list[list[int]]:
         """End the leases whose time is up; the pages of each."""
-        now, lapsed = self._clock(), []
+        lapsed: list[list[int]] = []
+        if not self._leases:
+            return lapsed
+        now = self._clock()
         while self._leases and (first := next(iter(self._leases.values()))).ends_at <= now:
             self._leases.popitem(last=False)
             lapsed.append(list(first.pages))

@@ -53,9 +53,10 @@ class PagePool:
         """How many of these pages are cached: holding them makes so many fewer available."""
         return sum(page_id in self._cached for page_id in page_ids)
 
-    def is_used(self, page_id: int) -> bool:
-        """Whether anybody holds or leases the page."""
-        return 0 <= page_id < len(self._holds) and bool(self._holds[page_id] or self._leases[page_id])
+    def are_used(self, page_ids: Iterable[int]) -> bool:
+        """Whether somebody holds or leases each of these pages."""
+        holds, leases, num_pages = self._holds, self._leases, len(self._holds)
+        return all(0 <= page_id < num_pages and (holds[page_id] or leases[page_id]) for page_id in page_ids)
 
     def take(self, num_pages: int) -> list[int]:
         """Pages to write to, held once; the caller has checked that there are enough."""
@@ -68,7 +69,7 @@ class PagePool:
     def hold(self, page_ids: Iterable[int]) -> None:
         """One more sequence uses these pages as they are."""
         for page_id in page_ids:
-            self._wake(page_id)
+            self._cached.pop(page_id, None)
             if not self._holds[page_id]:
                 self._num_held += 1
                 self._num_leased -= self._leases[page_id] > 0
@@ -77,7 +78,7 @@ class PagePool:
     def lease(self, page_ids: Iterable[int]) -> None:
         """One more lease covers these pages."""
         for page_id in page_ids:
-            self._wake(page_id)
+            self._cached.pop(page_id, None)
             if not (self._leases[page_id] or self._holds[page_id]):
                 self._num_leased += 1
             self._leases[page_id] += 1
@@ -111,7 +112,7 @@ class PagePool:
 
     def faults(self) -> list[str]:
         """What is wrong with the books; empty if nothing is. Looks at every page."""
-        used = [page_id for page_id in range(len(self._holds)) if self.is_used(page_id)]
+        used = [page_id for page_id in range(len(self._holds)) if self._is_used(page_id)]
         held = sum(holds > 0 for holds in self._holds)
         ages = {page_id: age for age, page_id in enumerate(self._cached)}
         lines = {page_id: list(islice(self._index.lineage(page_id), 2)) for page_id in ages}
@@ -130,8 +131,8 @@ class PagePool:
         }
         return [statement for statement, wrong in statements.items() if wrong]
 
-    def _wake(self, page_id: int) -> None:
-        self._cached.pop(page_id, None)
+    def _is_used(self, page_id: int) -> bool:
+        return bool(self._holds[page_id] or self._leases[page_id])
 
     def _evict(self) -> int:
         page_id, _ = self._cached.popitem(last=False)
@@ -141,7 +142,7 @@ class PagePool:
     def _settle(self, page_ids: Sequence[int]) -> None:
         """Put pages that nobody uses any more where they belong, and their prefixes behind them in the queue."""
         for page_id in page_ids:
-            if not self.is_used(page_id):
+            if not self._is_used(page_id):
                 self._retire(page_id)
         touched: set[int] = set()
         for page_id in reversed(page_ids):

@@ -2,8 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from shared.engine.kv.leases import LeaseBook, LeaseCounts
@@ -47,10 +46,10 @@ class KvStore:
         self.lease_ttl_ms = lease_ttl_ms
         self.on_capacity: Callable[[], None] | None = None
         self.on_events: Callable[[], None] | None = None
-        self._lock = threading.Lock()
         self._index = PrefixIndex()
         self._pages = PagePool(num_pages, self._index)
         self._leases = LeaseBook(lease_ttl_ms / 1000, clock)
+        self._section = _Section(self._pages, self._leases, self._index, self._say)
 
     # Pages held by sequences ------------------------------------------------------------------------------------------
 
@@ -59,7 +58,7 @@ class KvStore:
 
         `num_spare` pages must stay available afterwards.
         """
-        with self._section():
+        with self._section:
             run = self._index.run(page_hashes[:num_pages])
             num_new = num_pages - len(run)
             if num_new + self._pages.num_idle(run) + num_spare > self._pages.num_available:
@@ -70,7 +69,7 @@ class KvStore:
     def extend(self, table: PageTable, num_pages: int, num_spare: int = 0) -> bool:
         """Hold `num_pages` more; False, and nothing changes, if there is no room. `num_spare` pages must stay available
         afterwards."""
-        with self._section():
+        with self._section:
             if num_pages + num_spare > self._pages.num_available:
                 return False
             table.page_ids += self._pages.take(num_pages)
@@ -79,7 +78,7 @@ class KvStore:
     def adopt(self, table: PageTable, page_hashes: Sequence[bytes]) -> None:
         """Put cached pages in the place of a table's own that are yet to be computed: others with the same prompt may
         have computed them since it was reserved. Its own must be new, and unknown to anybody."""
-        with self._section():
+        with self._section:
             first, part = divmod(table.num_tokens, self.page_size)
             run = self._index.run(page_hashes[: len(table.page_ids)])
             if part or len(run) <= first:
@@ -92,7 +91,7 @@ class KvStore:
 
     def shrink(self, table: PageTable, num_tokens: int) -> None:
         """Hold only the pages of the first `num_tokens` tokens."""
-        with self._section():
+        with self._section:
             num_kept = -(-num_tokens // self.page_size)
             self._pages.unhold(table.page_ids[num_kept:])
             del table.page_ids[num_kept:]
@@ -100,7 +99,7 @@ class KvStore:
 
     def publish(self, table: PageTable, first_page: int, page_hashes: Sequence[bytes]) -> None:
         """Make full pages of a table findable. A hash that is known already keeps its page."""
-        with self._section():
+        with self._section:
             parent = self._index.name(table.page_ids[first_page - 1]) if first_page else b""
             for page_id, page_hash in zip(table.page_ids[first_page:], page_hashes, strict=False):
                 self._index.add(page_id, page_hash, parent)
@@ -108,14 +107,14 @@ class KvStore:
 
     def drop(self, table: PageTable) -> None:
         """Hold no longer. The table is empty afterwards; dropping it again does nothing."""
-        with self._section():
+        with self._section:
             self._pages.unhold(table.move().page_ids)
 
     # Pages leased by peers --------------------------------------------------------------------------------------------
 
     def grant(self, page_ids: Sequence[int] = ()) -> int:
         """A new lease on pages that the caller holds."""
-        with self._section():
+        with self._section:
             self._require_used(page_ids)
             lease_id = self._leases.open()
             self._widen(lease_id, page_ids)
@@ -123,13 +122,13 @@ class KvStore:
 
     def widen(self, lease_id: int, page_ids: Sequence[int]) -> bool:
         """Add pages that the caller holds to a lease; False if it has ended."""
-        with self._section():
+        with self._section:
             self._require_used(page_ids)
             return self._widen(lease_id, page_ids)
 
     def acquire(self, page_hashes: Sequence[bytes]) -> tuple[int, list[int]] | None:
         """Lease the longest cached leading run of `page_hashes`; None if not even the first is cached."""
-        with self._section():
+        with self._section:
             run = self._index.run(page_hashes)
             if not run:
                 return None
@@ -139,61 +138,61 @@ class KvStore:
 
     def renew(self, lease_id: int) -> bool:
         """Give a lease its full time again; False if it has ended."""
-        with self._section():
+        with self._section:
             return self._leases.renew(lease_id)
 
     def release(self, lease_id: int, read: Iterable[int] = ()) -> bool:
         """End a lease; whether it had held until now, on every page of `read`."""
-        with self._section():
+        with self._section:
             page_ids = self._leases.close(lease_id)
             self._pages.unlease(page_ids or ())
             return page_ids is not None and set(read).issubset(page_ids)
 
     def expire(self) -> int:
         """End the leases whose time is up; how many. Called from every other method too."""
-        with self._section() as num_lapsed:
+        with self._section as num_lapsed:
             return num_lapsed
 
     def next_lease_end_s(self) -> float | None:
         """Seconds until the first lease lapses unless renewed; None if there is none."""
-        with self._section():
+        with self._section:
             return self._leases.next_end_s()
 
     # What there is ----------------------------------------------------------------------------------------------------
 
     def match(self, page_hashes: Sequence[bytes]) -> int:
         """Length of the longest cached leading run."""
-        with self._section():
+        with self._section:
             return len(self._index.run(page_hashes))
 
     def counts(self) -> PageCounts:
         """Pages by state."""
-        with self._section():
+        with self._section:
             return self._pages.counts()
 
     def lease_counts(self) -> LeaseCounts:
         """How leases have fared."""
-        with self._section():
+        with self._section:
             return self._leases.counts()
 
     def num_freed(self) -> int:
         """Pages that became available, ever. Whoever found no room need not look again while this stays the same."""
-        with self._section():
+        with self._section:
             return self._pages.num_freed
 
     def check(self) -> list[str]:
         """What is wrong with the books, in words; empty if nothing is. Looks at every page."""
-        with self._section():
+        with self._section:
             return self._pages.faults()
 
     def hashes(self) -> list[bytes]:
         """Every findable hash, for a snapshot."""
-        with self._section():
+        with self._section:
             return self._index.hashes()
 
     def drain_events(self) -> list[IndexEvent]:
         """Net changes in the index since the last call."""
-        with self._section():
+        with self._section:
             return self._index.drain()
 
     def _widen(self, lease_id: int, page_ids: Sequence[int]) -> bool:
@@ -202,26 +201,45 @@ class KvStore:
         return new is not None
 
     def _require_used(self, page_ids: Sequence[int]) -> None:
-        if not all(self._pages.is_used(page_id) for page_id in page_ids):
+        if not self._pages.are_used(page_ids):
             raise Internal(f"pages {list(page_ids)} are to be leased, but nobody holds them all")
 
-    @contextmanager
-    def _section(self) -> Iterator[int]:
-        """The lock, with lapsed leases ended first (yields how many); afterwards, outside it, word of freed pages."""
-        freed = changed = False
+    def _say(self, freed: bool, changed: bool) -> None:
+        if freed and self.on_capacity is not None:
+            self.on_capacity()
+        if changed and self.on_events is not None:
+            self.on_events()
+
+
+class _Section:
+    """The lock, with lapsed leases ended first (entering says how many); afterwards, outside it, word of pages that
+    were freed, and of an index that has changed.
+
+    Not a generator: every method enters it, many of them before a first token, and a generator takes thrice as long.
+    """
+
+    def __init__(
+        self, pages: PagePool, leases: LeaseBook, index: PrefixIndex, say: Callable[[bool, bool], None]
+    ) -> None:
+        self._lock = threading.Lock()
+        self._pages, self._leases, self._index, self._say = pages, leases, index, say
+        self._num_freed, self._had_changed = 0, False
+
+    def __enter__(self) -> int:
+        self._lock.acquire()
+        self._num_freed, self._had_changed = self._pages.num_freed, self._index.has_changed
         try:
-            with self._lock:
-                num_freed, had_changed = self._pages.num_freed, self._index.has_changed
-                lapsed = self._leases.lapse()
-                for page_ids in lapsed:
-                    self._pages.unlease(page_ids)
-                try:
-                    yield len(lapsed)
-                finally:
-                    freed = self._pages.num_freed > num_freed
-                    changed = self._index.has_changed and not had_changed
-        finally:
-            if freed and self.on_capacity is not None:
-                self.on_capacity()
-            if changed and self.on_events is not None:
-                self.on_events()
+            lapsed = self._leases.lapse()
+            for page_ids in lapsed:
+                self._pages.unlease(page_ids)
+        except BaseException:
+            self._lock.release()
+            raise
+        return len(lapsed)
+
+    def __exit__(self, *_error: object) -> None:
+        freed = self._pages.num_freed > self._num_freed
+        changed = self._index.has_changed and not self._had_changed
+        self._lock.release()
+        if freed or changed:
+            self._say(freed, changed)

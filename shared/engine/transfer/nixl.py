@@ -61,7 +61,7 @@ class NixlTransport:
         if seconds > 0:
             self._linger_until = now + LINGER_S
         until_s = max(now + seconds, self._linger_until)
-        self._thread.call(partial(self._thread.lookout.serve, until_s, expects=seconds > 0))
+        self._thread.post(partial(self._thread.lookout.serve, until_s, expects=seconds > 0))
 
     async def connect(self, pool: RemotePool, timeout_s: float, slices: Slices | None = None) -> Link:
         """See `Transport.connect`. Reads the head of the pool once, which also completes UCX's connection."""

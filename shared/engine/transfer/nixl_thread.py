@@ -54,6 +54,10 @@ class NixlThread(threading.Thread):
         self._inbox.put(run)
         return future
 
+    def post(self, work: Callable[[], None]) -> None:
+        """As `call`, of something that cannot fail and that nobody waits for."""
+        self._inbox.put(work)
+
     def close(self) -> None:
         """Destroy all agents and end the thread."""
         self._inbox.put(None)
