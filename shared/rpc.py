@@ -36,14 +36,16 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
 MAX_MESSAGE_BYTES = 64 << 20
-# A peer that stops answering is noticed within 1.4 s, the first and the third together; both sides must agree that
-# pings are welcome. The keepalive timeout alone does nothing for a process that is stopped, whose kernel still
-# acknowledges what it receives: the ping timeout (a minute unless set) is what counts then. gRPC's own threads answer
-# pings, which no Python code holds up: a busy process answers, one that gets no processor for a second does not.
+# A peer that stops answering is noticed within 1.9 s: a silent connection is pinged after the first, but no connection
+# more than once a second (`NextAllowedPingInterval` in gRPC's chttp2 transport), and the third is how long an answer
+# may take. Both sides must agree that pings are welcome. The keepalive timeout alone does nothing for a process that is
+# stopped, whose kernel still acknowledges what it receives: the ping timeout (a minute unless set) is what counts then.
+# gRPC's own threads answer pings, which no Python code holds up: a busy process answers, one that gets no processor for
+# so long does not.
 KEEPALIVE = [
     ("grpc.keepalive_time_ms", 400),
-    ("grpc.keepalive_timeout_ms", 1_000),
-    ("grpc.http2.ping_timeout_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 900),
+    ("grpc.http2.ping_timeout_ms", 900),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
