@@ -13,8 +13,9 @@ from dataclasses import replace
 
 import torch
 
-from bench import provenance, shapes
-from shared.engine.api import BatchItem, Computed, EngineRequest, Executor, SamplingParams, TokensSampled, awaited
+from bench import launched, provenance, shapes
+from bench.launched import InOrder
+from shared.engine.api import BatchItem, EngineRequest, Executor, SamplingParams, TokensSampled, awaited
 from shared.engine.engine import Engine
 from shared.engine.executor import TorchExecutor
 from shared.engine.kv.store import KvStore
@@ -28,45 +29,15 @@ WAYS = {
     "and a presence penalty": SamplingParams(temperature=0.8, top_p=0.95, presence_penalty=0.5),
 }
 NUM_QUEUED = 8  # a driver holds about a thousand launches, and a step with every sampling parameter is near a hundred
-HEAD_START_CYCLES = 1_500_000_000  # about 0.8 s
-
-
-class InOrder:
-    """Satisfies `shared.engine.api.Executor`: the same, but each step is waited for before the next is planned."""
-
-    runs_behind, proposes = False, False
-
-    def __init__(self, own: TorchExecutor) -> None:
-        self.spec, self.memory, self.recorded, self._own = own.spec, own.memory, own.recorded, own
-
-    def launch(self, batch: Sequence[BatchItem]) -> Computed:
-        return Computed(self._own.forward(batch))
 
 
 def gpu_ms(executor: TorchExecutor, size: int, context: int, params: SamplingParams) -> float:
-    """A step's time on the GPU; not a number if the host was too slow to queue the steps before the first began."""
+    """A step's time on the GPU; see `launched.gpu_ms`."""
     room = -(-(context + 4 * NUM_QUEUED) // shapes.PAGE_SIZE)
     items = [
         replace(shapes.item(place, context, 1, room), sampling=params, history=[5] * context) for place in range(size)
     ]
-    executor.forward(items)
-    _queued(executor, items)  # memory for so many steps at once is had now, for which the host may wait
-    busy_ms, in_time = _queued(executor, items)
-    return busy_ms if in_time else float("nan")
-
-
-def _queued(executor: TorchExecutor, items: Sequence[BatchItem]) -> tuple[float, bool]:
-    """A step's time, and whether all steps were queued before the first of them began."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(HEAD_START_CYCLES)
-    steps = [executor.launch(items)]
-    start.record()
-    steps += [executor.launch(_following(items, number)) for number in range(1, 1 + NUM_QUEUED)]
-    end.record()
-    in_time = not start.query()
-    for step in steps:
-        step.chosen()
-    return start.elapsed_time(end) / NUM_QUEUED, in_time
+    return launched.gpu_ms(executor, [items, *(_following(items, number) for number in range(1, 1 + NUM_QUEUED))])
 
 
 def _following(items: Sequence[BatchItem], number: int) -> list[BatchItem]:

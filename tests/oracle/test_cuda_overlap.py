@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shared.engine.api import BatchItem, Computed, EngineRequest, SamplingParams, awaited
+from bench.launched import InOrder
+from shared.engine.api import BatchItem, EngineRequest, SamplingParams, awaited
 from shared.engine.executor import TorchExecutor, load_executor
 from shared.engine.kernels import cuda_choice
 from shared.engine.models import dense_shapes
@@ -66,18 +66,6 @@ def executor(tmp_path_factory: pytest.TempPathFactory) -> TorchExecutor:
     return load_executor(path, model_name="tiny", page_size=16, num_pages=64, **settings)
 
 
-class InOrder:
-    """Satisfies `shared.engine.api.Executor`: the same, but each step is waited for."""
-
-    runs_behind, proposes = False, False
-
-    def __init__(self, own: TorchExecutor) -> None:
-        self.spec, self.memory, self.recorded, self._own = own.spec, own.memory, own.recorded, own
-
-    def launch(self, batch: Sequence[BatchItem]) -> Computed:
-        return Computed(self._own.forward(batch))
-
-
 @pytest.mark.parametrize("params", WAYS, ids=str)
 def test_tokens_are_those_of_steps_in_order(params: dict[str, Any], executor: TorchExecutor) -> None:
     """All sequences come at once and none ends early, so that both engines make the same batches, bit for bit."""
@@ -106,12 +94,6 @@ def decoding(params: dict[str, Any]) -> list[BatchItem]:
 
 def following(items: list[BatchItem], number: int) -> list[BatchItem]:
     return [replace(each, token_ids=[awaited(place)], start=20 + number) for place, each in enumerate(items)]
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("no_waiting")
