@@ -88,8 +88,8 @@ def _response_format(name: str, value: object) -> generation_pb2.Grammar | None:
         case "json_object":
             return _json(name, {"type": "object"})
         case "json_schema":
-            described = _object(f"{name}.json_schema", asked.get("json_schema"))
-            return _json(f"{name}.json_schema.schema", described.get("schema"))
+            wanted = _object(f"{name}.json_schema", asked.get("json_schema"))
+            return _json(f"{name}.json_schema.schema", wanted.get("schema"))
     raise InvalidRequest('\'response_format.type\' must be "text", "json_object" or "json_schema"', param=name)
 
 

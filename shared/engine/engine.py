@@ -78,7 +78,8 @@ class Engine:
 
     def prepare(self, request: EngineRequest) -> None:
         """Have the request's grammar compiled. Raises InvalidRequest, Unsupported."""
-        self._matcher(request)
+        if (grammar := request.sampling.grammar) is not None:
+            self._required_grammars().compile(grammar)
 
     def submit(self, request: EngineRequest, pages: PageTable | None = None) -> None:
         """Queue a sequence. `pages` pass into its ownership (the caller's table is empty then); their first
@@ -132,11 +133,12 @@ class Engine:
 
     def _matcher(self, request: EngineRequest) -> Matcher | None:
         grammar = request.sampling.grammar
-        if grammar is None:
-            return None
+        return None if grammar is None else self._required_grammars().begin(grammar, request.output_token_ids)
+
+    def _required_grammars(self) -> Grammars:
         if self._grammars is None:
             raise Unsupported(f"outputs of {self.spec.model} cannot be held to a grammar", param="response_format")
-        return self._grammars.begin(grammar, request.output_token_ids)
+        return self._grammars
 
     # From the engine's thread -----------------------------------------------------------------------------------------
 
