@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,9 +105,12 @@ def _processor() -> bytes:
 def _compile(command: Sequence[str], path: Path) -> None:
     started = time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
-    mine = path.with_suffix(f".{os.getpid()}")  # other workers may be compiling the same; the last rename wins
-    _run(*command, "-o", str(mine))
-    mine.replace(path)
+    # Other workers may be compiling the same, in containers that share the cache too, where all have one pid: each into
+    # a folder of its own, and the last rename wins.
+    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=path.parent) as mine:
+        made = Path(mine) / path.name
+        _run(*command, "-o", str(made))
+        made.replace(path)
     log.info("compiled kernels in %.1f s: %s", time.monotonic() - started, path)
 
 
