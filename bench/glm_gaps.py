@@ -152,7 +152,9 @@ def main() -> None:
         executor = on_rank(rank(config, 8, device, pdl=True, cuda=True))
     gc.freeze()  # as a worker does: a full collection takes as long as some steps
     print(torch.cuda.get_device_name(0))
-    print("| verification | ms on the GPU | ms in order (idle; longest) | ms launched ahead | tokens a step, each way |")
+    print(
+        "| verification | ms on the GPU | ms in order (idle; longest) | ms launched ahead | tokens a step, each way |"
+    )
     print("|---|---|---|---|---|")
     for size in args.sizes:
         for name, params in WAYS.items():
