@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.launched import InOrder
-from shared.engine.api import BatchItem, EngineRequest, Executor, SampledToken, SamplingParams, TokensSampled
+from shared.engine.api import BatchItem, EngineRequest, SampledToken, SamplingParams, TokensSampled
 from shared.engine.engine import Engine
 from shared.engine.sampling import gumbel, rejection
 from shared.engine.sampling.rejection import RejectionSampler
@@ -152,23 +151,24 @@ def test_the_distribution_holds_where_outputs_are_continued_elsewhere(num_steps:
     assert excess(found, asked.expected()) < 1
 
 
-def test_drafts_that_are_handed_over_are_as_good_as_with_coupled_verification() -> None:
+@both_ways
+def test_drafts_that_are_handed_over_are_as_good_as_with_coupled_verification(behind: bool) -> None:
     """Nobody here knows what those were drawn from, and whoever drew them need not verify as we do: it is all one."""
     asked = trial().requests(COUNT)
-    firsts = handed_over(asked, reject=True)
+    firsts = handed_over(asked, reject=True, behind=behind)
     assert firsts == handed_over(asked, reject=False)
     going_on = [
         replace(each, output_token_ids=(first.tokens[0].token_id,), draft_token_ids=first.draft_token_ids)
         for each, first in zip(asked, firsts, strict=True)
     ]
-    serving = engine(executor(rejection=True), BY_LAYER)
+    serving = engine(executor(rejection=True, behind=behind), BY_LAYER)
     assert excess(outputs(serving, going_on), trial().expected()) < 1
     assert serving.draft_counts().verified[0] > COUNT
 
 
-def handed_over(asked: Sequence[EngineRequest], *, reject: bool) -> list[TokensSampled]:
+def handed_over(asked: Sequence[EngineRequest], *, reject: bool, behind: bool = False) -> list[TokensSampled]:
     """What a prefill worker says of each request."""
-    prefill = engine(executor(rejection=reject), BY_LAYER)
+    prefill = engine(executor(rejection=reject, behind=behind), BY_LAYER)
     for request in asked:
         prefill.submit(replace(request, prefill_only=True))
     found: dict[str, TokensSampled] = {}
@@ -272,18 +272,6 @@ def test_a_sampler_that_is_nearly_right_is_found(
 def test_the_same_seeds_with_the_same_drafts_give_the_same_tokens() -> None:
     first, again = (run(trial(), BY_LAYER, count=200)[0] for _ in range(2))
     assert first == again
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("together", [7, 50])
-def test_verified_together_and_launched_ahead_tokens_are_those_of_row_by_row(sampling: str, together: int) -> None:
-    """Towards its end a sequence may get fewer drafts where it is not known how far it is."""
-    asked = trial(**SAMPLINGS[sampling] | {"max_tokens": 20})
-    computes = [executor(rejection=True, behind=behind) for behind in (ROW_BY_ROW, AHEAD, AHEAD)]
-    kinds: list[Executor] = [computes[0], InOrder(computes[1]), computes[2]]
-    alone, in_order, ahead = (outputs(engine(kind, BY_LAYER), asked.requests(50), together=together) for kind in kinds)
-    assert in_order == alone
-    assert [each[:12] for each in ahead.values()] == [each[:12] for each in alone.values()]
 
 
 def test_other_drafts_give_other_tokens() -> None:
