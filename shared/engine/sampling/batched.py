@@ -109,7 +109,7 @@ class BatchedSampler(Sampler):
     ) -> Choice:
         """Begin to choose. `before` [..] are the tokens on the device that awaited ones stand for, and `moved` int64
         [items] says by how much more than it seems each item is on, at most its `num_in_doubt`."""
-        logits, asked = rows[:, : self._vocab_size], asked_rows(items)
+        logits, asked = rows[:, : self._vocab_size], _asked(items)
         each = None if moved is None else _each_row(moved, items)
         tokens = self._decided(self._adjusted(logits, asked, before), items, asked, before, each)
         counts = {row: item.sampling.num_logprobs for row, item in enumerate(asked)}
@@ -150,7 +150,7 @@ class BatchedSampler(Sampler):
         return tokens
 
 
-def asked_rows(items: Sequence[BatchItem]) -> list[BatchItem]:
+def _asked(items: Sequence[BatchItem]) -> list[BatchItem]:
     """An item for each row."""
     return [up_to(item, number) for item in items for number in range(1 + item.num_drafts)]
 
