@@ -78,6 +78,7 @@ def _dense(num_rows: int) -> None:
     triton_dense.silu_mul(some(num_rows, 2 * INNER))
     qkv = some(num_rows, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
     q = triton_dense.rotate_and_append(qkv, angles, (None, None), 1e-5, ids(num_rows), kv)
+    triton_dense.rotate_and_append(qkv, angles, (None, None), 1e-5, ids(num_rows), kv, in_place=True)
     counters = triton_paged.counters(num_rows, KV_HEADS, CPU)
     triton_paged.attend(q, kv, ids(NUM_PAGES), ids(num_rows + 1), ids(num_rows), counters)
 

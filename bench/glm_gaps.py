@@ -8,8 +8,10 @@ follows the model by what was chosen, and proposes as many again; drafts are rig
 """
 
 import argparse
+import gc
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -29,12 +31,14 @@ from shared.engine.api import (
 from shared.engine.batch import Batch
 from shared.engine.engine import Engine
 from shared.engine.executor import TorchExecutor
+from shared.engine.kernels import cuda_choice
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.store import KvStore
 from shared.engine.layers import cuda_glm
 from shared.engine.models.api import DraftLayer
 from shared.engine.models.glm_config import parse
 from shared.engine.speculation.speculator import Speculation
+from shared.models.store import default_cache
 
 WAYS = {
     "greedy": SamplingParams(),
@@ -73,7 +77,8 @@ def on_rank(made: Rank) -> TorchExecutor:
     """An executor of the rank alone."""
     model = RankModel(made)
     spec = EngineSpec("glm", model.vocab_size, KV_TOKENS, (), made.layout, KV_TOKENS // PAGE_SIZE, "", 256)
-    return TorchExecutor(model, spec, made.memory)
+    choice = cuda_choice.find(made.decoder.device, default_cache() / "kernels", model.vocab_size)
+    return TorchExecutor(model, spec, made.memory, choice=choice)
 
 
 def gpu_ms(executor: TorchExecutor, size: int, context: int, num_drafts: int, params: SamplingParams) -> float:
@@ -101,8 +106,9 @@ def _behind(item: BatchItem, place: int, num_places: int, number: int) -> BatchI
 
 def wall_ms(
     executor: Executor, size: int, context: int, num_drafts: int, params: SamplingParams, num_steps: int
-) -> tuple[float, float]:
-    """A step's time as an engine takes it, everything included, and how many tokens it yields for a sequence."""
+) -> tuple[float, float, float]:
+    """A step's time as an engine takes it, everything included, that of the longest, and how many tokens a step yields
+    for a sequence."""
     kv = KvStore(executor.spec.num_pages, PAGE_SIZE, 10_000)
     speculation = Speculation(num_drafts, adaptive=False)
     engine = Engine(executor, kv, max_step_tokens=8192, max_num_sequences=size, speculation=speculation)
@@ -116,15 +122,16 @@ def wall_ms(
         engine.submit(EngineRequest(str(number), prompt, asked), pages)
     for _ in range(5):
         engine.step()
-    started, num_tokens = time.perf_counter(), 0
+    ends_s, num_tokens = [time.perf_counter()], 0
     for _ in range(num_steps):
         num_tokens += sum(len(event.tokens) for event in engine.step() if isinstance(event, TokensSampled))
-    elapsed_s = time.perf_counter() - started
+        ends_s.append(time.perf_counter())
+    elapsed_s, longest_s = ends_s[-1] - ends_s[0], max(end - start for start, end in pairwise(ends_s))
     for number in range(size):
         engine.cancel(str(number))
     while engine.has_work():
         engine.step()
-    return elapsed_s / num_steps * 1000, num_tokens / num_steps / size
+    return elapsed_s / num_steps * 1000, longest_s * 1000, num_tokens / num_steps / size
 
 
 def main() -> None:
@@ -143,8 +150,11 @@ def main() -> None:
     )  # fmt: skip
     with torch.inference_mode():
         executor = on_rank(rank(config, 8, device, pdl=True, cuda=True))
+    gc.freeze()  # as a worker does: a full collection takes as long as some steps
     print(torch.cuda.get_device_name(0))
-    print("| verification | ms on the GPU | ms in order (idle) | ms launched ahead (idle) | tokens a step, each way |")
+    print(
+        "| verification | ms on the GPU | ms in order (idle; longest) | ms launched ahead | tokens a step, each way |"
+    )
     print("|---|---|---|---|---|")
     for size in args.sizes:
         for name, params in WAYS.items():
@@ -153,8 +163,8 @@ def main() -> None:
                 wall_ms(kind, size, args.context, args.drafts, params, args.steps)
                 for kind in (InOrder(executor), executor)
             ]
-            cells = [f"{wall:.2f} ({1 - busy / wall:.1%})" for wall, _ in found]
-            tokens = ", ".join(f"{each:.2f}" for _, each in found)
+            cells = [f"{wall:.2f} ({1 - busy / wall:.1%}; {longest:.2f})" for wall, longest, _ in found]
+            tokens = ", ".join(f"{each:.2f}" for *_, each in found)
             print(f"| batch {size}, {args.drafts} drafts, {name} | {busy:.2f} | {' | '.join(cells)} | {tokens} |",
                   flush=True)  # fmt: skip
 

@@ -3,9 +3,9 @@
     python -m bench.shapes [--shape llama-3.1-8b] [--weights bf16 nvfp4] [--skip prefill] [--profile]
 
 Prints the median and the spread of whole steps of the executor, host work and the choice of tokens included: decoding
-at several batch sizes and contexts, verification of drafts, prefill (each step also launched while the one before runs,
-as an engine does); beside the time that reading the weights once takes at the bandwidth that a plain sum over 4 GiB
-reaches in the same run.
+at several batch sizes and contexts, verification of drafts, prefill. Steps of decoding and prefill are also launched
+while the one before runs, as an engine does. Beside them is the time that reading the weights once takes at the
+bandwidth that a plain sum over 4 GiB reaches in the same run.
 """
 
 import argparse
@@ -210,6 +210,7 @@ def measure(config: DenseConfig, device: torch.device, packed: bool, rate: float
         items = [item(sequence, context - 1, 1, pages) for sequence in range(size)]
         times = seconds(lambda items=items: engine.forward(items), 50)  # type: ignore[misc]
         row(f"decode, batch {size}, context {context}", times, size, f"{statistics.median(times) * rate / read:.2f}")
+        row(f"decode, batch {size}, context {context}, launched ahead", seconds_ahead(engine, items, 50), size)
     for width in WIDTHS if "verify" not in args.skip else ():
         items = [item(0, 1024, width, 1024 // PAGE_SIZE + 1)]
         times = seconds(lambda items=items: engine.forward(items), 50)  # type: ignore[misc]

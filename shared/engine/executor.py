@@ -21,6 +21,7 @@ from shared.engine.parallel.group import Alone, Group
 from shared.engine.parallel.partition import Shard
 from shared.engine.pinned import Fetched, put, some
 from shared.engine.sampling.batched import BatchedSampler, Choice
+from shared.engine.sampling.batched_rejection import BatchedRejectionSampler
 from shared.engine.sampling.rejection import RejectionSampler
 from shared.engine.sampling.sampler import Sampler
 from shared.engine.speculation.late import DraftedStep, LateDrafter
@@ -41,8 +42,8 @@ class TorchExecutor:
 
     On a GPU it runs behind, and chooses tokens there; with `behind` it does so wherever it is. So are drafts verified,
     but in a step with an item that `needs_host`, which is computed to its end at once. With `rejection` the drafts of a
-    layer that proposes them are verified by rejection sampling, on the host and row by row, in order; without a layer
-    that changes nothing. `choice` is the kernel that draws there, if there is one.
+    layer that proposes them are verified by rejection sampling; without a layer that changes nothing. `choice` is the
+    kernel that draws there, if there is one.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class TorchExecutor:
         self._pool = pool_bytes(memory)
         drafts, known = model.draft_layer, num_tokens or spec.vocab_size
         self._sampler = Sampler(known, spec.eos_token_ids)
-        if rejection and drafts is not None:
+        rejects = rejection and drafts is not None
+        if behind or self._pool.is_cuda:
+            self._sampler = (BatchedRejectionSampler if rejects else BatchedSampler)(known, spec.eos_token_ids, choice)
+        elif rejects:
             self._sampler = RejectionSampler(known, spec.eos_token_ids)
-        elif behind or self._pool.is_cuda:
-            self._sampler = BatchedSampler(known, spec.eos_token_ids, choice)
         self._drafter = None if drafts is None else MtpDrafter(drafts, self._sampler, self.layout)
         self._late: LateDrafter | None = None
         if drafts is not None and isinstance(self._sampler, BatchedSampler):

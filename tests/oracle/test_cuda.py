@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import build
@@ -189,7 +190,8 @@ def test_a_padded_graph_writes_no_page_but_those_of_its_sequences(both: Both) ->
     assert written == {12, 24, 36}
 
 
-def test_rotated_keys_and_values_equal_the_reference() -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rotated_keys_and_values_equal_the_reference(in_place: bool) -> None:
     from shared.engine.kernels import triton_dense
 
     made, rows = config(qk_norm=False), 5
@@ -197,11 +199,14 @@ def test_rotated_keys_and_values_equal_the_reference() -> None:
     kv = torch.zeros(4, 2, 2, PAGE_SIZE, 128, dtype=torch.bfloat16, device="cuda")
     angles = torch.rand(rows, 64, device="cuda")
     slots = torch.tensor([17, 3, -1, 63, 32], dtype=torch.int32, device="cuda")
-    q = triton_dense.rotate_and_append(qkv, (angles.cos(), angles.sin()), (None, None), made.rms_norm_eps, slots, kv)
-    heads = qkv.view(rows, 12, 128)
+    heads = qkv.view(rows, 12, 128).clone()
     want_q, want_k, want_v = heads[:, :8], heads[:, 8:10], heads[:, 10:]
-    torch.testing.assert_close(q, reference.rotate(want_q, angles.cos(), angles.sin()))
+    turned, norms = (angles.cos(), angles.sin()), (None, None)
+    q = triton_dense.rotate_and_append(qkv, turned, norms, made.rms_norm_eps, slots, kv, in_place=in_place)
     keys = reference.rotate(want_k, angles.cos(), angles.sin())
+    torch.testing.assert_close(q[:, :8], reference.rotate(want_q, angles.cos(), angles.sin()))
+    if in_place:
+        torch.testing.assert_close(qkv.view(rows, 12, 128)[:, 8:], torch.cat((keys, want_v), dim=1))
     for row, slot in enumerate(slots.tolist()):
         if slot >= 0:
             torch.testing.assert_close(kv[slot // PAGE_SIZE, 0, :, slot % PAGE_SIZE], keys[row])
@@ -247,6 +252,27 @@ def test_attention_of_prompts_equals_the_reference() -> None:
     torch.testing.assert_close(attention(q, kv), expected, atol=0.02, rtol=0.02)
 
 
+def test_attention_over_a_steps_own_rows_equals_the_reference() -> None:
+    from shared.engine.kernels.flashinfer_paged import PagedAttention, PagedShape
+
+    items = [
+        BatchItem(str(n), [0] * n, 0, range(20 * place, 20 * place + 20), True, PLAIN, 0)
+        for place, n in enumerate((300, 5, 128))
+    ]
+    batch, cuda = build(items, PAGE_SIZE), torch.device("cuda")
+    attention = PagedAttention(PagedShape(8, 2, 128, PAGE_SIZE, torch.bfloat16), cuda)
+    if not attention.plan(batch):
+        pytest.skip("FlashInfer's FA3 is not what attends here")
+    kv = torch.zeros(80, 2, 2, PAGE_SIZE, 128, dtype=torch.bfloat16, device="cuda")
+    heads = torch.randn(433, 12, 128, dtype=torch.bfloat16, device="cuda")
+    q, k, v = heads.split((8, 2, 2), dim=1)
+    reference.append_kv(kv, k, v, batch.to(cuda))
+    expected = reference.paged_attention(q, kv, batch.to(cuda))
+    torch.testing.assert_close(attention(heads, kv), expected, atol=0.02, rtol=0.02)
+    continued = [replace(items[0], start=300, token_ids=[0] * 4), items[1]]
+    assert not attention.plan(build(continued, PAGE_SIZE)), "some of what it attends to is in pages alone"
+
+
 def test_small_kernels_equal_the_reference() -> None:
     from shared.engine.kernels import triton_dense
 
@@ -288,4 +314,5 @@ def test_matrices_dequantized_ahead_give_the_same_products() -> None:
     assert not products().stays_packed(matrices[0], len(x))
     for place in [*range(7), *range(16), 5, 5, 15, 0, 9, 8, *range(16)]:
         torch.empty(1 << 20, dtype=torch.int32, device="cuda").fill_(7)  # whatever is free is written to
-        assert torch.equal(ahead.linear(x, matrices[place], None), expected[place])
+        with ahead.dequantized(matrices[place], x.device) as matrix:
+            assert torch.equal(F.linear(x, matrix), expected[place])

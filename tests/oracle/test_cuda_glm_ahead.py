@@ -30,14 +30,23 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["as 5.2 shares a selection", "as 5 and 5.1 select anew"])
-def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TorchExecutor:
-    path: Path = tmp_path_factory.mktemp("model")
-    random_glm.write(path, index_share_for_mtp_iteration=request.param, **VARIANTS["nothing to choose"])
+def made(path: Path, *, shares: bool, rejection: bool = False) -> TorchExecutor:
+    random_glm.write(path, index_share_for_mtp_iteration=shares, **VARIANTS["nothing to choose"])
     return load_executor(
         path, model_name="random", dtype="bfloat16", page_size=PAGE_SIZE, device="cuda", num_threads=1,
-        num_pages=NUM_PAGES, mtp=True,
+        num_pages=NUM_PAGES, mtp=True, rejection=rejection,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["as 5.2 shares a selection", "as 5 and 5.1 select anew"])
+def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TorchExecutor:
+    return made(tmp_path_factory.mktemp("model"), shares=request.param)
+
+
+@pytest.fixture(scope="module")
+def rejecting(tmp_path_factory: pytest.TempPathFactory) -> TorchExecutor:
+    """Verifies by rejection sampling."""
+    return made(tmp_path_factory.mktemp("model"), shares=True, rejection=True)
 
 
 ENGINES = WAYS | {"penalties, which need the host": replace(DRAWN, presence_penalty=0.5)}
@@ -45,6 +54,15 @@ ENGINES = WAYS | {"penalties, which need the host": replace(DRAWN, presence_pena
 
 @pytest.mark.parametrize("way", ENGINES)
 def test_tokens_are_those_of_steps_in_order(way: str, executor: TorchExecutor) -> None:
+    require_tokens_of_steps_in_order(way, executor)
+
+
+@pytest.mark.parametrize("way", ["drawn", "drawn of a nucleus", "penalties, which need the host"])
+def test_rejected_drafts_leave_the_tokens_of_steps_in_order(way: str, rejecting: TorchExecutor) -> None:
+    require_tokens_of_steps_in_order(way, rejecting)
+
+
+def require_tokens_of_steps_in_order(way: str, executor: TorchExecutor) -> None:
     """As long as nobody is at the end, so that both engines make the same batches, bit for bit."""
     found = []
     for kind in (InOrder(executor), executor):
@@ -110,6 +128,16 @@ def behind(items: Sequence[BatchItem]) -> list[BatchItem]:
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_launch_waits_for_nothing(way: str, executor: TorchExecutor) -> None:
+    require_no_waiting(way, executor)
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_launch_that_rejects_drafts_waits_for_nothing(way: str, rejecting: TorchExecutor) -> None:
+    require_no_waiting(way, rejecting)
+
+
+def require_no_waiting(way: str, executor: TorchExecutor) -> None:
     items = [each.item() for each in begun(way, executor)]
     for _ in range(2):  # compiles, captures, and fills the allocators
         executor.forward(items)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.engine.api import EngineRequest, EngineSpec, Recorded, SamplingParams, TokensSampled
+from shared.engine.api import EngineRequest, EngineSpec, Executor, Recorded, SamplingParams, TokensSampled
 from shared.engine.batch import Batch
 from shared.engine.engine import Engine
 from shared.engine.executor import TorchExecutor
@@ -92,11 +92,11 @@ class Trial:
         return plain_distribution(torch.from_numpy(row), params)
 
 
-def executor(page_size: int = 8, *, rejection: bool, drafts: bool = True) -> TorchExecutor:
+def executor(page_size: int = 8, *, rejection: bool, drafts: bool = True, behind: bool = False) -> TorchExecutor:
     model, num_pages = Markov(drafts=drafts), 12_000
     layout = model.layout(page_size)
     spec = EngineSpec("markov", VOCAB, 1_000, (), layout, num_pages, "markov")
-    return TorchExecutor(model, spec, HostMemory(num_pages, layout.page_bytes), rejection=rejection)
+    return TorchExecutor(model, spec, HostMemory(num_pages, layout.page_bytes), rejection=rejection, behind=behind)
 
 
 class Clock:
@@ -112,8 +112,8 @@ class Clock:
         return self._now
 
 
-def engine(computes: TorchExecutor, speculation: Speculation, num_pages: int = 0) -> Engine:
-    kv = KvStore(num_pages or computes.spec.num_pages, computes.layout.page_size, 10_000, clock=lambda: 0.0)
+def engine(computes: Executor, speculation: Speculation, num_pages: int = 0) -> Engine:
+    kv = KvStore(num_pages or computes.spec.num_pages, computes.spec.layout.page_size, 10_000, clock=lambda: 0.0)
     return Engine(
         computes,
         kv,

@@ -11,7 +11,7 @@ import torch
 
 from shared.engine.api import BatchItem, SampledToken, SamplingParams, awaited
 from shared.engine.sampling import adjusted as batched_logits
-from shared.engine.sampling import batched, distribution, gumbel, logits
+from shared.engine.sampling import distribution, draws, gumbel, logits
 from shared.engine.sampling.batched import BatchedSampler
 from shared.engine.sampling.sampler import Sampler
 from shared.engine.splitmix import GOLDEN
@@ -104,7 +104,7 @@ def test_adjusted_logits_equal_those_of_a_row_to_the_bit(penalty: dict[str, Any]
 def test_weights_equal_those_of_a_row_to_the_bit(cut: dict[str, Any]) -> None:
     given, asked = rows(5, 2_000), item(**({"temperature": 0.7} | cut))
     tied = torch.cat([given, given.round()])
-    found = batched._weights(tied, tied.amax(dim=1, keepdim=True), [asked] * 10)
+    found = draws.weights(tied, tied.amax(dim=1, keepdim=True), [asked] * 10)
     for row in range(10):
         assert torch.equal(found[row], distribution.weights(tied[row], asked.sampling))
 
@@ -117,13 +117,13 @@ def test_the_first_to_arrive_is_the_twins(scale: float) -> None:
     begins = torch.tensor(np.array(starts, np.uint64).view(np.int64))
     steps = torch.arange(1, 5_001) * (GOLDEN - 2**64)
     expected = [gumbel.pick(row.numpy(), start) for row, start in zip(weight, starts, strict=True)]
-    assert batched.pick(weight, begins, steps).tolist() == expected
+    assert draws.pick(weight, begins, steps).tolist() == expected
 
 
 def test_many_rows_are_drawn_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     items = [item([0] * n, 1, temperature=1.0) for n in range(1, 12)]
     expected = BatchedSampler(VOCAB, ())(rows(11), items)
-    monkeypatch.setattr(batched, "MOST_NUMBERS", 3 * VOCAB + 1)
+    monkeypatch.setattr(draws, "MOST_NUMBERS", 3 * VOCAB + 1)
     assert BatchedSampler(VOCAB, ())(rows(11), items) == expected
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from shared.engine.kernels import build
-from shared.engine.kernels.cuda_call import call
+from shared.engine.kernels.cuda_call import call, opened
 from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.pinned import put
 
@@ -71,10 +71,7 @@ class CudaChoice:
 
 def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes of "choice"."""
-    library = ctypes.CDLL(str(path))
-    library.forebay_choose.argtypes = (ctypes.POINTER(Choose), Int, Pointer)
-    library.forebay_error.argtypes, library.forebay_error.restype = (Int,), ctypes.c_char_p
-    return library
+    return opened(path, {"forebay_choose": (ctypes.POINTER(Choose), Int, Pointer)})
 
 
 def find(device: torch.device, cache_dir: Path, num_tokens: int) -> CudaChoice | None:

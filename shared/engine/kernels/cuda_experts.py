@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from shared.engine.kernels.cuda_call import call
+from shared.engine.kernels.cuda_call import call, opened
 from shared.engine.kernels.experts import Experts, SharedExpert
 
 Pointer, Int = ctypes.c_void_p, ctypes.c_int
@@ -102,8 +102,5 @@ def suits(experts: Experts, shared: SharedExpert, top_k: int) -> bool:
 
 def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes of them."""
-    library = ctypes.CDLL(str(path))
-    library.forebay_route.argtypes = (ctypes.POINTER(Routing), Int, Pointer)
-    library.forebay_experts.argtypes = (ctypes.POINTER(Arguments), Int, Int, Pointer)
-    library.forebay_error.argtypes, library.forebay_error.restype = (Int,), ctypes.c_char_p
-    return library
+    routing, arguments = ctypes.POINTER(Routing), ctypes.POINTER(Arguments)
+    return opened(path, {"forebay_route": (routing, Int, Pointer), "forebay_experts": (arguments, Int, Int, Pointer)})

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from shared.engine.kernels import w8a16
-from shared.engine.kernels.cuda_call import call
+from shared.engine.kernels.cuda_call import call, opened
 from shared.engine.kernels.inputs import Norm, Rows, State
 from shared.engine.kernels.w8a16 import Weight
 
@@ -177,13 +177,12 @@ def _cut(num_columns: int, cluster: int, depth: int) -> Cut:
 
 def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes."""
-    library = ctypes.CDLL(str(path))
     product = ctypes.POINTER(Product)
-    library.forebay_fp8_product.argtypes = (product, ctypes.POINTER(Kept), Int, Int, Pointer)
-    library.forebay_fp8_dequantize.argtypes = (product, Int, Pointer)
-    if hasattr(library, "forebay_error"):  # as among all kernels of GLM
-        library.forebay_error.argtypes, library.forebay_error.restype = (Int,), ctypes.c_char_p
-    return library
+    signatures = {
+        "forebay_fp8_product": (product, ctypes.POINTER(Kept), Int, Int, Pointer),
+        "forebay_fp8_dequantize": (product, Int, Pointer),
+    }
+    return opened(path, signatures)
 
 
 def _at(tensor: torch.Tensor | None) -> int | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from shared.engine.kernels.cuda_call import call
+from shared.engine.kernels.cuda_call import call, opened
 from shared.engine.kernels.splits import Parts
 
 Pointer, Int = ctypes.c_void_p, ctypes.c_int
@@ -44,6 +44,4 @@ def suits(up_value: torch.Tensor) -> bool:
 
 def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes."""
-    library = ctypes.CDLL(str(path))
-    library.forebay_merge.argtypes = (ctypes.POINTER(Merge), Int, Int, Pointer)
-    return library
+    return opened(path, {"forebay_merge": (ctypes.POINTER(Merge), Int, Int, Pointer)})

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from shared.engine.kernels.cuda_call import call
+from shared.engine.kernels.cuda_call import call, opened
 from shared.engine.kernels.product_plan import DENSE_STEP, MAX_TOKENS, Plan, Planned, planned, planned_wide
 from shared.engine.kernels.registry import Candidate, choose
 from shared.engine.kernels.w4a16 import CHUNK, ROWS, PackedWeight, Weight
@@ -204,7 +204,6 @@ def suits(weight: Weight) -> bool:
 
 def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes: what a GPU has no use for is not in it."""
-    library = ctypes.CDLL(str(path))
     product = ctypes.POINTER(Product)
     signatures = {
         "forebay_product": (product, Int, Int, Int, Pointer),
@@ -212,13 +211,8 @@ def load(path: Path) -> ctypes.CDLL:
         "forebay_arrange": (Pointer, Int, Int, Int, Pointer, Pointer),
         "forebay_dequantize": (product, Pointer),
         "forebay_begin": (Pointer, Pointer, Int, Int, Int, Pointer, Pointer, Pointer),
-        "forebay_error": (Int,),
     }
-    for name, types in signatures.items():
-        if hasattr(library, name):
-            function = getattr(library, name)
-            function.argtypes, function.restype = types, ctypes.c_char_p if name == "forebay_error" else Int
-    return library
+    return opened(path, signatures)
 
 
 def _planned(library: ctypes.CDLL) -> Planned:

@@ -1,14 +1,15 @@
-"""Packed matrices made bf16 for products of many tokens, each while a product before it is still under way.
+"""Packed matrices made bf16 for products of many tokens, while products before them are still under way.
 
 Such a product is bound by arithmetic and leaves most of the memory's bandwidth unused, of which dequantizing takes all
-it can get. So what follows is dequantized on a stream of its own, behind which the product that needs it waits.
+it can get. So what follows is dequantized on a stream of its own, as far ahead as there is room, and the product that
+needs it waits for that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from shared.engine.kernels.cuda_products import CudaProducts
 from shared.engine.kernels.w4a16 import PackedWeight
@@ -26,10 +27,11 @@ class Room:
 
 
 class DequantizedAhead:
-    """Multiplies with the matrices of `layers`, each layer's in the order of use, equally many. Beside each product the
-    next one's matrix is dequantized; in the last layer none is, of which few tokens are asked for (decisions/0042).
+    """Has the matrices of `layers`, each layer's in the order of use, equally many, ready for products. Those of the
+    last layer, of which few tokens are asked for (decisions/0042), are dequantized when they are asked for.
 
-    There is room for one of each kind, taken when it is first needed.
+    There is room for one of each kind, taken when it is first needed: beside a product, what the one before it read is
+    overwritten.
     """
 
     def __init__(self, products: CudaProducts, layers: Sequence[Sequence[PackedWeight]]) -> None:
@@ -43,23 +45,24 @@ class DequantizedAhead:
         """Whether it is one of ours."""
         return id(weight) in self._places
 
-    def linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [M, K] times W' [M, N], plus `bias`, as `CudaProducts.linear` for many tokens. `weight` is one of ours."""
-        place, main = self._places[id(weight)], torch.cuda.current_stream(x.device)
+    @contextmanager
+    def dequantized(self, weight: PackedWeight, device: torch.device) -> Iterator[torch.Tensor]:
+        """One of ours as bf16 [N, K], for products that are launched within; beside them others are dequantized."""
+        place, main = self._places[id(weight)], torch.cuda.current_stream(device)
         if self._side is None:
-            self._side = torch.cuda.Stream(x.device, priority=FIRST)
-            self._rooms = [self._room(kind, x.device) for kind in range(self._kinds)]
+            self._side = torch.cuda.Stream(device, priority=FIRST)
+            self._rooms = [self._room(kind, device) for kind in range(self._kinds)]
         room = self._rooms[place % self._kinds]
         if room.held is not weight:
             self._fill(room, weight, main)
         main.wait_event(room.done)
         before = torch.cuda.Event()
         before.record(main)  # whatever reads what is overwritten next was launched before
-        out = F.linear(x, _shaped(room, weight), bias)
-        if place < len(self._matrices) - self._kinds:
-            self._side.wait_event(before)
-            self._fill(self._rooms[(place + 1) % self._kinds], self._matrices[place + 1], self._side)
-        return out
+        yield _shaped(room, weight)
+        for later in range(place + 1, min(place + self._kinds, len(self._matrices) - self._kinds)):
+            if self._rooms[later % self._kinds].held is not self._matrices[later]:
+                self._side.wait_event(before)
+                self._fill(self._rooms[later % self._kinds], self._matrices[later], self._side)
 
     def _fill(self, room: Room, weight: PackedWeight, stream: torch.cuda.Stream) -> None:
         stream.wait_event(room.done)

@@ -43,9 +43,9 @@ def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rotate_and_append(
-    qkv, cos, sin, q_norm, k_norm, slots, q_out, kv, page_stride, kind_stride, head_stride, eps,
+    qkv, cos, sin, q_norm, k_norm, slots, out, kv, page_stride, kind_stride, head_stride, eps,
     NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, PAGE_SIZE: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
-    HEADS: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, IN_PLACE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -68,9 +68,12 @@ def _rotate_and_append(
     c, s = tl.load(cos + row * HALF + at), tl.load(sin + row * HALF + at)
     low = tl.where(is_value, low, (first * c - second * s).to(low.dtype))
     high = tl.where(is_value, high, (second * c + first * s).to(low.dtype))
-    target = q_out + (row * NUM_Q + heads) * 2 * HALF + at
-    tl.store(target, low, is_query)
-    tl.store(target + HALF, high, is_query)
+    if IN_PLACE:
+        target, is_told = out + (row * (NUM_Q + 2 * NUM_KV) + heads) * 2 * HALF + at, inside & ~is_value
+    else:
+        target, is_told = out + (row * NUM_Q + heads) * 2 * HALF + at, is_query
+    tl.store(target, low, is_told)
+    tl.store(target + HALF, high, is_told)
     slot = tl.load(slots + row).to(tl.int64)
     kind, kv_head = (heads - NUM_Q) // NUM_KV, (heads - NUM_Q) % NUM_KV
     page = kv + (slot // PAGE_SIZE) * page_stride + kind * kind_stride + kv_head * head_stride
@@ -112,23 +115,30 @@ def rotate_and_append(
     eps: float,
     slots: torch.Tensor,
     kv: torch.Tensor,
+    *,
+    in_place: bool = False,
 ) -> torch.Tensor:
     """Norm (where there is one) and rotate queries and keys; write keys and values into their pages.
 
     qkv [T, (H + 2 Hkv) D]; angles cos, sin float32 [T, D/2]; norms of queries and keys [D] or None; slots int32 [T],
     the page times the page size plus the place within it, -1 for a row that belongs to nobody; kv [pages, 2, Hkv,
-    page_size, D], one layer's view of the pool. Returns the queries [T, H, D].
+    page_size, D], one layer's view of the pool. Returns the queries [T, H, D]; or, `in_place`, all heads of `qkv`
+    [T, H + 2 Hkv, D], in which they and the keys are what they have become.
     """
     num_kv, page_size, head_dim = kv.shape[2:]
     num_q = qkv.shape[1] // head_dim - 2 * num_kv
-    q = qkv.new_empty(qkv.shape[0], num_q, head_dim)
+    if in_place:
+        out = qkv.view(qkv.shape[0], num_q + 2 * num_kv, head_dim)
+    else:
+        out = qkv.new_empty(qkv.shape[0], num_q, head_dim)
     q_norm, k_norm = norms
     page_stride, kind_stride, head_stride = kv.stride()[:3]
     pdl, options = launch_options(qkv.device)
     # Of few rows, a head each is done soonest; of many, so many blocks are what takes longest.
     heads = 1 if qkv.shape[0] <= FEW_ROWS else MANY_HEADS
     _rotate_and_append[(qkv.shape[0], triton.cdiv(num_q + 2 * num_kv, heads))](
-        qkv, *angles, q_norm, k_norm, slots, q, kv, page_stride, kind_stride, head_stride, eps,
-        num_q, num_kv, page_size, head_dim // 2, q_norm is not None, heads, pdl, num_warps=min(heads, 4), **options,
+        qkv, *angles, q_norm, k_norm, slots, out, kv, page_stride, kind_stride, head_stride, eps,
+        num_q, num_kv, page_size, head_dim // 2, q_norm is not None, heads, in_place, pdl,
+        num_warps=min(heads, 4), **options,
     )  # fmt: skip
-    return q
+    return out

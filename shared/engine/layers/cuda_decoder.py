@@ -12,6 +12,7 @@ its own then, which takes the residual and the next norm over from the product.
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,12 +112,13 @@ class CudaDecoder:
             config.num_heads, config.num_kv_heads, config.head_dim, kv.shape[4], kv.dtype, self._attention
         )
         self._paged = self._paged or PagedAttention(shape, self._device)
-        self._paged.plan(batch)
+        by_rows = self._paged.plan(batch)
         on_host = [] if batch.token_ids.is_cuda else [batch.token_ids]
         rows = put(torch.stack((*on_host, batch.positions, _slots(batch, kv.shape[4]))), torch.int32, self._device)
         if not on_host:
             rows = torch.cat((batch.token_ids[None], rows))
-        x = self._hidden(rows, self._paged, kv, put(batch.sampled_rows, torch.int32, self._device))
+        wanted = put(batch.sampled_rows, torch.int32, self._device)
+        x = self._hidden(rows, self._paged, kv, wanted, by_rows=by_rows)
         if not len(x):
             return x.new_empty((0, config.vocab_size), dtype=torch.float32)
         return self._group.join(self._product(x, self._head)).float()
@@ -162,10 +164,16 @@ class CudaDecoder:
         return Graph(graph, inputs, num_done, captured.lent(found))
 
     def _hidden(
-        self, rows: torch.Tensor, attend: Attend, kv: torch.Tensor, wanted: torch.Tensor | None = None
+        self,
+        rows: torch.Tensor,
+        attend: Attend,
+        kv: torch.Tensor,
+        wanted: torch.Tensor | None = None,
+        *,
+        by_rows: bool = False,
     ) -> torch.Tensor:
         """The last norm's output [T, hidden], or its `wanted` rows, int32 [R]. `rows` int32 [3, T]: token ids,
-        positions and slots."""
+        positions and slots. With `by_rows` attention has keys and values with the queries."""
         token_ids, positions, slots = rows
         x = self._embedding(token_ids)
         angles = rope.table(self._frequencies, positions)
@@ -173,7 +181,7 @@ class CudaDecoder:
         for index, layer in enumerate(self._layers):
             normed = triton_dense.add_rms_norm(x, delta, layer.input_norm, eps)
             qkv = self._product(normed, layer.qkv, layer.qkv_bias)
-            q = self._rotated(qkv, angles, layer, slots, kv[:, index])
+            q = self._rotated(qkv, angles, layer, slots, kv[:, index], in_place=by_rows)
             if wanted is not None and index + 1 == len(self._layers):
                 # Of the others nothing is read behind the last layer's keys and values: a prompt's last row is enough.
                 if not len(wanted):
@@ -181,10 +189,10 @@ class CudaDecoder:
                 attended, x = attend(q, kv[:, index]).flatten(1)[wanted], x[wanted]
             else:
                 attended = attend(q, kv[:, index]).flatten(1)
-            attended = self._summed(attended, layer.output, layer.output_bias)
-            normed = triton_dense.add_rms_norm(x, attended, layer.post_norm, eps)
+            delta = self._onto(x, attended, layer.output, layer.output_bias)
+            normed = triton_dense.add_rms_norm(x, delta, layer.post_norm, eps)
             inner = triton_dense.silu_mul(self._product(normed, layer.gate_up, layer.gate_up_bias))
-            delta = self._summed(inner, layer.down, layer.down_bias)
+            delta = self._onto(x, inner, layer.down, layer.down_bias)
         return triton_dense.add_rms_norm(x, delta, self._norm, eps)
 
     def _fused(self, products: CudaProducts, rows: torch.Tensor, attend: Attend, kv: torch.Tensor) -> torch.Tensor:
@@ -222,9 +230,11 @@ class CudaDecoder:
         layer: LayerOf[Matrix],
         slots: torch.Tensor,
         kv: torch.Tensor,
+        *,
+        in_place: bool = False,
     ) -> torch.Tensor:
-        norms = (layer.q_norm, layer.k_norm)
-        return triton_dense.rotate_and_append(qkv, angles, norms, self._config.rms_norm_eps, slots, kv)
+        norms, eps = (layer.q_norm, layer.k_norm), self._config.rms_norm_eps
+        return triton_dense.rotate_and_append(qkv, angles, norms, eps, slots, kv, in_place=in_place)
 
     def _added(
         self, products: CudaProducts, x: Activations, weight: Weight, residual: Residual, bias: torch.Tensor | None
@@ -236,25 +246,46 @@ class CudaDecoder:
         part = products.linear(x, weight, self._once(bias))
         return Normed(*self._group.add(part, residual.stream, residual.next_norm), eps)
 
-    def _summed(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
-        """A product, summed over the ranks."""
-        return self._group.sum(self._product(x, weight, self._once(bias)))
+    def _onto(
+        self, stream: torch.Tensor, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Add a product to the residual stream; or what is left to add to it, where cuBLAS does not multiply, or ranks
+        have parts of the product. cuBLAS adds before it rounds, and the norm that comes next has one tensor to read."""
+        if self._group.num_ranks > 1 or bias is not None or not self._is_multiplied_dense(weight, len(x)):
+            return self._group.sum(self._product(x, weight, self._once(bias)))
+        with self._dense(weight) as matrix:
+            stream.addmm_(x, matrix.t())
+        return None
 
     def _once(self, bias: torch.Tensor | None) -> torch.Tensor | None:
         """What every rank has whole, for one of them to add."""
         return bias if self._group.rank == 0 else None
 
     def _product(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if isinstance(weight, torch.Tensor):
-            return F.linear(x, weight, bias)
+        if self._is_multiplied_dense(weight, len(x)):
+            with self._dense(weight) as matrix:
+                return F.linear(x, matrix, bias)
         if isinstance(weight, w4a4.Weight):
             assert self._fp4 is not None, "none is read without it"
             return self._fp4.linear(x, weight, bias)
         assert self._products is not None, "nothing is packed without it"
-        ahead = self._ahead if not self._products.stays_packed(weight, len(x)) else None
-        if ahead is not None and ahead.has(weight) and not torch.cuda.is_current_stream_capturing():
-            return ahead.linear(x, weight, bias)
         return self._products.linear(x, weight, bias)
+
+    def _is_multiplied_dense(self, weight: Matrix, num_tokens: int) -> bool:
+        """Whether cuBLAS multiplies so many tokens with a matrix."""
+        if isinstance(weight, PackedWeight):
+            return self._products is not None and not self._products.stays_packed(weight, num_tokens)
+        return isinstance(weight, torch.Tensor)
+
+    def _dense(self, weight: Matrix) -> AbstractContextManager[torch.Tensor]:
+        """A matrix as cuBLAS takes it, for products that are launched within."""
+        if not isinstance(weight, PackedWeight):
+            assert isinstance(weight, torch.Tensor), "those in FP4 are multiplied as they are"
+            return nullcontext(weight)
+        if self._ahead is not None and self._ahead.has(weight) and not torch.cuda.is_current_stream_capturing():
+            return self._ahead.dequantized(weight, self._device)
+        assert self._products is not None, "nothing is packed without it"
+        return nullcontext(self._products.dequantized(weight))
 
 
 def dequantized_ahead(layers: Sequence[LayerOf[Matrix]], products: CudaProducts | None) -> DequantizedAhead | None:

@@ -1,9 +1,7 @@
 """Choosing tokens where the logits are, for all rows at once and without waiting for the device.
 
-What `Sampler` does row by row, and its twin: the noise is the same to the bit, floats go through the same operations in
-the same order and precision, and so both choose the same tokens. `Sampler` looks at few tokens; a device would have to
-tell the host how many those are, and looks at all of them instead. Where there is a kernel for it (`cuda_choice`), it
-draws; what torch does here is its twin.
+What `Sampler` does row by row, and its twin: both choose the same tokens (see `draws`). Where there is a kernel for it
+(`cuda_choice`), it draws; what torch does here is its twin.
 """
 
 from collections.abc import Sequence
@@ -14,15 +12,11 @@ import torch
 from shared.engine.api import BatchItem, SampledToken
 from shared.engine.kernels.cuda_choice import Asked, CudaChoice
 from shared.engine.pinned import Fetched, put
-from shared.engine.sampling import gumbel
+from shared.engine.sampling import draws, gumbel
 from shared.engine.sampling.adjusted import adjusted
-from shared.engine.sampling.distribution import units
 from shared.engine.sampling.sampler import MIN_TEMPERATURE, Sampler
 from shared.engine.speculation.verify import up_to, verified
-from shared.engine.splitmix import FACTORS, GOLDEN, SHIFTS
 
-# Rows are drawn together as far as they have so many numbers: it takes some fifty bytes for each meanwhile.
-MOST_NUMBERS = 1 << 22
 LIKELIEST = Asked(temperature=0.0, min_p=0.0, top_p=1.0, top_k=0, begin=0)
 
 
@@ -116,29 +110,43 @@ class BatchedSampler(Sampler):
         """Begin to choose. `before` [..] are the tokens on the device that awaited ones stand for, and `moved` int64
         [items] says by how much more than it seems each item is on, at most its `num_in_doubt`."""
         logits, asked = rows[:, : self._vocab_size], _asked(items)
-        tokens = self._chosen(logits, asked, before, None if moved is None else _each_row(moved, items))
+        each = None if moved is None else _each_row(moved, items)
+        tokens = self._decided(self._adjusted(logits, asked, before), items, asked, before, each)
         counts = {row: item.sampling.num_logprobs for row, item in enumerate(asked)}
         wanted = {row: count for row, count in counts.items() if count is not None}
         return Choice(items, tokens, Logprobs(logits, tokens, wanted) if wanted else None)
 
-    def _chosen(
+    def draft(
+        self, rows: torch.Tensor, items: Sequence[BatchItem], _number: int, moved: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `propose`, int64 [items] on the device; `moved` as in `launch`."""
+        return self.launch(rows, items, None, moved).tokens
+
+    def _adjusted(self, logits: torch.Tensor, asked: Sequence[BatchItem], before: torch.Tensor | None) -> torch.Tensor:
+        return adjusted(logits, asked, [self._stops_forbidden(item) for item in asked], before)
+
+    def _decided(
         self,
         logits: torch.Tensor,
+        _items: Sequence[BatchItem],
         asked: Sequence[BatchItem],
-        before: torch.Tensor | None,
+        _before: torch.Tensor | None,
         moved: torch.Tensor | None,
     ) -> torch.Tensor:
-        changed = adjusted(logits, asked, [self._stops_forbidden(item) for item in asked], before)
-        drawing = [row for row, item in enumerate(asked) if item.sampling.temperature >= MIN_TEMPERATURE]
+        """A token for each row of adjusted logits, of which each has an item of its own in `asked`."""
+        return self._chosen(logits, asked, moved)
+
+    def _chosen(self, logits: torch.Tensor, asked: Sequence[BatchItem], moved: torch.Tensor | None) -> torch.Tensor:
+        drawing = [row for row, item in enumerate(asked) if is_drawn(item)]
         if self._kernel is not None and drawing:
-            begins = None if moved is None else _begins(asked, moved, logits.device)
-            return self._kernel(changed, [_drawn(item) for item in asked], begins)
-        tokens = changed.argmax(dim=-1)  # of equals the first, which has the lowest id
+            begins = None if moved is None else draws.begins(asked, moved, logits.device)
+            return self._kernel(logits, [_drawn(item) for item in asked], begins)
+        tokens = logits.argmax(dim=-1)  # of equals the first, which has the lowest id
         if drawing and len(drawing) == len(asked):
-            tokens = _draw(changed, tokens, asked, moved)
+            tokens = _draw(logits, tokens, asked, moved)
         elif drawing:
             chosen, of = put(drawing, torch.int64, tokens.device), [asked[row] for row in drawing]
-            tokens[chosen] = _draw(changed[chosen], tokens[chosen], of, None if moved is None else moved[chosen])
+            tokens[chosen] = _draw(logits[chosen], tokens[chosen], of, None if moved is None else moved[chosen])
         return tokens
 
 
@@ -147,9 +155,14 @@ def _asked(items: Sequence[BatchItem]) -> list[BatchItem]:
     return [up_to(item, number) for item in items for number in range(1 + item.num_drafts)]
 
 
+def is_drawn(item: BatchItem) -> bool:
+    """Whether its token is drawn, and not simply the likeliest."""
+    return item.sampling.temperature >= MIN_TEMPERATURE
+
+
 def _drawn(item: BatchItem) -> Asked:
     params = item.sampling
-    if params.temperature < MIN_TEMPERATURE:
+    if not is_drawn(item):
         return LIKELIEST
     begin = gumbel.start(params.seed, item.position)
     return Asked(params.temperature, params.min_p, params.top_p, params.top_k, begin)
@@ -167,72 +180,10 @@ def _draw(
     logits: torch.Tensor, best: torch.Tensor, asked: Sequence[BatchItem], moved: torch.Tensor | None
 ) -> torch.Tensor:
     """A token for each of [D, V]. Where the largest logit, at `best` [D], is not finite, it is the answer."""
-    begins = _begins(asked, moved, logits.device)
-    steps = torch.arange(1, logits.shape[1] + 1, device=logits.device) * _signed(GOLDEN)
-    largest, num_together = logits.gather(1, best[:, None]), max(1, MOST_NUMBERS // logits.shape[1])
-    picked = []
-    for first in range(0, len(asked), num_together):
-        rows = slice(first, first + num_together)
-        picked.append(pick(_weights(logits[rows], largest[rows], asked[rows]), begins[rows], steps))
+    begins, steps = draws.begins(asked, moved, logits.device), draws.steps(logits.shape[1], logits.device)
+    largest = logits.gather(1, best[:, None])
+    picked = [
+        draws.pick(draws.weights(logits[rows], largest[rows], asked[rows]), begins[rows], steps)
+        for rows in draws.parts(*logits.shape)
+    ]
     return torch.where(largest[:, 0].isfinite(), torch.cat(picked), best)
-
-
-def _begins(asked: Sequence[BatchItem], moved: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """Where the noise of each begins, int64 [D]: of all positions that it may be at, the one where it is."""
-    most = 0 if moved is None else max(item.num_in_doubt for item in asked)
-    starts = [gumbel.start(item.sampling.seed, item.position + by) for item in asked for by in range(most + 1)]
-    begins = put([_signed(start) for start in starts], torch.int64, device)
-    return begins if moved is None else begins.view(-1, most + 1).gather(1, moved[:, None])[:, 0]
-
-
-def _weights(logits: torch.Tensor, largest: torch.Tensor, asked: Sequence[BatchItem]) -> torch.Tensor:
-    """As `distribution.weights`, float32 [D, V]."""
-    params, vocab_size = [item.sampling for item in asked], logits.shape[1]
-    top_k = [each.top_k if each.top_k < vocab_size else 0 for each in params]
-    numbers = [(each.temperature, each.min_p, each.top_p, k) for each, k in zip(params, top_k, strict=True)]
-    columns = put(numbers, torch.float64, logits.device)
-    temperature, min_p = columns[:, :2].float().split(1, dim=1)
-    weight = torch.exp((logits - largest) / temperature)
-    if any(each.min_p > 0 for each in params):
-        weight = torch.where(weight >= min_p, weight, 0)
-    if any(top_k):
-        weight = _largest(weight, columns[:, 3:].long(), max(top_k))
-    if any(each.top_p < 1 for each in params):
-        weight = _nucleus(weight, columns[:, 2:3])
-    return weight
-
-
-def _largest(weight: torch.Tensor, k: torch.Tensor, most: int) -> torch.Tensor:
-    """Keep the `k` [D, 1] largest of [D, V], at most `most`; all where it is 0."""
-    smallest = torch.topk(weight, most).values.gather(1, (k - 1).clamp(min=0))
-    above, level = weight > smallest, weight == smallest
-    kept = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdim=True))) | (k == 0)
-    return torch.where(kept, weight, 0)
-
-
-def _nucleus(weight: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Keep the fewest of the largest of [D, V] whose share of the sum reaches `p` [D, 1]; all where it is 1. As
-    `distribution.top_p`."""
-    falling, order = torch.sort(weight, dim=1, descending=True, stable=True)
-    each = units(falling)
-    total = each.sum(dim=1, keepdim=True)
-    wanted = (p * total.double()).ceil().long().clamp(min=1).minimum(total)
-    kept = (each.cumsum(1) - each < wanted) | (p >= 1)
-    return torch.zeros_like(weight).scatter_(1, order, torch.where(kept, falling, 0))
-
-
-def pick(weight: torch.Tensor, begins: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """As `gumbel.pick` for each of [D, V]: the tokens that arrive first, int64 [D]. `begins` [D] and `steps` [V], token
-    by token a GOLDEN more, are words of 64 bits as int64."""
-    words = begins[:, None] + steps
-    for factor, shift in zip((*FACTORS, 1), SHIFTS, strict=True):
-        words ^= (words >> shift) & (2 ** (64 - shift) - 1)  # the shift is of signed numbers: it draws the sign in
-        if factor != 1:
-            words *= _signed(factor)
-    uniform = ((words >> gumbel.UNUSED_BITS) & (2**52 - 1)).double().add_(0.5).mul_(gumbel.UNIT)
-    return uniform.neg_().log1p_().neg_().div_(weight).argmin(dim=1)
-
-
-def _signed(word: int) -> int:
-    """A word of 64 bits as int64 has it."""
-    return word - (word >> 63 << 64)

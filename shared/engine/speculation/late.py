@@ -51,7 +51,7 @@ class LateDrafter:
         left = self.layer.extend(batch.resolved(tokens), states, pool, self._layout)
         while asking:
             number, own = len(behind) - 1, some(by, asking)
-            drafts = self.sampler.launch(left.logits, [_view(asked[s], number) for s in asking], None, own).tokens
+            drafts = self.sampler.draft(left.logits, [_view(asked[s], number) for s in asking], number, own)
             behind.append(drafts if len(asking) == len(asked) else _spread(drafts, asking, last))
             going_on = [place for place, s in enumerate(asking) if asked[s].num_wanted > number + 1]
             asking = [asking[place] for place in going_on]
