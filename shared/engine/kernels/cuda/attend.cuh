@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__
     const int groups = (p.num_heads + HEADS - 1) / HEADS, place = blockIdx.x / ATTENDERS;
     const int split = place % p.num_splits, group = place / p.num_splits % groups, row = place / p.num_splits / groups;
     if (threadIdx.x == 0) signal_init(memory->signal, 1), signals_ready();
-    if (!p.early) let_dependents_start(), wait_for_inputs(p.latent);
+    if (!p.early) let_dependents_start(), wait_for_fresh_inputs();
     const int count = fresh(p.counts + row), blocks = p.num_splits * ATTENDERS;
     const int each = ((count + blocks - 1) / blocks + TILE - 1) / TILE * TILE, first = min((split * ATTENDERS + rank) * each, count);
     const int size = min(each, count - first), num_tiles = (size + TILE - 1) / TILE;
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__
     }
     for (int i = threadIdx.x; i < (num_tiles * TILE - size) * PIECES; i += ATTEND_THREADS)
         *reinterpret_cast<uint4*>(tokens + (size + i / PIECES) * ROW_BYTES + i % PIECES * 16) = make_uint4(0, 0, 0, 0);
-    if (p.early) let_dependents_start(), wait_for_inputs(p.latent);
+    if (p.early) let_dependents_start(), wait_for_fresh_inputs();
     bring_queries(p, row, group * HEADS, memory->queries);
     __syncthreads();
     signal_wait(memory->signal, 0);

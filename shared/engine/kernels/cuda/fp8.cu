@@ -46,7 +46,8 @@ struct Codes {
 
     template <int EIGHTS>
     __device__ __forceinline__ static void add(float (&sums)[EIGHTS][4], const uint4 (&w)[4], float scale, const char* x, int next) {
-        float parts[EIGHTS][4] = {};
+        constexpr int CHAINS = EIGHTS < 4 ? 4 / EIGHTS : 1;  // products that do not wait for one another
+        float parts[CHAINS][EIGHTS][4] = {};
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const uint32_t low[4] = {w[h].x, w[h].y, w[h].z, w[h].w}, high[4] = {w[2 + h].x, w[2 + h].y, w[2 + h].z, w[2 + h].w};
@@ -56,15 +57,20 @@ struct Codes {
 #pragma unroll
                 for (int m = 0; m < EIGHTS; m++) {
                     const uint4 b = *reinterpret_cast<const uint4*>(x + m * next + h * 128 + s * 8);
-                    multiply_half(parts[m], {near.x, far.x, near.y, far.y}, b.x, b.y);
-                    multiply_half(parts[m], {near_next.x, far_next.x, near_next.y, far_next.y}, b.z, b.w);
+                    multiply_half(parts[(h * 2 + s) % CHAINS][m], {near.x, far.x, near.y, far.y}, b.x, b.y);
+                    multiply_half(parts[(h * 2 + s + 1) % CHAINS][m], {near_next.x, far_next.x, near_next.y, far_next.y}, b.z, b.w);
                 }
             }
         }
 #pragma unroll
         for (int m = 0; m < EIGHTS; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) sums[m][i] += parts[m][i] * scale;
+            for (int i = 0; i < 4; i++) {
+                float sum = parts[0][m][i];
+#pragma unroll
+                for (int c = 1; c < CHAINS; c++) sum += parts[c][m][i];
+                sums[m][i] += sum * scale;
+            }
     }
 };
 struct Halves {
@@ -204,15 +210,18 @@ struct Tile {
 #pragma unroll
         for (int d = 0; d < DEPTH; d++)
             if (d < num_steps) load(ahead[d], scale[d], d);
+            else ahead[d][0] = ahead[d][1] = ahead[d][2] = ahead[d][3] = make_uint4(0, 0, 0, 0), scale[d] = 0;
     }
     template <int EIGHTS>
     __device__ __forceinline__ void finish(float (&sums)[EIGHTS][4], uint4 (&ahead)[DEPTH][4], float (&scale)[DEPTH], const char* x, int next) const {
         for (int base = 0; base < num_steps; base += DEPTH) {
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) {
-                if (base + d >= num_steps) break;
-                Weights::add(sums, ahead[d], scale[d], x + (base + d) * Weights::COLUMNS * 2, next);
+                // Without a branch, so that steps overlap: beyond the last one nothing is added.
+                const int step = min(base + d, num_steps - 1);
+                Weights::add(sums, ahead[d], scale[d], x + step * Weights::COLUMNS * 2, next);
                 if (base + d + DEPTH < num_steps) load(ahead[d], scale[d], base + d + DEPTH);
+                else if (base + DEPTH < num_steps) ahead[d][0] = ahead[d][1] = ahead[d][2] = ahead[d][3] = make_uint4(0, 0, 0, 0), scale[d] = 0;
             }
         }
     }
@@ -269,7 +278,7 @@ __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Produ
     const int group = blockIdx.x / p.cluster, rank = blockIdx.x % p.cluster, first_token = blockIdx.y * TOKENS;
     if (group >= num_groups) {
         let_dependents_start();
-        wait_for_inputs(p.x);
+        wait_for_fresh_inputs();
         const int token = (group - num_groups) * p.cluster + rank;
         if (blockIdx.y == 0 && token < p.num_tokens) append(p, kept, token, dynamic_shared());
         return;
@@ -286,7 +295,7 @@ __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Produ
     char* const tokens = reinterpret_cast<char*>(dynamic_shared());
     float* const parts = reinterpret_cast<float*>(tokens + TOKENS * share.row_bytes());  // [TOKENS][BLOCK_ROWS]
     float* const squares = parts + TOKENS * BLOCK_ROWS;                                  // of all warps of a token
-    wait_for_inputs(p.x);
+    wait_for_fresh_inputs();
     stage<TOKENS>(p, share, first_token, group, num_groups, tokens, squares);
 
     float sums[EIGHTS][4] = {};
@@ -368,9 +377,11 @@ cudaError_t run(const Product& p, const Kept* kept, bool early, cudaStream_t str
 template <int TOKENS>
 cudaError_t run(const Product& p, const Kept* kept, int depth, bool early, cudaStream_t stream) {
     switch (depth) {
+        case 2: return run<TOKENS, 2>(p, kept, early, stream);
         case 3: return run<TOKENS, 3>(p, kept, early, stream);
         case 4: return run<TOKENS, 4>(p, kept, early, stream);
         case 6: return run<TOKENS, 6>(p, kept, early, stream);
+        case 8: return run<TOKENS, 8>(p, kept, early, stream);
         default: return cudaErrorInvalidValue;
     }
 }
