@@ -15,7 +15,7 @@ constexpr int MAX_CLUSTER = 8;           // blocks
 constexpr float SMALLER = 1.0f / 64;     // tokens are kept as fp16 times this: up to four million, and to 2^-19 apart
 
 struct Product {
-    const uint8_t* codes;      // [num_rows, K]
+    const uint8_t* codes;      // [num_rows / ROWS, K / STEP, ROWS STEP] as `w8a16.laid_out`
     const float* scales;       // [num_rows / ROWS, K / STEP]
     const __half* others;      // [num_others, K]: rows behind these that are not in e4m3
     const void* x;             // [tokens, K], bf16 or float
@@ -42,12 +42,11 @@ struct Kept {
 // Weights of a tile as a warp's lanes take them in a step: sixteen bytes four times, two of row g and two of row g + 8. `x` is where
 // the lane's columns of the step are, of the first eight tokens, and of others each `next` bytes further.
 struct Codes {
-    static constexpr int COLUMNS = 128, BYTES = 1, SECOND = 4;  // a lane's second sixteen bytes are so many sixteens behind the first
+    static constexpr int COLUMNS = STEP, BYTES = 1;
 
     template <int EIGHTS>
     __device__ __forceinline__ static void add(float (&sums)[EIGHTS][4], const uint4 (&w)[4], float scale, const char* x, int next) {
-        constexpr int CHAINS = EIGHTS < 4 ? 4 / EIGHTS : 1;  // products that do not wait for one another
-        float parts[CHAINS][EIGHTS][4] = {};
+        float parts[EIGHTS][4] = {};
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const uint32_t low[4] = {w[h].x, w[h].y, w[h].z, w[h].w}, high[4] = {w[2 + h].x, w[2 + h].y, w[2 + h].z, w[2 + h].w};
@@ -57,24 +56,19 @@ struct Codes {
 #pragma unroll
                 for (int m = 0; m < EIGHTS; m++) {
                     const uint4 b = *reinterpret_cast<const uint4*>(x + m * next + h * 128 + s * 8);
-                    multiply_half(parts[(h * 2 + s) % CHAINS][m], {near.x, far.x, near.y, far.y}, b.x, b.y);
-                    multiply_half(parts[(h * 2 + s + 1) % CHAINS][m], {near_next.x, far_next.x, near_next.y, far_next.y}, b.z, b.w);
+                    multiply_half(parts[m], {near.x, far.x, near.y, far.y}, b.x, b.y);
+                    multiply_half(parts[m], {near_next.x, far_next.x, near_next.y, far_next.y}, b.z, b.w);
                 }
             }
         }
 #pragma unroll
         for (int m = 0; m < EIGHTS; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float sum = parts[0][m][i];
-#pragma unroll
-                for (int c = 1; c < CHAINS; c++) sum += parts[c][m][i];
-                sums[m][i] += sum * scale;
-            }
+            for (int i = 0; i < 4; i++) sums[m][i] += parts[m][i] * scale;
     }
 };
 struct Halves {
-    static constexpr int COLUMNS = 64, BYTES = 2, SECOND = 1;
+    static constexpr int COLUMNS = 64, BYTES = 2;
 
     template <int EIGHTS>
     __device__ __forceinline__ static void add(float (&sums)[EIGHTS][4], const uint4 (&w)[4], float, const char* x, int next) {
@@ -187,41 +181,42 @@ __device__ __forceinline__ void stage(const Product& p, const Share& share, int 
 // What a warp has of a product: a tile of rows, of which it reads so many steps of the block's columns.
 template <class Weights, int DEPTH>
 struct Tile {
-    const uint4 *near, *far;
+    const uint4* first;  // what the lane takes first
     const float* scales;
-    int num_steps;
+    int num_steps, far;  // where row g + 8 is, in sixteens
 
     __device__ Tile(const Product& p, const Share& share, int tile) {
-        const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-        const void* const from = Weights::BYTES == 1 ? static_cast<const void*>(p.codes) : p.others;
-        const int64_t row = static_cast<int64_t>(p.num_columns) * Weights::BYTES / 16;  // in sixteens
-        near = static_cast<const uint4*>(from) + (tile * ROWS + g) * row + share.first * Weights::BYTES / 16 + q * Weights::BYTES;
-        far = near + 8 * row;
-        scales = p.scales + static_cast<int64_t>(tile) * (p.num_columns / STEP) + share.first / STEP;
+        const int lane = threadIdx.x % 32;
+        const int64_t step = static_cast<int64_t>(tile) * (p.num_columns / STEP) + share.first / STEP;
+        if (Weights::BYTES == 1) {
+            first = reinterpret_cast<const uint4*>(p.codes) + step * (ROWS * STEP / 16) + lane, far = 64;
+        } else {
+            const int row = p.num_columns / 8;  // in sixteens
+            first = reinterpret_cast<const uint4*>(p.others) + static_cast<int64_t>(tile * ROWS + lane / 4) * row + share.first / 8 + lane % 4 * 2;
+            far = 8 * row;
+        }
+        scales = p.scales + step;
         num_steps = share.size / Weights::COLUMNS;
     }
     __device__ __forceinline__ void load(uint4 (&into)[4], float& scale, int step) const {
-        const int at = step * (STEP / 16);
-        into[0] = stream(near + at), into[1] = stream(near + at + Weights::SECOND);
-        into[2] = stream(far + at), into[3] = stream(far + at + Weights::SECOND);
+        constexpr int NEXT = Weights::BYTES == 1 ? ROWS * STEP / 16 : 8, SECOND = Weights::BYTES == 1 ? 32 : 1;
+        const uint4* const at = first + step * NEXT;
+        into[0] = stream(at), into[1] = stream(at + SECOND), into[2] = stream(at + far), into[3] = stream(at + far + SECOND);
         if (Weights::BYTES == 1) scale = __uint_as_float(stream(reinterpret_cast<const uint32_t*>(scales + step)));
     }
     __device__ __forceinline__ void begin(uint4 (&ahead)[DEPTH][4], float (&scale)[DEPTH]) const {
 #pragma unroll
         for (int d = 0; d < DEPTH; d++)
             if (d < num_steps) load(ahead[d], scale[d], d);
-            else ahead[d][0] = ahead[d][1] = ahead[d][2] = ahead[d][3] = make_uint4(0, 0, 0, 0), scale[d] = 0;
     }
     template <int EIGHTS>
     __device__ __forceinline__ void finish(float (&sums)[EIGHTS][4], uint4 (&ahead)[DEPTH][4], float (&scale)[DEPTH], const char* x, int next) const {
         for (int base = 0; base < num_steps; base += DEPTH) {
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) {
-                // Without a branch, so that steps overlap: beyond the last one nothing is added.
-                const int step = min(base + d, num_steps - 1);
-                Weights::add(sums, ahead[d], scale[d], x + step * Weights::COLUMNS * 2, next);
+                if (base + d >= num_steps) break;
+                Weights::add(sums, ahead[d], scale[d], x + (base + d) * Weights::COLUMNS * 2, next);
                 if (base + d + DEPTH < num_steps) load(ahead[d], scale[d], base + d + DEPTH);
-                else if (base + DEPTH < num_steps) ahead[d][0] = ahead[d][1] = ahead[d][2] = ahead[d][3] = make_uint4(0, 0, 0, 0), scale[d] = 0;
             }
         }
     }
@@ -278,7 +273,7 @@ __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Produ
     const int group = blockIdx.x / p.cluster, rank = blockIdx.x % p.cluster, first_token = blockIdx.y * TOKENS;
     if (group >= num_groups) {
         let_dependents_start();
-        wait_for_fresh_inputs();
+        wait_for_inputs(p.x);
         const int token = (group - num_groups) * p.cluster + rank;
         if (blockIdx.y == 0 && token < p.num_tokens) append(p, kept, token, dynamic_shared());
         return;
@@ -295,7 +290,7 @@ __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Produ
     char* const tokens = reinterpret_cast<char*>(dynamic_shared());
     float* const parts = reinterpret_cast<float*>(tokens + TOKENS * share.row_bytes());  // [TOKENS][BLOCK_ROWS]
     float* const squares = parts + TOKENS * BLOCK_ROWS;                                  // of all warps of a token
-    wait_for_fresh_inputs();
+    wait_for_inputs(p.x);
     stage<TOKENS>(p, share, first_token, group, num_groups, tokens, squares);
 
     float sums[EIGHTS][4] = {};
@@ -330,12 +325,14 @@ __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Produ
 // The matrix in bf16, without the others; a thread has sixteen codes.
 __global__ void __launch_bounds__(256) dequantize(const __grid_constant__ Product p) {
     const int64_t place = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-    const int sixteens = p.num_columns / 16, row = static_cast<int>(place / sixteens), column = static_cast<int>(place % sixteens) * 16;
+    const int steps = p.num_columns / STEP, unit = static_cast<int>(place % (ROWS * STEP / 16)), step = static_cast<int>(place / (ROWS * STEP / 16) % steps);
+    const int tile = static_cast<int>(place / (ROWS * STEP / 16) / steps);
+    const int row = tile * ROWS + unit / 64 * 8 + unit % 32 / 4, column = step * STEP + unit / 32 % 2 * 64 + unit % 4 * 16;
     let_dependents_start();
     wait_for_inputs(p.codes);
     if (row >= p.num_rows) return;
     const uint4 codes = stream(reinterpret_cast<const uint4*>(p.codes) + place);
-    const float scale = p.scales[row / ROWS * (p.num_columns / STEP) + column / STEP];
+    const float scale = p.scales[tile * steps + step];
     const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
     uint32_t pairs[8];
 #pragma unroll
@@ -344,7 +341,7 @@ __global__ void __launch_bounds__(256) dequantize(const __grid_constant__ Produc
         const float2 a = from_halves(halves.x), b = from_halves(halves.y);
         pairs[2 * i] = as_pair(a.x * scale, a.y * scale), pairs[2 * i + 1] = as_pair(b.x * scale, b.y * scale);
     }
-    auto* to = reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + place * 16);
+    auto* to = reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + static_cast<int64_t>(row) * p.num_columns + column);
     to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]), to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
 }
 
@@ -377,11 +374,9 @@ cudaError_t run(const Product& p, const Kept* kept, bool early, cudaStream_t str
 template <int TOKENS>
 cudaError_t run(const Product& p, const Kept* kept, int depth, bool early, cudaStream_t stream) {
     switch (depth) {
-        case 2: return run<TOKENS, 2>(p, kept, early, stream);
         case 3: return run<TOKENS, 3>(p, kept, early, stream);
         case 4: return run<TOKENS, 4>(p, kept, early, stream);
         case 6: return run<TOKENS, 6>(p, kept, early, stream);
-        case 8: return run<TOKENS, 8>(p, kept, early, stream);
         default: return cudaErrorInvalidValue;
     }
 }
