@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from shared.engine.kernels import build, cuda_fp8, reference, w8a16
-from shared.engine.kernels.cuda_fp8 import CudaFp8
+from shared.engine.kernels.cuda_fp8 import CudaFp8, Cut
 from shared.engine.kernels.inputs import KeyNorm, Norm, Rows, State
 from shared.engine.kernels.w8a16 import Weight
 from shared.models.store import default_cache
 from tests.oracle.emulated_cuda import compiled
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-CLUSTERS, MOST_COLUMNS = (2, 4, 8), 1536  # of a block, whose weights and tokens fit into its shared memory
+CUTS = tuple((cluster, depth) for cluster in (2, 4, 8) for depth in (3, 4, 6))
 PAGE_SIZE, LATENT, HALF, INDEX = 4, 64, 8, 32
 
 
@@ -44,21 +44,21 @@ def near(found: torch.Tensor, expected: torch.Tensor, most: float) -> None:
 
 
 def require_product(
-    kernels: CudaFp8, num_tokens: int, shape: tuple[int, int, int], cluster: int, device: torch.device
+    kernels: CudaFp8, num_tokens: int, shape: tuple[int, int, int], cut: Cut | None, device: torch.device
 ) -> None:
     """That a product equals torch's with the same matrix: behind a norm and a sum, and as it is."""
     torch.manual_seed(num_tokens)
     weight, num_columns = random_weight(*shape, device), shape[2]
     x, delta = (torch.randn(num_tokens, num_columns + 8, device=device).bfloat16()[:, :num_columns] for _ in range(2))
     gain, exact = (1 + torch.randn(num_columns, device=device) / 10).bfloat16(), w8a16.unpack(weight)
-    out, total = kernels.linear_keeping(x, weight, Norm(gain, 1e-5, delta), cluster=cluster)
+    out, total = kernels.linear_keeping(x, weight, Norm(gain, 1e-5, delta), cut=cut)
     assert torch.equal(total, x + delta)
     normed = total.float() * (total.float().square().mean(1, keepdim=True) + 1e-5).rsqrt() * gain.float()
     near(out, F.linear(normed, exact), 1e-3)
-    near(kernels.linear(x, weight, cluster=cluster), F.linear(x.float(), exact), 1e-5)
+    near(kernels.linear(x, weight, cut=cut), F.linear(x.float(), exact), 1e-5)
     huge = x.float() * torch.tensor([3e4, 1e-2], device=device).repeat(num_tokens)[:num_tokens, None]
     huge = huge.bfloat16()
-    near(kernels.linear(huge, weight, dtype=torch.bfloat16, cluster=cluster), F.linear(huge.float(), exact), 4e-3)
+    near(kernels.linear(huge, weight, dtype=torch.bfloat16, cut=cut), F.linear(huge.float(), exact), 4e-3)
 
 
 def require_state(kernels: CudaFp8, num_tokens: int, full: bool, device: torch.device) -> None:
@@ -99,10 +99,11 @@ def require_state(kernels: CudaFp8, num_tokens: int, full: bool, device: torch.d
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "cluster"), [(1, 4), (2, 1), (3, 2), (4, 4), (5, 2), (8, 4), (12, 4), (33, 2)]
+    ("num_tokens", "cut"),
+    [(1, (4, 3)), (2, (1, 4)), (3, (2, 4)), (4, (4, 3)), (5, (2, 6)), (8, (4, 6)), (12, (4, 3)), (33, (2, 4))],
 )
-def test_products_equal_torchs(num_tokens: int, cluster: int, emulated: CudaFp8) -> None:
-    require_product(emulated, num_tokens, (48, 32, 1536), cluster, CPU)
+def test_products_equal_torchs(num_tokens: int, cut: tuple[int, int], emulated: CudaFp8) -> None:
+    require_product(emulated, num_tokens, (48, 32, 1536), Cut(*cut), CPU)
 
 
 @pytest.mark.parametrize(("num_tokens", "full"), [(1, True), (3, True), (2, False), (10, True)])
@@ -130,12 +131,12 @@ SHAPES = ((2624, 0, 6144), (2752, 32, 6144), (2048, 0, 2048), (6144, 0, 2048), (
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cluster", [0, *CLUSTERS])
-def test_on_a_gpu_products_equal_torchs(cluster: int, on_gpu: CudaFp8) -> None:
+@pytest.mark.parametrize("cut", [None, *CUTS])
+def test_on_a_gpu_products_equal_torchs(cut: tuple[int, int] | None, on_gpu: CudaFp8) -> None:
     for shape in SHAPES:
         for num_tokens in (1, 2, 3, 4, 7, 8, 16, 20, 64):
-            if cluster == 0 or (shape[2] // 128 % cluster == 0 and shape[2] // cluster <= MOST_COLUMNS):
-                require_product(on_gpu, num_tokens, shape, cluster, GPU)
+            if cut is None or shape[2] // 128 % cut[0] == 0:
+                require_product(on_gpu, num_tokens, shape, Cut(*cut) if cut else None, GPU)
 
 
 @pytest.mark.gpu

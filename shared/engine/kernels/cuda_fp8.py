@@ -42,6 +42,15 @@ class Kept(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a product is cut up: blocks that share out columns (a cluster), and how many steps of 128 columns each warp
+    has asked for at once."""
+
+    cluster: int
+    depth: int
+
+
 class CudaFp8:
     """Multiplies matrices in e4m3. With `pdl` kernels start before those in front of them have ended."""
 
@@ -55,7 +64,7 @@ class CudaFp8:
         norm: Norm | None = None,
         dtype: torch.dtype = torch.float32,
         *,
-        cluster: int = 0,
+        cut: Cut | None = None,
         pdl: bool = True,
     ) -> torch.Tensor:
         """x bfloat16 or float32 [T, K], behind `norm` or as it is, times weight' [N, K] -> [T, N], bfloat16 or float32.
@@ -63,17 +72,17 @@ class CudaFp8:
         A float32 x is rounded to bfloat16 first. Rows of x and of what is added to it may be strided.
         """
         product, out = self._product(x, weight, norm, dtype)
-        self._launch(product, None, out, cluster or plan(*weight.shape, len(x)), pdl=pdl)
+        self._launch(product, None, out, cut or plan(*weight.shape, len(x)), pdl=pdl)
         return out
 
     def linear_keeping(
-        self, x: torch.Tensor, weight: Weight, norm: Norm, *, cluster: int = 0, pdl: bool = True
+        self, x: torch.Tensor, weight: Weight, norm: Norm, *, cut: Cut | None = None, pdl: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `linear`, to float32; also the sum that was normed (the residual), bfloat16 [T, K]."""
         product, out = self._product(x, weight, norm, torch.float32)
         total = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
         product.total = total.data_ptr()
-        self._launch(product, None, out, cluster or plan(*weight.shape, len(x)), pdl=pdl)
+        self._launch(product, None, out, cut or plan(*weight.shape, len(x)), pdl=pdl)
         return out, total
 
     def queries_and_state(
@@ -84,7 +93,7 @@ class CudaFp8:
         rows: Rows,
         state: State,
         *,
-        cluster: int = 0,
+        cut: Cut | None = None,
         pdl: bool = True,
     ) -> torch.Tensor:
         """As `gluon_state.queries_and_state`; low float32."""
@@ -99,7 +108,7 @@ class CudaFp8:
             latents.shape[2] - 2 * half, half, keys.shape[2] if keys is not None and full else 0, latents.shape[1],
             state.latent_eps, key_norm.eps if key_norm else 0.0,
         )  # fmt: skip
-        self._launch(product, kept, out, cluster or plan(*weight.shape, len(low)), pdl=pdl)
+        self._launch(product, kept, out, cut or plan(*weight.shape, len(low)), pdl=pdl)
         return out
 
     def plain(self, weight: Weight, *, pdl: bool = True) -> torch.Tensor:
@@ -109,7 +118,7 @@ class CudaFp8:
         product = Product(weight.codes.data_ptr(), weight.scales.data_ptr(), out=out.data_ptr())
         product.num_rows, product.num_columns = num_rows, num_columns
         call(self._library, "forebay_fp8_dequantize", out.device, ctypes.byref(product), int(pdl))
-        out[num_rows:] = w8a16.in_rows(weight.others)
+        out[num_rows:] = weight.others
         return out
 
     def _product(
@@ -121,16 +130,16 @@ class CudaFp8:
         product = Product(
             weight.codes.data_ptr(), weight.scales.data_ptr(), weight.others.data_ptr(), x.data_ptr(), _at(delta),
             norm.gain.data_ptr() if norm else None, out.data_ptr(), None,
-            len(x), weight.num_rows, weight.num_others, num_columns, x.stride(0),
+            len(x), weight.num_rows, len(weight.others), num_columns, x.stride(0),
             delta.stride(0) if delta is not None else 0, int(x.dtype == torch.float32), int(dtype == torch.float32),
             eps=norm.eps if norm else 0.0,
         )  # fmt: skip
         return product, out
 
-    def _launch(self, product: Product, kept: Kept | None, out: torch.Tensor, cluster: int, *, pdl: bool) -> None:
+    def _launch(self, product: Product, kept: Kept | None, out: torch.Tensor, cut: Cut, *, pdl: bool) -> None:
         pages = ctypes.byref(kept) if kept else None
-        product.cluster = cluster
-        call(self._library, "forebay_fp8_product", out.device, ctypes.byref(product), pages, int(pdl))
+        product.cluster = cut.cluster
+        call(self._library, "forebay_fp8_product", out.device, ctypes.byref(product), pages, cut.depth, int(pdl))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,18 +159,27 @@ class Fp8Matrix:
         return Fp8Matrix(self.weight.first(num_rows), self.kernels)
 
 
-def plan(num_rows: int, num_columns: int, num_tokens: int) -> int:
-    """How many blocks, a cluster, share out columns: as was fastest (docs/LOG.md)."""
-    wanted = 8 if num_columns > LONG or num_rows <= FULL else 2 if num_tokens == 1 else 4
+def plan(num_rows: int, num_columns: int, num_tokens: int) -> Cut:
+    """The cut that was fastest (docs/LOG.md): a warp asks at once for most of what it reads, as far as all blocks then
+    find a place at once. More registers go to more tokens, and fewer blocks do."""
+    if num_columns > LONG:
+        return _cut(num_columns, 8, 4 if num_tokens <= 4 and num_rows <= FULL else 3)
+    if num_rows <= FULL:
+        return _cut(num_columns, 8, 3)
+    return _cut(num_columns, 4, 3) if 1 < num_tokens <= 4 else _cut(num_columns, 2, 6)
+
+
+def _cut(num_columns: int, cluster: int, depth: int) -> Cut:
+    """With the largest cluster up to that one which has whole steps for each block."""
     steps = num_columns // w8a16.COLUMNS
-    return next(size for size in (8, 4, 2, 1) if size <= wanted and steps % size == 0)
+    return Cut(next(size for size in (8, 4, 2, 1) if size <= cluster and steps % size == 0), depth)
 
 
 def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes."""
     library = ctypes.CDLL(str(path))
     product = ctypes.POINTER(Product)
-    library.forebay_fp8_product.argtypes = (product, ctypes.POINTER(Kept), Int, Pointer)
+    library.forebay_fp8_product.argtypes = (product, ctypes.POINTER(Kept), Int, Int, Pointer)
     library.forebay_fp8_dequantize.argtypes = (product, Int, Pointer)
     if hasattr(library, "forebay_error"):  # as among all kernels of GLM
         library.forebay_error.argtypes, library.forebay_error.restype = (Int,), ctypes.c_char_p

@@ -15,6 +15,7 @@ from shared.engine.kernels.splits import Parts
 
 Pointer, Int = ctypes.c_void_p, ctypes.c_int
 LATENT, ROPE, VALUE, MAX_SPLITS = 512, 64, 256, 64
+MOST_ROWS = 4  # that are attended to so
 BLOCKS, HEADS = 8, 8  # of a cluster, and those that are multiplied at once
 MOST_TOKENS = 128  # that a block attends to
 MAX_CONTEXT = 1 << 24  # tokens that can be told apart
@@ -48,7 +49,7 @@ class Merge(ctypes.Structure):
 
     _fields_ = (
         *((name, Pointer) for name in ("parts", "maxima", "sums", "up_value", "out")),
-        *((name, Int) for name in ("num_heads", "num_splits")),
+        *((name, Int) for name in ("num_heads", "num_splits", "late")),
     )
 
 
@@ -104,12 +105,13 @@ class CudaLatent:
         call(self._library, "forebay_attend", latents.device, ctypes.byref(arguments), num_rows, int(pdl))
         return Parts(means, maxima, sums)
 
-    def merge(self, parts: Parts, up_value: torch.Tensor, *, pdl: bool = True) -> torch.Tensor:
-        """As `triton_latent.merge`: bfloat16 [T, H * v]. `up_value` bfloat16 [H, v, latent]."""
+    def merge(self, parts: Parts, up_value: torch.Tensor, *, late: bool = False, pdl: bool = True) -> torch.Tensor:
+        """As `triton_latent.merge`: bfloat16 [T, H * v]. `up_value` bfloat16 [H, v, latent]. Of few splits, with `late`,
+        the kernel behind starts when the one in front has ended: better where it asks for much at once."""
         num_tokens, heads, splits, _ = parts.means.shape
         out = up_value.new_empty(num_tokens, heads * VALUE)
         tensors = (parts.means, parts.maxima, parts.sums, up_value, out)
-        arguments = Merge(*(tensor.data_ptr() for tensor in tensors), heads, splits)
+        arguments = Merge(*(tensor.data_ptr() for tensor in tensors), heads, splits, int(late))
         call(self._library, "forebay_merge", out.device, ctypes.byref(arguments), num_tokens, int(pdl))
         return out
 

@@ -167,18 +167,21 @@ def attend(
     kernels: CudaLatent | None = None,
     *,
     early: bool = False,
+    late: bool = False,
     pdl: bool = True,
 ) -> torch.Tensor:
     """Attend to the selection; [T, H * v]. `up_value` [H, v, latent] brings what was found out of latent space.
 
     `early`: selection and latents are older than the kernel launched last, which made the queries. `kernels` serve few
-    rows, if they are made for such heads.
+    rows, if they are made for such heads; `late` as in `CudaLatent.merge`.
     """
-    few = len(selected.slots) <= ABSORB_ROWS and cuda_latent.suits(queries, latents, up_value)
-    if kernels is None or not few:
-        return merge(attend_in_parts(queries, latents, selected, scale, early=early, pdl=pdl), up_value, pdl=pdl)
-    parts = kernels.attend(queries, latents, selected, scale, early=early, pdl=pdl)
-    return kernels.merge(parts, up_value, pdl=pdl)
+    own = kernels if cuda_latent.suits(queries, latents, up_value) else None
+    if own is not None and len(selected.slots) <= cuda_latent.MOST_ROWS:
+        parts = own.attend(queries, latents, selected, scale, early=early, pdl=pdl)
+    else:
+        parts = attend_in_parts(queries, latents, selected, scale, early=early, pdl=pdl)
+    few = own if len(selected.slots) <= ABSORB_ROWS else None
+    return few.merge(parts, up_value, late=late, pdl=pdl) if few else merge(parts, up_value, pdl=pdl)
 
 
 def attend_in_parts(

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 
 ROWS, COLUMNS = 16, 128  # that share a scale
-OTHER_ROWS = 8  # of a tile in fp16
-LANES = 8, 4  # for rows, and for half of a tile's columns
+UNIT, LANES = 16, (8, 4)  # codes that a lane takes at once; lanes for eight rows, and for half of the columns
 BLOCK = 128  # rows and columns, in checkpoints
 CODE_MAX = 448.0
 
@@ -22,9 +21,9 @@ CODE_MAX = 448.0
 class Weight:
     """w[n, k] = code[n, k] * scales[n // 16, k // 128], and behind these rows `others`.
 
-    codes float8_e4m3fn [N / 16, K / 128, 2048], scales float32 [N / 16, K / 128]; others, which the checkpoint has in
-    bfloat16, [M / 8, K / 128, 1024], M a multiple of 8: fp16, which is exact but for what is below 2^-14 (and there off
-    by 2^-25 at most). Both as `laid_out` has them.
+    codes float8_e4m3fn [N / 16, K / 128, 2048] as `laid_out` has them; scales float32 [N / 16, K / 128]; others [M, K],
+    which the checkpoint has in bfloat16: fp16, which is exact but for what is below 2^-14 (and there off by 2^-25 at
+    most).
     """
 
     codes: torch.Tensor
@@ -34,17 +33,12 @@ class Weight:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows with the others, and columns."""
-        return self.num_rows + self.num_others, self.scales.shape[1] * COLUMNS
+        return self.num_rows + len(self.others), self.scales.shape[1] * COLUMNS
 
     @property
     def num_rows(self) -> int:
         """Without the others."""
         return len(self.scales) * ROWS
-
-    @property
-    def num_others(self) -> int:
-        """Rows behind these."""
-        return len(self.others) * OTHER_ROWS
 
     @property
     def nbytes(self) -> int:
@@ -63,30 +57,20 @@ def fits(num_rows: int, num_columns: int, first_row: int = 0, first_column: int 
     return not (num_rows % ROWS or first_row % ROWS or num_columns % COLUMNS or first_column % COLUMNS)
 
 
-def laid_out(matrix: torch.Tensor) -> torch.Tensor:
-    """Codes [N, K] to [N / 16, K / 128, 2048], or fp16 to [N / 8, K / 128, 1024]: what a lane takes at once, sixteen bytes
-    of a row, lane by lane; then the next sixteen bytes of all lanes.
-
-    Four lanes take half of a step's columns, eight take so many rows; a lane's codes are in both halves of the columns
-    and of the rows, its fp16 in both halves of the columns and there side by side.
-    """
+def laid_out(codes: torch.Tensor) -> torch.Tensor:
+    """Codes [N, K] to [N / 16, K / 128, 2048]: of eight rows and 64 columns UNIT codes of each lane, row by row; then
+    those of the other columns; then those of the other rows."""
     rows, lanes = LANES
-    steps, is_codes = matrix.shape[1] // COLUMNS, matrix.itemsize == 1
-    num = len(matrix) // (ROWS if is_codes else OTHER_ROWS)
-    shape = (num, 2, rows, steps, 2, 1, lanes, 16) if is_codes else (num, 1, rows, steps, 2, lanes, 2, 16)
-    order = (0, 3, 1, 4, 5, 2, 6, 7) if is_codes else (0, 3, 1, 4, 6, 2, 5, 7)
-    return matrix.view(torch.uint8).view(shape).permute(order).flatten(2).contiguous().view(matrix.dtype)
+    parts = codes.view(torch.uint8).view(-1, ROWS // rows, rows, codes.shape[1] // COLUMNS, 2, lanes * UNIT)
+    return parts.permute(0, 3, 1, 4, 2, 5).flatten(2).contiguous().view(codes.dtype)
 
 
-def in_rows(tiles: torch.Tensor) -> torch.Tensor:
+def in_rows(codes: torch.Tensor) -> torch.Tensor:
     """The other way round: [N, K]."""
     rows, lanes = LANES
-    own, is_codes = tiles.view(torch.uint8), tiles.itemsize == 1
-    num, steps, _ = tiles.shape
-    shape = (num, steps, 2, 2, 1, rows, lanes, 16) if is_codes else (num, steps, 1, 2, 2, rows, lanes, 16)
-    order = (0, 2, 5, 1, 3, 4, 6, 7) if is_codes else (0, 2, 5, 1, 3, 6, 4, 7)
-    num_rows = num * (ROWS if is_codes else OTHER_ROWS)
-    return own.view(shape).permute(order).reshape(num_rows, steps * COLUMNS * tiles.itemsize).view(tiles.dtype)
+    tiles, steps, _ = codes.shape
+    parts = codes.view(torch.uint8).view(tiles, steps, ROWS // rows, 2, rows, lanes * UNIT)
+    return parts.permute(0, 2, 4, 1, 3, 5).reshape(tiles * ROWS, steps * COLUMNS).view(codes.dtype)
 
 
 def of_blocks(codes: torch.Tensor, scales: torch.Tensor, first_row: int = 0) -> Weight:
@@ -102,7 +86,7 @@ def of_blocks(codes: torch.Tensor, scales: torch.Tensor, first_row: int = 0) -> 
 
 def join(weights: Sequence[Weight], others: torch.Tensor | None = None) -> Weight:
     """One below the other; none of them but the last may have others, and `others` go behind all."""
-    behind = weights[-1].others if others is None else laid_out(others.half())
+    behind = weights[-1].others if others is None else others.half()
     return Weight(
         torch.cat([weight.codes.view(torch.uint8) for weight in weights]).view(torch.float8_e4m3fn),
         torch.cat([weight.scales for weight in weights]),
@@ -125,8 +109,8 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def unpack(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """[N + M, K]; the products are computed in float32 and rounded once."""
     scales = weight.scales.repeat_interleave(ROWS, 0).repeat_interleave(COLUMNS, 1)
-    return torch.cat(((in_rows(weight.codes).float() * scales).to(dtype), in_rows(weight.others).to(dtype)))
+    return torch.cat(((in_rows(weight.codes).float() * scales).to(dtype), weight.others.to(dtype)))
 
 
 def _none(codes: torch.Tensor) -> torch.Tensor:
-    return codes.new_empty(0, codes.shape[1] // COLUMNS, OTHER_ROWS * COLUMNS, dtype=torch.float16)
+    return codes.new_empty(0, codes.shape[1], dtype=torch.float16)

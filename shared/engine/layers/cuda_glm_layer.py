@@ -312,7 +312,8 @@ def _attend(
         _select(queries.index, head_weights, state.keys, step, first=state.selects_first)
     attended = triton_latent.attend(
         queries, state.latents, step.selected, weights.up_value, config.qk_head_dim**-0.5, step.latent,
-        early=early and not selects and len(low) <= MAX_ROWS, pdl=step.pdl,
+        early=early and not selects and len(low) <= MAX_ROWS, late=not isinstance(weights.output, Fp8Matrix),
+        pdl=step.pdl,
     )  # fmt: skip
     return _plain(attended, weights.output, pdl=step.pdl)
 

@@ -300,7 +300,6 @@ inline uint32_t times(uint32_t a, uint32_t b) {
     return both.x.bits | static_cast<uint32_t>(both.y.bits) << 16;
 }
 inline void wait_for_inputs(const void*) {}
-inline void wait_for_fresh_inputs() {}
 inline void let_dependents_start() {}
 inline void in_order() {}
 template <class Value> void anew(Value&) {}
@@ -308,6 +307,8 @@ inline float* dynamic_shared() { return my_block().memory; }
 inline char* aligned_shared() { return reinterpret_cast<char*>(my_block().memory); }
 struct Cluster {
     static void sync() { my_cluster->meet.arrive_and_wait(); }
+    static void arrive() {}
+    static void wait() { sync(); }
     static int rank() { return lanes->running->rank; }
     static const float* of(float* mine, int rank) {
         return my_cluster->blocks[rank].memory + (mine - my_block().memory);

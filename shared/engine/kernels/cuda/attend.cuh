@@ -102,9 +102,9 @@ __device__ __forceinline__ void average(AttendMemory* memory, const char* tokens
         for (int i = 0; i < 4; i++) memory->means[(q * 2 + i % 2) * MEAN_STRIDE + warp * SHARE + m * 16 + g + i / 2 * 8] = sums[m][i];
 }
 
-// What all blocks of the cluster have found for a head; a block without tokens has no part.
-__device__ __forceinline__ void gather(const Attend& p, AttendMemory* memory, int head, int64_t out) {
-    float maxima[ATTENDERS], sums[ATTENDERS], best = -INFINITY, total = 0, mean[2] = {};
+// What all blocks of the cluster have found for a head, of which a thread has two values; a block without tokens has no part.
+__device__ __forceinline__ void gather(AttendMemory* memory, int head, float& best, float& total, float (&mean)[2]) {
+    float maxima[ATTENDERS], sums[ATTENDERS];
     float2 theirs[ATTENDERS];
     float* const own = memory->means + head * MEAN_STRIDE + threadIdx.x * 2;
 #pragma unroll
@@ -120,9 +120,6 @@ __device__ __forceinline__ void gather(const Attend& p, AttendMemory* memory, in
         const float weight = exp2f(maxima[r] - best);
         total += weight * sums[r], mean[0] += weight * theirs[r].x, mean[1] += weight * theirs[r].y;
     }
-    if (threadIdx.x == 0) p.maxima[out] = best, p.sums[out] = total;
-    float* const to = p.parts + out * LATENT + threadIdx.x * 2;
-    to[0] = mean[0], to[1] = mean[1];
 }
 
 __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__ Attend p) {
@@ -132,7 +129,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__
     const int groups = (p.num_heads + HEADS - 1) / HEADS, place = blockIdx.x / ATTENDERS;
     const int split = place % p.num_splits, group = place / p.num_splits % groups, row = place / p.num_splits / groups;
     if (threadIdx.x == 0) signal_init(memory->signal, 1), signals_ready();
-    if (!p.early) let_dependents_start(), wait_for_fresh_inputs();
+    if (!p.early) wait_for_inputs(p.latent);
     const int count = fresh(p.counts + row), blocks = p.num_splits * ATTENDERS;
     const int each = ((count + blocks - 1) / blocks + TILE - 1) / TILE * TILE, first = min((split * ATTENDERS + rank) * each, count);
     const int size = min(each, count - first), num_tiles = (size + TILE - 1) / TILE;
@@ -143,7 +140,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__
     }
     for (int i = threadIdx.x; i < (num_tiles * TILE - size) * PIECES; i += ATTEND_THREADS)
         *reinterpret_cast<uint4*>(tokens + (size + i / PIECES) * ROW_BYTES + i % PIECES * 16) = make_uint4(0, 0, 0, 0);
-    if (p.early) let_dependents_start(), wait_for_fresh_inputs();
+    if (p.early) wait_for_inputs(p.latent);
     bring_queries(p, row, group * HEADS, memory->queries);
     __syncthreads();
     signal_wait(memory->signal, 0);
@@ -181,15 +178,23 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__
     }
     __syncthreads();
     average(memory, tokens, num_tiles);
+    let_dependents_start();  // not before: their loads would delay these
     if (threadIdx.x < HEADS) {
         float largest = -INFINITY, sum = 0;
         for (int w = 0; w < num_tiles; w++) largest = fmaxf(largest, memory->of_warps[0][w][threadIdx.x]), sum += memory->of_warps[1][w][threadIdx.x];
         memory->maxima[threadIdx.x] = largest, memory->sums[threadIdx.x] = sum;
     }
     Cluster::sync();
+    float largest = -INFINITY, total = 0, mean[2] = {};
+    gather(memory, rank, largest, total, mean);
+    Cluster::arrive();  // nobody leaves while others read what it has found
     const int head = group * HEADS + rank;
-    if (head < p.num_heads) gather(p, memory, rank, (static_cast<int64_t>(row) * p.num_heads + head) * p.num_splits + split);
-    Cluster::sync();  // nobody leaves while others read what it has found
+    if (head < p.num_heads) {
+        const int64_t out = (static_cast<int64_t>(row) * p.num_heads + head) * p.num_splits + split;
+        if (threadIdx.x == 0) p.maxima[out] = largest, p.sums[out] = total;
+        *reinterpret_cast<float2*>(p.parts + out * LATENT + threadIdx.x * 2) = {mean[0], mean[1]};
+    }
+    Cluster::wait();
 }
 
 }  // namespace forebay

@@ -74,7 +74,6 @@ __device__ __forceinline__ uint32_t largest_of_warp(uint32_t value) { return __r
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // where a launch waits for the one before it
 __device__ void wait_for_inputs(const void*) {}
-__device__ void wait_for_fresh_inputs() {}
 __device__ void let_dependents_start() {}
 #else
 // A kernel that is on its multiprocessor early shares its L1 cache with kernels that still read what used to be at the
@@ -83,8 +82,6 @@ __device__ __forceinline__ void wait_for_inputs(const void* input) {
     uint32_t ignored;
     asm volatile("griddepcontrol.wait; ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(ignored) : "l"(input) : "memory");
 }
-// The same where all that is read of what the kernel in front wrote is `fresh`: an L2 round trip less.
-__device__ __forceinline__ void wait_for_fresh_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_dependents_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 #endif
 
@@ -92,12 +89,17 @@ __device__ __forceinline__ void let_dependents_start() { asm volatile("griddepco
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 struct Cluster {
     __device__ static void sync() { __syncthreads(); }
+    __device__ static void arrive() {}
+    __device__ static void wait() { __syncthreads(); }
     __device__ static int rank() { return 0; }
     __device__ static const float* of(float* mine, int) { return mine; }
 };
 #else
 struct Cluster {
     __device__ static void sync() { cooperative_groups::this_cluster().sync(); }
+    // The same in two: nobody is behind `wait` before all have arrived.
+    __device__ static void arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+    __device__ static void wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
     __device__ static int rank() { return cooperative_groups::this_cluster().block_rank(); }
     __device__ static const float* of(float* mine, int rank) { return cooperative_groups::this_cluster().map_shared_rank(mine, rank); }
 };

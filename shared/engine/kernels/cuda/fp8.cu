@@ -1,7 +1,7 @@
 // Products of few tokens with a matrix in e4m3, and what lies around them in a layer of GLM: the C side of `kernels.cuda_fp8`.
 //
-// A block's warps have 16 rows each, the blocks of a cluster share out the columns. A warp asks for all of its weights by bulk copies
-// into shared memory before it waits for the kernel in front: they lie one behind the other, as its lanes take them. Then the block brings
+// A block's warps have 16 rows each, the blocks of a cluster share out the columns. A warp takes weights straight into the registers
+// in which tensor cores want them, several steps ahead, the first ones before it waits for the kernel in front. Then the block brings
 // its columns of the tokens into shared memory as fp16: codes are exact in it, and so are products in the sums of tensor cores. What
 // an RMSNorm divides by is found along the way, and divided by in the end, where the blocks add up their parts in a fixed order.
 // Which columns share an instruction does not matter as long as both sides agree, so a lane takes sixteen that lie side by side.
@@ -11,16 +11,13 @@ namespace forebay {
 
 constexpr int WARPS = 4, THREADS = WARPS * 32, ROWS = 16, BLOCK_ROWS = WARPS * ROWS;
 constexpr int STEP = 128;                // columns with one scale
-constexpr int HALF_ROWS = 8;             // of a tile in fp16
-constexpr int STEP_BYTES = ROWS * STEP;  // of a tile
-constexpr int PARTS = 4;                 // of what a warp asks for
 constexpr int MAX_CLUSTER = 8;           // blocks
 constexpr float SMALLER = 1.0f / 64;     // tokens are kept as fp16 times this: up to four million, and to 2^-19 apart
 
 struct Product {
     const uint8_t* codes;      // [num_rows / ROWS, K / STEP, ROWS STEP] as `w8a16.laid_out`
     const float* scales;       // [num_rows / ROWS, K / STEP]
-    const __half* others;      // [num_others / HALF_ROWS, K / STEP, HALF_ROWS STEP]: rows behind these that are not in e4m3
+    const __half* others;      // [num_others, K]: rows behind these that are not in e4m3
     const void* x;             // [tokens, K], bf16 or float
     const __nv_bfloat16* delta;  // to be added to x, [tokens, K], or none
     const __nv_bfloat16* gain;   // of an RMSNorm, [K], or none
@@ -42,42 +39,55 @@ struct Kept {
     float latent_eps, key_eps;
 };
 
-// What a warp multiplies of its tile in a step of 128 columns: lane 4 g + q has four sixteens of bytes. `x` is where the lane's columns of the
-// step are, of the first eight tokens, and of others each `next` bytes further. Sixteen rows in e4m3, g and g + 8 of which are the lane's:
-template <int EIGHTS>
-__device__ __forceinline__ void add_codes(float (&sums)[EIGHTS][4], const uint4 (&w)[4], float scale, const char* x, int next) {
-    float parts[EIGHTS][4] = {};
+// Weights of a tile as a warp's lanes take them in a step: sixteen bytes four times, two of row g and two of row g + 8. `x` is where
+// the lane's columns of the step are, of the first eight tokens, and of others each `next` bytes further.
+struct Codes {
+    static constexpr int COLUMNS = STEP, BYTES = 1;
+
+    template <int EIGHTS>
+    __device__ __forceinline__ static void add(float (&sums)[EIGHTS][4], const uint4 (&w)[4], float scale, const char* x, int next) {
+        constexpr int CHAINS = EIGHTS < 4 ? 4 / EIGHTS : 1;  // products that do not wait for one another
+        float parts[CHAINS][EIGHTS][4] = {};
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const uint32_t low[4] = {w[h].x, w[h].y, w[h].z, w[h].w}, high[4] = {w[2 + h].x, w[2 + h].y, w[2 + h].z, w[2 + h].w};
+        for (int h = 0; h < 2; h++) {
+            const uint32_t low[4] = {w[h].x, w[h].y, w[h].z, w[h].w}, high[4] = {w[2 + h].x, w[2 + h].y, w[2 + h].z, w[2 + h].w};
 #pragma unroll
-        for (int s = 0; s < 4; s += 2) {
-            const uint2 near = from_fp8(low[s]), far = from_fp8(high[s]), near_next = from_fp8(low[s + 1]), far_next = from_fp8(high[s + 1]);
+            for (int s = 0; s < 4; s += 2) {
+                const uint2 near = from_fp8(low[s]), far = from_fp8(high[s]), near_next = from_fp8(low[s + 1]), far_next = from_fp8(high[s + 1]);
 #pragma unroll
-            for (int m = 0; m < EIGHTS; m++) {
-                const uint4 b = *reinterpret_cast<const uint4*>(x + m * next + h * 128 + s * 8);
-                multiply_half(parts[m], {near.x, far.x, near.y, far.y}, b.x, b.y);
-                multiply_half(parts[m], {near_next.x, far_next.x, near_next.y, far_next.y}, b.z, b.w);
+                for (int m = 0; m < EIGHTS; m++) {
+                    const uint4 b = *reinterpret_cast<const uint4*>(x + m * next + h * 128 + s * 8);
+                    multiply_half(parts[(h * 2 + s) % CHAINS][m], {near.x, far.x, near.y, far.y}, b.x, b.y);
+                    multiply_half(parts[(h * 2 + s + 1) % CHAINS][m], {near_next.x, far_next.x, near_next.y, far_next.y}, b.z, b.w);
+                }
             }
         }
+#pragma unroll
+        for (int m = 0; m < EIGHTS; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float sum = parts[0][m][i];
+#pragma unroll
+                for (int c = 1; c < CHAINS; c++) sum += parts[c][m][i];
+                sums[m][i] += sum * scale;
+            }
     }
+};
+struct Halves {
+    static constexpr int COLUMNS = 64, BYTES = 2;
+
+    template <int EIGHTS>
+    __device__ __forceinline__ static void add(float (&sums)[EIGHTS][4], const uint4 (&w)[4], float, const char* x, int next) {
 #pragma unroll
-    for (int m = 0; m < EIGHTS; m++)
+        for (int h = 0; h < 2; h++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) sums[m][i] += parts[m][i] * scale;
-}
-// Eight rows in fp16, so that a step has as many bytes; the other eight are zeros.
-template <int EIGHTS>
-__device__ __forceinline__ void add_halves(float (&sums)[EIGHTS][4], const uint4 (&w)[4], const char* x, int next) {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int m = 0; m < EIGHTS; m++) {
-            const uint4 b = *reinterpret_cast<const uint4*>(x + m * next + i / 2 * 128 + i % 2 * 16);
-            multiply_half(sums[m], {w[i].x, 0, w[i].y, 0}, b.x, b.y);
-            multiply_half(sums[m], {w[i].z, 0, w[i].w, 0}, b.z, b.w);
-        }
-}
+            for (int m = 0; m < EIGHTS; m++) {
+                const uint4 b = *reinterpret_cast<const uint4*>(x + m * next + h * 16);
+                multiply_half(sums[m], {w[h].x, w[2 + h].x, w[h].y, w[2 + h].y}, b.x, b.y);
+                multiply_half(sums[m], {w[h].z, w[2 + h].z, w[h].w, w[2 + h].w}, b.z, b.w);
+            }
+    }
+};
 
 __device__ __forceinline__ float first_of(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float second_of(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
@@ -174,42 +184,46 @@ __device__ __forceinline__ void stage(const Product& p, const Share& share, int 
     }
 }
 
-// What a warp has of a product: a tile of rows, of which it multiplies the block's columns. All of it is asked for at once, in parts
-// that can be multiplied when they have come.
+// What a warp has of a product: a tile of rows, of which it reads so many steps of the block's columns.
+template <class Weights, int DEPTH>
 struct Tile {
-    const char* weights;  // in shared memory
-    uint64_t* signals;    // of parts
-    float scales[2];      // lane i has those of steps i and i + 32
-    int num_steps, of_part;
-    bool coded;
+    const uint4* first;  // what the lane takes first
+    const float* scales;
+    int num_steps, far;  // where row g + 8 is, in sixteens
 
-    __device__ __forceinline__ void ask(const Product& p, const Share& share, int tile, int others, char* to, uint64_t* signal) {
-        const int64_t rest = p.num_columns / STEP, first = share.first / STEP, lane = threadIdx.x % 32;
-        coded = tile >= others, weights = to, signals = signal;
-        num_steps = share.size / STEP, of_part = (num_steps + PARTS - 1) / PARTS;
-        const int64_t step = (coded ? tile - others : tile) * rest + first;
-        if (lane == 0) {
-            const char* const from = (coded ? reinterpret_cast<const char*>(p.codes) : reinterpret_cast<const char*>(p.others)) + step * STEP_BYTES;
-            for (int i = 0; i < PARTS; i++) signal_init(signals + i, 1);
-            signals_ready();
-            for (int i = 0; i * of_part < num_steps; i++) {
-                const int bytes = min(of_part, num_steps - i * of_part) * STEP_BYTES, at = i * of_part * STEP_BYTES;
-                signal_expect(signals + i, bytes);
-                copy_ahead(to + at, from + at, bytes, signals + i);
-            }
+    __device__ Tile(const Product& p, const Share& share, int tile) {
+        const int lane = threadIdx.x % 32;
+        const int64_t step = static_cast<int64_t>(tile) * (p.num_columns / STEP) + share.first / STEP;
+        if (Weights::BYTES == 1) {
+            first = reinterpret_cast<const uint4*>(p.codes) + step * (ROWS * STEP / 16) + lane, far = 64;
+        } else {
+            const int row = p.num_columns / 8;  // in sixteens
+            first = reinterpret_cast<const uint4*>(p.others) + static_cast<int64_t>(tile * ROWS + lane / 4) * row + share.first / 8 + lane % 4 * 2;
+            far = 8 * row;
         }
-        for (int i = 0; i < 2; i++) scales[i] = coded && lane + 32 * i < num_steps ? p.scales[step + lane + 32 * i] : 0;
+        scales = p.scales + step;
+        num_steps = share.size / Weights::COLUMNS;
+    }
+    __device__ __forceinline__ void load(uint4 (&into)[4], float& scale, int step) const {
+        constexpr int NEXT = Weights::BYTES == 1 ? ROWS * STEP / 16 : 8, SECOND = Weights::BYTES == 1 ? 32 : 1;
+        const uint4* const at = first + step * NEXT;
+        into[0] = stream(at), into[1] = stream(at + SECOND), into[2] = stream(at + far), into[3] = stream(at + far + SECOND);
+        if (Weights::BYTES == 1) scale = __uint_as_float(stream(reinterpret_cast<const uint32_t*>(scales + step)));
+    }
+    __device__ __forceinline__ void begin(uint4 (&ahead)[DEPTH][4], float (&scale)[DEPTH]) const {
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++)
+            if (d < num_steps) load(ahead[d], scale[d], d);
     }
     template <int EIGHTS>
-    __device__ __forceinline__ void multiply(float (&sums)[EIGHTS][4], const char* x, int next) const {
-        const uint4* const own = reinterpret_cast<const uint4*>(weights) + threadIdx.x % 32;
-        for (int step = 0; step < num_steps; step++) {
-            if (step % of_part == 0) signal_wait(signals + step / of_part, 0);
-            const uint4* const at = own + step * (STEP_BYTES / 16);
-            const uint4 w[4] = {at[0], at[32], at[64], at[96]};
-            const float scale = __uint_as_float(__shfl_sync(~0u, __float_as_uint(step < 32 ? scales[0] : scales[1]), step % 32));
-            if (coded) add_codes(sums, w, scale, x + step * (STEP * 2), next);
-            else add_halves(sums, w, x + step * (STEP * 2), next);
+    __device__ __forceinline__ void finish(float (&sums)[EIGHTS][4], uint4 (&ahead)[DEPTH][4], float (&scale)[DEPTH], const char* x, int next) const {
+        for (int base = 0; base < num_steps; base += DEPTH) {
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) {
+                if (base + d >= num_steps) break;
+                Weights::add(sums, ahead[d], scale[d], x + (base + d) * Weights::COLUMNS * 2, next);
+                if (base + d + DEPTH < num_steps) load(ahead[d], scale[d], base + d + DEPTH);
+            }
         }
     }
 };
@@ -256,12 +270,12 @@ __device__ __forceinline__ void append(const Product& p, const Kept& k, int toke
         turn(k, token, i, normed(2 * i), normed(2 * i + 1), k.keys + page * k.key_page + place * k.key);
 }
 
-// Tiles that are not in e4m3 first; behind all rows what tokens leave in their pages.
-template <int TOKENS>
+// Tiles that are not in e4m3 first, since there is more of them to read; behind all rows what tokens leave in their pages.
+template <int TOKENS, int DEPTH>
 __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Product p, const __grid_constant__ Kept kept) {
     constexpr int EIGHTS = TOKENS < 8 ? 1 : TOKENS / 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const int others = p.num_others / HALF_ROWS, tiles = others + p.num_rows / ROWS, num_groups = (tiles + WARPS - 1) / WARPS;
+    const int others = p.num_others / ROWS, tiles = others + p.num_rows / ROWS, num_groups = (tiles + WARPS - 1) / WARPS;
     const int group = blockIdx.x / p.cluster, rank = blockIdx.x % p.cluster, first_token = blockIdx.y * TOKENS;
     if (group >= num_groups) {
         let_dependents_start();
@@ -272,18 +286,22 @@ __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Produ
     }
     const int tile = group * WARPS + warp;
     const Share share{rank * (p.num_columns / p.cluster), p.num_columns / p.cluster};
-    char* const weights = reinterpret_cast<char*>(dynamic_shared());
-    auto* const signals = reinterpret_cast<uint64_t*>(weights + WARPS * share.size * ROWS);
-    char* const tokens = reinterpret_cast<char*>(signals + WARPS * PARTS);
+    const bool coded = tile >= others;
+    const Tile<Codes, DEPTH> codes(p, share, min(tile, tiles - 1) - others);
+    const Tile<Halves, DEPTH> halves(p, share, tile);
+    uint4 ahead[DEPTH][4];
+    float scale[DEPTH];
+    if (tile < tiles) coded ? codes.begin(ahead, scale) : halves.begin(ahead, scale);
+
+    char* const tokens = reinterpret_cast<char*>(dynamic_shared());
     float* const parts = reinterpret_cast<float*>(tokens + TOKENS * share.row_bytes());  // [TOKENS][BLOCK_ROWS]
     float* const squares = parts + TOKENS * BLOCK_ROWS;                                  // of all warps of a token
-    Tile own;
-    if (tile < tiles) own.ask(p, share, tile, others, weights + warp * share.size * ROWS, signals + warp * PARTS);
     wait_for_inputs(p.x);
     stage<TOKENS>(p, share, first_token, group, num_groups, tokens, squares);
 
     float sums[EIGHTS][4] = {};
-    if (tile < tiles) own.multiply(sums, tokens + g % TOKENS * share.row_bytes() + q * 32, 8 * share.row_bytes());
+    const char* const x = tokens + g % TOKENS * share.row_bytes() + q * 32;
+    if (tile < tiles) coded ? codes.finish(sums, ahead, scale, x, 8 * share.row_bytes()) : halves.finish(sums, ahead, scale, x, 8 * share.row_bytes());
     let_dependents_start();  // not before: their loads would delay these
 #pragma unroll
     for (int m = 0; m < EIGHTS; m++)
@@ -296,14 +314,17 @@ __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Produ
     for (int i = rank * THREADS + threadIdx.x; i < TOKENS * BLOCK_ROWS; i += p.cluster * THREADS) {
         const int n = i / BLOCK_ROWS, token = first_token + n, own = group * WARPS + i % BLOCK_ROWS / ROWS;
         if (token >= p.num_tokens || own >= tiles) continue;
-        float sum = 0, all = 0;
-        for (int r = 0; r < p.cluster; r++) {
-            const float* const theirs = p.cluster > 1 ? Cluster::of(parts, r) : parts;
-            sum += theirs[i], all += theirs[TOKENS * BLOCK_ROWS + n];
+        float sum = 0, all = 0, of_block[MAX_CLUSTER], squares_of_block[MAX_CLUSTER];
+#pragma unroll
+        for (int r = 0; r < MAX_CLUSTER; r++) {  // all asked for before any has come
+            const float* const theirs = p.cluster > 1 ? Cluster::of(parts, min(r, p.cluster - 1)) : parts;
+            of_block[r] = theirs[i], squares_of_block[r] = theirs[TOKENS * BLOCK_ROWS + n];
         }
+#pragma unroll
+        for (int r = 0; r < MAX_CLUSTER; r++)
+            if (r < p.cluster) sum += of_block[r], all += squares_of_block[r];
         sum *= p.gain != nullptr ? rsqrtf(all / p.num_columns + p.eps) / SMALLER : 1 / SMALLER;
-        if (own < others && i % ROWS >= HALF_ROWS) continue;
-        const int row = own < others ? p.num_rows + own * HALF_ROWS + i % ROWS : (own - others) * ROWS + i % ROWS;
+        const int row = (own < others ? p.num_rows / ROWS + own : own - others) * ROWS + i % ROWS;
         const int64_t at = static_cast<int64_t>(token) * (p.num_rows + p.num_others) + row;
         if (p.wide_out) static_cast<float*>(p.out)[at] = sum;
         else static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16(sum);
@@ -347,19 +368,27 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-template <int TOKENS>
+template <int TOKENS, int DEPTH>
 cudaError_t run(const Product& p, const Kept* kept, bool early, cudaStream_t stream) {
-    const int columns = p.num_columns / p.cluster;
-    const size_t tokens = TOKENS * (columns * 2 + 16) + sizeof(float) * TOKENS * (BLOCK_ROWS + WARPS);
-    const size_t shared = WARPS * (columns * ROWS + sizeof(uint64_t) * PARTS) + tokens;
-    auto* kernel = product<TOKENS>;
+    const size_t shared = TOKENS * (p.num_columns / p.cluster * 2 + 16) + sizeof(float) * TOKENS * (BLOCK_ROWS + WARPS);
+    auto* kernel = product<TOKENS, DEPTH>;
     if (shared > 40 << 10) {
         const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
         if (error != cudaSuccess) return error;
     }
-    const int tiles = p.num_rows / ROWS + p.num_others / HALF_ROWS, groups = (tiles + WARPS - 1) / WARPS;
-    const dim3 grid((groups + (kept ? (p.num_tokens + p.cluster - 1) / p.cluster : 0)) * p.cluster, (p.num_tokens + TOKENS - 1) / TOKENS);
+    const int groups = ((p.num_rows + p.num_others) / ROWS + WARPS - 1) / WARPS, keepers = kept ? (p.num_tokens + p.cluster - 1) / p.cluster : 0;
+    const dim3 grid((groups + keepers) * p.cluster, (p.num_tokens + TOKENS - 1) / TOKENS);
     return launch(kernel, grid, THREADS, shared, p.cluster, early, stream, p, kept ? *kept : Kept{});
+}
+
+template <int TOKENS>
+cudaError_t run(const Product& p, const Kept* kept, int depth, bool early, cudaStream_t stream) {
+    switch (depth) {
+        case 3: return run<TOKENS, 3>(p, kept, early, stream);
+        case 4: return run<TOKENS, 4>(p, kept, early, stream);
+        case 6: return run<TOKENS, 6>(p, kept, early, stream);
+        default: return cudaErrorInvalidValue;
+    }
 }
 
 }  // namespace forebay
@@ -367,15 +396,15 @@ cudaError_t run(const Product& p, const Kept* kept, bool early, cudaStream_t str
 extern "C" {
 
 // Each returns a cudaError_t. Without `kept` nothing is written into pages.
-int forebay_fp8_product(const forebay::Product* p, const forebay::Kept* kept, int early, void* stream) {
+int forebay_fp8_product(const forebay::Product* p, const forebay::Kept* kept, int depth, int early, void* stream) {
     auto* s = static_cast<cudaStream_t>(stream);
     if (p->cluster < 1 || p->cluster > forebay::MAX_CLUSTER || p->num_columns % (forebay::STEP * p->cluster)) return cudaErrorInvalidValue;
-    if (p->num_tokens == 1) return forebay::run<1>(*p, kept, early, s);
-    if (p->num_tokens == 2) return forebay::run<2>(*p, kept, early, s);
-    if (p->num_tokens <= 4) return forebay::run<4>(*p, kept, early, s);
-    if (p->num_tokens <= 8) return forebay::run<8>(*p, kept, early, s);
-    if (p->num_tokens <= 16) return forebay::run<16>(*p, kept, early, s);
-    return forebay::run<32>(*p, kept, early, s);
+    if (p->num_tokens == 1) return forebay::run<1>(*p, kept, depth, early, s);
+    if (p->num_tokens == 2) return forebay::run<2>(*p, kept, depth, early, s);
+    if (p->num_tokens <= 4) return forebay::run<4>(*p, kept, depth, early, s);
+    if (p->num_tokens <= 8) return forebay::run<8>(*p, kept, depth, early, s);
+    if (p->num_tokens <= 16) return forebay::run<16>(*p, kept, depth, early, s);
+    return forebay::run<32>(*p, kept, depth, early, s);
 }
 
 int forebay_fp8_dequantize(const forebay::Product* p, int early, void* stream) {

@@ -18,7 +18,7 @@ struct Merge {
     const float *parts, *maxima, *sums;  // [tokens, heads, splits, LATENT], and [tokens, heads, splits] of base 2
     const __nv_bfloat16* up_value;       // [heads, VALUE, LATENT]
     __nv_bfloat16* out;                  // [tokens, heads, VALUE]
-    int num_heads, num_splits;
+    int num_heads, num_splits, late;  // `late`: what comes next starts when this kernel may read
 };
 
 __device__ __forceinline__ float half_of(uint32_t pair, int i) { return __uint_as_float(i ? pair & 0xFFFF0000u : pair << 16); }
@@ -128,8 +128,9 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_few(const __grid_constant
     const int value = rank * (VALUE / MERGERS) + warp * ROWS_OF_WARP;
     Rows rows;
     rows.load(p.up_value + (static_cast<int64_t>(place % p.num_heads) * VALUE + value) * LATENT);
-    let_dependents_start();
+    if (!p.late) let_dependents_start();
     wait_for_inputs(p.parts);
+    if (p.late) let_dependents_start();
 
     const int64_t first = static_cast<int64_t>(place) * SPLITS;
     float maxima[SPLITS], sums[SPLITS], best = -INFINITY, total = 0, mean[16] = {};

@@ -52,7 +52,7 @@ struct Scores {
     const uint32_t* kept;  // or none
     int first, size;
 
-    __device__ __forceinline__ uint32_t key(int i) const { return kept != nullptr ? kept[i] : in_order_of(fresh(global + i)); }
+    __device__ __forceinline__ uint32_t key(int i) const { return kept != nullptr ? kept[i] : in_order_of(global[i]); }
     // Score and position, of equal scores the first the highest.
     __device__ __forceinline__ uint64_t rank(int i) const {
         return static_cast<uint64_t>(key(i)) << PLACE_BITS | ((1u << PLACE_BITS) - 1 - (first + i));
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(SELECT_THREADS) select(const __grid_constant__
     int* const slots = p.slots + static_cast<int64_t>(row) * p.top_k;
     for (int i = thread; i < BINS * COPIES; i += SELECT_THREADS) memory->counts[i] = 0;
     let_dependents_start();
-    wait_for_fresh_inputs();
+    wait_for_inputs(p.scores);
     if (visible <= p.top_k) {  // all of them: only the first layer of a step writes that
         if (p.first && rank == 0) {
             for (int i = thread; i < visible; i += SELECT_THREADS) slots[i] = slot_of(p, table, i);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(SELECT_THREADS) select(const __grid_constant__
     const Scores own{p.scores + static_cast<int64_t>(row) * p.stride + first, size <= p.held ? keys : nullptr, first, size};
     if (own.kept != nullptr) {
 #pragma unroll 4
-        for (int i = thread; i < size; i += SELECT_THREADS) keys[i] = in_order_of(fresh(own.global + i));
+        for (int i = thread; i < size; i += SELECT_THREADS) keys[i] = in_order_of(own.global[i]);
     }
     __syncthreads();
     uint64_t prefix = 0;
@@ -158,9 +158,10 @@ __global__ void __launch_bounds__(SELECT_THREADS) select(const __grid_constant__
             break;
         }
     }
+    Cluster::arrive();  // nobody leaves while others read what it has counted
     keep(p, own, prefix << shift, before, table, slots, memory);
     if (rank == 0 && thread == 0) p.counts[row] = p.top_k;
-    Cluster::sync();  // nobody leaves while others read what it has counted
+    Cluster::wait();
 }
 
 }  // namespace forebay
