@@ -62,7 +62,8 @@ def require_attended(
     assert splits in (0, parts.means.shape[2])
     weights = torch.exp2(parts.maxima - parts.maxima.amax(-1, keepdim=True))
     used = parts.maxima[..., None] > -torch.inf
-    found = (torch.where(used, parts.means, 0.0) * weights[..., None]).sum(2) / (weights * parts.sums).sum(-1)[..., None]
+    total = (weights * parts.sums).sum(-1)[..., None]
+    found = (torch.where(used, parts.means, 0.0) * weights[..., None]).sum(2) / total
     for row, count in enumerate(counts):
         own = slots[row, :count].long()
         keys = latents[own // PAGE_SIZE, own % PAGE_SIZE].float()

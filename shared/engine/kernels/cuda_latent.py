@@ -106,8 +106,11 @@ class CudaLatent:
         return Parts(means, maxima, sums)
 
     def merge(self, parts: Parts, up_value: torch.Tensor, *, late: bool = False, pdl: bool = True) -> torch.Tensor:
-        """As `triton_latent.merge`: bfloat16 [T, H * v]. `up_value` bfloat16 [H, v, latent]. Of few splits, with `late`,
-        the kernel behind starts when the one in front has ended: better where it asks for much at once."""
+        """As `triton_latent.merge`: bfloat16 [T, H * v]. `up_value` bfloat16 [H, v, latent].
+
+        Of few splits, with `late`, the kernel behind starts when the one in front has ended: better where it asks for
+        much at once (docs/decisions/0064).
+        """
         num_tokens, heads, splits, _ = parts.means.shape
         out = up_value.new_empty(num_tokens, heads * VALUE)
         tensors = (parts.means, parts.maxima, parts.sums, up_value, out)
