@@ -29,7 +29,7 @@ struct AttendMemory {
     float of_warps[2][ATTEND_WARPS][HEADS];
     __nv_bfloat16 weights[HEADS * WEIGHT_STRIDE];
     alignas(16) char queries[HEADS * ROW_BYTES];
-    alignas(16) uint64_t signal[2];
+    alignas(16) uint64_t signal;
     // and tokens, of ROW_BYTES each
 };
 
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, rank = Cluster::rank();
     const int groups = (p.num_heads + HEADS - 1) / HEADS, place = blockIdx.x / ATTENDERS;
     const int split = place % p.num_splits, group = place / p.num_splits % groups, row = place / p.num_splits / groups;
-    if (threadIdx.x == 0) signal_init(memory->signal, 1), signals_ready();
+    if (threadIdx.x == 0) signal_init(&memory->signal, 1), signals_ready();
     if (!p.early) wait_for_inputs(p.latent);
     const int count = fresh(p.counts + row), blocks = p.num_splits * ATTENDERS;
     const int each = ((count + blocks - 1) / blocks + TILE - 1) / TILE * TILE, first = min((split * ATTENDERS + rank) * each, count);
@@ -136,14 +136,14 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__
     __syncthreads();
     if (warp == 0) {
         copies_follow_inputs();
-        ask(p, p.slots + static_cast<int64_t>(row) * p.top_k + first, size, tokens, memory->signal);
+        ask(p, p.slots + static_cast<int64_t>(row) * p.top_k + first, size, tokens, &memory->signal);
     }
     for (int i = threadIdx.x; i < (num_tiles * TILE - size) * PIECES; i += ATTEND_THREADS)
         *reinterpret_cast<uint4*>(tokens + (size + i / PIECES) * ROW_BYTES + i % PIECES * 16) = make_uint4(0, 0, 0, 0);
     if (p.early) wait_for_inputs(p.latent);
     bring_queries(p, row, group * HEADS, memory->queries);
     __syncthreads();
-    signal_wait(memory->signal, 0);
+    signal_wait(&memory->signal, 0);
 
     float scores[4] = {}, best[2] = {-INFINITY, -INFINITY}, sums[2] = {};
     if (warp < num_tiles) {

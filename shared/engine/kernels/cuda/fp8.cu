@@ -5,7 +5,7 @@
 // its columns of the tokens into shared memory as fp16: codes are exact in it, and so are products in the sums of tensor cores. What
 // an RMSNorm divides by is found along the way, and divided by in the end, where the blocks add up their parts in a fixed order.
 // Which columns share an instruction does not matter as long as both sides agree, so a lane takes sixteen that lie side by side.
-#include <device.cuh>
+#include "launch.cuh"
 
 namespace forebay {
 
@@ -355,30 +355,12 @@ __global__ void __launch_bounds__(256) dequantize(const __grid_constant__ Produc
     to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]), to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
 }
 
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int cluster, bool early, cudaStream_t stream, const Arguments&... arguments) {
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = early;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
-    config.attrs = attributes, config.numAttrs = cluster > 1 ? 2 : 1;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 template <int TOKENS, int DEPTH>
 cudaError_t run(const Product& p, const Kept* kept, bool early, cudaStream_t stream) {
     const size_t shared = TOKENS * (p.num_columns / p.cluster * 2 + 16) + sizeof(float) * TOKENS * (BLOCK_ROWS + WARPS);
-    auto* kernel = product<TOKENS, DEPTH>;
-    if (shared > 40 << 10) {
-        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-        if (error != cudaSuccess) return error;
-    }
     const int groups = ((p.num_rows + p.num_others) / ROWS + WARPS - 1) / WARPS, keepers = kept ? (p.num_tokens + p.cluster - 1) / p.cluster : 0;
     const dim3 grid((groups + keepers) * p.cluster, (p.num_tokens + TOKENS - 1) / TOKENS);
-    return launch(kernel, grid, THREADS, shared, p.cluster, early, stream, p, kept ? *kept : Kept{});
+    return launch_beside(product<TOKENS, DEPTH>, grid, THREADS, shared, p.cluster, early, stream, p, kept ? *kept : Kept{});
 }
 
 template <int TOKENS>
@@ -409,6 +391,6 @@ int forebay_fp8_product(const forebay::Product* p, const forebay::Kept* kept, in
 
 int forebay_fp8_dequantize(const forebay::Product* p, int early, void* stream) {
     const int64_t threads = static_cast<int64_t>(p->num_rows) * (p->num_columns / 16);
-    return forebay::launch(forebay::dequantize, dim3(static_cast<unsigned>((threads + 255) / 256)), 256, 0, 1, early, static_cast<cudaStream_t>(stream), *p);
+    return forebay::launch_beside(forebay::dequantize, dim3(static_cast<unsigned>((threads + 255) / 256)), 256, 0, 1, early, stream, *p);
 }
 }

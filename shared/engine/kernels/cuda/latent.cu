@@ -5,6 +5,7 @@
 // one another's shares from shared memory, and each multiplies the whole by its rows of the matrix, which it asked for before
 // the splits were there. Of few splits each lane merges by itself what it multiplies, and nobody waits for anybody.
 #include "attend.cuh"
+#include "launch.cuh"
 #include "select.cuh"
 
 namespace forebay {
@@ -160,24 +161,6 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_few(const __grid_constant
     rows.multiply(mean, mean + 8, p.out + static_cast<int64_t>(place) * VALUE + value);
 }
 
-// Behind the kernel in front, or beside its end.
-template <class Parameters>
-cudaError_t begin(void (*kernel)(Parameters), int blocks, int threads, size_t shared, int cluster, int early, void* stream, const Parameters& parameters) {
-    if (shared > 40 << 10) {
-        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-        if (error != cudaSuccess) return error;
-    }
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = early;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.dynamicSmemBytes = shared;
-    config.stream = static_cast<cudaStream_t>(stream), config.attrs = attributes, config.numAttrs = cluster > 1 ? 2 : 1;
-    return cudaLaunchKernelEx(&config, kernel, parameters);
-}
-
 }  // namespace forebay
 
 extern "C" {
@@ -186,7 +169,7 @@ extern "C" {
 int forebay_select(const forebay::Select* p, int num_rows, int early, void* stream) {
     using namespace forebay;
     const size_t shared = sizeof(SelectMemory) + sizeof(uint32_t) * p->held;
-    return begin(select, num_rows * SELECTORS, SELECT_THREADS, shared, SELECTORS, early, stream, *p);
+    return launch_beside(select, dim3(num_rows * SELECTORS), SELECT_THREADS, shared, SELECTORS, early, stream, *p);
 }
 
 int forebay_attend(const forebay::Attend* p, int num_rows, int early, void* stream) {
@@ -194,19 +177,19 @@ int forebay_attend(const forebay::Attend* p, int num_rows, int early, void* stre
     const int blocks = p->num_splits * ATTENDERS, most = ((p->top_k + blocks - 1) / blocks + TILE - 1) / TILE * TILE;
     if (most > MOST_TOKENS) return cudaErrorInvalidValue;
     const int groups = (p->num_heads + HEADS - 1) / HEADS;
-    return begin(attend, num_rows * groups * blocks, ATTEND_THREADS, sizeof(AttendMemory) + most * ROW_BYTES, ATTENDERS, early, stream, *p);
+    return launch_beside(attend, dim3(num_rows * groups * blocks), ATTEND_THREADS, sizeof(AttendMemory) + most * ROW_BYTES, ATTENDERS, early, stream, *p);
 }
 
 int forebay_merge(const forebay::Merge* p, int num_tokens, int early, void* stream) {
     using namespace forebay;
-    const int blocks = num_tokens * p->num_heads * MERGERS;
+    const dim3 blocks(num_tokens * p->num_heads * MERGERS);
     switch (p->num_splits) {
-        case 1: return begin(merge_few<1>, blocks, MERGE_THREADS, 0, 1, early, stream, *p);
-        case 2: return begin(merge_few<2>, blocks, MERGE_THREADS, 0, 1, early, stream, *p);
-        case 4: return begin(merge_few<4>, blocks, MERGE_THREADS, 0, 1, early, stream, *p);
+        case 1: return launch_beside(merge_few<1>, blocks, MERGE_THREADS, 0, 1, early, stream, *p);
+        case 2: return launch_beside(merge_few<2>, blocks, MERGE_THREADS, 0, 1, early, stream, *p);
+        case 4: return launch_beside(merge_few<4>, blocks, MERGE_THREADS, 0, 1, early, stream, *p);
     }
     if (p->num_splits > MAX_SPLITS) return cudaErrorInvalidValue;
     const size_t shared = sizeof(float) * (MERGE_WARPS * MAX_SPLITS + (BESIDE + 1) * SHARE + LATENT);
-    return begin(merge, blocks, MERGE_THREADS, shared, MERGERS, early, stream, *p);
+    return launch_beside(merge, blocks, MERGE_THREADS, shared, MERGERS, early, stream, *p);
 }
 }
