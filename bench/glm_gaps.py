@@ -1,7 +1,7 @@
 """How long a GPU has nothing to do between verifications of GLM-5.2 on one of eight ranks, whose MTP layer drafts: in
 order, and with the next step launched before the host hears how many drafts were right.
 
-    python -m bench.glm_gaps [--layers 78] [--drafts 3] [--sizes 1] [--context 8192] [--steps 60]
+    python -m bench.glm_gaps [--layers 78] [--linears bf16|fp8] [--drafts 3] [--sizes 1] [--context 8192] [--steps 60]
 
 As `bench.gaps`, with the rank and its pages of `bench.glm_rank`. A step verifies so many drafts of each sequence,
 follows the model by what was chosen, and proposes as many again; drafts are right as random weights have it.
@@ -137,6 +137,7 @@ def wall_ms(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=78)
+    parser.add_argument("--linears", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--drafts", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--context", type=int, default=8192)
@@ -149,9 +150,9 @@ def main() -> None:
         moe_layers=config.moe_layers[: args.layers],
     )  # fmt: skip
     with torch.inference_mode():
-        executor = on_rank(rank(config, 8, device, pdl=True, cuda=True))
+        executor = on_rank(rank(config, 8, device, pdl=True, cuda=True, fp8=args.linears == "fp8"))
     gc.freeze()  # as a worker does: a full collection takes as long as some steps
-    print(torch.cuda.get_device_name(0))
+    print(f"{torch.cuda.get_device_name(0)}; attention's linears, and dense MLPs', in {args.linears}")
     print(
         "| verification | ms on the GPU | ms in order (idle; longest) | ms launched ahead | tokens a step, each way |"
     )

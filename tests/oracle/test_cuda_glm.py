@@ -240,8 +240,8 @@ def test_the_selection_equals_the_reference(top_k: int, tile: int) -> None:
 
 @pytest.mark.parametrize(("num_rows", "heads"), [(1, 8), (4, 8), (3, 64), (40, 8)])
 def test_sparse_attention_equals_the_reference(num_rows: int, heads: int) -> None:
-    from shared.engine.kernels.triton_latent import Selected, attend
-    from shared.engine.kernels.triton_queries import Queries
+    from shared.engine.kernels.inputs import Queries, Selected
+    from shared.engine.kernels.triton_latent import attend
 
     top_k, counts = 2048, torch.randint(1, 2049, (num_rows,), dtype=torch.int32, device="cuda")
     latents = random(256, 3, PAGE_SIZE, 576)[:, 1]

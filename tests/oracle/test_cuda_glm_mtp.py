@@ -23,6 +23,9 @@ PLACES = (
     Placement(torch.bfloat16, 2, mtp=True),
 )
 NUM_DRAFTS = 3
+# Of models. Of one, rounding alone makes 10 to 20 of the 48 rows choose otherwise (docs/LOG.md), as rows of a sequence
+# follow one another.
+SEEDS = (1, 2, 3, 4, 5)
 
 
 class Drafting:
@@ -73,22 +76,30 @@ STEPS = (
 @pytest.mark.parametrize("share", [True, False], ids=["as 5.2 shares a selection", "as 5 and 5.1 select anew"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_drafts_are_as_near_to_float32_as_bfloat16_is_on_the_cpu(variant: str, share: bool, tmp_path: Path) -> None:
-    random_glm.write(tmp_path, index_share_for_mtp_iteration=share, **VARIANTS[variant])
-    require_near_drafts(variant, tmp_path)
+    model_dirs = []
+    for seed in SEEDS if variant != "nothing to choose" else SEEDS[:1]:
+        model_dirs.append(tmp_path / str(seed))
+        model_dirs[-1].mkdir()
+        random_glm.write(model_dirs[-1], seed, index_share_for_mtp_iteration=share, **VARIANTS[variant])
+    require_near_drafts(variant, model_dirs)
 
 
 def test_drafts_of_a_checkpoint_in_e4m3_are_as_near(tmp_path: Path) -> None:
-    require_near_drafts("nothing to choose", in_e4m3(tmp_path, "nothing to choose"))
+    require_near_drafts("nothing to choose", [in_e4m3(tmp_path, "nothing to choose")])
 
 
-def require_near_drafts(variant: str, model_dir: Path) -> None:
+def require_near_drafts(variant: str, model_dirs: Sequence[Path]) -> None:
     """That drafts on the GPU are as near to float32 as those on the CPU in bfloat16."""
-    found = []
-    for place in PLACES:
-        made = Drafting(model_dir, place)
-        found.append(torch.cat([made.logits(*step) for step in STEPS]))
-    on_gpu, exact, rounded = found
-    require_as_near(variant, distance(on_gpu, exact), distance(rounded, exact))
+    ours, theirs = list[torch.Tensor](), list[torch.Tensor]()
+    for model_dir in model_dirs:
+        found = []
+        for place in PLACES:
+            made = Drafting(model_dir, place)
+            found.append(torch.cat([made.logits(*step) for step in STEPS]))
+        on_gpu, exact, rounded = found
+        ours.append(distance(on_gpu, exact))
+        theirs.append(distance(rounded, exact))
+    require_as_near(variant, torch.cat(ours), torch.cat(theirs))
 
 
 def executor(model_dir: Path, *, mtp: bool) -> TorchExecutor:

@@ -113,7 +113,7 @@ class CudaFp8:
 
     def plain(self, weight: Weight, *, pdl: bool = True) -> torch.Tensor:
         """The matrix in bfloat16, for products with many rows."""
-        num_rows, num_columns = weight.codes.shape
+        num_rows, num_columns = weight.num_rows, weight.shape[1]
         out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.codes.device)
         product = Product(weight.codes.data_ptr(), weight.scales.data_ptr(), out=out.data_ptr())
         product.num_rows, product.num_columns = num_rows, num_columns
@@ -130,7 +130,7 @@ class CudaFp8:
         product = Product(
             weight.codes.data_ptr(), weight.scales.data_ptr(), weight.others.data_ptr(), x.data_ptr(), _at(delta),
             norm.gain.data_ptr() if norm else None, out.data_ptr(), None,
-            len(x), len(weight.codes), len(weight.others), num_columns, x.stride(0),
+            len(x), weight.num_rows, len(weight.others), num_columns, x.stride(0),
             delta.stride(0) if delta is not None else 0, int(x.dtype == torch.float32), int(dtype == torch.float32),
             eps=norm.eps if norm else 0.0,
         )  # fmt: skip

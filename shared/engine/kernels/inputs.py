@@ -36,6 +36,24 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Queries:
+    """Of latent attention [T, H, latent] and their rotary part [T, H, rope]; those of the index, or None
+    [T, index_heads, index_dim]."""
+
+    latent: torch.Tensor
+    rope: torch.Tensor
+    index: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What each row attends to: slots int32 [T, top_k] in the order of their positions, counts int32 [T]."""
+
+    slots: torch.Tensor
+    counts: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class KeyNorm:
     """LayerNorm of index keys, float32 [index_dim]."""
 

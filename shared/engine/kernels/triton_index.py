@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from shared.engine.kernels.inputs import Rows
+from shared.engine.kernels.cuda_latent import MAX_CONTEXT, CudaLatent
+from shared.engine.kernels.inputs import Rows, Selected
 from shared.engine.kernels.triton_early import wait
-from shared.engine.kernels.triton_latent import Selected
 
 KEYS = 64  # of a product
 MAX_TILE = 8192  # scores that a program chooses from at a time
@@ -152,6 +152,7 @@ def select(
     rows: Rows,
     selected: Selected,
     capacity: int,
+    kernels: CudaLatent | None = None,
     *,
     first: bool,
     tile: int = 0,
@@ -160,17 +161,11 @@ def select(
     """Write the selection of each row; see `sparse_reference.select`.
 
     q [T, H, D]; weights [T, H], rows may be strided; keys [pages, page_size, D], one layer's view of the pool; no row
-    sees more than `capacity` tokens. `first`: this is the first layer of the step that selects.
+    sees more than `capacity` tokens. `first`: this is the first layer of the step that selects. `kernels` find the
+    highest scores, if they are there.
     """
     (num_rows, heads, dim), top_k, page_size = q.shape, selected.slots.shape[1], keys.shape[1]
-    tile = tile or min(MAX_TILE, max(4 * top_k, triton.next_power_of_2(capacity)))
-    num_tiles = triton.cdiv(capacity, tile)
-    warps = min(16, max(4, tile // 512))
     scores = torch.empty(num_rows, capacity, dtype=torch.float32, device=q.device)
-    orders, places = (
-        torch.empty(num_rows, num_tiles if num_tiles > 1 else 0, top_k, dtype=torch.int32, device=q.device)
-        for _ in range(2)
-    )
     tables = rows.positions, rows.starts, rows.page_ids
     num_blocks = min(triton.cdiv(capacity, KEYS), max(1, SCORE_PROGRAMS // num_rows))
     if capacity > top_k:
@@ -180,6 +175,25 @@ def select(
         )  # fmt: skip
     if capacity <= top_k and not first:
         return
+    if kernels is not None and capacity <= MAX_CONTEXT:
+        kernels.select(scores, rows, selected, page_size, first=first, pdl=pdl)
+    else:
+        _highest_of(scores, rows, selected, page_size, tile, first=first, pdl=pdl)
+
+
+def _highest_of(
+    scores: torch.Tensor, rows: Rows, selected: Selected, page_size: int, tile: int, *, first: bool, pdl: bool
+) -> None:
+    """Tile by tile, each by one program."""
+    (num_rows, capacity), top_k = scores.shape, selected.slots.shape[1]
+    tile = tile or min(MAX_TILE, max(4 * top_k, triton.next_power_of_2(capacity)))
+    num_tiles = triton.cdiv(capacity, tile)
+    warps = min(16, max(4, tile // 512))
+    orders, places = (
+        torch.empty(num_rows, num_tiles if num_tiles > 1 else 0, top_k, dtype=torch.int32, device=scores.device)
+        for _ in range(2)
+    )
+    tables = rows.positions, rows.starts, rows.page_ids
     _select[(num_rows, num_tiles)](
         scores, *tables, selected.slots, selected.counts, orders, places, capacity,
         top_k, page_size, tile, first, pdl, num_warps=warps, launch_pdl=pdl,

@@ -6,8 +6,6 @@ Attention is cut into splits of a selection, merged by their log-sum-exp ("Flash
 are the left side of both products, so that heads, which are few on a rank, need to fill no more than 16 columns.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -15,23 +13,16 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from shared.engine.kernels import cuda_latent
 from shared.engine.kernels.cuda_latent import CudaLatent
+from shared.engine.kernels.inputs import Queries, Selected
 from shared.engine.kernels.splits import Parts
 from shared.engine.kernels.triton_early import wait
-from shared.engine.kernels.triton_queries import ABSORB_ROWS, Queries
+from shared.engine.kernels.triton_queries import ABSORB_ROWS
 
 HEADS = 16  # of a product at least
 MAX_SPLITS = 64
 LOG2_E = 1.4426950408889634
 TOKENS = 32  # attended to at a time; with 64, Triton 3.6 compiles `_attend_once` to something wrong (docs/LOG.md)
 PROGRAMS = 264  # two for each multiprocessor of an H100
-
-
-@dataclass(frozen=True, slots=True)
-class Selected:
-    """What each row attends to: slots int32 [T, top_k] in the order of their positions, counts int32 [T]."""
-
-    slots: torch.Tensor
-    counts: torch.Tensor
 
 
 @triton.jit
@@ -173,19 +164,24 @@ def attend(
     selected: Selected,
     up_value: torch.Tensor,
     scale: float,
-    merging: CudaLatent | None = None,
+    kernels: CudaLatent | None = None,
     *,
     early: bool = False,
+    late: bool = False,
     pdl: bool = True,
 ) -> torch.Tensor:
     """Attend to the selection; [T, H * v]. `up_value` [H, v, latent] brings what was found out of latent space.
 
-    `early`: selection and latents are older than the kernel launched last, which made the queries. `merging` merges
-    what few rows find, if it is made for that.
+    `early`: selection and latents are older than the kernel launched last, which made the queries. `kernels` serve few
+    rows, if they are made for such heads; `late` as in `CudaLatent.merge`.
     """
-    parts = attend_in_parts(queries, latents, selected, scale, early=early, pdl=pdl)
-    few = merging if len(parts.sums) <= ABSORB_ROWS and cuda_latent.suits(up_value) else None
-    return few.merge(parts, up_value, pdl=pdl) if few else merge(parts, up_value, pdl=pdl)
+    own = kernels if cuda_latent.suits(queries, latents, up_value) else None
+    if own is not None and len(selected.slots) <= cuda_latent.MOST_ROWS:
+        parts = own.attend(queries, latents, selected, scale, early=early, pdl=pdl)
+    else:
+        parts = attend_in_parts(queries, latents, selected, scale, early=early, pdl=pdl)
+    few = own if len(selected.slots) <= ABSORB_ROWS else None
+    return few.merge(parts, up_value, late=late, pdl=pdl) if few else merge(parts, up_value, pdl=pdl)
 
 
 def attend_in_parts(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from shared.engine.kernels.inputs import Rows
+from shared.engine.kernels.inputs import Queries, Rows
 from shared.engine.kernels.triton_early import wait
 
 ABSORB_ROWS = 16
@@ -107,15 +107,6 @@ def _prepare(
             source = q + row * q_stride + NUM_HEADS * HEAD + first * INDEX_DIM
             target = q_index + (row * INDEX_HEADS + first) * INDEX_DIM
             _rotate(source, target, all_c, all_s, INDEX_DIM, SOME_HEADS, SOME_HEADS, INDEX_DIM // 2)
-
-
-@dataclass(frozen=True, slots=True)
-class Queries:
-    """latent [T, H, latent] and rope [T, H, rope] of attention; index [T, index_heads, index_dim] or None."""
-
-    latent: torch.Tensor
-    rope: torch.Tensor
-    index: torch.Tensor | None
 
 
 def prepare(

@@ -2,7 +2,7 @@
 
 Checkpoints have a float32 scale for each block of 128 by 128 (`quantization.fp8_block`). Here rows are counted in
 tiles of 16, each with its own scale for every 128 columns: a few bytes more, and matrices whose rows do not fill a
-block can be joined, and cut, at any tile.
+block can be joined, and cut, at any tile. What a warp of `cuda/fp8.cu` reads of a tile is one span of memory.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,18 @@ import torch
 import torch.nn.functional as F
 
 ROWS, COLUMNS = 16, 128  # that share a scale
+UNIT, LANES = 16, (8, 4)  # codes that a lane takes at once; lanes for eight rows, and for half of the columns
 BLOCK = 128  # rows and columns, in checkpoints
 CODE_MAX = 448.0
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """w[n, k] = codes[n, k] * scales[n // 16, k // 128], and behind these rows `others`.
+    """w[n, k] = code[n, k] * scales[n // 16, k // 128], and behind these rows `others`.
 
-    codes float8_e4m3fn [N, K]; scales float32 [N / 16, K / 128]; others [M, K], which the checkpoint has in bfloat16:
-    fp16, which is exact but for what is below 2^-14 (and there off by 2^-25 at most).
+    codes float8_e4m3fn [N / 16, K / 128, 2048] as `laid_out` has them; scales float32 [N / 16, K / 128]; others [M, K],
+    which the checkpoint has in bfloat16: fp16, which is exact but for what is below 2^-14 (and there off by 2^-25 at
+    most).
     """
 
     codes: torch.Tensor
@@ -31,7 +33,12 @@ class Weight:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows with the others, and columns."""
-        return len(self.codes) + len(self.others), self.codes.shape[1]
+        return self.num_rows + len(self.others), self.scales.shape[1] * COLUMNS
+
+    @property
+    def num_rows(self) -> int:
+        """Without the others."""
+        return len(self.scales) * ROWS
 
     @property
     def nbytes(self) -> int:
@@ -41,13 +48,29 @@ class Weight:
     def first(self, num_rows: int) -> "Weight":
         """So many rows of it, whole tiles of those in e4m3."""
         assert num_rows % ROWS == 0, "tiles are not cut"
-        assert num_rows <= len(self.codes), "the others are not cut"
-        return Weight(self.codes[:num_rows], self.scales[: num_rows // ROWS], self.others[:0])
+        assert num_rows <= self.num_rows, "the others are not cut"
+        return Weight(self.codes[: num_rows // ROWS], self.scales[: num_rows // ROWS], self.others[:0])
 
 
 def fits(num_rows: int, num_columns: int, first_row: int = 0, first_column: int = 0) -> bool:
     """Whether such a part of a matrix can be kept so: whole tiles, and columns that begin and end with a block."""
     return not (num_rows % ROWS or first_row % ROWS or num_columns % COLUMNS or first_column % COLUMNS)
+
+
+def laid_out(codes: torch.Tensor) -> torch.Tensor:
+    """Codes [N, K] to [N / 16, K / 128, 2048]: of eight rows and 64 columns UNIT codes of each lane, row by row; then
+    those of the other columns; then those of the other rows."""
+    rows, lanes = LANES
+    parts = codes.view(torch.uint8).view(-1, ROWS // rows, rows, codes.shape[1] // COLUMNS, 2, lanes * UNIT)
+    return parts.permute(0, 3, 1, 4, 2, 5).flatten(2).contiguous().view(codes.dtype)
+
+
+def in_rows(codes: torch.Tensor) -> torch.Tensor:
+    """The other way round: [N, K]."""
+    rows, lanes = LANES
+    tiles, steps, _ = codes.shape
+    parts = codes.view(torch.uint8).view(tiles, steps, ROWS // rows, 2, rows, lanes * UNIT)
+    return parts.permute(0, 2, 4, 1, 3, 5).reshape(tiles * ROWS, steps * COLUMNS).view(codes.dtype)
 
 
 def of_blocks(codes: torch.Tensor, scales: torch.Tensor, first_row: int = 0) -> Weight:
@@ -58,7 +81,7 @@ def of_blocks(codes: torch.Tensor, scales: torch.Tensor, first_row: int = 0) -> 
     if tuple(scales.shape) != wanted or codes.dtype != torch.float8_e4m3fn:
         raise ValueError(f"{codes.dtype} {list(codes.shape)} needs scales {list(wanted)}, not {list(scales.shape)}")
     tiles = torch.arange(first_row % BLOCK, first_row % BLOCK + len(codes), ROWS, device=codes.device) // BLOCK
-    return Weight(codes, scales.float()[tiles].contiguous(), _none(codes))
+    return Weight(laid_out(codes), scales.float()[tiles].contiguous(), _none(codes))
 
 
 def join(weights: Sequence[Weight], others: torch.Tensor | None = None) -> Weight:
@@ -86,7 +109,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def unpack(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """[N + M, K]; the products are computed in float32 and rounded once."""
     scales = weight.scales.repeat_interleave(ROWS, 0).repeat_interleave(COLUMNS, 1)
-    return torch.cat(((weight.codes.float() * scales).to(dtype), weight.others.to(dtype)))
+    return torch.cat(((in_rows(weight.codes).float() * scales).to(dtype), weight.others.to(dtype)))
 
 
 def _none(codes: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,7 @@ from shared.engine.kernels.cuda_fp8 import CudaFp8, Fp8Matrix
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.experts import Experts, SharedExpert
 from shared.engine.kernels.gluon_rows import MAX_ROWS
-from shared.engine.kernels.inputs import KeyNorm, Norm, Rows
-from shared.engine.kernels.triton_latent import Selected
+from shared.engine.kernels.inputs import KeyNorm, Norm, Rows, Selected
 from shared.engine.kernels.triton_queries import Dims
 from shared.engine.layers.mla import KEY_NORM_EPS
 from shared.engine.models.glm_config import GlmConfig
@@ -112,8 +111,8 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class Step:
     """What all layers of a step share. No row sees more than `capacity` tokens. With `pdl` kernels start before those
-    in front have ended, which is faster; without, a profile says what each takes. `latent` merges few rows' attention,
-    if it can and is there."""
+    in front have ended, which is faster; without, a profile says what each takes. `latent` selects, and serves few
+    rows' attention, if it is there."""
 
     config: GlmConfig
     group: Group
@@ -313,7 +312,8 @@ def _attend(
         _select(queries.index, head_weights, state.keys, step, first=state.selects_first)
     attended = triton_latent.attend(
         queries, state.latents, step.selected, weights.up_value, config.qk_head_dim**-0.5, step.latent,
-        early=early and not selects and len(low) <= MAX_ROWS, pdl=step.pdl,
+        early=early and not selects and len(low) <= MAX_ROWS, late=not isinstance(weights.output, Fp8Matrix),
+        pdl=step.pdl,
     )  # fmt: skip
     return _plain(attended, weights.output, pdl=step.pdl)
 
@@ -325,7 +325,7 @@ def _select(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, ste
         own = Rows(rows.positions[block], rows.own_slots[block], rows.starts[block], rows.page_ids, rows.cos, rows.sin)
         selected = Selected(chosen.slots[block], chosen.counts[block])
         triton_index.select(
-            q[block], head_weights[block], keys, own, selected, step.capacity, first=first, pdl=step.pdl
+            q[block], head_weights[block], keys, own, selected, step.capacity, step.latent, first=first, pdl=step.pdl
         )
 
 

@@ -67,7 +67,8 @@ class GlmOnCuda:
 
 def _compiled(placement: Placement) -> tuple[CudaExperts | None, CudaLatent | None, CudaFp8 | None]:
     """Kernels that a compiler has to be there for. Without them those in Triton serve, which compute each choice of an
-    expert by itself, merge attention for each few of its values anew, and take matrices in bfloat16 alone."""
+    expert by itself, select tile by tile, merge attention for each few of its values anew, and take only matrices in
+    bfloat16."""
     capability = torch.cuda.get_device_capability(placement.device)
     try:
         path = build.cuda_library(placement.cache_dir / "kernels", build.cuda_compiler(), capability, "glm")

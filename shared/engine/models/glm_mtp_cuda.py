@@ -13,7 +13,7 @@ import torch
 
 from shared.engine.batch import Batch
 from shared.engine.kernels import triton_dense, triton_index
-from shared.engine.kernels.triton_latent import Selected
+from shared.engine.kernels.inputs import Selected
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import cuda_glm, cuda_glm_layer

@@ -185,6 +185,11 @@ inline uint32_t __shfl_up_sync(unsigned, uint32_t value, int by) {
     const int lane = threadIdx.x % 32;
     return __shfl_sync(~0u, value, lane < by ? lane : lane - by);
 }
+inline uint32_t __ballot_sync(unsigned all, bool value) {
+    uint32_t which = 0;
+    for (int lane = 0; lane < 32; lane++) which |= __shfl_sync(all, value, lane) << lane;
+    return which;
+}
 inline void atomicOr(uint32_t* at, uint32_t value) { __atomic_fetch_or(at, value, __ATOMIC_SEQ_CST); }
 template <class T> T atomicAdd(T* at, T value) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }
 
@@ -302,6 +307,8 @@ inline float* dynamic_shared() { return my_block().memory; }
 inline char* aligned_shared() { return reinterpret_cast<char*>(my_block().memory); }
 struct Cluster {
     static void sync() { my_cluster->meet.arrive_and_wait(); }
+    static void arrive() {}
+    static void wait() { sync(); }
     static int rank() { return lanes->running->rank; }
     static const float* of(float* mine, int rank) {
         return my_cluster->blocks[rank].memory + (mine - my_block().memory);
@@ -352,6 +359,24 @@ inline uint32_t transposed(uint32_t word) {
     warp.meet.arrive_and_wait();
     return result;
 }
+
+inline uint4 matrices_of(const void* row, bool turned) {
+    Warp& warp = my_warp();
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    memcpy(warp.words[lane], &row, sizeof(row));
+    warp.meet.arrive_and_wait();
+    uint32_t found[4];
+    for (int m = 0; m < 4; m++)
+        for (int i = 0; i < 2; i++) {
+            const uint16_t* values;
+            memcpy(&values, warp.words[m * 8 + (turned ? q * 2 + i : g)], sizeof(values));
+            memcpy(reinterpret_cast<uint16_t*>(found + m) + i, values + (turned ? g : q * 2 + i), 2);
+        }
+    warp.meet.arrive_and_wait();
+    return make_uint4(found[0], found[1], found[2], found[3]);
+}
+inline uint4 matrices(const void* row) { return matrices_of(row, false); }
+inline uint4 matrices_turned(const void* row) { return matrices_of(row, true); }
 
 inline int swizzled(int token, int sixteen) { return token * 128 + (sixteen ^ token % 8) * 16; }
 inline void multiplying() {}

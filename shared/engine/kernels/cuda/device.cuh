@@ -89,12 +89,17 @@ __device__ __forceinline__ void let_dependents_start() { asm volatile("griddepco
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 struct Cluster {
     __device__ static void sync() { __syncthreads(); }
+    __device__ static void arrive() {}
+    __device__ static void wait() { __syncthreads(); }
     __device__ static int rank() { return 0; }
     __device__ static const float* of(float* mine, int) { return mine; }
 };
 #else
 struct Cluster {
     __device__ static void sync() { cooperative_groups::this_cluster().sync(); }
+    // The same in two: nobody is behind `wait` before all have arrived.
+    __device__ static void arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+    __device__ static void wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
     __device__ static int rank() { return cooperative_groups::this_cluster().block_rank(); }
     __device__ static const float* of(float* mine, int rank) { return cooperative_groups::this_cluster().map_shared_rank(mine, rank); }
 };
@@ -188,6 +193,20 @@ __device__ __forceinline__ uint4 fresh(const void* at) { return __ldcg(static_ca
 __device__ __forceinline__ float fresh(const float* at) { return __ldcg(at); }
 __device__ __forceinline__ int fresh(const int* at) { return __ldcg(at); }
 __device__ __forceinline__ void expect_soon(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+// Four 8 by 8 matrices of 16 bits in shared memory: lane i says where row i % 8 of the (i / 8)th lies. Lane 4 g + q gets columns 2 q and
+// 2 q + 1 of row g of each, or of what each is when turned.
+__device__ __forceinline__ uint4 matrices(const void* row) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(in_shared(row)) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 matrices_turned(const void* row) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(in_shared(row)) : "memory");
+    return v;
+}
 // An 8 by 8 matrix of bf16, of which lane 4 g + q has columns 2 q and 2 q + 1 of row g.
 __device__ __forceinline__ uint32_t transposed(uint32_t word) {
     uint32_t result;

@@ -1,27 +1,16 @@
 // The C side of `kernels.cuda_experts`.
 #include "experts.cuh"
+#include "launch.cuh"
 
 #include <algorithm>
 
 namespace forebay {
 
-// Behind the kernel in front, or beside its end.
-template <class Parameters>
-cudaError_t launch(void (*kernel)(Parameters), int blocks, int threads, size_t shared, bool early, cudaStream_t stream, const Parameters& parameters) {
-    cudaLaunchAttribute attributes[1];
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
-    config.attrs = attributes, config.numAttrs = early;
-    return cudaLaunchKernelEx(&config, kernel, parameters);
-}
-
 template <int S>
 cudaError_t run(const Experts& p, int most_groups, bool early, cudaStream_t stream) {
     const int blocks = INNER / PAIRS + most_groups * (TILES / p.tiles_each);
-    if (const cudaError_t error = launch(gate_up<S>, blocks, THREADS, 0, early, stream, p)) return error;
-    return launch(down, p.hidden / 16, THREADS, sizeof(float) * THREADS / 2 * (p.num_tokens | 1), early, stream, p);
+    if (const cudaError_t error = launch_beside(gate_up<S>, dim3(blocks), THREADS, 0, 1, early, stream, p)) return error;
+    return launch_beside(down, dim3(p.hidden / 16), THREADS, sizeof(float) * THREADS / 2 * (p.num_tokens | 1), 1, early, stream, p);
 }
 
 }  // namespace forebay
@@ -32,7 +21,7 @@ extern "C" {
 int forebay_route(const forebay::Routing* p, int early, void* stream) {
     if (p->num_tokens > forebay::MAX_TOKENS || p->num_experts > forebay::MAX_EXPERTS || p->num_chosen > forebay::MAX_CHOSEN) return cudaErrorInvalidValue;
     const int threads = p->num_tokens <= forebay::WARPS ? forebay::THREADS : forebay::ROUTE_THREADS;
-    return forebay::launch(forebay::route, 1, threads, 0, early, static_cast<cudaStream_t>(stream), *p);
+    return forebay::launch_beside(forebay::route, dim3(1), threads, 0, 1, early, stream, *p);
 }
 
 int forebay_experts(const forebay::Experts* p, int most_groups, int early, void* stream) {

@@ -5,7 +5,7 @@
 // its columns of the tokens into shared memory as fp16: codes are exact in it, and so are products in the sums of tensor cores. What
 // an RMSNorm divides by is found along the way, and divided by in the end, where the blocks add up their parts in a fixed order.
 // Which columns share an instruction does not matter as long as both sides agree, so a lane takes sixteen that lie side by side.
-#include <device.cuh>
+#include "launch.cuh"
 
 namespace forebay {
 
@@ -15,7 +15,7 @@ constexpr int MAX_CLUSTER = 8;           // blocks
 constexpr float SMALLER = 1.0f / 64;     // tokens are kept as fp16 times this: up to four million, and to 2^-19 apart
 
 struct Product {
-    const uint8_t* codes;      // [num_rows, K]
+    const uint8_t* codes;      // [num_rows / ROWS, K / STEP, ROWS STEP] as `w8a16.laid_out`
     const float* scales;       // [num_rows / ROWS, K / STEP]
     const __half* others;      // [num_others, K]: rows behind these that are not in e4m3
     const void* x;             // [tokens, K], bf16 or float
@@ -42,11 +42,12 @@ struct Kept {
 // Weights of a tile as a warp's lanes take them in a step: sixteen bytes four times, two of row g and two of row g + 8. `x` is where
 // the lane's columns of the step are, of the first eight tokens, and of others each `next` bytes further.
 struct Codes {
-    static constexpr int COLUMNS = 128, BYTES = 1, SECOND = 4;  // a lane's second sixteen bytes are so many sixteens behind the first
+    static constexpr int COLUMNS = STEP, BYTES = 1;
 
     template <int EIGHTS>
     __device__ __forceinline__ static void add(float (&sums)[EIGHTS][4], const uint4 (&w)[4], float scale, const char* x, int next) {
-        float parts[EIGHTS][4] = {};
+        constexpr int CHAINS = EIGHTS < 4 ? 4 / EIGHTS : 1;  // products that do not wait for one another
+        float parts[CHAINS][EIGHTS][4] = {};
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const uint32_t low[4] = {w[h].x, w[h].y, w[h].z, w[h].w}, high[4] = {w[2 + h].x, w[2 + h].y, w[2 + h].z, w[2 + h].w};
@@ -56,19 +57,24 @@ struct Codes {
 #pragma unroll
                 for (int m = 0; m < EIGHTS; m++) {
                     const uint4 b = *reinterpret_cast<const uint4*>(x + m * next + h * 128 + s * 8);
-                    multiply_half(parts[m], {near.x, far.x, near.y, far.y}, b.x, b.y);
-                    multiply_half(parts[m], {near_next.x, far_next.x, near_next.y, far_next.y}, b.z, b.w);
+                    multiply_half(parts[(h * 2 + s) % CHAINS][m], {near.x, far.x, near.y, far.y}, b.x, b.y);
+                    multiply_half(parts[(h * 2 + s + 1) % CHAINS][m], {near_next.x, far_next.x, near_next.y, far_next.y}, b.z, b.w);
                 }
             }
         }
 #pragma unroll
         for (int m = 0; m < EIGHTS; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) sums[m][i] += parts[m][i] * scale;
+            for (int i = 0; i < 4; i++) {
+                float sum = parts[0][m][i];
+#pragma unroll
+                for (int c = 1; c < CHAINS; c++) sum += parts[c][m][i];
+                sums[m][i] += sum * scale;
+            }
     }
 };
 struct Halves {
-    static constexpr int COLUMNS = 64, BYTES = 2, SECOND = 1;
+    static constexpr int COLUMNS = 64, BYTES = 2;
 
     template <int EIGHTS>
     __device__ __forceinline__ static void add(float (&sums)[EIGHTS][4], const uint4 (&w)[4], float, const char* x, int next) {
@@ -181,23 +187,27 @@ __device__ __forceinline__ void stage(const Product& p, const Share& share, int 
 // What a warp has of a product: a tile of rows, of which it reads so many steps of the block's columns.
 template <class Weights, int DEPTH>
 struct Tile {
-    const uint4 *near, *far;
+    const uint4* first;  // what the lane takes first
     const float* scales;
-    int num_steps;
+    int num_steps, far;  // where row g + 8 is, in sixteens
 
     __device__ Tile(const Product& p, const Share& share, int tile) {
-        const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-        const void* const from = Weights::BYTES == 1 ? static_cast<const void*>(p.codes) : p.others;
-        const int64_t row = static_cast<int64_t>(p.num_columns) * Weights::BYTES / 16;  // in sixteens
-        near = static_cast<const uint4*>(from) + (tile * ROWS + g) * row + share.first * Weights::BYTES / 16 + q * Weights::BYTES;
-        far = near + 8 * row;
-        scales = p.scales + static_cast<int64_t>(tile) * (p.num_columns / STEP) + share.first / STEP;
+        const int lane = threadIdx.x % 32;
+        const int64_t step = static_cast<int64_t>(tile) * (p.num_columns / STEP) + share.first / STEP;
+        if (Weights::BYTES == 1) {
+            first = reinterpret_cast<const uint4*>(p.codes) + step * (ROWS * STEP / 16) + lane, far = 64;
+        } else {
+            const int row = p.num_columns / 8;  // in sixteens
+            first = reinterpret_cast<const uint4*>(p.others) + static_cast<int64_t>(tile * ROWS + lane / 4) * row + share.first / 8 + lane % 4 * 2;
+            far = 8 * row;
+        }
+        scales = p.scales + step;
         num_steps = share.size / Weights::COLUMNS;
     }
     __device__ __forceinline__ void load(uint4 (&into)[4], float& scale, int step) const {
-        const int at = step * (STEP / 16);
-        into[0] = stream(near + at), into[1] = stream(near + at + Weights::SECOND);
-        into[2] = stream(far + at), into[3] = stream(far + at + Weights::SECOND);
+        constexpr int NEXT = Weights::BYTES == 1 ? ROWS * STEP / 16 : 8, SECOND = Weights::BYTES == 1 ? 32 : 1;
+        const uint4* const at = first + step * NEXT;
+        into[0] = stream(at), into[1] = stream(at + SECOND), into[2] = stream(at + far), into[3] = stream(at + far + SECOND);
         if (Weights::BYTES == 1) scale = __uint_as_float(stream(reinterpret_cast<const uint32_t*>(scales + step)));
     }
     __device__ __forceinline__ void begin(uint4 (&ahead)[DEPTH][4], float (&scale)[DEPTH]) const {
@@ -304,11 +314,15 @@ __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Produ
     for (int i = rank * THREADS + threadIdx.x; i < TOKENS * BLOCK_ROWS; i += p.cluster * THREADS) {
         const int n = i / BLOCK_ROWS, token = first_token + n, own = group * WARPS + i % BLOCK_ROWS / ROWS;
         if (token >= p.num_tokens || own >= tiles) continue;
-        float sum = 0, all = 0;
-        for (int r = 0; r < p.cluster; r++) {
-            const float* const theirs = p.cluster > 1 ? Cluster::of(parts, r) : parts;
-            sum += theirs[i], all += theirs[TOKENS * BLOCK_ROWS + n];
+        float sum = 0, all = 0, of_block[MAX_CLUSTER], squares_of_block[MAX_CLUSTER];
+#pragma unroll
+        for (int r = 0; r < MAX_CLUSTER; r++) {  // all asked for before any has come
+            const float* const theirs = p.cluster > 1 ? Cluster::of(parts, min(r, p.cluster - 1)) : parts;
+            of_block[r] = theirs[i], squares_of_block[r] = theirs[TOKENS * BLOCK_ROWS + n];
         }
+#pragma unroll
+        for (int r = 0; r < MAX_CLUSTER; r++)
+            if (r < p.cluster) sum += of_block[r], all += squares_of_block[r];
         sum *= p.gain != nullptr ? rsqrtf(all / p.num_columns + p.eps) / SMALLER : 1 / SMALLER;
         const int row = (own < others ? p.num_rows / ROWS + own : own - others) * ROWS + i % ROWS;
         const int64_t at = static_cast<int64_t>(token) * (p.num_rows + p.num_others) + row;
@@ -321,12 +335,14 @@ __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Produ
 // The matrix in bf16, without the others; a thread has sixteen codes.
 __global__ void __launch_bounds__(256) dequantize(const __grid_constant__ Product p) {
     const int64_t place = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-    const int sixteens = p.num_columns / 16, row = static_cast<int>(place / sixteens), column = static_cast<int>(place % sixteens) * 16;
+    const int steps = p.num_columns / STEP, unit = static_cast<int>(place % (ROWS * STEP / 16)), step = static_cast<int>(place / (ROWS * STEP / 16) % steps);
+    const int tile = static_cast<int>(place / (ROWS * STEP / 16) / steps);
+    const int row = tile * ROWS + unit / 64 * 8 + unit % 32 / 4, column = step * STEP + unit / 32 % 2 * 64 + unit % 4 * 16;
     let_dependents_start();
     wait_for_inputs(p.codes);
     if (row >= p.num_rows) return;
     const uint4 codes = stream(reinterpret_cast<const uint4*>(p.codes) + place);
-    const float scale = p.scales[row / ROWS * (p.num_columns / STEP) + column / STEP];
+    const float scale = p.scales[tile * steps + step];
     const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
     uint32_t pairs[8];
 #pragma unroll
@@ -335,34 +351,16 @@ __global__ void __launch_bounds__(256) dequantize(const __grid_constant__ Produc
         const float2 a = from_halves(halves.x), b = from_halves(halves.y);
         pairs[2 * i] = as_pair(a.x * scale, a.y * scale), pairs[2 * i + 1] = as_pair(b.x * scale, b.y * scale);
     }
-    auto* to = reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + place * 16);
+    auto* to = reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + static_cast<int64_t>(row) * p.num_columns + column);
     to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]), to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
-}
-
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int cluster, bool early, cudaStream_t stream, const Arguments&... arguments) {
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = early;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
-    config.attrs = attributes, config.numAttrs = cluster > 1 ? 2 : 1;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <int TOKENS, int DEPTH>
 cudaError_t run(const Product& p, const Kept* kept, bool early, cudaStream_t stream) {
     const size_t shared = TOKENS * (p.num_columns / p.cluster * 2 + 16) + sizeof(float) * TOKENS * (BLOCK_ROWS + WARPS);
-    auto* kernel = product<TOKENS, DEPTH>;
-    if (shared > 40 << 10) {
-        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-        if (error != cudaSuccess) return error;
-    }
     const int groups = ((p.num_rows + p.num_others) / ROWS + WARPS - 1) / WARPS, keepers = kept ? (p.num_tokens + p.cluster - 1) / p.cluster : 0;
     const dim3 grid((groups + keepers) * p.cluster, (p.num_tokens + TOKENS - 1) / TOKENS);
-    return launch(kernel, grid, THREADS, shared, p.cluster, early, stream, p, kept ? *kept : Kept{});
+    return launch_beside(product<TOKENS, DEPTH>, grid, THREADS, shared, p.cluster, early, stream, p, kept ? *kept : Kept{});
 }
 
 template <int TOKENS>
@@ -393,6 +391,6 @@ int forebay_fp8_product(const forebay::Product* p, const forebay::Kept* kept, in
 
 int forebay_fp8_dequantize(const forebay::Product* p, int early, void* stream) {
     const int64_t threads = static_cast<int64_t>(p->num_rows) * (p->num_columns / 16);
-    return forebay::launch(forebay::dequantize, dim3(static_cast<unsigned>((threads + 255) / 256)), 256, 0, 1, early, static_cast<cudaStream_t>(stream), *p);
+    return forebay::launch_beside(forebay::dequantize, dim3(static_cast<unsigned>((threads + 255) / 256)), 256, 0, 1, early, stream, *p);
 }
 }

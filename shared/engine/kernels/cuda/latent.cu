@@ -1,15 +1,17 @@
-// What splits of a selection found, merged and brought out of latent space, in one kernel: the C side of
-// `kernels.cuda_latent`.
+// Sparse latent attention of few rows, the C side of `kernels.cuda_latent`: what a row selects, what splits of its selection find, and
+// here how that is merged and brought out of latent space, in one kernel.
 //
 // Each token's head is a cluster of blocks. A block merges its share of the latent of all splits, reading it once; they read
 // one another's shares from shared memory, and each multiplies the whole by its rows of the matrix, which it asked for before
-// the splits were there.
-#include <device.cuh>
+// the splits were there. Of few splits each lane merges by itself what it multiplies, and nobody waits for anybody.
+#include "attend.cuh"
+#include "launch.cuh"
+#include "select.cuh"
 
 namespace forebay {
 
 constexpr int MERGERS = 8, MERGE_THREADS = 256, MERGE_WARPS = MERGE_THREADS / 32;  // blocks of a cluster, and what they have
-constexpr int LATENT = 512, VALUE = 256, MAX_SPLITS = 64;
+constexpr int VALUE = 256, MAX_SPLITS = 64;
 constexpr int SHARE = LATENT / MERGERS, LANES = SHARE / 4, BESIDE = MERGE_THREADS / LANES, TURNS = MAX_SPLITS / BESIDE;
 constexpr int ROWS_OF_WARP = VALUE / MERGERS / MERGE_WARPS;
 
@@ -17,10 +19,39 @@ struct Merge {
     const float *parts, *maxima, *sums;  // [tokens, heads, splits, LATENT], and [tokens, heads, splits] of base 2
     const __nv_bfloat16* up_value;       // [heads, VALUE, LATENT]
     __nv_bfloat16* out;                  // [tokens, heads, VALUE]
-    int num_heads, num_splits;
+    int num_heads, num_splits, late;  // `late`: what comes next starts when this kernel may read
 };
 
 __device__ __forceinline__ float half_of(uint32_t pair, int i) { return __uint_as_float(i ? pair & 0xFFFF0000u : pair << 16); }
+
+// The rows of the matrix that a warp multiplies.
+struct Rows {
+    uint4 words[ROWS_OF_WARP][2];
+
+    __device__ __forceinline__ void load(const __nv_bfloat16* first) {
+#pragma unroll
+        for (int r = 0; r < ROWS_OF_WARP; r++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                words[r][h] = stream(reinterpret_cast<const uint4*>(first + r * LATENT + h * (LATENT / 2) + threadIdx.x % 32 * 8));
+    }
+    // Times what the lane has of the latent, eight values from each half, for the warp.
+    __device__ __forceinline__ void multiply(const float* near, const float* far, __nv_bfloat16* out) const {
+#pragma unroll
+        for (int r = 0; r < ROWS_OF_WARP; r++) {
+            float sum = 0;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float* with = h ? far : near;
+                const uint32_t pairs[4] = {words[r][h].x, words[r][h].y, words[r][h].z, words[r][h].w};
+#pragma unroll
+                for (int i = 0; i < 8; i++) sum += half_of(pairs[i / 2], i % 2) * with[i];
+            }
+            for (int i = 16; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+            if (threadIdx.x % 32 == 0) out[r] = __float2bfloat16(sum);
+        }
+    }
+};
 
 // The weights of all splits into shared memory, by each warp; what their sums come to.
 __device__ __forceinline__ float weigh(const Merge& p, int64_t first, float* weights) {
@@ -53,12 +84,8 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge(const __grid_constant__ M
     const int rank = Cluster::rank(), place = blockIdx.x / MERGERS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int value = rank * (VALUE / MERGERS) + warp * ROWS_OF_WARP;
     const int64_t row = static_cast<int64_t>(place % p.num_heads) * VALUE + value;
-    uint4 rows[ROWS_OF_WARP][2];
-#pragma unroll
-    for (int r = 0; r < ROWS_OF_WARP; r++)
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-            rows[r][h] = stream(reinterpret_cast<const uint4*>(p.up_value + (row + r) * LATENT + h * (LATENT / 2) + lane * 8));
+    Rows rows;
+    rows.load(p.up_value + row * LATENT);
     let_dependents_start();
     wait_for_inputs(p.parts);
 
@@ -91,38 +118,78 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge(const __grid_constant__ M
     Cluster::sync();
     for (int i = threadIdx.x; i < LATENT; i += MERGE_THREADS) mean[i] = Cluster::of(share, i / SHARE)[i % SHARE];
     __syncthreads();
-#pragma unroll
-    for (int r = 0; r < ROWS_OF_WARP; r++) {
-        float sum = 0;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const float* with = mean + h * (LATENT / 2) + lane * 8;
-            const uint32_t words[4] = {rows[r][h].x, rows[r][h].y, rows[r][h].z, rows[r][h].w};
-#pragma unroll
-            for (int i = 0; i < 8; i++) sum += half_of(words[i / 2], i % 2) * with[i];
-        }
-        for (int i = 16; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-        if (lane == 0) p.out[static_cast<int64_t>(place) * VALUE + value + r] = __float2bfloat16(sum);
-    }
+    rows.multiply(mean + lane * 8, mean + LATENT / 2 + lane * 8, p.out + static_cast<int64_t>(place) * VALUE + value);
     Cluster::sync();  // nobody leaves while others still read its share
+}
+
+// The same of so many splits, without a cluster.
+template <int SPLITS>
+__global__ void __launch_bounds__(MERGE_THREADS) merge_few(const __grid_constant__ Merge p) {
+    const int rank = blockIdx.x % MERGERS, place = blockIdx.x / MERGERS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int value = rank * (VALUE / MERGERS) + warp * ROWS_OF_WARP;
+    Rows rows;
+    rows.load(p.up_value + (static_cast<int64_t>(place % p.num_heads) * VALUE + value) * LATENT);
+    if (!p.late) let_dependents_start();
+    wait_for_inputs(p.parts);
+    if (p.late) let_dependents_start();
+
+    const int64_t first = static_cast<int64_t>(place) * SPLITS;
+    float maxima[SPLITS], sums[SPLITS], best = -INFINITY, total = 0, mean[16] = {};
+    float4 found[SPLITS][4];
+#pragma unroll
+    for (int s = 0; s < SPLITS; s++) {
+        maxima[s] = p.maxima[first + s], sums[s] = p.sums[first + s];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            found[s][i] = *reinterpret_cast<const float4*>(p.parts + (first + s) * LATENT + i / 2 * (LATENT / 2) + lane * 8 + i % 2 * 4);
+    }
+#pragma unroll
+    for (int s = 0; s < SPLITS; s++) best = fmaxf(best, maxima[s]);
+#pragma unroll
+    for (int s = 0; s < SPLITS; s++) {
+        if (maxima[s] == -INFINITY) continue;  // a split that nothing fell to has no part
+        const float weight = exp2f(maxima[s] - best);
+        total += weight * sums[s];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            mean[4 * i] += weight * found[s][i].x, mean[4 * i + 1] += weight * found[s][i].y;
+            mean[4 * i + 2] += weight * found[s][i].z, mean[4 * i + 3] += weight * found[s][i].w;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) mean[i] = __bfloat162float(__float2bfloat16(mean[i] / total));
+    rows.multiply(mean, mean + 8, p.out + static_cast<int64_t>(place) * VALUE + value);
 }
 
 }  // namespace forebay
 
 extern "C" {
 
-// Returns a cudaError_t.
+// Each returns a cudaError_t. Behind a selection of all tokens nothing of `scores` is read.
+int forebay_select(const forebay::Select* p, int num_rows, int early, void* stream) {
+    using namespace forebay;
+    const size_t shared = sizeof(SelectMemory) + sizeof(uint32_t) * p->held;
+    return launch_beside(select, dim3(num_rows * SELECTORS), SELECT_THREADS, shared, SELECTORS, early, stream, *p);
+}
+
+int forebay_attend(const forebay::Attend* p, int num_rows, int early, void* stream) {
+    using namespace forebay;
+    const int blocks = p->num_splits * ATTENDERS, most = ((p->top_k + blocks - 1) / blocks + TILE - 1) / TILE * TILE;
+    if (most > MOST_TOKENS) return cudaErrorInvalidValue;
+    const int groups = (p->num_heads + HEADS - 1) / HEADS;
+    return launch_beside(attend, dim3(num_rows * groups * blocks), ATTEND_THREADS, sizeof(AttendMemory) + most * ROW_BYTES, ATTENDERS, early, stream, *p);
+}
+
 int forebay_merge(const forebay::Merge* p, int num_tokens, int early, void* stream) {
-    if (p->num_splits > forebay::MAX_SPLITS) return cudaErrorInvalidValue;
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = early;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = forebay::MERGERS, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(num_tokens * p->num_heads * forebay::MERGERS), config.blockDim = dim3(forebay::MERGE_THREADS);
-    config.dynamicSmemBytes = sizeof(float) * (forebay::MERGE_WARPS * forebay::MAX_SPLITS + (forebay::BESIDE + 1) * forebay::SHARE + forebay::LATENT);
-    config.stream = static_cast<cudaStream_t>(stream), config.attrs = attributes, config.numAttrs = 2;
-    return cudaLaunchKernelEx(&config, forebay::merge, *p);
+    using namespace forebay;
+    const dim3 blocks(num_tokens * p->num_heads * MERGERS);
+    switch (p->num_splits) {
+        case 1: return launch_beside(merge_few<1>, blocks, MERGE_THREADS, 0, 1, early, stream, *p);
+        case 2: return launch_beside(merge_few<2>, blocks, MERGE_THREADS, 0, 1, early, stream, *p);
+        case 4: return launch_beside(merge_few<4>, blocks, MERGE_THREADS, 0, 1, early, stream, *p);
+    }
+    if (p->num_splits > MAX_SPLITS) return cudaErrorInvalidValue;
+    const size_t shared = sizeof(float) * (MERGE_WARPS * MAX_SPLITS + (BESIDE + 1) * SHARE + LATENT);
+    return launch_beside(merge, blocks, MERGE_THREADS, shared, MERGERS, early, stream, *p);
 }
 }

@@ -1,0 +1,200 @@
+// Latent attention of a row's heads to the tokens that it has selected, in splits.
+//
+// A split of the selection is a cluster of blocks. A block brings its tokens into shared memory by bulk copies, in a layer that keeps
+// a selection before the queries are there; tensor cores multiply them with eight heads' queries, and, turned, with
+// eight heads' weights. Then each block has one head: it reads what all blocks of the cluster have found for it from
+// their shared memory, so that memory is told of splits of several hundred tokens only.
+#pragma once
+#include <device.cuh>
+
+namespace forebay {
+
+constexpr int ATTENDERS = 8, ATTEND_THREADS = 256, ATTEND_WARPS = ATTEND_THREADS / 32;  // blocks of a cluster, and what they have
+constexpr int HEADS = ATTENDERS, TILE = 16, MOST_TOKENS = TILE * ATTEND_WARPS;           // of a block
+constexpr int LATENT = 512, TURNED = 64, WIDTH = LATENT + TURNED;                        // of a token
+constexpr int TOKEN_BYTES = WIDTH * 2, ROW_BYTES = TOKEN_BYTES + 16;  // in shared memory rows begin in other banks
+constexpr int PIECES = TOKEN_BYTES / 16, MEAN_STRIDE = LATENT + 4, WEIGHT_STRIDE = MOST_TOKENS + 8;
+
+struct Attend {
+    const __nv_bfloat16 *latent, *turned;  // queries [rows, heads, LATENT], [rows, heads, TURNED]
+    const __nv_bfloat16* tokens;           // pages of so many tokens
+    const int *slots, *counts;             // [rows, top_k], [rows]
+    float *parts, *maxima, *sums;          // as `Merge`
+    int64_t page_stride, latent_row, latent_head;
+    int num_heads, num_splits, top_k, page_size, early;
+    float scale;  // of scores of base 2
+};
+struct AttendMemory {
+    float means[HEADS * MEAN_STRIDE], maxima[HEADS], sums[HEADS];  // of this block's tokens, for all blocks
+    float of_warps[2][ATTEND_WARPS][HEADS];
+    __nv_bfloat16 weights[HEADS * WEIGHT_STRIDE];
+    alignas(16) char queries[HEADS * ROW_BYTES];
+    alignas(16) uint64_t signal;
+    // and tokens, of ROW_BYTES each
+};
+
+__device__ __forceinline__ float largest_of_tokens(float value) {
+    for (int i = 4; i < 32; i *= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, i));
+    return value;
+}
+__device__ __forceinline__ float sum_of_tokens(float value) {
+    for (int i = 4; i < 32; i *= 2) value += __shfl_xor_sync(~0u, value, i);
+    return value;
+}
+
+// Ask for a block's tokens, by one warp.
+__device__ __forceinline__ void ask(const Attend& p, const int* slots, int size, char* tokens, uint64_t* signal) {
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) signal_expect(signal, size * TOKEN_BYTES);
+    __syncwarp();
+    for (int i = lane; i < size; i += 32) {
+        const int slot = fresh(slots + i);
+        const __nv_bfloat16* from = p.tokens + slot / p.page_size * p.page_stride + slot % p.page_size * WIDTH;
+        copy_again(tokens + i * ROW_BYTES, from, TOKEN_BYTES, signal);
+    }
+}
+
+// The queries of eight heads, from `first` on; heads that there are not are zeros.
+__device__ __forceinline__ void bring_queries(const Attend& p, int row, int first, char* queries) {
+    for (int i = threadIdx.x; i < HEADS * PIECES; i += ATTEND_THREADS) {
+        const int h = i / PIECES, piece = i % PIECES, head = first + h;
+        const __nv_bfloat16* const from = piece < LATENT / 8
+            ? p.latent + row * p.latent_row + head * p.latent_head + piece * 8
+            : p.turned + (static_cast<int64_t>(row) * p.num_heads + head) * TURNED + (piece - LATENT / 8) * 8;
+        *reinterpret_cast<uint4*>(queries + h * ROW_BYTES + piece * 16) = head < p.num_heads ? fresh(static_cast<const void*>(from)) : make_uint4(0, 0, 0, 0);
+    }
+}
+
+// Scores of a warp's sixteen tokens: lane 4 g + q has those of tokens g and g + 8 for heads 2 q and 2 q + 1.
+__device__ __forceinline__ void score(float (&scores)[4], const char* tokens, const char* queries) {
+    const int lane = threadIdx.x % 32;
+    const char* const a = tokens + lane % 16 * ROW_BYTES + lane / 16 * 16;
+    const char* const b = queries + lane % 8 * ROW_BYTES + lane / 8 * 16;
+    float sums[4][4] = {};
+#pragma unroll
+    for (int k = 0; k < WIDTH / 32; k++) {
+        const uint4 first = matrices(a + k * 64), second = matrices(a + k * 64 + 32), both = matrices(b + k * 64);
+        multiply(sums[k % 2 * 2], {first.x, first.y, first.z, first.w}, both.x, both.y);
+        multiply(sums[k % 2 * 2 + 1], {second.x, second.y, second.z, second.w}, both.z, both.w);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) scores[i] = sums[0][i] + sums[1][i] + (sums[2][i] + sums[3][i]);
+}
+
+// What weights of all tokens come to for a warp's share of the latent, into `means`.
+__device__ __forceinline__ void average(AttendMemory* memory, const char* tokens, int num_tiles) {
+    constexpr int SHARE = LATENT / ATTEND_WARPS;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+    const char* const a = tokens + (lane % 8 + lane / 16 * 8) * ROW_BYTES + (warp * SHARE + lane / 8 % 2 * 8) * 2;
+    const __nv_bfloat16* const b = memory->weights + g * WEIGHT_STRIDE + q * 2;
+    float sums[SHARE / 16][4] = {};
+    for (int t = 0; t < num_tiles; t++) {
+        const uint32_t near = *reinterpret_cast<const uint32_t*>(b + t * TILE), far = *reinterpret_cast<const uint32_t*>(b + t * TILE + 8);
+#pragma unroll
+        for (int m = 0; m < SHARE / 16; m++) {
+            const uint4 w = matrices_turned(a + t * TILE * ROW_BYTES + m * 32);
+            multiply(sums[m], {w.x, w.y, w.z, w.w}, near, far);
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < SHARE / 16; m++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) memory->means[(q * 2 + i % 2) * MEAN_STRIDE + warp * SHARE + m * 16 + g + i / 2 * 8] = sums[m][i];
+}
+
+// What all blocks of the cluster have found for a head, of which a thread has two values; a block without tokens has no part.
+__device__ __forceinline__ void gather(AttendMemory* memory, int head, float& best, float& total, float (&mean)[2]) {
+    float maxima[ATTENDERS], sums[ATTENDERS];
+    float2 theirs[ATTENDERS];
+    float* const own = memory->means + head * MEAN_STRIDE + threadIdx.x * 2;
+#pragma unroll
+    for (int r = 0; r < ATTENDERS; r++) {
+        maxima[r] = *Cluster::of(memory->maxima + head, r), sums[r] = *Cluster::of(memory->sums + head, r);
+        theirs[r] = *reinterpret_cast<const float2*>(Cluster::of(own, r));
+    }
+#pragma unroll
+    for (int r = 0; r < ATTENDERS; r++) best = fmaxf(best, maxima[r]);
+#pragma unroll
+    for (int r = 0; r < ATTENDERS; r++) {
+        if (maxima[r] == -INFINITY) continue;
+        const float weight = exp2f(maxima[r] - best);
+        total += weight * sums[r], mean[0] += weight * theirs[r].x, mean[1] += weight * theirs[r].y;
+    }
+}
+
+__global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__ Attend p) {
+    auto* const memory = reinterpret_cast<AttendMemory*>(dynamic_shared());
+    char* const tokens = reinterpret_cast<char*>(memory + 1);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, rank = Cluster::rank();
+    const int groups = (p.num_heads + HEADS - 1) / HEADS, place = blockIdx.x / ATTENDERS;
+    const int split = place % p.num_splits, group = place / p.num_splits % groups, row = place / p.num_splits / groups;
+    if (threadIdx.x == 0) signal_init(&memory->signal, 1), signals_ready();
+    if (!p.early) wait_for_inputs(p.latent);
+    const int count = fresh(p.counts + row), blocks = p.num_splits * ATTENDERS;
+    const int each = ((count + blocks - 1) / blocks + TILE - 1) / TILE * TILE, first = min((split * ATTENDERS + rank) * each, count);
+    const int size = min(each, count - first), num_tiles = (size + TILE - 1) / TILE;
+    __syncthreads();
+    if (warp == 0) {
+        copies_follow_inputs();
+        ask(p, p.slots + static_cast<int64_t>(row) * p.top_k + first, size, tokens, &memory->signal);
+    }
+    for (int i = threadIdx.x; i < (num_tiles * TILE - size) * PIECES; i += ATTEND_THREADS)
+        *reinterpret_cast<uint4*>(tokens + (size + i / PIECES) * ROW_BYTES + i % PIECES * 16) = make_uint4(0, 0, 0, 0);
+    if (p.early) wait_for_inputs(p.latent);
+    bring_queries(p, row, group * HEADS, memory->queries);
+    __syncthreads();
+    signal_wait(&memory->signal, 0);
+
+    float scores[4] = {}, best[2] = {-INFINITY, -INFINITY}, sums[2] = {};
+    if (warp < num_tiles) {
+        score(scores, tokens + warp * TILE * ROW_BYTES, memory->queries);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            scores[i] = warp * TILE + g + i / 2 * 8 < size ? scores[i] * p.scale : -INFINITY;
+            best[i % 2] = fmaxf(best[i % 2], scores[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            best[i] = largest_of_tokens(best[i]);
+            if (g == 0) memory->of_warps[0][warp][q * 2 + i] = best[i];
+        }
+    }
+    __syncthreads();
+    if (warp < num_tiles) {
+        for (int w = 0; w < num_tiles; w++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) best[i] = fmaxf(best[i], memory->of_warps[0][w][q * 2 + i]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float weight = exp2f(scores[i] - best[i % 2]);
+            sums[i % 2] += weight;
+            memory->weights[(q * 2 + i % 2) * WEIGHT_STRIDE + warp * TILE + g + i / 2 * 8] = __float2bfloat16(weight);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            sums[i] = sum_of_tokens(sums[i]);
+            if (g == 0) memory->of_warps[1][warp][q * 2 + i] = sums[i];
+        }
+    }
+    __syncthreads();
+    average(memory, tokens, num_tiles);
+    let_dependents_start();  // not before: their loads would delay these
+    if (threadIdx.x < HEADS) {
+        float largest = -INFINITY, sum = 0;
+        for (int w = 0; w < num_tiles; w++) largest = fmaxf(largest, memory->of_warps[0][w][threadIdx.x]), sum += memory->of_warps[1][w][threadIdx.x];
+        memory->maxima[threadIdx.x] = largest, memory->sums[threadIdx.x] = sum;
+    }
+    Cluster::sync();
+    float largest = -INFINITY, total = 0, mean[2] = {};
+    gather(memory, rank, largest, total, mean);
+    Cluster::arrive();  // nobody leaves while others read what it has found
+    const int head = group * HEADS + rank;
+    if (head < p.num_heads) {
+        const int64_t out = (static_cast<int64_t>(row) * p.num_heads + head) * p.num_splits + split;
+        if (threadIdx.x == 0) p.maxima[out] = largest, p.sums[out] = total;
+        *reinterpret_cast<float2*>(p.parts + out * LATENT + threadIdx.x * 2) = {mean[0], mean[1]};
+    }
+    Cluster::wait();
+}
+
+}  // namespace forebay
