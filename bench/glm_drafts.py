@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.glm_random import KV_TOKENS, PAGE_SIZE, Rank
+from bench.glm_random import KV_TOKENS, PAGE_SIZE, Counted, Rank
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import build
 from shared.engine.kernels.experts import Experts
@@ -28,7 +28,7 @@ DRAFTED = 1000  # token ids
 ALL_REDUCES = 3  # of a draft: the embedding, attention, the mixture
 
 
-def floor_ms(made: Rank, config: GlmConfig, num_drafts: int, rate: float) -> float:
+def floor_ms(made: Rank[Counted], config: GlmConfig, num_drafts: int, rate: float) -> float:
     """One row's experts for each draft, and more rows' for the tokens that are followed are left out."""
     a, mlp, ends = made.drafting_layer.attention, made.drafting_layer.mlp, made.decoder.ends
     own = made.decoder.config
@@ -45,7 +45,7 @@ def floor_ms(made: Rank, config: GlmConfig, num_drafts: int, rate: float) -> flo
     return float(num_drafts * fixed + first + (num_drafts - 1) * further) / rate * 1e3
 
 
-def measure(made: Rank, config: GlmConfig, rate: float) -> dict[int, float]:
+def measure(made: Rank[Counted], config: GlmConfig, rate: float) -> dict[int, float]:
     """Print a table; median milliseconds on the GPU by number of drafts: steps are launched ahead of the host."""
     print("\n| drafts | ms on the GPU | floor ms | ms with the host |\n|---|---|---|---|")
     found = {}
@@ -60,7 +60,7 @@ def measure(made: Rank, config: GlmConfig, rate: float) -> dict[int, float]:
     return found
 
 
-def _drafting(made: Rank, num_drafts: int) -> Callable[[], object]:
+def _drafting(made: Rank[Counted], num_drafts: int) -> Callable[[], object]:
     """Behind a verification of as many drafts, all of which were right."""
     num_pages = KV_TOKENS // PAGE_SIZE
     pages = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))[: CONTEXT // PAGE_SIZE + 1].tolist()

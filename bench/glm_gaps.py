@@ -12,11 +12,12 @@ import gc
 import time
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
 from bench import launched, provenance
-from bench.glm_random import FIELDS, KV_TOKENS, PAGE_SIZE, Rank, rank
+from bench.glm_random import FIELDS, PAGE_SIZE, Counted, Rank, rank
 from bench.launched import InOrder
 from shared.engine.api import (
     BatchItem,
@@ -49,13 +50,13 @@ NUM_QUEUED = 2  # steps, of some hundred launches each
 
 
 class RankModel:
-    """Satisfies `shared.engine.models.api.Model` by a rank with its share of the vocabulary."""
+    """Satisfies `shared.engine.models.api.Model` by a rank."""
 
-    def __init__(self, made: Rank) -> None:
-        self.vocab_size, self.max_position = len(made.decoder.ends.head), KV_TOKENS
+    def __init__(self, made: Rank[Any], vocab_size: int) -> None:
+        self.vocab_size, self.max_position = vocab_size, made.memory.num_pages * PAGE_SIZE
         self.eos_token_ids: tuple[int, ...] = ()
         self.num_torch_threads, self.arithmetic = 1, "bfloat16"
-        self.recorded: Recorded | None = cuda_glm.recorded(KV_TOKENS)
+        self.recorded: Recorded | None = cuda_glm.recorded(self.max_position)
         self.draft_layer: DraftLayer | None = made.drafts
         self._layout = made.layout
 
@@ -73,11 +74,11 @@ class RankModel:
         raise NotImplementedError
 
 
-def on_rank(made: Rank) -> TorchExecutor:
-    """An executor of the rank alone."""
-    model = RankModel(made)
-    spec = EngineSpec("glm", model.vocab_size, KV_TOKENS, (), made.layout, KV_TOKENS // PAGE_SIZE, "", 256)
-    choice = cuda_choice.find(made.decoder.device, default_cache() / "kernels", model.vocab_size)
+def on_rank(made: Rank[Any], vocab_size: int) -> TorchExecutor:
+    """An executor of a rank whose group joins so many logits."""
+    model = RankModel(made, vocab_size)
+    spec = EngineSpec("glm", vocab_size, model.max_position, (), made.layout, made.memory.num_pages, "", 256)
+    choice = cuda_choice.find(made.decoder.device, default_cache() / "kernels", vocab_size)
     return TorchExecutor(model, spec, made.memory, choice=choice)
 
 
@@ -150,7 +151,8 @@ def main() -> None:
         moe_layers=config.moe_layers[: args.layers],
     )  # fmt: skip
     with torch.inference_mode():
-        executor = on_rank(rank(config, 8, device, pdl=True, cuda=True, fp8=args.linears == "fp8"))
+        made = rank(config, Counted(8), device, pdl=True, cuda=True, fp8=args.linears == "fp8")
+        executor = on_rank(made, len(made.decoder.ends.head))
     gc.freeze()  # as a worker does: a full collection takes as long as some steps
     print(f"{torch.cuda.get_device_name(0)}; attention's linears, and dense MLPs', in {args.linears}")
     print(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 
@@ -20,7 +21,7 @@ from shared.engine.models import glm_layout
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_mtp_cuda import GlmMtpOnCuda
 from shared.engine.models.glm_weights import MtpWeights
-from shared.engine.parallel.group import added
+from shared.engine.parallel.group import Group, added
 from shared.engine.parallel.partition import Shard, of_glm
 from shared.models.store import default_cache
 
@@ -56,6 +57,7 @@ FIELDS = {
 PAGE_SIZE = 64
 NAMES = glm_layout.LATENTS, glm_layout.INDEX_KEYS
 KV_TOKENS = 135_000
+OfRanks = TypeVar("OfRanks", bound=Group)
 
 
 class Counted:
@@ -84,20 +86,22 @@ class Counted:
 
 
 class RandomLayers:
-    """A rank's weights, made on the device. With `fp8`, linears that GLM's FP8 checkpoints have in e4m3 are kept so:
-    attention's but kv_b, and those of dense MLPs."""
+    """A rank's weights, made on the device, alike on all ranks. With `fp8`, linears that GLM's FP8 checkpoints have in
+    e4m3 are kept so: attention's but kv_b, and those of dense MLPs."""
 
-    def __init__(self, config: GlmConfig, num_ranks: int, device: torch.device, fp8: CudaFp8 | None = None) -> None:
-        shard = Shard(0, num_ranks, "matrices")
+    def __init__(
+        self, config: GlmConfig, num_ranks: int, device: torch.device, fp8: CudaFp8 | None = None, rank: int = 0
+    ) -> None:
+        shard = Shard(rank, num_ranks, "matrices")
         self.config, self._device, self._fp8 = of_glm(config, shard)[0], device, fp8
         self._inner = len(shard.share(config.moe_intermediate_size))
         self._chance = torch.Generator(device).manual_seed(0)
-        self.vocabulary = len(shard.share(config.vocab_size))
+        self._tokens = shard.share(config.vocab_size)
 
     def ends(self) -> Ends:
-        hidden = self.config.hidden_size
-        table = self._matrix(self.vocabulary, hidden)
-        return Ends(table * hidden**0.5, 0, self._gain(hidden), self._matrix(self.vocabulary, hidden))
+        hidden, num_tokens = self.config.hidden_size, len(self._tokens)
+        table = self._matrix(num_tokens, hidden)
+        return Ends(table * hidden**0.5, self._tokens.start, self._gain(hidden), self._matrix(num_tokens, hidden))
 
     def layer(self, index: int) -> Layer:
         moe, hidden = self.config.moe_layers[index], self.config.hidden_size
@@ -182,8 +186,8 @@ class RandomLayers:
 
 
 @dataclass(frozen=True, slots=True)
-class Rank:
-    """A rank, its pages filled with noise, and how its collectives are counted."""
+class Rank(Generic[OfRanks]):
+    """A rank, its pages filled with noise, the same for all ranks."""
 
     decoder: CudaGlm
     layers: Sequence[Layer]
@@ -191,7 +195,7 @@ class Rank:
     drafts: GlmMtpOnCuda
     memory: DeviceMemory
     layout: KvLayout
-    group: Counted
+    group: OfRanks
 
 
 def compiled(device: torch.device) -> tuple[CudaExperts, CudaLatent, CudaFp8]:
@@ -201,15 +205,19 @@ def compiled(device: torch.device) -> tuple[CudaExperts, CudaLatent, CudaFp8]:
     return CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path)), CudaFp8(cuda_fp8.load(path))
 
 
-def rank(config: GlmConfig, num_ranks: int, device: torch.device, *, pdl: bool, cuda: bool, fp8: bool = False) -> Rank:
-    """Make one; without `cuda` its kernels are those that need no compiler. `fp8` as in RandomLayers."""
+def rank(
+    config: GlmConfig, group: OfRanks, device: torch.device, *, pdl: bool, cuda: bool, fp8: bool = False,
+    kv_tokens: int = KV_TOKENS,
+) -> Rank[OfRanks]:  # fmt: skip
+    """Make that of a group, with room for so many tokens; without `cuda` its kernels are those that need no compiler.
+    `fp8` as in RandomLayers."""
     grouped, latent, products = compiled(device) if cuda or fp8 else (None, None, None)
-    weights, group = RandomLayers(config, num_ranks, device, products if fp8 else None), Counted(num_ranks)
+    weights = RandomLayers(config, group.num_ranks, device, products if fp8 else None, group.rank)
     top_k = config.num_experts_per_token
     layers = [cuda_glm_layer.grouping(weights.layer(index), top_k, grouped) for index in range(config.num_layers)]
     drafting_layer, joining = weights.drafting_layer(), weights.joining()
     layout = glm_layout.layout(config, "bfloat16", PAGE_SIZE, mtp=True)
-    memory = DeviceMemory(KV_TOKENS // PAGE_SIZE, layout.page_bytes, device)
+    memory = DeviceMemory(kv_tokens // PAGE_SIZE, layout.page_bytes, device)
     for part in memory.bytes.view(torch.bfloat16).split(256):
         part.normal_(generator=torch.Generator(device).manual_seed(1))
     decoder = CudaGlm(weights.config, weights.ends(), layers, group, latent, pdl=pdl)

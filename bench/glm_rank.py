@@ -20,7 +20,7 @@ import torch
 
 from bench import glm_drafts, provenance
 from bench.bandwidth import read_bandwidth
-from bench.glm_random import FIELDS, KV_TOKENS, NAMES, PAGE_SIZE, Rank, rank
+from bench.glm_random import FIELDS, KV_TOKENS, NAMES, PAGE_SIZE, Counted, Rank, rank
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import Batch, build
 from shared.engine.kernels import reference
@@ -65,7 +65,7 @@ def batch(size: int, width: int, context: int) -> Batch:
     return build(items, PAGE_SIZE)
 
 
-def num_distinct(made: Rank, step: Batch) -> float:
+def num_distinct(made: Rank[Counted], step: Batch) -> float:
     """Experts that a mixture reads in this step, the mean over layers, by the routers' own choice."""
     config, group, counts = made.decoder.config, made.group, list[int]()
     states = views(made.memory.bytes, made.layout, config, NAMES)
@@ -82,7 +82,9 @@ def num_distinct(made: Rank, step: Batch) -> float:
     return statistics.mean(counts) if counts else 0.0
 
 
-def floor_bytes(made: Rank, config: GlmConfig, size: int, width: int, context: int, experts: float) -> dict[str, float]:
+def floor_bytes(
+    made: Rank[Counted], config: GlmConfig, size: int, width: int, context: int, experts: float
+) -> dict[str, float]:
     """What a step has to read, by kind."""
     rows = size * width
     found = {"attention": 0.0, "dense and shared": 0.0, "routed experts": 0.0}
@@ -122,7 +124,7 @@ def milliseconds(graph: Graph, repeats: int = 30, groups: int = 5) -> list[float
     return times
 
 
-def measure(made: Rank, config: GlmConfig, rate: float, steps: Sequence[Step]) -> dict[Step, float]:
+def measure(made: Rank[Counted], config: GlmConfig, rate: float, steps: Sequence[Step]) -> dict[Step, float]:
     """Print a table; median milliseconds by step."""
     print("| batch, tokens each, context | ms (spread) | floor ms | ratio | experts a layer | whole step ms |")
     print("|---|---|---|---|---|---|")
@@ -171,7 +173,7 @@ def project(medians: dict[Step, float], drafts: dict[int, float], num_layers: in
             print(f"| {width} | {step:.3f} | {drafting:.3f} | {accepted} | {us:.0f} | {accepted / total * 1e3:.0f} |")
 
 
-def profile(made: Rank, steps: Sequence[Step]) -> None:
+def profile(made: Rank[Counted], steps: Sequence[Step]) -> None:
     """What the kernels of a step take, each waiting for the one before."""
     decoder = CudaGlm(made.decoder.config, made.decoder.ends, made.layers, made.group, made.decoder.latent, pdl=False)
     for size, width, context in steps:
@@ -216,7 +218,7 @@ def main() -> None:
     started = time.perf_counter()
     with torch.inference_mode():
         how = {"pdl": not args.no_pdl, "cuda": not args.no_cuda, "fp8": args.linears == "fp8"}
-        made = rank(config, args.ranks, device, **how)
+        made = rank(config, Counted(args.ranks), device, **how)
         torch.cuda.synchronize()
         print(
             f"{torch.cuda.get_device_name(0)}; plain reads {rate / 1e12:.2f} TB/s; "
