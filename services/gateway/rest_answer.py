@@ -64,6 +64,8 @@ class Answer:
         async with aclosing(self._run(self._job)) as deltas:
             async for delta in deltas:
                 self._bodies.note(delta)
+                if delta.prompt_logprobs:
+                    continue
                 if not self._started:
                     self._started = True
                     await send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_STREAM)})
