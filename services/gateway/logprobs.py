@@ -60,10 +60,12 @@ def for_completion(
 def echoed(
     names: TokenNames, prompt: Sequence[int], logprobs: Sequence[Logprobs], echo: str, num_top: int
 ) -> dict[str, list[Any]]:
-    """`logprobs` of a prompt as a completion repeats it. A token that opens a prompt may not be in its text."""
-    begin = 0 if echo.startswith(opening := names(prompt[0])[0]) else -len(opening)
-    found = for_completion(names, prompt, [None, *logprobs], begin, num_top)
-    return found | {"text_offset": [max(0, offset) for offset in found["text_offset"]]}
+    """`logprobs` of a prompt as a completion repeats it. The token that opens a prompt may not be in its text, or its
+    first space may not: it begins before the text then, as far as the tokens are longer."""
+    found = for_completion(names, prompt, [None, *logprobs], 0, num_top)
+    opening, missing = found["tokens"][0], sum(map(len, found["tokens"])) - len(echo)
+    before = 0 if echo.startswith(opening) else max(0, min(len(opening), missing))
+    return found | {"text_offset": [max(0, offset - before) for offset in found["text_offset"]]}
 
 
 def of_prompt(names: TokenNames, prompt: Sequence[int], logprobs: Sequence[Logprobs], num_top: int) -> list[Any]:
