@@ -23,8 +23,11 @@ class PromptLogprobs:
 
     def __init__(self, logits: torch.Tensor, places: Sequence[int], items: Sequence[BatchItem]) -> None:
         """`places` are the rows of `logits` [R, V] for all `logprob_rows` of `items`, in their order."""
-        self._counts = [item.sampling.num_prompt_logprobs or 0 for item in items for _ in item.logprob_rows]
-        self._most = min(max(self._counts), logits.shape[1])
+        num_tokens = logits.shape[1]
+        self._counts = [
+            min(item.sampling.num_prompt_logprobs or 0, num_tokens) for item in items for _ in item.logprob_rows
+        ]
+        self._most = max(self._counts)
         rows = put(places, torch.int64, logits.device)
         tokens = put([token_id for item in items for token_id in item.told], torch.int64, logits.device)
         parts = [
@@ -79,7 +82,7 @@ def _of_rows(logits: torch.Tensor, tokens: torch.Tensor, most: int) -> torch.Ten
     keys, own = _ordered(logprobs), tokens[:, None].clamp(max=logits.shape[1] - 1)
     is_padding = tokens[:, None] >= logits.shape[1]  # a prompt may have it, and no model says it
     logprob = logprobs.gather(1, own).masked_fill(is_padding, -torch.inf)
-    rank = 1 + (keys > keys.gather(1, own)).sum(dim=1, keepdim=True) + is_padding
+    rank = 1 + (keys > keys.gather(1, own)).sum(dim=1, keepdim=True).masked_fill(is_padding, logits.shape[1])
     best = keys.argmax(dim=1, keepdim=True)[:, :most] if most <= 1 else keys.topk(most, dim=1).indices
     columns = (logprob, rank, best, logprobs.gather(1, best))
     return torch.cat([column.double() for column in columns], dim=1)
