@@ -91,8 +91,8 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Of a token of a prompt: its log-probability, its place among all tokens, from 1, and the most likely ones as
-    (id, logprob), most likely first."""
+    """Of a token of a prompt: its log-probability, its rank, one more than there are tokens that are likelier, and the
+    most likely ones as (id, logprob), most likely first."""
 
     logprob: float
     rank: int

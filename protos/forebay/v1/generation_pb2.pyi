@@ -204,7 +204,7 @@ class TokenLogprobs(google.protobuf.message.Message):
     logprob: builtins.float
     """Natural logarithm of the token's probability."""
     rank: builtins.int
-    """Of a token of a prompt its place among all tokens, 1 for the most likely."""
+    """Of a token of a prompt one more than there are tokens that are likelier."""
     @property
     def top_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The most likely tokens, most likely first."""
