@@ -27,9 +27,7 @@ class TokenNames:
         return text, list(raw)
 
 
-def for_chat(
-    names: TokenNames, token_ids: Sequence[int], logprobs: Sequence[Logprobs]
-) -> dict[str, Any]:
+def for_chat(names: TokenNames, token_ids: Sequence[int], logprobs: Sequence[Logprobs]) -> dict[str, Any]:
     """`logprobs` of a chat choice. A stop token at the end has no log-probability and is left out."""
     content = [
         _entry(names, token_id, logprob.logprob)
@@ -60,8 +58,8 @@ def for_completion(
 def echoed(
     names: TokenNames, prompt: Sequence[int], logprobs: Sequence[Logprobs], echo: str, num_top: int
 ) -> dict[str, list[Any]]:
-    """`logprobs` of a prompt as a completion repeats it. The token that opens a prompt may not be in its text, or its
-    first space may not: it begins before the text then, as far as the tokens are longer."""
+    """`logprobs` of a prompt as a completion repeats it. The token that opens it may not be in its text, or not the
+    space that it begins with: it begins before the text then, as far as the tokens are longer."""
     found = for_completion(names, prompt, [None, *logprobs], 0, num_top)
     opening, missing = found["tokens"][0], sum(map(len, found["tokens"])) - len(echo)
     before = 0 if echo.startswith(opening) else max(0, min(len(opening), missing))
@@ -69,7 +67,7 @@ def echoed(
 
 
 def of_prompt(names: TokenNames, prompt: Sequence[int], logprobs: Sequence[Logprobs], num_top: int) -> list[Any]:
-    """`prompt_logprobs` as vLLM has them: for each token of the prompt, by token id, itself and the most likely ones."""
+    """`prompt_logprobs` as vLLM has them: for each token of the prompt itself and the most likely ones, by token id."""
     told: list[Any] = [None]
     for token_id, logprob in zip(prompt[1:], logprobs, strict=True):
         places = enumerate(_top(logprob, num_top), start=1)

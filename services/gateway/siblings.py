@@ -18,8 +18,8 @@ Responses = AsyncGenerator[decode_pb2.GenerateResponse, None]
 def starts(choices: Sequence[Choice], num_per_prompt: int, generate: Generate) -> list[Generate]:
     """How to generate each choice; there are `num_per_prompt` of each prompt, one prompt after the other.
 
-    Prompts without a whole page leave nothing to share, and nobody waits for them unless they are told of. A wait ends when the first output
-    does, at the latest, hence by the request's deadline.
+    Prompts without a whole page leave nothing to share, and nobody waits for them unless they are told of. A wait ends
+    when the first output does, at the latest, hence by the request's deadline.
     """
     found: list[Generate] = []
     for first in range(0, len(choices), num_per_prompt):

@@ -16,8 +16,8 @@ RANK = attrgetter("rank")
 STEP_TOKENS = 128
 # One more step costs a quarter, at most, of what part of a prompt takes that is worth one of its own: so many ridges.
 WORTH_A_STEP = 4
-# Rows of a step, at most, behind which log-probabilities of prompts are wanted: each has a float32 for each token of the
-# vocabulary, 300 MB for 512 rows of 150,000. Steps that compute weights for so many tokens are worth reading them.
+# Rows of a step, at most, behind which log-probabilities of prompts are wanted: each has a float32 for each token of
+# the vocabulary, 310 MB for 512 rows of 150,000. For so many tokens it is worth reading the weights (decisions/0066).
 LOGPROB_ROWS = 512
 # When so many wait for it, the step is not filled up: to look at all who wait would take longer than that saves.
 MOST_PASSED = 16
@@ -64,8 +64,8 @@ class Scheduler:
     Where nobody generates a prompt that ends in a step is not held up by part of one that does not: the step is not
     filled up with that, if the part is worth a step of its own (decisions/0055).
 
-    Prompts whose log-probabilities are wanted have room for so many rows of logits in a step, all together; what they leave
-    of the budget is for others.
+    Prompts whose log-probabilities are wanted have LOGPROB_ROWS of a step, all together; what they leave of the budget
+    is for others.
 
     A prompt that begins as another one of the same step waits for that step, and finds it cached: computed together,
     the beginning would be computed twice, and both of them, and all others in the step, would wait for it.

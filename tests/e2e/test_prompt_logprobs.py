@@ -52,9 +52,10 @@ def test_a_prompt_alone_in_a_batch_of_texts(client: openai.OpenAI, model_cluster
     assert begun[:same] == whole[:same]
 
 
-def evaluated(cluster: RunningCluster, prompts: list[list[int]], context_lengths: list[int]) -> list[tuple[float, bool]]:
-    """What lm-evaluation-harness' `local-completions` sends to measure continuations, and what it makes of the answer:
-    how likely they are, and whether the model would have said so. The token that it has generated it leaves out."""
+def evaluated(cluster: RunningCluster, prompts: list[list[int]], lengths: list[int]) -> list[tuple[float, bool]]:
+    """What lm-evaluation-harness' `local-completions` sends to measure what follows contexts of these `lengths`, and
+    what it makes of the answer: how likely that is, and whether the model would have said so. The token that it has
+    generated it leaves out."""
     body = {
         "model": cluster.model,
         "prompt": prompts,
@@ -67,7 +68,7 @@ def evaluated(cluster: RunningCluster, prompts: list[list[int]], context_lengths
     response = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60)
     assert response.status_code == 200, response.text
     found = []
-    for choice, length in zip(response.json()["choices"], context_lengths, strict=True):
+    for choice, length in zip(response.json()["choices"], lengths, strict=True):
         own = choice["logprobs"]["token_logprobs"][length:-1]
         tops = choice["logprobs"]["top_logprobs"][length:-1]
         greedy = all(logprob == max(top.values()) for logprob, top in zip(own, tops, strict=True))
@@ -144,12 +145,12 @@ async def told(stub: Any, cluster: RunningCluster, victim: str) -> tuple[Told, l
     )
     request = gateway_pb2.CompleteRequest(options=options, token_ids=gateway_pb2.TokenIds(ids=PROMPT))
     found, token_ids = Told(), list[int]()
+    working = busy if victim == "decode" else at_work
     async for response in rpc.stream(stub.Complete, request, 60):
         found += [(each.logprob, each.rank) for each in response.delta.prompt_logprobs]
         token_ids += response.delta.token_ids
         if victim and found:
-            of = busy if victim == "decode" else at_work
-            (name,) = of(await cluster.until(lambda rows: len(of(rows)) == 1))
+            (name,) = working(await cluster.until(lambda rows: len(working(rows)) == 1))
             cluster.kill(name)
             assert len(found) < len(PROMPT) - 1
             victim = ""

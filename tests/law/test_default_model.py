@@ -49,7 +49,9 @@ def test_sampled_and_continued_on_another_worker(make_executor: MakeExecutor) ->
     laws.test_continued_on_another_worker(9, Law(make_executor, SAMPLED))
 
 
-@pytest.mark.parametrize("how", [told.test_preempted_amid_a_prompt_and_behind_it, told.test_prefilled_elsewhere_in_part])
+@pytest.mark.parametrize(
+    "how", [told.test_preempted_amid_a_prompt_and_behind_it, told.test_prefilled_elsewhere_in_part]
+)
 def test_prompts_are_told_of(how: Callable[[Law], None], make_executor: MakeExecutor) -> None:
     how(Law(make_executor, GREEDY))
 

@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from shared.engine.api import EngineRequest, Executor, Failed, PagesComputed, PromptLogprobs, TokenLogprobs, TokensSampled
+from shared.engine.api import (
+    EngineRequest,
+    Executor,
+    Failed,
+    PagesComputed,
+    PromptLogprobs,
+    TokenLogprobs,
+    TokensSampled,
+)
 from shared.engine.engine import Engine
 from shared.engine.grammars import Grammars
 from shared.engine.kv.memory import HostMemory

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts through the whole engine, float32: those of transformers, for each token and the likeliest."""
+"""Log-probabilities of prompts through the whole engine, float32: those of transformers, and the most likely tokens."""
 
 from pathlib import Path
 from typing import Any

@@ -24,9 +24,7 @@ def rig() -> Rig:
 
 def num_told(rig: Rig, name: str) -> list[int]:
     events = rig.finish()
-    return [
-        len(event.logprobs) for event in events if isinstance(event, PromptLogprobs) and event.request_id == name
-    ]
+    return [len(event.logprobs) for event in events if isinstance(event, PromptLogprobs) and event.request_id == name]
 
 
 def test_a_step_has_so_many_rows_of_logits_and_what_is_left_is_for_others(rig: Rig) -> None:

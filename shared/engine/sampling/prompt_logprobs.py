@@ -13,8 +13,8 @@ import torch
 from shared.engine.api import BatchItem, Chosen, TokenLogprobs
 from shared.engine.pinned import Fetched, put
 
-# So many rows are looked at together. Each takes some 20 bytes for each token of the vocabulary meanwhile: few stay in a
-# processor's cache (0.17 ms each instead of 0.3 to 0.8, two cores), many take a GPU fewer launches.
+# So many rows are looked at together. Each takes some 20 bytes for each token of the vocabulary meanwhile: few stay in
+# a processor's cache (docs/LOG.md), many take a GPU fewer launches.
 ROWS_TOGETHER = 8
 
 
@@ -55,9 +55,10 @@ def apart(
         return logits, None
     told, chosen, place = list[int](), list[int](), 0
     for item in items:
-        for rows, num_rows in ((told, len(item.logprob_rows)), (chosen, item.sample * (1 + item.num_drafts))):
-            rows += range(place, place + num_rows)
-            place += num_rows
+        first = place + len(item.logprob_rows)
+        told += range(place, first)
+        place = first + item.sample * (1 + item.num_drafts)
+        chosen += range(first, place)
     return logits[put(chosen, torch.int64, logits.device)], PromptLogprobs(logits[:, :num_tokens], told, telling)
 
 

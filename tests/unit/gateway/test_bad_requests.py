@@ -121,7 +121,7 @@ TABLE: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (text(prompt_logprobs=1.5), 400, "prompt_logprobs", "must be an integer, not a number"),
     (text(prompt_logprobs=1, stream=True), 400, "prompt_logprobs", "not available when 'stream' is true"),
     (text(prompt_logprobs=1, max_tokens=MAX_MODEL_LEN), 400, "prompt", "(1 in the prompt, 200 in the completion)"),
-    (text(prompt_logprobs=1, max_tokens=0, prompt=[1] * 201), 400, "prompt", "(201 in the prompt, 0 in the completion)"),
+    (text(prompt_logprobs=1, max_tokens=0, prompt=[1] * 201), 400, "prompt", "201 in the prompt, 0 in the completion"),
     (chat(prompt_logprobs="1"), 400, "prompt_logprobs", "must be an integer, not a string"),
     (chat(prompt_logprobs=0, stream=True), 400, "prompt_logprobs", "not available when 'stream' is true"),
     (chat(prompt_logprobs=1, max_tokens=0), 400, "max_tokens", "'max_tokens' must be at least 1"),

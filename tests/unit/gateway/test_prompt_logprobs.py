@@ -1,6 +1,7 @@
 """Log-probabilities of prompts as clients get them: with an echo as OpenAI writes them, alone as vLLM does."""
 
 from collections.abc import AsyncIterator, Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ async def test_a_stream_begins_with_the_echo(world: World, ids: list[int]) -> No
     assert "".join(piece["text"] for piece in pieces) == whole["text"]
     assert len(pieces[0]["logprobs"]["tokens"]) == 4
     for name, values in whole["logprobs"].items():
-        assert sum((piece["logprobs"][name] for piece in pieces), []) == values
+        assert [*chain.from_iterable(piece["logprobs"][name] for piece in pieces)] == values
 
 
 async def test_prompt_logprobs_are_by_token_id_with_ranks(world: World, ids: list[int]) -> None:
