@@ -91,8 +91,7 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Of a token of a prompt: its log-probability, its rank, one more than there are tokens that are likelier, and the
-    most likely ones as (id, logprob), most likely first."""
+    """Of a token of a prompt; `rank` is one more than there are likelier ones, `top` as in SampledToken."""
 
     logprob: float
     rank: int
@@ -101,9 +100,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What a step chose for one sequence: the drafts that were right, one token more, and drafts of what may follow.
-    Before all that, what it found of the tokens behind the item's `logprob_rows`; there are no `tokens` if only that
-    was asked."""
+    """What a step chose for one sequence: the drafts that were right, one token more, and drafts of what may follow;
+    no `tokens` if only the item's `logprob_rows` were asked for."""
 
     tokens: tuple[SampledToken, ...]
     drafts: tuple[int, ...] = ()
@@ -126,8 +124,7 @@ class PagesComputed:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """What is known of the prompt's tokens from index `first` on, in order. Sent once per chunk, where it is wanted,
-    before what else comes of that step."""
+    """Of the prompt's tokens from index `first` on. Sent once per chunk, if wanted, before what else that step says."""
 
     request_id: str
     first: int
@@ -311,10 +308,7 @@ class BatchItem:
         """The tokens behind `logprob_rows`."""
         first, last = self.logprob_rows.start + 1 - self.start, self.logprob_rows.stop + 1 - self.start
         known = self.token_ids[first:last]
-        if last <= len(self.token_ids):
-            return known
-        assert self.following is not None, "a token of the prompt is not known"
-        return [*known, self.following]
+        return known if self.following is None or last <= len(self.token_ids) else [*known, self.following]
 
     @property
     def needs_host(self) -> bool:
@@ -338,8 +332,7 @@ class Step(Protocol):
         """Whether `chosen` returns, or raises, at once."""
 
     def chosen(self) -> list[Chosen | None]:
-        """Wait until it is computed; what is chosen for each item with `sample`, and told for each with `logprob_rows`.
-        Raises what went wrong."""
+        """Wait until it is computed; what is chosen or told for each item, if it asks. Raises what went wrong."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,9 @@ TEXT = "hello world!"  # three tokens
 
 def told(token_id: int, rank: int = 3) -> generation_pb2.TokenLogprobs:
     """Of a token of a prompt: tokens 3 and 4 are the most likely ones."""
-    top = {"top_token_ids": [3, 4], "top_logprobs": [-0.25, -0.5]}
-    return generation_pb2.TokenLogprobs(logprob=-float(token_id), rank=rank, **top)
+    return generation_pb2.TokenLogprobs(
+        logprob=-float(token_id), rank=rank, top_token_ids=[3, 4], top_logprobs=[-0.25, -0.5]
+    )
 
 
 def says(token_id: int, stop_token_id: int | None = None) -> Script:
