@@ -15,6 +15,8 @@ from services.gateway.parsers.api import CallPart
 from services.gateway.request import Job
 
 DONE = b"data: [DONE]\n\n"
+# Log-probabilities of so many tokens are written within some 10 ms; for more, other requests would wait too long.
+NUM_TOLD_INLINE = 4096
 # Stands for a text.
 _TEXT = "\0text\0"
 
@@ -67,6 +69,8 @@ class Bodies:
 
     def __init__(self, job: Job) -> None:
         self._job, self._options = job, job.options
+        self._num_told = (1 + job.options.sampling.num_prompt_logprobs) * job.options.n
+        """What is written of each token of a prompt that is told of."""
         self._wants_logprobs = job.options.sampling.HasField("num_logprobs")
         self._wants_text_alone = not (
             self._wants_logprobs or job.options.return_token_ids or job.options.continuous_usage
@@ -81,6 +85,11 @@ class Bodies:
             "model": job.model.name,
             "system_fingerprint": job.model.fingerprint,
         }
+
+    @property
+    def is_long(self) -> bool:
+        """Whether so much is told of prompts that `whole` takes a while."""
+        return sum(len(progress.prompt_logprobs) for progress in self.progress) * self._num_told > NUM_TOLD_INLINE
 
     def note(self, delta: Delta) -> None:
         """Count a delta."""

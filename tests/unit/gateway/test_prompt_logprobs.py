@@ -139,6 +139,12 @@ async def test_every_output_of_a_prompt_repeats_it_and_one_computes_it(
     assert (sum(tells), len(tells)) == (2, 2 + 2 * max_tokens)
 
 
+async def test_much_of_a_prompt_is_written_beside_other_requests(world: World, ids: list[int]) -> None:
+    body = completion(prompt=[(ids * 66)[:199]] * 8, n=2, echo=True, logprobs=2, max_tokens=0)
+    choices = (await post(world, "completions", body))["choices"]
+    assert [len(choice["logprobs"]["token_logprobs"]) for choice in choices] == [199] * 16
+
+
 async def test_a_prompt_of_one_token_has_nothing_to_tell(world: World, ids: list[int]) -> None:
     answer = await post(world, "completions", completion(prompt=ids[:1], echo=True, logprobs=3, max_tokens=0))
     assert answer["choices"][0]["logprobs"]["token_logprobs"] == [None]
