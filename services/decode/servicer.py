@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,7 +18,7 @@ from protos.forebay.v1 import (
 from services.decode.handoff import Handoff
 from shared import rpc
 from shared.blackboard.admission import ASSUMED_OUTPUT_TOKENS
-from shared.engine.api import EngineRequest, Failed, TokensSampled
+from shared.engine.api import EngineRequest, Failed, PromptLogprobs, TokensSampled
 from shared.engine.kv.store import PageTable
 from shared.errors import BadManifest, DeadlineExceeded, Fault, Internal, InvalidRequest
 from shared.worker import wire
@@ -71,12 +71,14 @@ class Generation:
         self._got_pages = self._started
         self._first: Sequence[int] = ()
         self._drafts: Sequence[int] = ()
+        self._num_told = 0
+        """Tokens of the prompt whose log-probabilities went out from here."""
 
     async def run(self) -> Responses:
         """Prefill where the placement says, then decode here."""
         worker, key = self._worker, self._request.hash_key
         hashes, num_pages = worker.pages_for(key, self._token_ids)
-        table = await worker.loop.reserve(hashes, num_pages)
+        table = await worker.loop.reserve(self._reusable(hashes), num_pages)
         self._got_pages = time.monotonic()
         self._stay.cached(table.num_tokens, table.num_tokens // worker.engine.spec.layout.page_size)
         try:
@@ -96,8 +98,11 @@ class Generation:
         self._usage.num_cached_local = table.num_tokens
         if self._request.placement.HasField("kv_source"):
             source, request_id = self._request.placement.kv_source, self._request.request_id
-            pull = self._worker.puller.pull_prefix(source, request_id, hashes, table)
+            pull = self._worker.puller.pull_prefix(source, request_id, self._reusable(hashes), table)
             self._usage.num_cached_transferred = await pull
+
+    def _reusable(self, hashes: Sequence[bytes]) -> Sequence[bytes]:
+        return wire.reusable(self._request, hashes, self._worker.engine.spec.layout.page_size)
 
     async def _behind_remote_prefill(self, hashes: Sequence[bytes], table: PageTable) -> Responses:
         """The first token goes out as soon as it is known, while the last pages are still being read.
@@ -111,7 +116,13 @@ class Generation:
                 async for response in responses:
                     yield response
         if not self._over:
-            job = wire.engine_request(self._request, page_hashes=hashes, more_output=self._first, drafts=self._drafts)
+            job = wire.engine_request(
+                self._request,
+                page_hashes=hashes,
+                more_output=self._first,
+                drafts=self._drafts,
+                more_told=self._num_told,
+            )
             async with aclosing(self._decode(job, table)) as responses:
                 async for response in responses:
                     yield response
@@ -139,14 +150,21 @@ class Generation:
         try:
             # The handoff ends before the stream does: closing the stream early ends the lease.
             async with aclosing(self._prefill_events(prefill, source, num_held)) as events, handoff:
-                finished = await _announce(events, handoff)
+                finished: prefill_pb2.PrefillFinished | None = None
+                async for event in events:
+                    if event.HasField("prompt_logprobs"):
+                        yield self._tell(event.prompt_logprobs)
+                    if (finished := _announce(event, handoff)) is not None:
+                        break
+                if finished is None:
+                    raise BadManifest("the prefill worker ended its stream without a token")
                 self._take_usage(finished.usage, source)
                 if finished.HasField("tokens"):
                     self._first, self._drafts = finished.tokens.token_ids, finished.draft_token_ids
                     yield self._tokens(finished.tokens)
                 if finished.finish_reason:
                     self._over = True
-                    yield self._finished(finished.finish_reason, _stop_token(finished))
+                    yield self._finished(finished.finish_reason, *_stop_token(finished))
                     return
                 if finished.HasField("last_pages"):
                     await asyncio.sleep(TOKEN_AHEAD_S)
@@ -169,6 +187,7 @@ class Generation:
             output_token_ids=self._request.output_token_ids,
             sampling=self._request.sampling,
             hash_key=self._request.hash_key,
+            num_prompt_logprobs_held=wire.num_held(self._request) + self._num_told,
             num_pages_held=num_held,
             epoch=prefill.epoch,
             kv_source=source,
@@ -182,6 +201,9 @@ class Generation:
         `is_cached`: what the engine finds computed was so before this request."""
         async with aclosing(self._worker.loop.bursts(job, table)) as bursts:
             async for events in bursts:
+                for event in events:
+                    if isinstance(event, PromptLogprobs):
+                        yield self._tell(wire.prompt_logprobs(event))
                 sampled = [event for event in events if isinstance(event, TokensSampled)]
                 drafted = any(event.num_drafts for event in sampled)
                 for event in sampled:
@@ -193,12 +215,20 @@ class Generation:
                 if tokens := [token for event in sampled for token in event.tokens]:
                     yield self._tokens(wire.token_chunk(tokens), counts=drafted)
                 match events[-1]:
-                    case TokensSampled(finish_reason=reason, stop_token_id=stop) if reason is not None:
-                        yield self._finished(wire.finish_reason(reason), stop)
+                    case TokensSampled(finish_reason=reason, stop_token=stop) if reason is not None:
+                        stop_id = None if stop is None else stop.token_id
+                        yield self._finished(wire.finish_reason(reason), stop_id, wire.token_logprobs(stop))
                         return
                     case Failed(fault=fault):
                         raise fault
         raise Internal("the engine ended a sequence without a reason")
+
+    def _tell(self, told: generation_pb2.PromptLogprobs) -> decode_pb2.GenerateResponse:
+        """A message with log-probabilities of the prompt; with token counts in the first one."""
+        if not self._num_told:
+            told.usage.CopyFrom(self._usage)
+        self._num_told += len(told.logprobs)
+        return decode_pb2.GenerateResponse(prompt_logprobs=told)
 
     def _tokens(self, chunk: generation_pb2.TokenChunk, *, counts: bool = False) -> decode_pb2.GenerateResponse:
         """A message with tokens; with token counts in the first one, and where they say something new of drafts."""
@@ -231,12 +261,17 @@ class Generation:
         log.info("took over", extra=said)
 
     def _finished(
-        self, reason: generation_pb2.FinishReason.ValueType, stop_token_id: int | None
+        self,
+        reason: generation_pb2.FinishReason.ValueType,
+        stop_token_id: int | None,
+        stop_logprobs: generation_pb2.TokenLogprobs | None,
     ) -> decode_pb2.GenerateResponse:
         usage = self._usage
         self._worker.measures.cached_tokens.add(_num_cached(usage))
         self._worker.measures.finished(usage.num_output_tokens)
-        finished = decode_pb2.GenerateFinished(reason=reason, usage=usage, stop_token_id=stop_token_id)
+        finished = decode_pb2.GenerateFinished(
+            reason=reason, usage=usage, stop_token_id=stop_token_id, stop_logprobs=stop_logprobs
+        )
         return decode_pb2.GenerateResponse(finished=finished)
 
     def _take_usage(self, usage: generation_pb2.Usage, source: Source) -> None:
@@ -261,18 +296,15 @@ class Generation:
             self._usage.ClearField("num_cached_transferred")
 
 
-async def _announce(events: AsyncIterator[Any], handoff: Handoff) -> prefill_pb2.PrefillFinished:
-    """Pass on what the prefill worker says, up to its last message; the end of its stream says nothing more. The pages
-    in that message are left for when the token beside them is out."""
-    async for event in events:
-        finished: prefill_pb2.PrefillFinished = event.finished
-        if event.HasField("pages_ready"):
-            handoff.announce(event.pages_ready)
-        elif finished.HasField("last_pages"):
-            handoff.accept(finished.last_pages)
-        if event.HasField("finished"):
-            return finished
-    raise BadManifest("the prefill worker ended its stream without a token")
+def _announce(event: prefill_pb2.PrefillResponse, handoff: Handoff) -> prefill_pb2.PrefillFinished | None:
+    """Pass on what the prefill worker says of pages. Its last message is returned: the end of its stream says nothing
+    more. The pages in that message are left for when the token beside them is out."""
+    finished = event.finished
+    if event.HasField("pages_ready"):
+        handoff.announce(event.pages_ready)
+    elif finished.HasField("last_pages"):
+        handoff.accept(finished.last_pages)
+    return finished if event.HasField("finished") else None
 
 
 def _takes(worker: Worker, request: decode_pb2.GenerateRequest) -> tuple[int, int]:
@@ -297,5 +329,8 @@ def _is_ours(fault: Fault) -> bool:
     return isinstance(fault, InvalidRequest) or (isinstance(fault, DeadlineExceeded) and out_of_time)
 
 
-def _stop_token(finished: prefill_pb2.PrefillFinished) -> int | None:
-    return finished.stop_token_id if finished.HasField("stop_token_id") else None
+def _stop_token(finished: prefill_pb2.PrefillFinished) -> tuple[int | None, generation_pb2.TokenLogprobs | None]:
+    return (
+        finished.stop_token_id if finished.HasField("stop_token_id") else None,
+        finished.stop_logprobs if finished.HasField("stop_logprobs") else None,
+    )

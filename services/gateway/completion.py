@@ -23,11 +23,12 @@ async def job(raw: Mapping[str, Any], caller: Caller, model: ServedModel, max_ch
     common.refuse_unsupported(fields, _UNSUPPORTED)
     echo = fields.flag("echo") or False
     logprobs = common.max_logprobs("logprobs", fields.integer("logprobs", common.COUNT))
-    if echo and logprobs is not None:
-        raise Unsupported("'echo' with 'logprobs' is not supported: prompts have no log-probabilities", param="echo")
-    # 0 is of use only to have the prompt echoed.
-    max_tokens = fields.integer("max_tokens", Range(0 if echo else 1, 2**31 - 1))
+    # 0 is of use only to have the prompt echoed, or to hear how likely it is.
+    about_prompt = echo or fields.raw("prompt_logprobs") is not None
+    max_tokens = fields.integer("max_tokens", Range(0 if about_prompt else 1, 2**31 - 1))
     options = common.parse(fields, model.defaults, logprobs, max_tokens)
+    if echo and logprobs is not None:
+        options.sampling.num_prompt_logprobs = max(logprobs, options.num_prompt_logprobs or 0)
     _check_best_of(fields, options.n)
     special = fields.flag("add_special_tokens") is not False
     raw_prompts = _split(fields.raw("prompt"))

@@ -24,6 +24,7 @@ from shared.errors import (
     DeadlineExceeded,
     Draining,
     Fault,
+    Internal,
     ModelNotFound,
     NoWorker,
     Overloaded,
@@ -181,12 +182,17 @@ class _Attempt:
             asyncio.get_running_loop().call_later(LOG_LATER_S, _write_log, what, placed | more, time.time())
 
     def note(self, response: decode_pb2.GenerateResponse) -> None:
-        """Remember what the client gets."""
+        """Remember what the client gets. Raises Internal if that lacks what it asked for."""
         self._num_failures, self.failed, self.unclaimed = 0, None, None
         self.finished = response.HasField("finished")
-        said = response.finished if self.finished else response.tokens
-        if not self.finished:
-            self._token_ids.extend(response.tokens.token_ids)
+        told = response.HasField("prompt_logprobs")
+        said = response.prompt_logprobs if told else response.finished if self.finished else response.tokens
+        self._token_ids.extend(response.tokens.token_ids)
+        if told:
+            self.request.num_prompt_logprobs_held = self._num_held + len(response.prompt_logprobs.logprobs)
+        elif not self._is_told:
+            worker = self.request.placement.decode.worker_id
+            raise Internal(f"decode worker {worker} answers without log-probabilities of the prompt")
         if said.HasField("usage"):
             self._used_here.CopyFrom(said.usage)
             self._add_up(said.usage)
@@ -231,11 +237,24 @@ class _Attempt:
             self.route.excluded_worker_ids.append(worker)
 
     def _page_hashes(self) -> bytes:
-        """Those of the prompt, which are known, and of the output behind it: a worker that drains has those, too."""
+        """Those of the prompt, which are known, and of the output behind it: a worker that drains has those, too. No
+        cache has logits: as long as the prompt is told of, those alone before what is to be told."""
         hashes, key, page_size = self._prompt_hashes, self.request.hash_key, self._page_size
         first = len(hashes) // page_hash.HASH_BYTES * page_size
         rest = [*self.request.prompt_token_ids[first:], *self._token_ids]
-        return hashes + page_hash.join(page_hash.chain(key, rest, page_size, parent=hashes[-page_hash.HASH_BYTES :]))
+        hashes += page_hash.join(page_hash.chain(key, rest, page_size, parent=hashes[-page_hash.HASH_BYTES :]))
+        return hashes if self._is_told else hashes[: (self._num_held - 1) // page_size * page_hash.HASH_BYTES]
+
+    @property
+    def _num_held(self) -> int:
+        """Leading tokens of the prompt whose log-probabilities the client has; of the first one there are none."""
+        return max(1, self.request.num_prompt_logprobs_held)
+
+    @property
+    def _is_told(self) -> bool:
+        """Whether the client has all log-probabilities of the prompt that it wants."""
+        wants = self.request.sampling.HasField("num_prompt_logprobs")
+        return not wants or self._num_held == len(self.request.prompt_token_ids)
 
     @property
     def may_recover(self) -> bool:
@@ -249,7 +268,7 @@ class _Attempt:
     @property
     def complete(self) -> bool:
         """Whether only the last message was lost."""
-        return len(self._token_ids) >= self.request.sampling.max_tokens
+        return self._is_told and len(self._token_ids) >= self.request.sampling.max_tokens
 
     def end(self) -> decode_pb2.GenerateResponse:
         """The last message of a complete output."""

@@ -1,10 +1,13 @@
 """Log-probabilities in OpenAI's two formats."""
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from protos.forebay.v1 import generation_pb2
 from services.gateway.tokenizer import Tokenizer
+
+Logprobs = generation_pb2.TokenLogprobs
 
 # JSON has no infinity; OpenAI writes this for tokens that are impossible.
 LOWEST = -9999.0
@@ -24,9 +27,7 @@ class TokenNames:
         return text, list(raw)
 
 
-def for_chat(
-    names: TokenNames, token_ids: Sequence[int], logprobs: Sequence[generation_pb2.TokenLogprobs]
-) -> dict[str, Any]:
+def for_chat(names: TokenNames, token_ids: Sequence[int], logprobs: Sequence[Logprobs]) -> dict[str, Any]:
     """`logprobs` of a chat choice. A stop token at the end has no log-probability and is left out."""
     content = [
         _entry(names, token_id, logprob.logprob)
@@ -37,23 +38,56 @@ def for_chat(
 
 
 def for_completion(
-    names: TokenNames, token_ids: Sequence[int], logprobs: Sequence[generation_pb2.TokenLogprobs], offset: int
-) -> dict[str, Any]:
-    """`logprobs` of a completion choice whose tokens begin `offset` characters into its text."""
-    tokens, offsets = [names(token_id)[0] for token_id, _ in zip(token_ids, logprobs, strict=False)], []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
+    names: TokenNames, token_ids: Sequence[int], logprobs: Sequence[Logprobs | None], offset: int, num_top: int
+) -> dict[str, list[Any]]:
+    """`logprobs` of a completion choice whose tokens begin `offset` characters into its text; null of a token that has
+    none, the first of a prompt."""
+    tokens = [names(token_id)[0] for token_id, _ in zip(token_ids, logprobs, strict=False)]
     tops = [
-        {names(top_id)[0]: _finite(top) for top_id, top in [*_top(logprob), (token_id, logprob.logprob)]}
+        None if logprob is None else _by_name(names, token_id, logprob, num_top)
         for token_id, logprob in zip(token_ids, logprobs, strict=False)
     ]
     return {
         "tokens": tokens,
-        "token_logprobs": [_finite(logprob.logprob) for logprob in logprobs],
+        "token_logprobs": [None if logprob is None else _finite(logprob.logprob) for logprob in logprobs],
         "top_logprobs": tops,
-        "text_offset": offsets,
+        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=offset)) if tokens else [],
     }
+
+
+def echoed(
+    names: TokenNames, prompt: Sequence[int], logprobs: Sequence[Logprobs], echo: str, num_top: int
+) -> dict[str, list[Any]]:
+    """`logprobs` of a prompt as a completion repeats it. The token that opens it may not be in its text, or not the
+    space that it begins with: it begins before the text then, as far as the tokens are longer."""
+    found = for_completion(names, prompt, [None, *logprobs], 0, num_top)
+    opening, missing = found["tokens"][0], sum(map(len, found["tokens"])) - len(echo)
+    before = 0 if echo.startswith(opening) else max(0, min(len(opening), missing))
+    return found | {"text_offset": [max(0, offset - before) for offset in found["text_offset"]]}
+
+
+def of_prompt(names: TokenNames, prompt: Sequence[int], logprobs: Sequence[Logprobs], num_top: int) -> list[Any]:
+    """`prompt_logprobs` as vLLM has them: for each token of the prompt itself and the most likely ones, by token id."""
+    told: list[Any] = [None]
+    for token_id, logprob in zip(prompt[1:], logprobs, strict=True):
+        places = enumerate(_top(logprob, num_top), start=1)
+        top = {top_id: (value, rank) for rank, (top_id, value) in places}
+        entries = {token_id: (logprob.logprob, logprob.rank)} | top
+        told.append({str(each): _ranked(names, each, *entry) for each, entry in entries.items()})
+    return told
+
+
+def _ranked(names: TokenNames, token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+    return {"logprob": _finite(logprob), "rank": rank, "decoded_token": names(token_id)[0]}
+
+
+def _by_name(names: TokenNames, token_id: int, logprob: Logprobs, num_top: int) -> dict[str, float]:
+    """The most likely tokens, and the token itself. Of several that are written alike the most likely one stays: else a
+    token could look like the most likely without being it."""
+    found: dict[str, float] = {}
+    for top_id, value in (*_top(logprob, num_top), (token_id, logprob.logprob)):
+        found.setdefault(names(top_id)[0], _finite(value))
+    return found
 
 
 def _entry(names: TokenNames, token_id: int, logprob: float) -> dict[str, Any]:
@@ -61,8 +95,9 @@ def _entry(names: TokenNames, token_id: int, logprob: float) -> dict[str, Any]:
     return {"token": text, "logprob": _finite(logprob), "bytes": raw}
 
 
-def _top(logprobs: generation_pb2.TokenLogprobs) -> Iterator[tuple[int, float]]:
-    return zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
+def _top(logprobs: Logprobs, count: int | None = None) -> Iterator[tuple[int, float]]:
+    """So many of the most likely ones, or all that were reported."""
+    return zip(logprobs.top_token_ids[:count], logprobs.top_logprobs[:count], strict=True)
 
 
 def _finite(logprob: float) -> float:

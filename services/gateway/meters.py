@@ -55,7 +55,7 @@ class Meters:
         try:
             async with aclosing(deltas):
                 async for delta in deltas:
-                    if not first_at:
+                    if not (first_at or delta.prompt_logprobs):
                         first_at = time.perf_counter()
                         self._first.record(first_at - begin, labels)
                     num_tokens[delta.index] = delta.num_output_tokens

@@ -32,7 +32,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1, 1.0),
     "allowed_token_ids": (),
     "bad_words": ([],),
-    "prompt_logprobs": (),
     "logprob_token_ids": (),
     "logits_processors": ([],),
     "prompt_embeds": (),
@@ -44,7 +43,8 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`sampling` lacks seed and max_tokens, which depend on the choice and its prompt."""
+    """`sampling` lacks seed and max_tokens, which depend on the choice and its prompt. `num_prompt_logprobs` are those
+    that are reported besides what an echo shows."""
 
     sampling: generation_pb2.SamplingParams
     n: int
@@ -57,6 +57,7 @@ class Options:
     cache_salt: str
     return_token_ids: bool
     tokens_as_ids: bool
+    num_prompt_logprobs: int | None
     stream: bool
     include_usage: bool
     continuous_usage: bool
@@ -70,11 +71,14 @@ def parse(fields: Fields, defaults: Mapping[str, float], num_logprobs: int | Non
         raise InvalidRequest(f"'min_tokens' ({min_tokens}) exceeds 'max_tokens' ({max_tokens})", param="min_tokens")
     stream = fields.flag("stream") or False
     usage = _stream_options(fields, stream)
+    num_prompt_logprobs = max_logprobs("prompt_logprobs", fields.integer("prompt_logprobs", COUNT))
+    if num_prompt_logprobs is not None and stream:
+        raise InvalidRequest("'prompt_logprobs' are not available when 'stream' is true", param="prompt_logprobs")
     salt = fields.text("cache_salt", 1024)
     if salt == "":
         raise InvalidRequest("'cache_salt' must not be empty", param="cache_salt")
     return Options(
-        sampling=_sampling(fields, defaults, min_tokens, num_logprobs),
+        sampling=_sampling(fields, defaults, min_tokens, num_logprobs, num_prompt_logprobs),
         n=fields.integer("n", NUM_OUTPUTS) or 1,
         seed=fields.integer("seed", INT64),
         max_tokens=max_tokens,
@@ -85,6 +89,7 @@ def parse(fields: Fields, defaults: Mapping[str, float], num_logprobs: int | Non
         cache_salt=salt or "",
         return_token_ids=fields.flag("return_token_ids") or False,
         tokens_as_ids=fields.flag("return_tokens_as_token_ids") or False,
+        num_prompt_logprobs=num_prompt_logprobs,
         stream=stream,
         include_usage=usage.flag("include_usage") or False,
         continuous_usage=usage.flag("continuous_usage_stats") or False,
@@ -107,7 +112,11 @@ def max_logprobs(param: str, value: int | None) -> int | None:
 
 
 def _sampling(
-    fields: Fields, defaults: Mapping[str, float], min_tokens: int, num_logprobs: int | None
+    fields: Fields,
+    defaults: Mapping[str, float],
+    min_tokens: int,
+    num_logprobs: int | None,
+    num_prompt_logprobs: int | None,
 ) -> generation_pb2.SamplingParams:
     def number(name: str, neutral: float, allowed: Range) -> float:
         value = fields.number(name, allowed)
@@ -127,6 +136,7 @@ def _sampling(
         stop_token_ids=_stop_token_ids(fields),
         ignore_eos=fields.flag("ignore_eos") or False,
         num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
         grammar=structured.read(fields),
     )
 

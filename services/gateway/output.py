@@ -22,7 +22,8 @@ _REASONS = {
 class Delta:
     """What is new since the last one. `finish_reason` is set on the last; `stop_reason` is what stopped it, as vLLM
     has it: the stop string or the id of the stop token that the client asked for. Reasoning tokens are those chosen
-    between <think> and </think>."""
+    between <think> and </think>. `prompt_logprobs`, of which the first belong to the prompt's second token, come before
+    all else, and with nothing else."""
 
     index: int
     text: str = ""
@@ -30,6 +31,7 @@ class Delta:
     calls: list[CallPart] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[generation_pb2.TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[generation_pb2.TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     num_output_tokens: int = 0
@@ -45,11 +47,11 @@ class Delta:
 async def deltas(job: Job, choice: Choice, generate: Generate) -> AsyncGenerator[Delta, None]:
     """The output of one choice, at most one delta for each message of the worker. Raises any Fault."""
     output = _Output(job, choice)
-    if job.options.max_tokens == 0:
-        yield Delta(choice.index, finish_reason="length")
-        return
     async with aclosing(generate(choice)) as responses:
         async for response in responses:
+            if response.HasField("prompt_logprobs"):
+                yield Delta(choice.index, prompt_logprobs=list(response.prompt_logprobs.logprobs))
+                continue
             delta = output.finish(response.finished) if response.HasField("finished") else output.feed(response.tokens)
             if delta.text or delta.reasoning or delta.calls or delta.finish_reason or output.speaks_tokens:
                 yield delta
@@ -62,7 +64,7 @@ class _Output:
 
     def __init__(self, job: Job, choice: Choice) -> None:
         options = job.options
-        self._index, self._sampling = choice.index, choice.generate.sampling
+        self._index, self._sampling, self._is_chat = choice.index, choice.generate.sampling, job.is_chat
         self._include_stop = options.include_stop
         self._reader = Reader(job.model.text.tokenizer, choice.prompt, options, job.parsing.tags)
         self._parser = job.parsing.parser()
@@ -93,6 +95,8 @@ class _Output:
         delta = Delta(self._index, finish_reason=_REASONS.get(finished.reason, "stop"), usage=finished.usage)
         if finished.HasField("stop_token_id"):
             self._end_with(finished.stop_token_id, delta)
+            if finished.HasField("stop_logprobs") and not self._is_chat:
+                delta.logprobs.append(finished.stop_logprobs)
         pieces, stop = self._reader.flush()
         self._parse(pieces)
         if stop is not None:

@@ -42,6 +42,16 @@ class Choice:
     generate: decode_pb2.GenerateRequest
     page_size: int
 
+    @property
+    def tells(self) -> bool:
+        """Whether log-probabilities of the prompt come with it."""
+        return self.generate.sampling.HasField("num_prompt_logprobs")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no worker has anything to do for it."""
+        return not (self.generate.sampling.max_tokens or self.tells)
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -131,7 +141,10 @@ class _Expansion:
         sampling.CopyFrom(self.options.sampling)
         sampling.seed = derive_seed(self.seed, number)
         sampling.max_tokens = self._max_tokens(room)
-        hashes = page_hash.chain(self.hash_key, prompt.token_ids, self.model.card.page_size)
+        if number:  # told with the first output of the prompt
+            sampling.ClearField("num_prompt_logprobs")
+        tells = sampling.HasField("num_prompt_logprobs")  # no page that is cached is of use then
+        hashes = () if tells else page_hash.chain(self.hash_key, prompt.token_ids, self.model.card.page_size)
         route = router_pb2.RouteRequest(
             request_id=request_id,
             model=self.model.name,

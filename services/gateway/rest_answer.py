@@ -58,12 +58,16 @@ class Answer:
             async for delta in deltas:
                 self._bodies.note(delta)
                 totals[delta.index].add(delta)
-        await Response(self._bodies.whole(totals), media_type="application/json")(scope, receive, send)
+        write = self._bodies.whole
+        body = await asyncio.to_thread(write, totals) if self._bodies.is_long else write(totals)
+        await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
         async with aclosing(self._run(self._job)) as deltas:
             async for delta in deltas:
                 self._bodies.note(delta)
+                if delta.prompt_logprobs:
+                    continue
                 if not self._started:
                     self._started = True
                     await send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_STREAM)})

@@ -15,6 +15,8 @@ from services.gateway.parsers.api import CallPart
 from services.gateway.request import Job
 
 DONE = b"data: [DONE]\n\n"
+# Log-probabilities of so many tokens are written within some 10 ms; for more, other requests would wait too long.
+NUM_TOLD_INLINE = 4096
 # Stands for a text.
 _TEXT = "\0text\0"
 
@@ -31,6 +33,7 @@ class Progress:
     num_tokens: int = 0
     num_reasoning: int = 0
     num_chars: int = 0
+    prompt_logprobs: list[generation_pb2.TokenLogprobs] = field(default_factory=list)
     begun: bool = False
     usage: generation_pb2.Usage | None = None
     around_text: tuple[bytes, bytes] | None = None
@@ -66,6 +69,8 @@ class Bodies:
 
     def __init__(self, job: Job) -> None:
         self._job, self._options = job, job.options
+        self._num_told = (1 + job.options.sampling.num_prompt_logprobs) * job.options.n
+        """What is written of each token of a prompt that is told of."""
         self._wants_logprobs = job.options.sampling.HasField("num_logprobs")
         self._wants_text_alone = not (
             self._wants_logprobs or job.options.return_token_ids or job.options.continuous_usage
@@ -81,11 +86,17 @@ class Bodies:
             "system_fingerprint": job.model.fingerprint,
         }
 
+    @property
+    def is_long(self) -> bool:
+        """Whether so much is told of prompts that `whole` takes a while."""
+        return sum(len(progress.prompt_logprobs) for progress in self.progress) * self._num_told > NUM_TOLD_INLINE
+
     def note(self, delta: Delta) -> None:
         """Count a delta."""
         progress = self.progress[delta.index]
         progress.num_tokens, progress.num_reasoning = delta.num_output_tokens, delta.num_reasoning_tokens
         progress.usage = delta.usage or progress.usage
+        progress.prompt_logprobs += delta.prompt_logprobs
 
     def usage(self) -> dict[str, Any]:
         """Token counts of the whole job. Prompts count once, however many outputs they have."""
@@ -110,6 +121,8 @@ class Bodies:
         body = self._head | {"choices": choices, "usage": self.usage()}
         if self._job.is_chat and self._options.return_token_ids:
             body["prompt_token_ids"] = self._job.prompts[0].token_ids
+        if self._job.is_chat:
+            body |= self._prompt_logprobs(0)
         return orjson.dumps(body)
 
     def chunk(self, delta: Delta) -> bytes:
@@ -124,7 +137,7 @@ class Bodies:
             role = {"index": delta.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
             prompt = {"prompt_token_ids": self._job.prompts[0].token_ids} if self._options.return_token_ids else {}
             events = self._chunk(role | {"finish_reason": None}, prompt)
-        progress.num_chars += len(delta.text)
+        progress.num_chars += len(delta.text) + (len(self._echo(delta.index)) if first else 0)
         return events + self._chunk(choice, {})
 
     def _text_event(self, progress: Progress, delta: Delta) -> bytes:
@@ -185,19 +198,39 @@ class Bodies:
 
     def _text_choice(self, index: int, total: Total) -> dict[str, Any]:
         echo = self._echo(index)
-        found = None
-        if self._wants_logprobs:
-            found = logprobs.for_completion(self._names, total.token_ids, total.logprobs, len(echo))
+        found = self._text_logprobs(index, total, len(echo), with_prompt=True)
         choice = {"index": index, "text": echo + total.text, "logprobs": found, **_end(total.end)}
-        return choice | self._token_ids(index, total.token_ids, with_prompt=True)
+        return choice | self._token_ids(index, total.token_ids, with_prompt=True) | self._prompt_logprobs(index)
 
     def _text_delta(self, delta: Delta, first: bool) -> dict[str, Any]:
-        progress, found = self.progress[delta.index], None
-        if self._wants_logprobs:
-            found = logprobs.for_completion(self._names, delta.token_ids, delta.logprobs, progress.num_chars)
-        text = self._echo(delta.index) + delta.text if first else delta.text
-        choice = {"index": delta.index, "text": text, "logprobs": found, **_end(delta)}
+        echo = self._echo(delta.index) if first else ""
+        begin = len(echo) if first else self.progress[delta.index].num_chars
+        found = self._text_logprobs(delta.index, delta, begin, with_prompt=first)
+        choice = {"index": delta.index, "text": echo + delta.text, "logprobs": found, **_end(delta)}
         return choice | self._token_ids(delta.index, delta.token_ids, with_prompt=first)
+
+    def _text_logprobs(self, index: int, new: Total | Delta, begin: int, *, with_prompt: bool) -> dict[str, Any] | None:
+        """Of tokens that begin so many characters into a choice's text, behind those of a prompt that is echoed."""
+        if not self._wants_logprobs:
+            return None
+        names, num_top = self._names, self._options.sampling.num_logprobs
+        own = logprobs.for_completion(names, new.token_ids, new.logprobs, begin, num_top)
+        if not (self._job.echo and with_prompt):
+            return own
+        prompt = self._job.choices[index].prompt.token_ids
+        before = logprobs.echoed(names, prompt, self._told(index), self._echo(index), num_top)
+        return {name: before[name] + values for name, values in own.items()}
+
+    def _prompt_logprobs(self, index: int) -> dict[str, Any]:
+        """What is told of a prompt besides what is echoed."""
+        num_top, prompt = self._options.num_prompt_logprobs, self._job.choices[index].prompt.token_ids
+        if num_top is None:
+            return {}
+        return {"prompt_logprobs": logprobs.of_prompt(self._names, prompt, self._told(index), num_top)}
+
+    def _told(self, index: int) -> list[generation_pb2.TokenLogprobs]:
+        """Of the prompt of a choice: it came with the prompt's first one."""
+        return self.progress[index - index % self._options.n].prompt_logprobs
 
     def _token_ids(self, index: int, token_ids: list[int], *, with_prompt: bool) -> dict[str, Any]:
         if not self._options.return_token_ids:

@@ -125,6 +125,8 @@ def _options(options: gateway_pb2.GenerationOptions) -> dict[str, Any]:
     }
     if options.HasField("seed"):  # unsigned here, signed on the REST face: the same 64 bits
         raw["seed"] = options.seed - (1 << 64) if options.seed >= 1 << 63 else options.seed
+    if options.HasField("num_prompt_logprobs"):
+        raw["prompt_logprobs"] = options.num_prompt_logprobs
     if options.HasField("grammar"):
         raw["structured_outputs"] = structured.described(options.grammar)
     return raw
@@ -154,6 +156,7 @@ def _delta(job: Job, delta: Delta) -> gateway_pb2.OutputDelta:
         text=delta.text,
         token_ids=delta.token_ids if job.options.return_token_ids else (),
         logprobs=delta.logprobs,
+        prompt_logprobs=delta.prompt_logprobs,
         finish_reason=_REASONS.get(delta.finish_reason or "", generation_pb2.FINISH_REASON_UNSPECIFIED),
         reasoning=delta.reasoning,
         tool_calls=[

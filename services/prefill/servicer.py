@@ -7,7 +7,7 @@ from contextlib import aclosing, contextmanager
 from typing import Any
 
 from protos.forebay.v1 import generation_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
-from shared.engine.api import EngineRequest, Failed, PagesComputed, TokensSampled
+from shared.engine.api import EngineRequest, Failed, PagesComputed, PromptLogprobs, TokensSampled
 from shared.engine.kv.store import PageTable
 from shared.errors import Fault, Internal
 from shared.worker import manifests, wire
@@ -50,13 +50,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         """Pages for the whole prompt, with what is cached here, or can be pulled from a peer, in them."""
         token_ids = (*request.prompt_token_ids, *request.output_token_ids)
         hashes, num_pages = self._worker.pages_for(request.hash_key, token_ids)
-        table = await self._worker.loop.reserve(hashes, num_pages)
+        reusable = wire.reusable(request, hashes, self._worker.engine.spec.layout.page_size)
+        table = await self._worker.loop.reserve(reusable, num_pages)
         usage = generation_pb2.Usage(
             num_prompt_tokens=len(request.prompt_token_ids), num_output_tokens=1, num_cached_remote=table.num_tokens
         )
         try:
             if request.HasField("kv_source"):
-                pull = self._worker.puller.pull_prefix(request.kv_source, request.request_id, hashes, table)
+                pull = self._worker.puller.pull_prefix(request.kv_source, request.request_id, reusable, table)
                 usage.num_cached_transferred = await pull
             job = wire.engine_request(request, page_hashes=hashes, prefill_only=True)
         except BaseException:
@@ -106,7 +107,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                     if ready is not None and not isinstance(event, TokensSampled):
                         yield prefill_pb2.PrefillResponse(pages_ready=ready)
                         self._worker.kv_servicer.serve()
+                        ready = None
                     match event:
+                        case PromptLogprobs():
+                            yield prefill_pb2.PrefillResponse(prompt_logprobs=wire.prompt_logprobs(event))
                         case PagesComputed():
                             ready = await self._ready(handed, event)
                         case TokensSampled():
@@ -164,6 +168,7 @@ class _Handover:
             num_pages=self.num_pages,
             usage=usage,
             stop_token_id=event.stop_token_id,
+            stop_logprobs=wire.token_logprobs(event.stop_token),
             draft_token_ids=event.draft_token_ids,
             last_pages=last_pages,
         )

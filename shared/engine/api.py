@@ -42,6 +42,7 @@ class SamplingParams:
     ignore_eos: bool = False
     num_logprobs: int | None = None
     grammar: Grammar | None = None
+    num_prompt_logprobs: int | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -57,7 +58,8 @@ class EngineRequest:
     again, and count for max_tokens, min_tokens and penalties. `draft_token_ids` may follow them; nobody has verified
     that. With `prefill_only` the sequence ends after one more token. A `resumed` one goes on after a fault elsewhere:
     its client waits amid an answer. `page_hashes` name leading pages of its prompt and earlier output, where whoever
-    asks knows them: what is not among them is worked out.
+    asks knows them: what is not among them is worked out. If log-probabilities of the prompt are wanted, those of its
+    first `num_prompt_logprobs_held` tokens are known already, and not told again.
     """
 
     request_id: str
@@ -70,6 +72,7 @@ class EngineRequest:
     draft_token_ids: tuple[int, ...] = ()
     resumed: bool = False
     page_hashes: tuple[bytes, ...] = ()
+    num_prompt_logprobs_held: int = 0
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -87,11 +90,22 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Of a token of a prompt; `rank` is one more than there are likelier ones, `top` as in SampledToken."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Chosen:
-    """What a step chose for one sequence: the drafts that were right, one token more, and drafts of what may follow."""
+    """What a step chose for one sequence: the drafts that were right, one token more, and drafts of what may follow;
+    no `tokens` if only the item's `logprob_rows` were asked for."""
 
     tokens: tuple[SampledToken, ...]
     drafts: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +123,18 @@ class PagesComputed:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of the prompt's tokens from index `first` on. Sent once per chunk, if wanted, before what else that step says."""
+
+    request_id: str
+    first: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TokensSampled:
-    """New tokens, and whether they are the last. A stop token ends a sequence as `stop_token_id` and is not in `tokens`
-    unless `ignore_eos`.
+    """New tokens, and whether they are the last. A stop token ends a sequence as `stop_token` and is not in `tokens`
+    unless `ignore_eos`. There are none where none was to be generated.
 
     The step verified `num_drafts` drafts, and the first `num_accepted` of them were right. A prefill-only sequence ends
     with drafts of what may follow.
@@ -120,11 +143,16 @@ class TokensSampled:
     request_id: str
     tokens: tuple[SampledToken, ...]
     finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
+    stop_token: SampledToken | None = None
     num_cached_tokens: int = 0
     num_drafts: int = 0
     num_accepted: int = 0
     draft_token_ids: tuple[int, ...] = ()
+
+    @property
+    def stop_token_id(self) -> int | None:
+        """The token that ended the sequence, if one did."""
+        return None if self.stop_token is None else self.stop_token.token_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +163,7 @@ class Failed:
     fault: Fault
 
 
-Event = PagesComputed | TokensSampled | Failed
+Event = PagesComputed | PromptLogprobs | TokensSampled | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +255,9 @@ class Engine(Protocol):
         """Whether a sequence of this engine waits for pages: newcomers should leave it what is freed next."""
 
 
+NO_ROWS = range(0)
+
+
 @dataclass(frozen=True, slots=True)
 class BatchItem:
     """One sequence's part of a step: compute tokens [start, start + len(token_ids)) and, if `sample`, choose the next.
@@ -237,6 +268,8 @@ class BatchItem:
     next step, which another worker computes if it `hands_over`; pages have room for all of them but the last.
     `following` is the token behind a part that is not the last, which a drafting layer looks at. `allowed` are the
     tokens that may be chosen, and those behind each draft, as bits (see `grammars`); None, and no rows, where all may.
+    `logprob_rows` are the positions, all of the prompt, behind which the log-probability of the token that follows is
+    wanted.
 
     Launched behind another step, a token may be what that one will choose: the id -1 - k (see `awaited`) stands for the
     k-th of what it leaves, and `history` ends before it. It leaves N tokens, the last one of each item that chooses;
@@ -258,6 +291,7 @@ class BatchItem:
     following: int | None = None
     allowed: tuple[bytes | None, ...] = ()
     num_in_doubt: int = 0
+    logprob_rows: range = NO_ROWS
 
     @property
     def position(self) -> int:
@@ -268,6 +302,13 @@ class BatchItem:
     def drafts(self) -> Sequence[int]:
         """The tokens to verify."""
         return self.token_ids[len(self.token_ids) - self.num_drafts :]
+
+    @property
+    def told(self) -> Sequence[int]:
+        """The tokens behind `logprob_rows`."""
+        first, last = self.logprob_rows.start + 1 - self.start, self.logprob_rows.stop + 1 - self.start
+        known = self.token_ids[first:last]
+        return known if self.following is None or last <= len(self.token_ids) else [*known, self.following]
 
     @property
     def needs_host(self) -> bool:
@@ -291,7 +332,7 @@ class Step(Protocol):
         """Whether `chosen` returns, or raises, at once."""
 
     def chosen(self) -> list[Chosen | None]:
-        """Wait until it is computed; what is chosen for each item with `sample`. Raises what went wrong."""
+        """Wait until it is computed; what is chosen or told for each item, if it asks. Raises what went wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +385,8 @@ class Executor(Protocol):
         that `needs_host`."""
 
     def launch(self, batch: Sequence[BatchItem]) -> Step:
-        """Write the KV of every item's tokens into its pages, and choose a token for each item with `sample`.
+        """Write the KV of every item's tokens into its pages, and choose a token for each item with `sample`; find what
+        is wanted of its `logprob_rows`.
 
         What is written for a draft that turns out wrong is overwritten by a later step. Nothing of `batch` is looked at
         after this has returned. Raises WorkerLost if nothing can be computed any more; any other error is of this batch

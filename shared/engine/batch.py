@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.engine.api import BatchItem
+from shared.engine.api import NO_ROWS, BatchItem
 from shared.engine.pinned import put
 
 LONG = 64  # so many numbers numpy counts faster than it is told them
@@ -17,8 +17,8 @@ LONG = 64  # so many numbers numpy counts faster than it is told them
 @dataclass(frozen=True, slots=True)
 class Batch:
     """All tensors int32 [..], on one device, but that token ids may be on that of the model already; T tokens in S
-    sequences, R of which have a token chosen that follows them: the last one of a sequence, and the ones before its
-    drafts.
+    sequences, R of which are followed by a token that is chosen, the last one of a sequence and the ones before its
+    drafts, or whose log-probability is wanted; the rows of both, in order, are called sampled.
 
     Sequence s computes rows query_starts[s] .. query_starts[s+1] of the T tokens, attends to context_lens[s] tokens
     (its own included), and lives in pages page_ids[page_starts[s] : page_starts[s+1]]. With `moved` its positions are
@@ -89,10 +89,29 @@ def build(items: Sequence[BatchItem], page_size: int) -> Batch:
         sampled_rows=_int32(
             row
             for item, end in zip(items, starts[1:], strict=True)
-            if item.sample
-            for row in range(end - 1 - item.num_drafts, end)
+            if item.sample or item.logprob_rows
+            for row in (_all_rows(item, end) if item.logprob_rows else range(end - 1 - item.num_drafts, end))
         ),
     )
+
+
+def choosing(step: Batch, items: Sequence[BatchItem]) -> Batch:
+    """A step whose sampled rows are those alone behind which tokens are chosen."""
+    if not any(item.logprob_rows for item in items):
+        return step
+    ends = accumulate(len(item.token_ids) for item in items)
+    rows = chain.from_iterable(_chosen_rows(item, end) for item, end in zip(items, ends, strict=True))
+    return replace(step, sampled_rows=_int32(rows))
+
+
+def _all_rows(item: BatchItem, end: int) -> Iterable[int]:
+    """The sampled rows of an item that ends before row `end`."""
+    first = end - len(item.token_ids) - item.start
+    return chain((first + position for position in item.logprob_rows), _chosen_rows(item, end))
+
+
+def _chosen_rows(item: BatchItem, end: int) -> range:
+    return range(end - 1 - item.num_drafts, end) if item.sample else NO_ROWS
 
 
 def _int32(values: Iterable[int]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from shared.engine.api import (
     Executor,
     Failed,
     PagesComputed,
+    PromptLogprobs,
     TokensSampled,
 )
 from shared.engine.flight import Flight, Landed
@@ -200,12 +201,14 @@ class Engine:
         """Note what a part computed, and say what came of it."""
         sequence, events = part.sequence, list[Event]()
         num_computed = len(sequence.tokens) if item.sample else part.end  # known now, if it was in doubt when planned
+        if chosen is not None and chosen.prompt_logprobs:
+            events.append(self._tell(sequence, item, chosen))
         if sequence.request.prefill_only:
             first_page, page_ids = sequence.unannounced(num_computed)
             if page_ids:
                 events.append(PagesComputed(sequence.request.request_id, first_page, tuple(page_ids), num_computed))
         sampled, ending = None, None
-        if chosen is not None:
+        if item.sample and chosen is not None:
             sampled, ending = self._take(sequence, item, chosen)
             num_computed += min(sampled.num_accepted, len(sampled.tokens))
             if sequence.matcher is not None and sequence.matcher.error:
@@ -218,6 +221,10 @@ class Engine:
             self._finish(sequence)
         return events
 
+    def _tell(self, sequence: Sequence, item: BatchItem, chosen: Chosen) -> PromptLogprobs:
+        first, sequence.num_told = item.logprob_rows.start + 1, item.logprob_rows.stop + 1
+        return PromptLogprobs(sequence.request.request_id, first, chosen.prompt_logprobs)
+
     def _take(self, sequence: Sequence, item: BatchItem, chosen: Chosen) -> tuple[TokensSampled, Ending | None]:
         """Put chosen tokens into their sequence. Those that were drafts are computed already."""
         num_accepted = len(chosen.tokens) - 1
@@ -228,7 +235,7 @@ class Engine:
             request_id=sequence.request.request_id,
             tokens=tuple(tokens),
             finish_reason=ending.reason if ending else None,
-            stop_token_id=ending.stop_token_id if ending else None,
+            stop_token=ending.stop_token if ending else None,
             num_cached_tokens=sequence.num_cached_tokens,
             num_drafts=item.num_drafts,
             num_accepted=num_accepted,

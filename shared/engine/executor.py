@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, Recorded, SampledToken, Step, awaited
-from shared.engine.batch import Batch, build
+from shared.engine.batch import Batch, build, choosing
 from shared.engine.kernels import cuda_choice
 from shared.engine.kernels.cuda_choice import CudaChoice
 from shared.engine.kv.layout import KvLayout, compatibility_hash
@@ -22,6 +22,7 @@ from shared.engine.parallel.partition import Shard
 from shared.engine.pinned import Fetched, put, some
 from shared.engine.sampling.batched import BatchedSampler, Choice
 from shared.engine.sampling.batched_rejection import BatchedRejectionSampler
+from shared.engine.sampling.prompt_logprobs import PromptLogprobs, apart, joined
 from shared.engine.sampling.rejection import RejectionSampler
 from shared.engine.sampling.sampler import Sampler
 from shared.engine.speculation.late import DraftedStep, LateDrafter
@@ -63,6 +64,7 @@ class TorchExecutor:
         self.model = model
         self._pool = pool_bytes(memory)
         drafts, known = model.draft_layer, num_tokens or spec.vocab_size
+        self._num_tokens = known
         self._sampler = Sampler(known, spec.eos_token_ids)
         rejects = rejection and drafts is not None
         if behind or self._pool.is_cuda:
@@ -114,16 +116,18 @@ class TorchExecutor:
             return self._drafted(self._late, batch, step)
         if self._drafter is not None:
             logits, states = self._drafter.layer.forward(step, self._pool, self.layout)
+            logits, told = apart(logits, batch, self._num_tokens)
             tokens = _spread(self._sampler(logits, sampled), batch)
             chosen = self._drafter(batch, tokens, states, self._pool)
             Fetched(logits[:0]).wait()  # the layer may have written behind what it chose last
-            return Computed(chosen)
+            return Computed(joined(chosen, batch, told))
         logits = self.model.forward(step.resolved(self._chosen), self._pool, self.layout)
+        logits, told = apart(logits, batch, self._num_tokens)
         if not isinstance(self._sampler, BatchedSampler):
-            return Computed(_choices(self._sampler(logits, sampled), batch))
+            return Computed(joined(_choices(self._sampler(logits, sampled), batch), batch, told))
         choice = self._sampler.launch(logits, sampled, self._chosen).send()
         self._chosen = choice.tokens
-        return TorchStep(list(batch), choice)
+        return TorchStep(list(batch), choice, told)
 
     def _drafted(self, drafter: LateDrafter, batch: Sequence[BatchItem], step: Batch) -> Step:
         """Launch a step whose drafts are verified and proposed where it is computed."""
@@ -133,9 +137,10 @@ class TorchExecutor:
             step = step.moved_on(moved, [item.num_in_doubt for item in batch])
             moved = some(moved, [place for place, item in enumerate(batch) if item.sample])
         logits, states = drafter.layer.forward(step, self._pool, self.layout)
-        choice = drafter.sampler.launch(logits, asked, self._chosen, moved)
+        logits, told = apart(logits, batch, self._num_tokens)
+        choice, step = drafter.sampler.launch(logits, asked, self._chosen, moved), choosing(step, batch)
         self._num_right, self._chosen = drafter(batch, step, choice.tokens, moved, states, self._pool)
-        return DraftedStep(list(batch), choice.send(self._num_right, self._chosen))
+        return DraftedStep(list(batch), choice.send(self._num_right, self._chosen), told)
 
     def _moved(self, batch: Sequence[BatchItem]) -> torch.Tensor | None:
         """How many drafts were right in the step before, int64 [S], of the sequences for which that is in doubt."""
@@ -153,6 +158,7 @@ class TorchStep:
 
     batch: list[BatchItem]
     choice: Choice
+    told: PromptLogprobs | None = None
 
     def is_done(self) -> bool:
         """Whether `chosen` returns at once."""
@@ -160,7 +166,7 @@ class TorchStep:
 
     def chosen(self) -> list[Chosen | None]:
         """Wait for the tokens, which are chosen when all pages are written, even if none is."""
-        return _choices(self.choice.collect(), self.batch)
+        return joined(_choices(self.choice.collect(), self.batch), self.batch, self.told)
 
 
 def _spread(chosen: Iterable[Tokens], batch: Iterable[BatchItem]) -> list[Tokens | None]:

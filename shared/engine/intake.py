@@ -18,7 +18,7 @@ def require_runnable(request: EngineRequest, spec: EngineSpec) -> None:
     num_tokens, max_len = len(request.prompt_token_ids) + len(request.output_token_ids), limits(spec).max_len
     if not request.prompt_token_ids:
         raise InvalidRequest("the prompt is empty", param="prompt")
-    if num_tokens >= max_len:
+    if num_tokens + (request.sampling.max_tokens > 0) > max_len:
         raise ContextTooLong(
             f"{num_tokens} tokens leave no room for another one: this worker holds sequences of at most {max_len} "
             f"tokens (context of {spec.max_model_len}, {spec.num_pages} pages of {spec.layout.page_size})",
@@ -29,7 +29,13 @@ def require_runnable(request: EngineRequest, spec: EngineSpec) -> None:
     _require_vocabulary(request.draft_token_ids, spec, "draft_token_ids")
     _require_sampling(request.sampling, spec)
     _require_end(request.sampling)
-    if len(request.output_token_ids) >= request.sampling.max_tokens:
+    if request.num_prompt_logprobs_held > len(request.prompt_token_ids):
+        raise InvalidRequest(
+            f"{request.num_prompt_logprobs_held} log-probabilities are held of a prompt of "
+            f"{len(request.prompt_token_ids)} tokens",
+            param="num_prompt_logprobs_held",
+        )
+    if len(request.output_token_ids) >= max(1, request.sampling.max_tokens):
         raise InvalidRequest(
             f"max_tokens is {request.sampling.max_tokens}, and {len(request.output_token_ids)} tokens were emitted "
             "before: there is nothing to generate",
@@ -62,9 +68,10 @@ def _require_sampling(sampling: SamplingParams, spec: EngineSpec) -> None:
         "frequency_penalty": not isfinite(sampling.frequency_penalty),
         "repetition_penalty": not (isfinite(sampling.repetition_penalty) and sampling.repetition_penalty > 0),
         "logit_bias": not all(isfinite(bias) and 0 <= token < spec.vocab_size for token, bias in sampling.logit_bias),
-        "max_tokens": sampling.max_tokens < 1,
+        "max_tokens": sampling.max_tokens < (sampling.num_prompt_logprobs is None),
         "min_tokens": not 0 <= sampling.min_tokens <= sampling.max_tokens,
         "num_logprobs": not 0 <= (sampling.num_logprobs or 0) <= spec.vocab_size,
+        "num_prompt_logprobs": not 0 <= (sampling.num_prompt_logprobs or 0) <= spec.vocab_size,
     }
     for param, is_wrong in wrong.items():
         if is_wrong:

@@ -16,6 +16,9 @@ RANK = attrgetter("rank")
 STEP_TOKENS = 128
 # One more step costs a quarter, at most, of what part of a prompt takes that is worth one of its own: so many ridges.
 WORTH_A_STEP = 4
+# Rows of a step, at most, behind which log-probabilities of prompts are wanted: each has a float32 for each token of
+# the vocabulary, 310 MB for 512 rows of 150,000. For so many tokens it is worth reading the weights (decisions/0066).
+LOGPROB_ROWS = 512
 # When so many wait for it, the step is not filled up: to look at all who wait would take longer than that saves.
 MOST_PASSED = 16
 
@@ -61,6 +64,9 @@ class Scheduler:
     Where nobody generates a prompt that ends in a step is not held up by part of one that does not: the step is not
     filled up with that, if the part is worth a step of its own (decisions/0055).
 
+    Prompts whose log-probabilities are wanted have LOGPROB_ROWS of a step, all together; what they leave of the budget
+    is for others.
+
     A prompt that begins as another one of the same step waits for that step, and finds it cached: computed together,
     the beginning would be computed twice, and both of them, and all others in the step, would wait for it.
 
@@ -95,7 +101,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
-        if sequence.num_uncomputed < 1:
+        if sequence.num_uncomputed < 1 or (sequence.tells and sequence.num_computed > sequence.num_reusable):
             self._kv.shrink(sequence.table, sequence.num_reusable)
         insort(self.waiting, sequence, key=RANK)
         self._stalled_at = None
@@ -136,11 +142,15 @@ class Scheduler:
         if ahead and not self._can_go_on(decoding):
             return []
         parts = [_part(sequence, 1) for sequence in decoding if self._grow(sequence)]
-        budget, ends = self._max_step_tokens - len(parts), False
+        budget, num_rows, ends = self._max_step_tokens - len(parts), LOGPROB_ROWS, False
         for sequence in self._prompts():
             if ends and not decoding and self._worth_a_step <= budget < sequence.num_uncomputed:
                 break
-            parts.append(part := _part(sequence, budget))
+            part = _part(sequence, budget, num_rows)
+            if not part.num_tokens:
+                continue
+            parts.append(part)
+            num_rows -= len(sequence.logprob_rows(part.start, part.end))
             self._computing.update(sequence.hashes[part.start // self._kv.page_size : part.end // self._kv.page_size])
             budget -= part.num_tokens
             ends |= part.is_last
@@ -296,5 +306,11 @@ class Scheduler:
         return True
 
 
-def _part(sequence: Sequence, budget: int) -> Part:
-    return Part(sequence, sequence.num_computed, min(sequence.num_uncomputed, budget))
+def _part(sequence: Sequence, budget: int, num_rows: int = LOGPROB_ROWS) -> Part:
+    """As much of a sequence as budget and rows of logits allow."""
+    start, num_tokens = sequence.num_computed, min(sequence.num_uncomputed, budget)
+    if sequence.tells:
+        rows = sequence.logprob_rows(start, start + num_tokens)
+        if len(rows) > num_rows:
+            num_tokens = rows.start + num_rows - start
+    return Part(sequence, start, num_tokens)

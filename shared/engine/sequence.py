@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from shared.engine.api import BatchItem, EngineRequest, FinishReason, SampledToken, awaited
+from shared.engine.api import NO_ROWS, BatchItem, EngineRequest, FinishReason, SampledToken, awaited
 from shared.engine.grammars import Matcher
 from shared.engine.kv.store import PageTable
 from shared.engine.speculation.acceptance import Acceptance
@@ -25,10 +25,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a sequence ended; `stop_token_id` is the token that did it, if one did."""
+    """How a sequence ended; `stop_token` is the one that did it, if one did."""
 
     reason: FinishReason
-    stop_token_id: int | None = None
+    stop_token: SampledToken | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +41,9 @@ class Sequence:
     Steps in flight choose `num_awaited` tokens more, one each, and `table` is as it will be when those steps are done.
     The last of them chooses in its `place`-th of `num_places` places, and leaves `num_proposed` drafts for the next.
     Up to `num_in_doubt` drafts may turn out right there, each of which is one more token, computed already.
+
+    Nothing more is to be told of the first `num_told` tokens of the prompt: their log-probabilities are known to who
+    wants them, if anybody does.
     """
 
     request: EngineRequest
@@ -54,6 +57,7 @@ class Sequence:
     num_cached_tokens: int = 0
     num_published: int = 0
     num_announced: int = 0
+    num_told: int = field(init=False)
     num_awaited: int = 0
     place: int = 0
     num_places: int = 0
@@ -75,6 +79,8 @@ class Sequence:
         self.stop_token_ids = frozenset((*self.request.sampling.stop_token_ids, *eos))
         num_prompt_tokens = len(self.request.prompt_token_ids)
         self.most = min(num_prompt_tokens + self.request.sampling.max_tokens, self.limits.max_len)
+        wanted = self.request.sampling.num_prompt_logprobs is not None  # of the first token nobody knows anything
+        self.num_told = max(1, self.request.num_prompt_logprobs_held) if wanted else num_prompt_tokens
 
     @property
     def length(self) -> int:
@@ -119,8 +125,22 @@ class Sequence:
     @property
     def num_reusable(self) -> int:
         """Tokens whose KV may come from a cache: whole pages, but never the last token, whose logits are needed. Its
-        page is computed into a page of the sequence's own, so that a shared one is never written."""
-        return (len(self.tokens) - 1) // self.limits.page_size * self.limits.page_size
+        page is computed into a page of the sequence's own, so that a shared one is never written. No cache has the
+        logits of a token either, behind which the log-probability of the next one is wanted."""
+        num_tokens = min(len(self.tokens), self.num_told) if self.tells else len(self.tokens)
+        return (num_tokens - 1) // self.limits.page_size * self.limits.page_size
+
+    @property
+    def tells(self) -> bool:
+        """Whether log-probabilities of the prompt are still wanted."""
+        return self.num_told < len(self.request.prompt_token_ids)
+
+    def logprob_rows(self, start: int, end: int) -> range:
+        """The positions of a part behind which the log-probability of the next token of the prompt is wanted."""
+        if not self.tells:
+            return NO_ROWS
+        first = max(start, self.num_told - 1)
+        return range(first, max(first, min(end, len(self.request.prompt_token_ids) - 1)))
 
     @property
     def reusable_hashes(self) -> list[bytes]:
@@ -162,6 +182,7 @@ class Sequence:
             following=self.tokens[end] if end < len(self.tokens) else None,
             allowed=self.matcher.allowed(self.drafts[:num_drafts]) if self.matcher and end == self.length else (),
             num_in_doubt=num_in_doubt,
+            logprob_rows=self.logprob_rows(start, end),
         )
 
     def launch(self, end: int, item: BatchItem, place: int, num_places: int, num_proposed: int) -> None:
@@ -202,9 +223,11 @@ class Sequence:
         if it did. No stop token is ever chosen before `min_tokens` are there: that is the executor's part."""
         self.num_awaited -= 1
         emitted: list[SampledToken] = []
+        if self.is_full:  # only the prompt was to be computed
+            return emitted, Ending(FinishReason.LENGTH)
         for token in chosen:
             if token.token_id in self.stop_token_ids:
-                return emitted, Ending(FinishReason.STOP, token.token_id)
+                return emitted, Ending(FinishReason.STOP, token)
             self.tokens.append(token.token_id)
             emitted.append(token)
             if self.matcher is not None:

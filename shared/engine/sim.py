@@ -4,6 +4,7 @@
     page words of token t = state[t], state[t] xor salt[1], state[t] xor salt[2] …
     token after t = mix(state[t], seed, t) mod vocabulary       seed 0 if the temperature is 0
     draft of it   = the same, or where mix(state[t], …) says so, the token beside it
+    rank of x     = 1 + how far x is behind that token, without a seed, around the vocabulary; probability 1 / 2 ** rank
 
 So every byte of a page depends on all tokens up to it, and on their positions. A step goes on from the state that it
 finds in the pages, and checks the bytes of its context: a page that was lost, mixed up, overwritten or half transferred
@@ -12,13 +13,13 @@ is an error, loud and at once. Sampling parameters that shape probabilities have
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, Recorded, SampledToken
+from shared.engine.api import BatchItem, Chosen, Computed, EngineSpec, Recorded, SampledToken, TokenLogprobs
 from shared.engine.kv.layout import KvLayout, compatibility_hash, pack
 from shared.engine.kv.memory import HostMemory
 from shared.engine.speculation.verify import verified
@@ -138,7 +139,7 @@ class SimExecutor:
         """
         due = self._clock() + self._model.step_ms(batch) / 1000 - self._late_s
         states = self._compute(batch)
-        chosen = [self._chosen(item, own) if item.sample else None for item, own in zip(batch, states, strict=True)]
+        chosen = [self._found(item, own) for item, own in zip(batch, states, strict=True)]
         self._late_s = 0.0
         if (pause_s := due - self._clock()) > 0:
             self._sleep(pause_s)
@@ -146,7 +147,8 @@ class SimExecutor:
         return chosen
 
     def _compute(self, batch: Sequence[BatchItem]) -> list[list[int]]:
-        """Check the context of every item, and write its new tokens; the states after which it may choose a token."""
+        """Check the context of every item, and write its new tokens; the states after its last ones, as many as it has
+        a use for."""
         rows = _lay_out(batch, [self._first_row(item) for item in batch], self._model.page_size)
         states = rows.tokens * _OF_TOKEN
         states += rows.positions.view(np.uint64) * _OF_POSITION
@@ -161,7 +163,7 @@ class SimExecutor:
         page, slot = rows.is_new.nonzero()
         self._words[rows.pages[page], slot] = words[page, slot]
         flat = states.reshape(-1)
-        return [flat[last - 1 - item.num_drafts : last].tolist() for item, last in zip(batch, rows.lasts, strict=True)]
+        return [flat[last - _num_states(item) : last].tolist() for item, last in zip(batch, rows.lasts, strict=True)]
 
     def _first_row(self, item: BatchItem) -> int:
         """From where the context of an item is checked: all of it at the beginning of each page and of each part of a
@@ -180,6 +182,21 @@ class SimExecutor:
         states += ends
         states -= ends[rows.firsts]
         return states
+
+    def _found(self, item: BatchItem, states: Sequence[int]) -> Chosen | None:
+        """What is asked of an item; `states` after the last of its tokens."""
+        chosen = self._chosen(item, states[-1 - item.num_drafts :]) if item.sample else None
+        if not item.logprob_rows:
+            return chosen
+        pairs = zip(states, item.logprob_rows, item.told, strict=False)
+        told = tuple(self._told(item.sampling.num_prompt_logprobs or 0, *pair) for pair in pairs)
+        return replace(chosen or Chosen(()), prompt_logprobs=told)
+
+    def _told(self, num_top: int, state: int, position: int, token: int) -> TokenLogprobs:
+        """Of a token of a prompt behind this position."""
+        likeliest = mix(state ^ position + 1) % self._model.vocab_size
+        rank = 1 + (token - likeliest) % self._model.vocab_size
+        return TokenLogprobs(rank * log(0.5), rank, self._top(likeliest, num_top))
 
     def _chosen(self, item: BatchItem, states: Sequence[int]) -> Chosen:
         """What the item's tokens are followed by; `states` after the last of them, and after each draft."""
@@ -210,12 +227,21 @@ class SimExecutor:
             token = next(other for other in self._from(token) if other not in stops)
         if sampling.num_logprobs is None:
             return SampledToken(token)
-        top = zip(self._from(token), range(1, sampling.num_logprobs + 1), strict=False)
-        return SampledToken(token, log(0.5), tuple((other, place * log(0.5)) for other, place in top))
+        return SampledToken(token, log(0.5), self._top(token, sampling.num_logprobs))
+
+    def _top(self, likeliest: int, count: int) -> tuple[tuple[int, float], ...]:
+        """The most likely tokens."""
+        top = zip(self._from(likeliest), range(1, count + 1), strict=False)
+        return tuple((other, place * log(0.5)) for other, place in top)
 
     def _from(self, token: int) -> Iterator[int]:
         """The whole vocabulary, beginning with this token."""
         return (other % self._model.vocab_size for other in range(token, token + self._model.vocab_size))
+
+
+def _num_states(item: BatchItem) -> int:
+    """That of its last token and its drafts, or those from the first row on that is told of."""
+    return _end(item) - item.logprob_rows.start if item.logprob_rows else 1 + item.num_drafts
 
 
 def _end(item: BatchItem) -> int:

@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Sequence
 
 from protos.forebay.v1 import decode_pb2, generation_pb2, prefill_pb2
-from shared.engine.api import EngineRequest, FinishReason, SampledToken, SamplingParams
+from shared.engine.api import EngineRequest, FinishReason, PromptLogprobs, SampledToken, SamplingParams
 from shared.errors import InvalidRequest
 from shared.grammar import Grammar, Kind
+
+Request = decode_pb2.GenerateRequest | prefill_pb2.PrefillRequest
 
 _REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -31,6 +33,7 @@ def sampling_params(message: generation_pb2.SamplingParams) -> SamplingParams:
         ignore_eos=message.ignore_eos,
         num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
         grammar=_grammar(message.grammar) if message.HasField("grammar") else None,
+        num_prompt_logprobs=message.num_prompt_logprobs if message.HasField("num_prompt_logprobs") else None,
     )
 
 
@@ -43,15 +46,17 @@ def _grammar(message: generation_pb2.Grammar) -> Grammar:
 
 
 def engine_request(
-    message: decode_pb2.GenerateRequest | prefill_pb2.PrefillRequest,
+    message: Request,
     *,
     page_hashes: Iterable[bytes],
     prefill_only: bool = False,
     more_output: Iterable[int] = (),
     drafts: Iterable[int] = (),
+    more_told: int = 0,
 ) -> EngineRequest:
     """The sequence that a message asks for, whose leading pages have these hashes, with `more_output` behind the output
-    that it has already, and drafts of what follows."""
+    that it has already, and drafts of what follows. The log-probabilities of `more_told` tokens of the prompt are known
+    besides those that it has."""
     return EngineRequest(
         request_id=message.request_id,
         prompt_token_ids=tuple(message.prompt_token_ids),
@@ -63,20 +68,50 @@ def engine_request(
         draft_token_ids=tuple(drafts),
         resumed=bool(message.output_token_ids),
         page_hashes=tuple(page_hashes),
+        num_prompt_logprobs_held=num_held(message) + more_told,
     )
+
+
+def reusable(message: Request, page_hashes: Sequence[bytes], page_size: int) -> Sequence[bytes]:
+    """Those of a request's pages that may come out of a cache. No cache has logits: from the last token on of which
+    everything is told that is wanted, they are computed."""
+    tells = message.sampling.HasField("num_prompt_logprobs") and num_held(message) < len(message.prompt_token_ids)
+    return page_hashes[: (num_held(message) - 1) // page_size] if tells else page_hashes
+
+
+def num_held(message: Request) -> int:
+    """Leading tokens of the prompt of which nothing is to be told any more. Of the first nobody knows anything."""
+    return max(1, message.num_prompt_logprobs_held)
 
 
 def token_chunk(tokens: Sequence[SampledToken]) -> generation_pb2.TokenChunk:
     """A chunk of tokens, with log-probabilities if the tokens have them."""
-    chunk = generation_pb2.TokenChunk(token_ids=[token.token_id for token in tokens])
-    for token in tokens:
-        if token.logprob is not None:
-            chunk.logprobs.add(
-                logprob=token.logprob,
-                top_token_ids=[token_id for token_id, _ in token.top],
-                top_logprobs=[logprob for _, logprob in token.top],
-            )
-    return chunk
+    logprobs = (token_logprobs(token) for token in tokens)
+    return generation_pb2.TokenChunk(
+        token_ids=[token.token_id for token in tokens], logprobs=[each for each in logprobs if each is not None]
+    )
+
+
+def token_logprobs(token: SampledToken | None) -> generation_pb2.TokenLogprobs | None:
+    """Log-probabilities of a token that has them."""
+    if token is None or token.logprob is None:
+        return None
+    return _logprobs(token.logprob, token.top)
+
+
+def prompt_logprobs(event: PromptLogprobs) -> generation_pb2.PromptLogprobs:
+    """What an event tells of a prompt."""
+    found = (_logprobs(each.logprob, each.top, each.rank) for each in event.logprobs)
+    return generation_pb2.PromptLogprobs(logprobs=found)
+
+
+def _logprobs(logprob: float, top: Sequence[tuple[int, float]], rank: int = 0) -> generation_pb2.TokenLogprobs:
+    return generation_pb2.TokenLogprobs(
+        logprob=logprob,
+        top_token_ids=[token_id for token_id, _ in top],
+        top_logprobs=[value for _, value in top],
+        rank=rank,
+    )
 
 
 def finish_reason(reason: FinishReason | None) -> generation_pb2.FinishReason.ValueType:

@@ -16,19 +16,23 @@ LATE = "no end within deadline + 1 s"
 
 @dataclass
 class Output:
-    """One choice of an answer. `arrivals` are the unix times of its chunks."""
+    """One choice of an answer. `told` are the log-probabilities of a prompt that it repeats, which come all at once,
+    and `arrivals` the unix times of its chunks."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     num_logprobs: int = 0
     finish_reason: str | None = None
     arrivals: list[float] = field(default_factory=list)
+    told: list[float | None] = field(default_factory=list)
 
     def take(self, choice: dict[str, Any], now: float) -> None:
         """Add a chunk, or a whole choice."""
-        self.token_ids += choice.get("token_ids") or []
+        token_ids, found = choice.get("token_ids") or [], (choice.get("logprobs") or {}).get("token_logprobs", [])
+        self.token_ids += token_ids
         self.text += choice["text"]
-        self.num_logprobs += len((choice.get("logprobs") or {}).get("token_logprobs", ()))
+        self.told += found[: max(0, len(found) - len(token_ids))]
+        self.num_logprobs += min(len(found), len(token_ids))
         self.finish_reason = choice["finish_reason"] or self.finish_reason
         self.arrivals.append(now)
 
@@ -39,6 +43,7 @@ class Output:
             "token_ids": (self.token_ids, twin.token_ids if whole else twin.token_ids[:num_tokens]),
             "text": (self.text, twin.text if whole else twin.text[:num_chars]),
             "num_logprobs": (self.num_logprobs, twin.num_logprobs if whole else min(num_tokens, twin.num_logprobs)),
+            "told": (self.told, twin.told if whole or self.told else []),
             "finish_reason": (self.finish_reason, twin.finish_reason if whole else self.finish_reason),
         }
         wrong = (f"{name}: {mine!r} is not {theirs!r}" for name, (mine, theirs) in pairs.items() if mine != theirs)

@@ -90,6 +90,7 @@ def _options(chance: random.Random, stops: tuple[str, ...]) -> dict[str, dict[st
     choices: tuple[tuple[str, float, dict[str, Any]], ...] = (
         ("penalties", 0.2, {"presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.1}),
         ("logprobs", 0.2, {"logprobs": chance.randrange(4)}),
+        ("echo", 0.1, {"echo": True, "logprobs": 1}),
         ("stop", 0.3, {"stop": [chance.choice(stops), "never ever"]}),
         ("n", 0.1, {"n": chance.randrange(2, 4)}),
         ("min_tokens", 0.1, {"min_tokens": 1}),

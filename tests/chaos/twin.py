@@ -1,15 +1,17 @@
 """The fault-free twin of a request on the sim engine: the same engine in this process, where nothing fails."""
 
 import json
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from tokenizers import Tokenizer, decoders, models
 
+from services.gateway.logprobs import LOWEST
 from services.gateway.request import derive_seed
 from services.gateway.stops import StopStrings
-from shared.engine.api import EngineRequest, SamplingParams, TokensSampled
+from shared.engine.api import EngineRequest, PromptLogprobs, SamplingParams, TokenLogprobs, TokensSampled
 from shared.engine.engine import Engine
 from shared.engine.kv.store import KvStore
 from shared.engine.sim import SimExecutor, SimModel
@@ -64,18 +66,21 @@ class SimTwin:
 
     def answers(self, asks: Sequence[Ask]) -> list[list[Output]]:
         """What clients get without faults."""
-        tokens: dict[str, list[int]] = {}
+        tokens, told = dict[str, list[int]](), dict[str, list[float | None]]()
         for number, ask in enumerate(asks):
             for choice in range(ask.body.get("n", 1)):
                 name = f"{number}-{choice}"
-                tokens[name] = []
+                tokens[name], told[f"{number}"] = [], [None]
                 self._engine.submit(EngineRequest(name, tuple(ask.body["prompt"]), _params(ask, choice)))
         while self._engine.has_work():
             for event in self._engine.step():
+                if isinstance(event, PromptLogprobs):
+                    told[event.request_id.partition("-")[0]] += map(_shown, event.logprobs)
+                    continue
                 assert isinstance(event, TokensSampled), event
                 tokens[event.request_id] += [token.token_id for token in event.tokens]
         return [
-            [_spoken(ask, tokens[f"{number}-{choice}"]) for choice in range(ask.body.get("n", 1))]
+            [_spoken(ask, tokens[f"{number}-{choice}"], told[f"{number}"]) for choice in range(ask.body.get("n", 1))]
             for number, ask in enumerate(asks)
         ]
 
@@ -99,14 +104,23 @@ def _wish(ask: Ask) -> str:
 
 def _params(ask: Ask, choice: int) -> SamplingParams:
     """Only what matters to the sim engine, which shapes no probabilities."""
-    seed = derive_seed(ask.body["seed"], choice)
     return SamplingParams(
-        temperature=ask.body["temperature"], ignore_eos=True, max_tokens=ask.body["max_tokens"], seed=seed
+        temperature=ask.body["temperature"],
+        ignore_eos=True,
+        max_tokens=ask.body["max_tokens"],
+        seed=derive_seed(ask.body["seed"], choice),
+        num_prompt_logprobs=1 if "echo" in ask.body and choice == 0 else None,
     )
 
 
-def _spoken(ask: Ask, token_ids: Sequence[int]) -> Output:
-    """The text of an output, up to a stop string."""
+def _shown(told: TokenLogprobs) -> float:
+    """A log-probability as a client gets it."""
+    (single,) = struct.unpack("f", struct.pack("f", told.logprob))
+    return max(LOWEST, float(single))
+
+
+def _spoken(ask: Ask, token_ids: Sequence[int], told: list[float | None]) -> Output:
+    """The text of an output, up to a stop string, behind that of a prompt that is repeated."""
     output, stops = Output(finish_reason="length"), StopStrings(ask.body.get("stop", ()))
     for token_id in token_ids:
         output.token_ids.append(token_id)
@@ -118,4 +132,6 @@ def _spoken(ask: Ask, token_ids: Sequence[int]) -> Output:
     else:
         output.text += stops.flush()
     output.num_logprobs = len(output.token_ids) if "logprobs" in ask.body else 0
+    if "echo" in ask.body:
+        output.text, output.told = "".join(map(word, ask.body["prompt"])) + output.text, told
     return output

@@ -7,6 +7,7 @@ import pytest
 from shared.engine.api import SamplingParams
 from shared.engine.speculation.ngram import NgramProposer
 from shared.engine.speculation.speculator import Speculation
+from tests.law import test_prompt_logprobs as told
 from tests.law import test_same_tokens as laws
 from tests.law.conftest import GREEDY, SAMPLED, Law, MakeExecutor, behind, default_model
 
@@ -46,3 +47,15 @@ def test_sampled_in_chunks_of_an_odd_size(make_executor: MakeExecutor) -> None:
 
 def test_sampled_and_continued_on_another_worker(make_executor: MakeExecutor) -> None:
     laws.test_continued_on_another_worker(9, Law(make_executor, SAMPLED))
+
+
+@pytest.mark.parametrize(
+    "how", [told.test_preempted_amid_a_prompt_and_behind_it, told.test_prefilled_elsewhere_in_part]
+)
+def test_prompts_are_told_of(how: Callable[[Law], None], make_executor: MakeExecutor) -> None:
+    how(Law(make_executor, GREEDY))
+
+
+def test_prompts_are_told_of_where_steps_are_launched_ahead(make_executor: MakeExecutor) -> None:
+    ahead = Law(lambda num_pages: behind(make_executor(num_pages)), SAMPLED, in_order=make_executor)
+    told.test_batched_with_others_that_come_and_go(ahead)

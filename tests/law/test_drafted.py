@@ -1,12 +1,13 @@
 """The suite's law with drafts, most of them right and some wrong: they change how fast tokens come, never which."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 
 from shared.engine.api import SamplingParams
 from shared.engine.speculation.speculator import Speculation
+from tests.law import test_prompt_logprobs as told
 from tests.law import test_same_tokens as laws
 from tests.law.conftest import BEHIND, DRAWN, GREEDY, NUM_TOKENS, SAMPLED, Law, behind, sim, tiny_model
 
@@ -57,7 +58,7 @@ def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         make_executor = lambda num_pages: behind(in_order(num_pages))  # noqa: E731
     elif how == REJECTION:
         make_executor = tiny_model(name, path, rejection=True)
-    law = Law(make_executor, sampling, in_order=in_order)
+    law = Law(make_executor, sampling, in_order=in_order, is_exact=name != "glm-mtp")
     make_proposer = (lambda: Prophet(law)) if drafts == BY_A_PROPHET else None
     return replace(law, speculation=Speculation(NUM_DRAFTS, adaptive=False, make_proposer=make_proposer))
 
@@ -127,3 +128,13 @@ def test_drafts_that_are_all_wrong_cost_nothing_but_time(drafted: Law) -> None:
     worker.submit(replace(drafted.request(prompt), draft_token_ids=wrong))
     worker.finish()
     assert worker.outputs["r"] == drafted.tokens(prompt)
+
+
+@pytest.mark.parametrize("how", [told.test_preempted_amid_a_prompt_and_behind_it, told.test_prefilled_elsewhere])
+def test_prompts_are_told_of_beside_drafts(how: Callable[[Law], None], drafted: Law) -> None:
+    how(drafted)
+
+
+def test_prompts_are_told_of_in_chunks_beside_drafts(drafted: Law) -> None:
+    told.test_batched_with_others_that_come_and_go(drafted)
+    told.test_chunked_at_odd_sizes(7, drafted)

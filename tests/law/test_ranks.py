@@ -11,6 +11,7 @@ from shared.engine.parallel.executor import ParallelExecutor
 from shared.engine.parallel.partition import ExpertSplit
 from shared.engine.speculation.speculator import Speculation
 from shared.errors import WorkerLost
+from tests.law import test_prompt_logprobs as told
 from tests.law import test_same_tokens as laws
 from tests.law.conftest import GREEDY, NUM_TOKENS, SAMPLED, Law, MakeExecutor, tiny_model
 from tests.law.ranks import AloneWorker, RankedWorker, Ranks
@@ -32,7 +33,7 @@ class Model:
     def law(self, ranks: Ranks, sampling: SamplingParams, split: ExpertSplit = "experts") -> Law:
         """Workers are groups of ranks; what is right is what one rank alone says."""
         make_executor = lambda num_pages: ranks.load(self.path, num_pages, split)  # noqa: E731
-        return Law(make_executor, sampling, in_order=self.alone, known=self.known)
+        return Law(make_executor, sampling, in_order=self.alone, known=self.known, is_exact=False)
 
     def drafted(self, ranks: Ranks, sampling: SamplingParams, split: ExpertSplit = "experts") -> Law:
         """With drafts of the model's own layer, some of them right."""
@@ -80,6 +81,10 @@ def test_sampled_preempted_and_batched(model: Model, ranks: Ranks) -> None:
 
 def test_chunked_with_whole_experts(model: Model, ranks: Ranks) -> None:
     laws.test_chunked_at_odd_sizes(17, model.law(ranks, GREEDY, "experts"))
+
+
+def test_prompts_are_told_of_by_all_ranks_as_by_one(model: Model, ranks: Ranks) -> None:
+    told.test_chunked_at_odd_sizes(33, model.law(ranks, GREEDY))
 
 
 def test_prefix_cached_with_split_experts(model: Model, ranks: Ranks) -> None:

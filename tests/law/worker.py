@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from shared.engine.api import EngineRequest, Executor, Failed, PagesComputed, TokensSampled
+from shared.engine.api import (
+    EngineRequest,
+    Executor,
+    Failed,
+    PagesComputed,
+    PromptLogprobs,
+    TokenLogprobs,
+    TokensSampled,
+)
 from shared.engine.engine import Engine
 from shared.engine.grammars import Grammars
 from shared.engine.kv.memory import HostMemory
@@ -38,10 +46,14 @@ class Worker:
         self.pages: dict[str, list[int]] = {}
         self.num_cached: dict[str, int] = {}
         self.drafts: dict[str, tuple[int, ...]] = {}
+        self.told: dict[str, list[TokenLogprobs]] = {}
+        self._first_told: dict[str, int] = {}
 
     def submit(self, request: EngineRequest, pages: PageTable | None = None) -> None:
         self.outputs[request.request_id] = []
         self.pages[request.request_id] = []
+        self.told[request.request_id] = []
+        self._first_told[request.request_id] = max(1, request.num_prompt_logprobs_held)
         self.engine.submit(request, pages)
 
     def step(self) -> None:
@@ -50,6 +62,9 @@ class Worker:
                 case PagesComputed(name, first_page, page_ids, _):
                     assert first_page == len(self.pages[name])
                     self.pages[name] += page_ids
+                case PromptLogprobs(name, first, logprobs):
+                    assert first == self._first_told[name] + len(self.told[name])
+                    self.told[name] += logprobs
                 case TokensSampled(name, tokens):
                     self.outputs[name] += [token.token_id for token in tokens]
                     self.num_cached[name] = event.num_cached_tokens

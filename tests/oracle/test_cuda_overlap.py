@@ -44,6 +44,7 @@ WAYS: list[dict[str, Any]] = [
     {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
     {"temperature": 0.9, "presence_penalty": 0.4, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
     {"num_logprobs": 3, "logit_bias": ((7, 1.5),), "min_tokens": 90},
+    {"num_prompt_logprobs": 3},
 ]
 
 
@@ -78,9 +79,10 @@ def test_tokens_are_those_of_steps_in_order(params: dict[str, Any], executor: To
             worker.submit(EngineRequest(str(number), tuple(prompt), sampling))
         worker.finish()
         assert worker.num_held() == 0
-        found.append(worker.outputs)
+        found.append((worker.outputs, worker.told))
     assert found[0] == found[1]
-    assert all(len(tokens) == 100 for tokens in found[1].values())
+    assert all(len(tokens) == 100 for tokens in found[1][0].values())
+    assert sum(map(len, found[1][1].values())) == ("num_prompt_logprobs" in params) * (4 + 15 + 39 + 89)
 
 
 def decoding(params: dict[str, Any]) -> list[BatchItem]:
@@ -106,6 +108,19 @@ def test_a_launch_waits_for_nothing(params: dict[str, Any], executor: TorchExecu
     torch.cuda.set_sync_debug_mode("error")
     steps = [executor.launch(items), executor.launch(following(items, 1))]
     assert all(step.chosen() for step in steps)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_launch_that_tells_of_a_prompt_waits_for_nothing(executor: TorchExecutor) -> None:
+    prompt = list(range(3, 43))
+    item = BatchItem("r", prompt, 0, range(4), True, SamplingParams(num_prompt_logprobs=3), 40, prompt)
+    told = replace(item, logprob_rows=range(39))
+    for _ in range(2):
+        executor.forward([told])
+    torch.cuda.set_sync_debug_mode("error")
+    [chosen] = executor.launch([told]).chosen()
+    assert chosen is not None
+    assert len(chosen.prompt_logprobs) == 39
 
 
 @pytest.mark.parametrize("params", WAYS, ids=str)

@@ -13,7 +13,7 @@ import pytest
 
 from protos.forebay.v1 import decode_pb2
 from services.gateway.request import Caller
-from shared.engine.api import TokensSampled
+from shared.engine.api import PromptLogprobs, TokensSampled
 from shared.errors import WorkerLost
 from shared.worker import wire
 from tests.law.conftest import MakeExecutor, tiny_model
@@ -32,6 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
     "logprobs": {"temperature": 0.9, "logprobs": 3},
     "n": {"temperature": 1.0, "n": 3},
     "least length and bias": {"temperature": 1.0, "min_tokens": 5, "logit_bias": {"70": 3, "120": -100}},
+    "an echo": {"temperature": 0, "echo": True, "logprobs": 2},
+    "a prompt alone": {"echo": True, "logprobs": 1, "max_tokens": 0},
+    "log-probabilities of the prompt": {"temperature": 0.9, "prompt_logprobs": 3, "n": 2},
     "stop token": {"temperature": 0, "stop_token_ids": list(range(0, 211, 7)), "min_tokens": 3},
 }
 
@@ -45,7 +48,7 @@ class Workers:
     lost: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._engine = Worker(self.make_executor(64)).engine
+        self._engine = Worker(self.make_executor(64), max_step_tokens=3).engine
 
     async def generate(self, request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
         """What a decode worker sends."""
@@ -62,6 +65,9 @@ class Workers:
         self._engine.submit(wire.engine_request(request, page_hashes=()))
         while self._engine.has_work():
             for event in self._engine.step():
+                if isinstance(event, PromptLogprobs):
+                    yield Response(prompt_logprobs=wire.prompt_logprobs(event))
+                    continue
                 assert isinstance(event, TokensSampled)
                 if event.tokens:
                     yield Response(tokens=wire.token_chunk(event.tokens))
@@ -76,6 +82,7 @@ class Output:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)
+    told: list[tuple[float, int]] = field(default_factory=list)
     end: tuple[str | None, str | int | None] = (None, None)
     num_output_tokens: int = 0
 
@@ -92,6 +99,7 @@ async def answer(world: World, workers: Workers, **options: Any) -> list[Output]
         output.token_ids += delta.token_ids
         output.text += delta.text
         output.logprobs += [(round(entry.logprob, 4), tuple(entry.top_token_ids)) for entry in delta.logprobs]
+        output.told += [(round(entry.logprob, 4), entry.rank) for entry in delta.prompt_logprobs]
         output.num_output_tokens = delta.num_output_tokens
         if delta.finish_reason:
             output.end = (delta.finish_reason, delta.stop_reason)
@@ -118,7 +126,8 @@ async def test_a_worker_lost_anywhere_leaves_no_seam(
     options: dict[str, Any], world: World, make_executor: MakeExecutor
 ) -> None:
     expected = await answer(world, Workers(make_executor), **options)
-    assert all(output.end[0] and output.token_ids for output in expected)
+    assert all(output.end[0] and (output.token_ids or options.get("max_tokens") == 0) for output in expected)
+    assert len(expected[0].told) == (len(PROMPT) - 1 if "echo" in options or "prompt_logprobs" in options else 0)
     for position in range(NUM_TOKENS + 1):
         workers = Workers(make_executor, lost_after=position)
         assert await answer(world, workers, **options) == expected, f"lost after {position} messages"

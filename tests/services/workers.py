@@ -309,6 +309,7 @@ class Answer:
 
     tokens: list[int] = field(default_factory=list)
     finished: decode_pb2.GenerateFinished | None = None
+    told: list[generation_pb2.TokenLogprobs] = field(default_factory=list)
 
     @property
     def usage(self) -> generation_pb2.Usage:
@@ -367,6 +368,9 @@ async def generate(fleet: Fleet, message: decode_pb2.GenerateRequest, timeout_s:
             assert answer.finished is None, "something followed the terminal event"
             if response.HasField("tokens"):
                 answer.tokens.extend(response.tokens.token_ids)
+            elif response.HasField("prompt_logprobs"):
+                assert not answer.tokens, "the prompt is told of before what follows it"
+                answer.told.extend(response.prompt_logprobs.logprobs)
             else:
                 answer.finished = response.finished
     return answer

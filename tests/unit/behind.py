@@ -78,7 +78,8 @@ class LateStep:
         finally:
             executor.in_flight.remove(self)
         choices = [NONSENSE if item is None else next(computed) for item in resolved]
-        self.choices = [choice for choice in choices if choice is not None]
+        asked = zip(choices, self.items, strict=True)
+        self.choices = [choice for choice, item in asked if choice is not None and item.sample]
         return choices
 
     def _resolved(self, item: BatchItem) -> BatchItem | None:

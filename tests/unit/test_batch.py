@@ -28,6 +28,20 @@ def test_a_token_is_chosen_behind_each_draft_and_before_the_first() -> None:
     assert built.sampled_rows.tolist() == [1, 2, 3, 4]
 
 
+def test_rows_that_are_told_of_come_before_those_that_choose() -> None:
+    """The first has all but its last row told of, and chooses; the second a part of its rows, and does not."""
+    items = [
+        replace(item([1, 2, 3], 4, [0, 1], True), logprob_rows=range(4, 6)),
+        replace(item([4, 5, 6], 0, [2], False), logprob_rows=range(1, 3), following=7),
+        replace(item([8, 9], 0, [3], True), num_drafts=1),
+    ]
+    built = batch.build(items, 4)
+    assert built.sampled_rows.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert [list(each.told) for each in items[:2]] == [[2, 3], [6, 7]]
+    assert batch.choosing(built, items).sampled_rows.tolist() == [2, 6, 7]
+    assert batch.choosing(built, items[2:]) is built
+
+
 @pytest.mark.parametrize("broken", [item([], 0, [1], True), item([1, 2], 3, [1], True)])
 def test_a_part_without_tokens_or_pages_for_them_is_refused(broken: BatchItem) -> None:
     with pytest.raises(ValueError, match="pages"):

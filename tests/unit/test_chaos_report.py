@@ -45,6 +45,7 @@ def report(*answers: Answer, **fields: object) -> Report:
         replace(TWIN, text=" 5 6 8"),
         replace(TWIN, finish_reason=None),
         replace(TWIN, num_logprobs=3),
+        replace(TWIN, told=[None, -0.5]),
     ],
 )
 def test_an_answer_that_is_not_its_twin_is_found(output: Output) -> None:

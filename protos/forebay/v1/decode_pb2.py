@@ -26,7 +26,7 @@ from protos.forebay.v1 import generation_pb2 as forebay_dot_v1_dot_generation__p
 from protos.forebay.v1 import kv_pb2 as forebay_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66orebay/v1/decode.proto\x12\nforebay.v1\x1a\x1b\x66orebay/v1/generation.proto\x1a\x13\x66orebay/v1/kv.proto\"\xe4\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\x05\x12\x18\n\x10output_token_ids\x18\x04 \x03(\x05\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.forebay.v1.SamplingParams\x12\x10\n\x08hash_key\x18\x06 \x01(\x0c\x12(\n\tplacement\x18\x07 \x01(\x0b\x32\x15.forebay.v1.Placement\x12\x10\n\x08priority\x18\x08 \x01(\x05\"\xc8\x01\n\tPlacement\x12%\n\x06\x64\x65\x63ode\x18\x01 \x01(\x0b\x32\x15.forebay.v1.WorkerRef\x12&\n\x07prefill\x18\x02 \x01(\x0b\x32\x15.forebay.v1.WorkerRef\x12(\n\tkv_source\x18\x03 \x01(\x0b\x32\x15.forebay.v1.WorkerRef\x12-\n\x0esecond_prefill\x18\x04 \x01(\x0b\x32\x15.forebay.v1.WorkerRef\x12\x13\n\x0b\x65xpected_ms\x18\x05 \x01(\x01\"w\n\x10GenerateResponse\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.forebay.v1.TokenChunkH\x00\x12\x30\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1c.forebay.v1.GenerateFinishedH\x00\x42\x07\n\x05\x65vent\"\x8c\x01\n\x10GenerateFinished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.forebay.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.forebay.v1.Usage\x12\x1a\n\rstop_token_id\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id2X\n\rDecodeService\x12G\n\x08Generate\x12\x1b.forebay.v1.GenerateRequest\x1a\x1c.forebay.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66orebay/v1/decode.proto\x12\nforebay.v1\x1a\x1b\x66orebay/v1/generation.proto\x1a\x13\x66orebay/v1/kv.proto\"\x86\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\x05\x12\x18\n\x10output_token_ids\x18\x04 \x03(\x05\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.forebay.v1.SamplingParams\x12\x10\n\x08hash_key\x18\x06 \x01(\x0c\x12(\n\tplacement\x18\x07 \x01(\x0b\x32\x15.forebay.v1.Placement\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12 \n\x18num_prompt_logprobs_held\x18\t \x01(\r\"\xc8\x01\n\tPlacement\x12%\n\x06\x64\x65\x63ode\x18\x01 \x01(\x0b\x32\x15.forebay.v1.WorkerRef\x12&\n\x07prefill\x18\x02 \x01(\x0b\x32\x15.forebay.v1.WorkerRef\x12(\n\tkv_source\x18\x03 \x01(\x0b\x32\x15.forebay.v1.WorkerRef\x12-\n\x0esecond_prefill\x18\x04 \x01(\x0b\x32\x15.forebay.v1.WorkerRef\x12\x13\n\x0b\x65xpected_ms\x18\x05 \x01(\x01\"\xae\x01\n\x10GenerateResponse\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.forebay.v1.TokenChunkH\x00\x12\x30\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1c.forebay.v1.GenerateFinishedH\x00\x12\x35\n\x0fprompt_logprobs\x18\x03 \x01(\x0b\x32\x1a.forebay.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\xbe\x01\n\x10GenerateFinished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.forebay.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.forebay.v1.Usage\x12\x1a\n\rstop_token_id\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x30\n\rstop_logprobs\x18\x04 \x01(\x0b\x32\x19.forebay.v1.TokenLogprobsB\x10\n\x0e_stop_token_id2X\n\rDecodeService\x12G\n\x08Generate\x12\x1b.forebay.v1.GenerateRequest\x1a\x1c.forebay.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,13 +34,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forebay.v1.decode_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=90
-  _globals['_GENERATEREQUEST']._serialized_end=318
-  _globals['_PLACEMENT']._serialized_start=321
-  _globals['_PLACEMENT']._serialized_end=521
-  _globals['_GENERATERESPONSE']._serialized_start=523
-  _globals['_GENERATERESPONSE']._serialized_end=642
-  _globals['_GENERATEFINISHED']._serialized_start=645
-  _globals['_GENERATEFINISHED']._serialized_end=785
-  _globals['_DECODESERVICE']._serialized_start=787
-  _globals['_DECODESERVICE']._serialized_end=875
+  _globals['_GENERATEREQUEST']._serialized_end=352
+  _globals['_PLACEMENT']._serialized_start=355
+  _globals['_PLACEMENT']._serialized_end=555
+  _globals['_GENERATERESPONSE']._serialized_start=558
+  _globals['_GENERATERESPONSE']._serialized_end=732
+  _globals['_GENERATEFINISHED']._serialized_start=735
+  _globals['_GENERATEFINISHED']._serialized_end=925
+  _globals['_DECODESERVICE']._serialized_start=927
+  _globals['_DECODESERVICE']._serialized_end=1015
 # @@protoc_insertion_point(module_scope)

@@ -28,6 +28,7 @@ class GenerateRequest(google.protobuf.message.Message):
     HASH_KEY_FIELD_NUMBER: builtins.int
     PLACEMENT_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
+    NUM_PROMPT_LOGPROBS_HELD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Unique name of the request."""
     model: builtins.str
@@ -36,6 +37,10 @@ class GenerateRequest(google.protobuf.message.Message):
     """Key of the tenant's page hashes."""
     priority: builtins.int
     """Higher runs first."""
+    num_prompt_logprobs_held: builtins.int
+    """Leading tokens of the prompt whose log-probabilities the client has, when a request is continued after a fault; they
+    are not sent again.
+    """
     @property
     def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The prompt."""
@@ -63,9 +68,10 @@ class GenerateRequest(google.protobuf.message.Message):
         hash_key: builtins.bytes = ...,
         placement: global___Placement | None = ...,
         priority: builtins.int = ...,
+        num_prompt_logprobs_held: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["placement", b"placement", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["hash_key", b"hash_key", "model", b"model", "output_token_ids", b"output_token_ids", "placement", b"placement", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["hash_key", b"hash_key", "model", b"model", "num_prompt_logprobs_held", b"num_prompt_logprobs_held", "output_token_ids", b"output_token_ids", "placement", b"placement", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]) -> None: ...
 
 global___GenerateRequest = GenerateRequest
 
@@ -116,12 +122,13 @@ global___Placement = Placement
 
 @typing.final
 class GenerateResponse(google.protobuf.message.Message):
-    """A stream of TokenChunk that ends with one GenerateFinished."""
+    """A stream of PromptLogprobs, if they are asked for, then of TokenChunk, that ends with one GenerateFinished."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     TOKENS_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     @property
     def tokens(self) -> protos.forebay.v1.generation_pb2.TokenChunk:
         """More output."""
@@ -130,15 +137,20 @@ class GenerateResponse(google.protobuf.message.Message):
     def finished(self) -> global___GenerateFinished:
         """The output is complete; the last message."""
 
+    @property
+    def prompt_logprobs(self) -> protos.forebay.v1.generation_pb2.PromptLogprobs:
+        """Log-probabilities of the prompt."""
+
     def __init__(
         self,
         *,
         tokens: protos.forebay.v1.generation_pb2.TokenChunk | None = ...,
         finished: global___GenerateFinished | None = ...,
+        prompt_logprobs: protos.forebay.v1.generation_pb2.PromptLogprobs | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["event", b"event", "finished", b"finished", "tokens", b"tokens"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["event", b"event", "finished", b"finished", "tokens", b"tokens"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["tokens", "finished"] | None: ...
+    def HasField(self, field_name: typing.Literal["event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["tokens", "finished", "prompt_logprobs"] | None: ...
 
 global___GenerateResponse = GenerateResponse
 
@@ -151,6 +163,7 @@ class GenerateFinished(google.protobuf.message.Message):
     REASON_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
     STOP_TOKEN_ID_FIELD_NUMBER: builtins.int
+    STOP_LOGPROBS_FIELD_NUMBER: builtins.int
     reason: protos.forebay.v1.generation_pb2.FinishReason.ValueType
     """Why it ended."""
     stop_token_id: builtins.int
@@ -159,15 +172,20 @@ class GenerateFinished(google.protobuf.message.Message):
     def usage(self) -> protos.forebay.v1.generation_pb2.Usage:
         """Token counts."""
 
+    @property
+    def stop_logprobs(self) -> protos.forebay.v1.generation_pb2.TokenLogprobs:
+        """That token's log-probabilities, if SamplingParams.num_logprobs is present."""
+
     def __init__(
         self,
         *,
         reason: protos.forebay.v1.generation_pb2.FinishReason.ValueType = ...,
         usage: protos.forebay.v1.generation_pb2.Usage | None = ...,
         stop_token_id: builtins.int | None = ...,
+        stop_logprobs: protos.forebay.v1.generation_pb2.TokenLogprobs | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "stop_token_id", b"stop_token_id", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "reason", b"reason", "stop_token_id", b"stop_token_id", "usage", b"usage"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "stop_logprobs", b"stop_logprobs", "stop_token_id", b"stop_token_id", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "reason", b"reason", "stop_logprobs", b"stop_logprobs", "stop_token_id", b"stop_token_id", "usage", b"usage"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_stop_token_id", b"_stop_token_id"]) -> typing.Literal["stop_token_id"] | None: ...
 
 global___GenerateFinished = GenerateFinished

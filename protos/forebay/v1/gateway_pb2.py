@@ -26,7 +26,7 @@ from protos.forebay.v1 import generation_pb2 as forebay_dot_v1_dot_generation__p
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66orebay/v1/gateway.proto\x12\nforebay.v1\x1a\x1b\x66orebay/v1/generation.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xf2\x05\n\x11GenerationOptions\x12\r\n\x05model\x18\x01 \x01(\t\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x06\x88\x01\x01\x12@\n\nlogit_bias\x18\t \x03(\x0b\x32,.forebay.v1.GenerationOptions.LogitBiasEntry\x12\x11\n\x04seed\x18\n \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x0b \x01(\rH\x08\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\x05\x12\x12\n\nignore_eos\x18\x0f \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\x10 \x01(\rH\t\x88\x01\x01\x12\x0e\n\x01n\x18\x11 \x01(\rH\n\x88\x01\x01\x12\x0e\n\x06tenant\x18\x12 \x01(\t\x12\x10\n\x08priority\x18\x13 \x01(\x05\x12\x18\n\x10return_token_ids\x18\x14 \x01(\x08\x12$\n\x07grammar\x18\x15 \x01(\x0b\x32\x13.forebay.v1.Grammar\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0f\n\r_num_logprobsB\x04\n\x02_n\"T\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12&\n\x05\x65xtra\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\"\xb0\x02\n\x0b\x43hatRequest\x12.\n\x07options\x18\x01 \x01(\x0b\x32\x1d.forebay.v1.GenerationOptions\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.forebay.v1.ChatMessage\x12&\n\x05tools\x18\x03 \x03(\x0b\x32\x17.google.protobuf.Struct\x12\x35\n\x14\x63hat_template_kwargs\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x13\n\x0btool_choice\x18\x05 \x01(\t\x12 \n\x13parallel_tool_calls\x18\x06 \x01(\x08H\x00\x88\x01\x01\x12\x18\n\x10reasoning_effort\x18\x07 \x01(\tB\x16\n\x14_parallel_tool_calls\"\xdd\x01\n\x0bOutputDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.forebay.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.forebay.v1.FinishReason\x12\x11\n\treasoning\x18\x06 \x01(\t\x12-\n\ntool_calls\x18\x07 \x03(\x0b\x32\x19.forebay.v1.ToolCallDelta\"K\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"P\n\x0eStreamFinished\x12 \n\x05usage\x18\x01 \x01(\x0b\x32\x11.forebay.v1.Usage\x12\x1c\n\x14num_reasoning_tokens\x18\x02 \x01(\r\"q\n\x0c\x43hatResponse\x12(\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x17.forebay.v1.OutputDeltaH\x00\x12.\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1a.forebay.v1.StreamFinishedH\x00\x42\x07\n\x05\x65vent\"\x86\x01\n\x0f\x43ompleteRequest\x12.\n\x07options\x18\x01 \x01(\x0b\x32\x1d.forebay.v1.GenerationOptions\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.forebay.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"u\n\x10\x43ompleteResponse\x12(\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x17.forebay.v1.OutputDeltaH\x00\x12.\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1a.forebay.v1.StreamFinishedH\x00\x42\x07\n\x05\x65vent\"\x13\n\x11ListModelsRequest\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.forebay.v1.Model2\xe3\x01\n\x0eGatewayService\x12;\n\x04\x43hat\x12\x17.forebay.v1.ChatRequest\x1a\x18.forebay.v1.ChatResponse0\x01\x12G\n\x08\x43omplete\x12\x1b.forebay.v1.CompleteRequest\x1a\x1c.forebay.v1.CompleteResponse0\x01\x12K\n\nListModels\x12\x1d.forebay.v1.ListModelsRequest\x1a\x1e.forebay.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66orebay/v1/gateway.proto\x12\nforebay.v1\x1a\x1b\x66orebay/v1/generation.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xac\x06\n\x11GenerationOptions\x12\r\n\x05model\x18\x01 \x01(\t\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x06\x88\x01\x01\x12@\n\nlogit_bias\x18\t \x03(\x0b\x32,.forebay.v1.GenerationOptions.LogitBiasEntry\x12\x11\n\x04seed\x18\n \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x0b \x01(\rH\x08\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\x05\x12\x12\n\nignore_eos\x18\x0f \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\x10 \x01(\rH\t\x88\x01\x01\x12\x0e\n\x01n\x18\x11 \x01(\rH\n\x88\x01\x01\x12\x0e\n\x06tenant\x18\x12 \x01(\t\x12\x10\n\x08priority\x18\x13 \x01(\x05\x12\x18\n\x10return_token_ids\x18\x14 \x01(\x08\x12$\n\x07grammar\x18\x15 \x01(\x0b\x32\x13.forebay.v1.Grammar\x12 \n\x13num_prompt_logprobs\x18\x16 \x01(\rH\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0f\n\r_num_logprobsB\x04\n\x02_nB\x16\n\x14_num_prompt_logprobs\"T\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12&\n\x05\x65xtra\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\"\xb0\x02\n\x0b\x43hatRequest\x12.\n\x07options\x18\x01 \x01(\x0b\x32\x1d.forebay.v1.GenerationOptions\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.forebay.v1.ChatMessage\x12&\n\x05tools\x18\x03 \x03(\x0b\x32\x17.google.protobuf.Struct\x12\x35\n\x14\x63hat_template_kwargs\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x13\n\x0btool_choice\x18\x05 \x01(\t\x12 \n\x13parallel_tool_calls\x18\x06 \x01(\x08H\x00\x88\x01\x01\x12\x18\n\x10reasoning_effort\x18\x07 \x01(\tB\x16\n\x14_parallel_tool_calls\"\x91\x02\n\x0bOutputDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.forebay.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.forebay.v1.FinishReason\x12\x11\n\treasoning\x18\x06 \x01(\t\x12-\n\ntool_calls\x18\x07 \x03(\x0b\x32\x19.forebay.v1.ToolCallDelta\x12\x32\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x19.forebay.v1.TokenLogprobs\"K\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"P\n\x0eStreamFinished\x12 \n\x05usage\x18\x01 \x01(\x0b\x32\x11.forebay.v1.Usage\x12\x1c\n\x14num_reasoning_tokens\x18\x02 \x01(\r\"q\n\x0c\x43hatResponse\x12(\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x17.forebay.v1.OutputDeltaH\x00\x12.\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1a.forebay.v1.StreamFinishedH\x00\x42\x07\n\x05\x65vent\"\x86\x01\n\x0f\x43ompleteRequest\x12.\n\x07options\x18\x01 \x01(\x0b\x32\x1d.forebay.v1.GenerationOptions\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.forebay.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"u\n\x10\x43ompleteResponse\x12(\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x17.forebay.v1.OutputDeltaH\x00\x12.\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1a.forebay.v1.StreamFinishedH\x00\x42\x07\n\x05\x65vent\"\x13\n\x11ListModelsRequest\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.forebay.v1.Model2\xe3\x01\n\x0eGatewayService\x12;\n\x04\x43hat\x12\x17.forebay.v1.ChatRequest\x1a\x18.forebay.v1.ChatResponse0\x01\x12G\n\x08\x43omplete\x12\x1b.forebay.v1.CompleteRequest\x1a\x1c.forebay.v1.CompleteResponse0\x01\x12K\n\nListModels\x12\x1d.forebay.v1.ListModelsRequest\x1a\x1e.forebay.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,33 +36,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATIONOPTIONS_LOGITBIASENTRY']._loaded_options = None
   _globals['_GENERATIONOPTIONS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_GENERATIONOPTIONS']._serialized_start=100
-  _globals['_GENERATIONOPTIONS']._serialized_end=854
-  _globals['_GENERATIONOPTIONS_LOGITBIASENTRY']._serialized_start=647
-  _globals['_GENERATIONOPTIONS_LOGITBIASENTRY']._serialized_end=695
-  _globals['_CHATMESSAGE']._serialized_start=856
-  _globals['_CHATMESSAGE']._serialized_end=940
-  _globals['_CHATREQUEST']._serialized_start=943
-  _globals['_CHATREQUEST']._serialized_end=1247
-  _globals['_OUTPUTDELTA']._serialized_start=1250
-  _globals['_OUTPUTDELTA']._serialized_end=1471
-  _globals['_TOOLCALLDELTA']._serialized_start=1473
-  _globals['_TOOLCALLDELTA']._serialized_end=1548
-  _globals['_STREAMFINISHED']._serialized_start=1550
-  _globals['_STREAMFINISHED']._serialized_end=1630
-  _globals['_CHATRESPONSE']._serialized_start=1632
-  _globals['_CHATRESPONSE']._serialized_end=1745
-  _globals['_COMPLETEREQUEST']._serialized_start=1748
-  _globals['_COMPLETEREQUEST']._serialized_end=1882
-  _globals['_TOKENIDS']._serialized_start=1884
-  _globals['_TOKENIDS']._serialized_end=1907
-  _globals['_COMPLETERESPONSE']._serialized_start=1909
-  _globals['_COMPLETERESPONSE']._serialized_end=2026
-  _globals['_LISTMODELSREQUEST']._serialized_start=2028
-  _globals['_LISTMODELSREQUEST']._serialized_end=2047
-  _globals['_MODEL']._serialized_start=2049
-  _globals['_MODEL']._serialized_end=2091
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2093
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2148
-  _globals['_GATEWAYSERVICE']._serialized_start=2151
-  _globals['_GATEWAYSERVICE']._serialized_end=2378
+  _globals['_GENERATIONOPTIONS']._serialized_end=912
+  _globals['_GENERATIONOPTIONS_LOGITBIASENTRY']._serialized_start=681
+  _globals['_GENERATIONOPTIONS_LOGITBIASENTRY']._serialized_end=729
+  _globals['_CHATMESSAGE']._serialized_start=914
+  _globals['_CHATMESSAGE']._serialized_end=998
+  _globals['_CHATREQUEST']._serialized_start=1001
+  _globals['_CHATREQUEST']._serialized_end=1305
+  _globals['_OUTPUTDELTA']._serialized_start=1308
+  _globals['_OUTPUTDELTA']._serialized_end=1581
+  _globals['_TOOLCALLDELTA']._serialized_start=1583
+  _globals['_TOOLCALLDELTA']._serialized_end=1658
+  _globals['_STREAMFINISHED']._serialized_start=1660
+  _globals['_STREAMFINISHED']._serialized_end=1740
+  _globals['_CHATRESPONSE']._serialized_start=1742
+  _globals['_CHATRESPONSE']._serialized_end=1855
+  _globals['_COMPLETEREQUEST']._serialized_start=1858
+  _globals['_COMPLETEREQUEST']._serialized_end=1992
+  _globals['_TOKENIDS']._serialized_start=1994
+  _globals['_TOKENIDS']._serialized_end=2017
+  _globals['_COMPLETERESPONSE']._serialized_start=2019
+  _globals['_COMPLETERESPONSE']._serialized_end=2136
+  _globals['_LISTMODELSREQUEST']._serialized_start=2138
+  _globals['_LISTMODELSREQUEST']._serialized_end=2157
+  _globals['_MODEL']._serialized_start=2159
+  _globals['_MODEL']._serialized_end=2201
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2203
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2258
+  _globals['_GATEWAYSERVICE']._serialized_start=2261
+  _globals['_GATEWAYSERVICE']._serialized_end=2488
 # @@protoc_insertion_point(module_scope)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66orebay/v1/generation.proto\x12\nforebay.v1\"\xc8\x03\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12=\n\nlogit_bias\x18\x08 \x03(\x0b\x32).forebay.v1.SamplingParams.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x05\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12$\n\x07grammar\x18\x0f \x01(\x0b\x32\x13.forebay.v1.Grammar\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0f\n\r_num_logprobs\"{\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x12\x1c\n\x0f\x62\x65hind_token_id\x18\x04 \x01(\x05H\x01\x88\x01\x01\x42\x06\n\x04kindB\x12\n\x10_behind_token_id\"M\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"n\n\nTokenChunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12+\n\x08logprobs\x18\x02 \x03(\x0b\x32\x19.forebay.v1.TokenLogprobs\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.forebay.v1.Usage\"\x8b\x02\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\x12\x18\n\x10num_cached_local\x18\x03 \x01(\r\x12\x19\n\x11num_cached_remote\x18\x04 \x01(\r\x12\x1e\n\x16num_cached_transferred\x18\x05 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x06 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x07 \x01(\r\x12\x1e\n\x16num_drafts_by_position\x18\x08 \x03(\r\x12 \n\x18num_accepted_by_position\x18\t \x03(\r*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66orebay/v1/generation.proto\x12\nforebay.v1\"\x82\x04\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12=\n\nlogit_bias\x18\x08 \x03(\x0b\x32).forebay.v1.SamplingParams.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x05\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12$\n\x07grammar\x18\x0f \x01(\x0b\x32\x13.forebay.v1.Grammar\x12 \n\x13num_prompt_logprobs\x18\x10 \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\"{\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x12\x1c\n\x0f\x62\x65hind_token_id\x18\x04 \x01(\x05H\x01\x88\x01\x01\x42\x06\n\x04kindB\x12\n\x10_behind_token_id\"[\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\"_\n\x0ePromptLogprobs\x12+\n\x08logprobs\x18\x01 \x03(\x0b\x32\x19.forebay.v1.TokenLogprobs\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.forebay.v1.Usage\"n\n\nTokenChunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12+\n\x08logprobs\x18\x02 \x03(\x0b\x32\x19.forebay.v1.TokenLogprobs\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.forebay.v1.Usage\"\x8b\x02\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\x12\x18\n\x10num_cached_local\x18\x03 \x01(\r\x12\x19\n\x11num_cached_remote\x18\x04 \x01(\r\x12\x1e\n\x16num_cached_transferred\x18\x05 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x06 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x07 \x01(\r\x12\x1e\n\x16num_drafts_by_position\x18\x08 \x03(\r\x12 \n\x18num_accepted_by_position\x18\t \x03(\r*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,18 +33,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1088
-  _globals['_FINISHREASON']._serialized_end=1213
+  _globals['_FINISHREASON']._serialized_start=1257
+  _globals['_FINISHREASON']._serialized_end=1382
   _globals['_SAMPLINGPARAMS']._serialized_start=44
-  _globals['_SAMPLINGPARAMS']._serialized_end=500
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=435
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=483
-  _globals['_GRAMMAR']._serialized_start=502
-  _globals['_GRAMMAR']._serialized_end=625
-  _globals['_TOKENLOGPROBS']._serialized_start=627
-  _globals['_TOKENLOGPROBS']._serialized_end=704
-  _globals['_TOKENCHUNK']._serialized_start=706
-  _globals['_TOKENCHUNK']._serialized_end=816
-  _globals['_USAGE']._serialized_start=819
-  _globals['_USAGE']._serialized_end=1086
+  _globals['_SAMPLINGPARAMS']._serialized_end=558
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=469
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=517
+  _globals['_GRAMMAR']._serialized_start=560
+  _globals['_GRAMMAR']._serialized_end=683
+  _globals['_TOKENLOGPROBS']._serialized_start=685
+  _globals['_TOKENLOGPROBS']._serialized_end=776
+  _globals['_PROMPTLOGPROBS']._serialized_start=778
+  _globals['_PROMPTLOGPROBS']._serialized_end=873
+  _globals['_TOKENCHUNK']._serialized_start=875
+  _globals['_TOKENCHUNK']._serialized_end=985
+  _globals['_USAGE']._serialized_start=988
+  _globals['_USAGE']._serialized_end=1255
 # @@protoc_insertion_point(module_scope)

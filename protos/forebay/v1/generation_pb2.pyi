@@ -86,6 +86,7 @@ class SamplingParams(google.protobuf.message.Message):
     IGNORE_EOS_FIELD_NUMBER: builtins.int
     NUM_LOGPROBS_FIELD_NUMBER: builtins.int
     GRAMMAR_FIELD_NUMBER: builtins.int
+    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     temperature: builtins.float
     """0 chooses the most likely token."""
     top_p: builtins.float
@@ -103,13 +104,17 @@ class SamplingParams(google.protobuf.message.Message):
     seed: builtins.int
     """With the position in the sequence this determines every random choice."""
     max_tokens: builtins.int
-    """End after this many output tokens."""
+    """End after this many output tokens; 0 with num_prompt_logprobs alone."""
     min_tokens: builtins.int
     """Do not end before this many output tokens: stop tokens cannot be chosen until then."""
     ignore_eos: builtins.bool
     """Go on past the model's own stop tokens."""
     num_logprobs: builtins.int
     """Report the log-probability of each chosen token and of this many most likely ones; absent reports none."""
+    num_prompt_logprobs: builtins.int
+    """Report the log-probability of each token of the prompt but the first, and of this many most likely ones; absent
+    reports none.
+    """
     @property
     def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
         """Added to logits, by token id."""
@@ -140,10 +145,14 @@ class SamplingParams(google.protobuf.message.Message):
         ignore_eos: builtins.bool = ...,
         num_logprobs: builtins.int | None = ...,
         grammar: global___Grammar | None = ...,
+        num_prompt_logprobs: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_num_logprobs", b"_num_logprobs", "grammar", b"grammar", "num_logprobs", b"num_logprobs"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_num_logprobs", b"_num_logprobs", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_logprobs", b"num_logprobs", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_num_logprobs", b"_num_logprobs", "_num_prompt_logprobs", b"_num_prompt_logprobs", "grammar", b"grammar", "num_logprobs", b"num_logprobs", "num_prompt_logprobs", b"num_prompt_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_num_logprobs", b"_num_logprobs", "_num_prompt_logprobs", b"_num_prompt_logprobs", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_logprobs", b"num_logprobs", "num_prompt_logprobs", b"num_prompt_logprobs", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_num_logprobs", b"_num_logprobs"]) -> typing.Literal["num_logprobs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_num_prompt_logprobs", b"_num_prompt_logprobs"]) -> typing.Literal["num_prompt_logprobs"] | None: ...
 
 global___SamplingParams = SamplingParams
 
@@ -184,15 +193,18 @@ global___Grammar = Grammar
 
 @typing.final
 class TokenLogprobs(google.protobuf.message.Message):
-    """A chosen token's log-probability and the most likely alternatives, before penalties and temperature."""
+    """The log-probability of a token, chosen or of a prompt, and the most likely ones, before penalties and temperature."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     LOGPROB_FIELD_NUMBER: builtins.int
     TOP_TOKEN_IDS_FIELD_NUMBER: builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
     logprob: builtins.float
-    """Natural logarithm of the chosen token's probability."""
+    """Natural logarithm of the token's probability."""
+    rank: builtins.int
+    """Of a token of a prompt one more than there are tokens that are likelier."""
     @property
     def top_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The most likely tokens, most likely first."""
@@ -207,10 +219,38 @@ class TokenLogprobs(google.protobuf.message.Message):
         logprob: builtins.float = ...,
         top_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         top_logprobs: collections.abc.Iterable[builtins.float] | None = ...,
+        rank: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["logprob", b"logprob", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logprob", b"logprob", "rank", b"rank", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]) -> None: ...
 
 global___TokenLogprobs = TokenLogprobs
+
+@typing.final
+class PromptLogprobs(google.protobuf.message.Message):
+    """Log-probabilities of a prompt's tokens, as they are computed: never cumulative, never empty."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOGPROBS_FIELD_NUMBER: builtins.int
+    USAGE_FIELD_NUMBER: builtins.int
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TokenLogprobs]:
+        """In order: those of the first message begin with the second token, or behind the ones that the client has."""
+
+    @property
+    def usage(self) -> global___Usage:
+        """Token counts so far, with the first ones of DecodeService.Generate."""
+
+    def __init__(
+        self,
+        *,
+        logprobs: collections.abc.Iterable[global___TokenLogprobs] | None = ...,
+        usage: global___Usage | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["logprobs", b"logprobs", "usage", b"usage"]) -> None: ...
+
+global___PromptLogprobs = PromptLogprobs
 
 @typing.final
 class TokenChunk(google.protobuf.message.Message):

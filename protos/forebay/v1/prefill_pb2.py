@@ -26,7 +26,7 @@ from protos.forebay.v1 import generation_pb2 as forebay_dot_v1_dot_generation__p
 from protos.forebay.v1 import kv_pb2 as forebay_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66orebay/v1/prefill.proto\x12\nforebay.v1\x1a\x1b\x66orebay/v1/generation.proto\x1a\x13\x66orebay/v1/kv.proto\"\x9f\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\x05\x12\x18\n\x10output_token_ids\x18\x04 \x03(\x05\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.forebay.v1.SamplingParams\x12\x10\n\x08hash_key\x18\x06 \x01(\x0c\x12\x16\n\x0enum_pages_held\x18\x07 \x01(\r\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\x12(\n\tkv_source\x18\t \x01(\x0b\x32\x15.forebay.v1.WorkerRef\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x13\n\x0b\x65xpected_ms\x18\x0b \x01(\x01\"z\n\x0fPrefillResponse\x12-\n\x0bpages_ready\x18\x01 \x01(\x0b\x32\x16.forebay.v1.PagesReadyH\x00\x12/\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1b.forebay.v1.PrefillFinishedH\x00\x42\x07\n\x05\x65vent\"V\n\nPagesReady\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.forebay.v1.Lease\x12&\n\x08manifest\x18\x02 \x01(\x0b\x32\x14.forebay.v1.Manifest\"\x92\x02\n\x0fPrefillFinished\x12&\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.forebay.v1.TokenChunk\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.forebay.v1.FinishReason\x12\x17\n\x0f\x64raft_token_ids\x18\x03 \x03(\x05\x12\x11\n\tnum_pages\x18\x04 \x01(\r\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.forebay.v1.Usage\x12\x1a\n\rstop_token_id\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12*\n\nlast_pages\x18\x07 \x01(\x0b\x32\x16.forebay.v1.PagesReadyB\x10\n\x0e_stop_token_id2V\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1a.forebay.v1.PrefillRequest\x1a\x1b.forebay.v1.PrefillResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66orebay/v1/prefill.proto\x12\nforebay.v1\x1a\x1b\x66orebay/v1/generation.proto\x1a\x13\x66orebay/v1/kv.proto\"\xc1\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\x05\x12\x18\n\x10output_token_ids\x18\x04 \x03(\x05\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.forebay.v1.SamplingParams\x12\x10\n\x08hash_key\x18\x06 \x01(\x0c\x12\x16\n\x0enum_pages_held\x18\x07 \x01(\r\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\x12(\n\tkv_source\x18\t \x01(\x0b\x32\x15.forebay.v1.WorkerRef\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x13\n\x0b\x65xpected_ms\x18\x0b \x01(\x01\x12 \n\x18num_prompt_logprobs_held\x18\x0c \x01(\r\"\xb1\x01\n\x0fPrefillResponse\x12-\n\x0bpages_ready\x18\x01 \x01(\x0b\x32\x16.forebay.v1.PagesReadyH\x00\x12/\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1b.forebay.v1.PrefillFinishedH\x00\x12\x35\n\x0fprompt_logprobs\x18\x03 \x01(\x0b\x32\x1a.forebay.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"V\n\nPagesReady\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.forebay.v1.Lease\x12&\n\x08manifest\x18\x02 \x01(\x0b\x32\x14.forebay.v1.Manifest\"\xc4\x02\n\x0fPrefillFinished\x12&\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.forebay.v1.TokenChunk\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.forebay.v1.FinishReason\x12\x17\n\x0f\x64raft_token_ids\x18\x03 \x03(\x05\x12\x11\n\tnum_pages\x18\x04 \x01(\r\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.forebay.v1.Usage\x12\x1a\n\rstop_token_id\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12*\n\nlast_pages\x18\x07 \x01(\x0b\x32\x16.forebay.v1.PagesReady\x12\x30\n\rstop_logprobs\x18\x08 \x01(\x0b\x32\x19.forebay.v1.TokenLogprobsB\x10\n\x0e_stop_token_id2V\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1a.forebay.v1.PrefillRequest\x1a\x1b.forebay.v1.PrefillResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,13 +34,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forebay.v1.prefill_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=91
-  _globals['_PREFILLREQUEST']._serialized_end=378
-  _globals['_PREFILLRESPONSE']._serialized_start=380
-  _globals['_PREFILLRESPONSE']._serialized_end=502
-  _globals['_PAGESREADY']._serialized_start=504
-  _globals['_PAGESREADY']._serialized_end=590
-  _globals['_PREFILLFINISHED']._serialized_start=593
-  _globals['_PREFILLFINISHED']._serialized_end=867
-  _globals['_PREFILLSERVICE']._serialized_start=869
-  _globals['_PREFILLSERVICE']._serialized_end=955
+  _globals['_PREFILLREQUEST']._serialized_end=412
+  _globals['_PREFILLRESPONSE']._serialized_start=415
+  _globals['_PREFILLRESPONSE']._serialized_end=592
+  _globals['_PAGESREADY']._serialized_start=594
+  _globals['_PAGESREADY']._serialized_end=680
+  _globals['_PREFILLFINISHED']._serialized_start=683
+  _globals['_PREFILLFINISHED']._serialized_end=1007
+  _globals['_PREFILLSERVICE']._serialized_start=1009
+  _globals['_PREFILLSERVICE']._serialized_end=1095
 # @@protoc_insertion_point(module_scope)

@@ -31,6 +31,7 @@ class PrefillRequest(google.protobuf.message.Message):
     KV_SOURCE_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     EXPECTED_MS_FIELD_NUMBER: builtins.int
+    NUM_PROMPT_LOGPROBS_HELD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Unique name of the request."""
     model: builtins.str
@@ -45,6 +46,8 @@ class PrefillRequest(google.protobuf.message.Message):
     """Higher runs first."""
     expected_ms: builtins.float
     """When the router expects the prompt to be computed, as in Placement."""
+    num_prompt_logprobs_held: builtins.int
+    """Leading tokens of the prompt whose log-probabilities the caller has."""
     @property
     def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The prompt."""
@@ -75,20 +78,22 @@ class PrefillRequest(google.protobuf.message.Message):
         kv_source: protos.forebay.v1.kv_pb2.WorkerRef | None = ...,
         priority: builtins.int = ...,
         expected_ms: builtins.float = ...,
+        num_prompt_logprobs_held: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["kv_source", b"kv_source", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "expected_ms", b"expected_ms", "hash_key", b"hash_key", "kv_source", b"kv_source", "model", b"model", "num_pages_held", b"num_pages_held", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "expected_ms", b"expected_ms", "hash_key", b"hash_key", "kv_source", b"kv_source", "model", b"model", "num_pages_held", b"num_pages_held", "num_prompt_logprobs_held", b"num_prompt_logprobs_held", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]) -> None: ...
 
 global___PrefillRequest = PrefillRequest
 
 @typing.final
 class PrefillResponse(google.protobuf.message.Message):
-    """A stream of PagesReady, the last of which may be part of the one PrefillFinished that ends it."""
+    """A stream of PromptLogprobs, if they are asked for, and of PagesReady, the last of which may be part of the one PrefillFinished that ends it."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PAGES_READY_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     @property
     def pages_ready(self) -> global___PagesReady:
         """More pages may be read."""
@@ -97,15 +102,20 @@ class PrefillResponse(google.protobuf.message.Message):
     def finished(self) -> global___PrefillFinished:
         """The prompt is computed; the last message."""
 
+    @property
+    def prompt_logprobs(self) -> protos.forebay.v1.generation_pb2.PromptLogprobs:
+        """Log-probabilities of the prompt; they come before the pages that were computed with them."""
+
     def __init__(
         self,
         *,
         pages_ready: global___PagesReady | None = ...,
         finished: global___PrefillFinished | None = ...,
+        prompt_logprobs: protos.forebay.v1.generation_pb2.PromptLogprobs | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["event", b"event", "finished", b"finished", "pages_ready", b"pages_ready"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["event", b"event", "finished", b"finished", "pages_ready", b"pages_ready"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["pages_ready", "finished"] | None: ...
+    def HasField(self, field_name: typing.Literal["event", b"event", "finished", b"finished", "pages_ready", b"pages_ready", "prompt_logprobs", b"prompt_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["event", b"event", "finished", b"finished", "pages_ready", b"pages_ready", "prompt_logprobs", b"prompt_logprobs"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["pages_ready", "finished", "prompt_logprobs"] | None: ...
 
 global___PrefillResponse = PrefillResponse
 
@@ -149,6 +159,7 @@ class PrefillFinished(google.protobuf.message.Message):
     USAGE_FIELD_NUMBER: builtins.int
     STOP_TOKEN_ID_FIELD_NUMBER: builtins.int
     LAST_PAGES_FIELD_NUMBER: builtins.int
+    STOP_LOGPROBS_FIELD_NUMBER: builtins.int
     finish_reason: protos.forebay.v1.generation_pb2.FinishReason.ValueType
     """Set if that token ended the request; no pages are worth reading then."""
     num_pages: builtins.int
@@ -157,7 +168,7 @@ class PrefillFinished(google.protobuf.message.Message):
     """The stop token that ended the request, if one did; tokens is absent then."""
     @property
     def tokens(self) -> protos.forebay.v1.generation_pb2.TokenChunk:
-        """The first token; absent if it was a stop token."""
+        """The first token; absent if it was a stop token, or none was asked for."""
 
     @property
     def draft_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -171,6 +182,10 @@ class PrefillFinished(google.protobuf.message.Message):
     def last_pages(self) -> global___PagesReady:
         """Pages that became complete with the first token: read as if they had come in a message of their own before."""
 
+    @property
+    def stop_logprobs(self) -> protos.forebay.v1.generation_pb2.TokenLogprobs:
+        """The stop token's log-probabilities, if SamplingParams.num_logprobs is present."""
+
     def __init__(
         self,
         *,
@@ -181,9 +196,10 @@ class PrefillFinished(google.protobuf.message.Message):
         usage: protos.forebay.v1.generation_pb2.Usage | None = ...,
         stop_token_id: builtins.int | None = ...,
         last_pages: global___PagesReady | None = ...,
+        stop_logprobs: protos.forebay.v1.generation_pb2.TokenLogprobs | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "last_pages", b"last_pages", "stop_token_id", b"stop_token_id", "tokens", b"tokens", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "draft_token_ids", b"draft_token_ids", "finish_reason", b"finish_reason", "last_pages", b"last_pages", "num_pages", b"num_pages", "stop_token_id", b"stop_token_id", "tokens", b"tokens", "usage", b"usage"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "last_pages", b"last_pages", "stop_logprobs", b"stop_logprobs", "stop_token_id", b"stop_token_id", "tokens", b"tokens", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "draft_token_ids", b"draft_token_ids", "finish_reason", b"finish_reason", "last_pages", b"last_pages", "num_pages", b"num_pages", "stop_logprobs", b"stop_logprobs", "stop_token_id", b"stop_token_id", "tokens", b"tokens", "usage", b"usage"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_stop_token_id", b"_stop_token_id"]) -> typing.Literal["stop_token_id"] | None: ...
 
 global___PrefillFinished = PrefillFinished

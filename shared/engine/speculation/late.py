@@ -13,12 +13,13 @@ from itertools import accumulate
 
 import torch
 
-from shared.engine.api import BatchItem, Chosen, awaited
+from shared.engine.api import NO_ROWS, BatchItem, Chosen, awaited
 from shared.engine.batch import Batch, build
 from shared.engine.kv.layout import KvLayout
 from shared.engine.models.api import DraftLayer
 from shared.engine.pinned import put, some
 from shared.engine.sampling.batched import BatchedSampler, Choice
+from shared.engine.sampling.prompt_logprobs import PromptLogprobs, joined
 
 
 class LateDrafter:
@@ -70,6 +71,7 @@ class DraftedStep:
 
     batch: list[BatchItem]
     choice: Choice
+    told: PromptLogprobs | None = None
 
     def is_done(self) -> bool:
         """Whether `chosen` returns at once."""
@@ -85,7 +87,8 @@ class DraftedStep:
             tokens = rows[starts[place] : starts[place] + 1 + int(numbers[place])]
             found.append(Chosen(tuple(tokens), tuple(drafts[place :: len(asked)][: item.num_wanted])))
         each = iter(found)
-        return [next(each) if item.sample else None for item in self.batch]
+        chosen = [next(each) if item.sample else None for item in self.batch]
+        return joined(chosen, self.batch, self.told)
 
 
 def verify(tokens: torch.Tensor, step: Batch, num_drafts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,4 +155,5 @@ def _view(item: BatchItem, number: int) -> BatchItem:
 def _next(item: BatchItem, number: int, place: int) -> BatchItem:
     """The layer's next token: the draft of this number, which stands at `place` of those chosen with it."""
     in_doubt, start = item.num_in_doubt + item.num_drafts, item.position + number
-    return replace(item, token_ids=(awaited(place),), start=start, num_drafts=0, num_in_doubt=in_doubt)
+    own = replace(item, token_ids=(awaited(place),), start=start, num_drafts=0, num_in_doubt=in_doubt)
+    return replace(own, logprob_rows=NO_ROWS) if item.logprob_rows else own

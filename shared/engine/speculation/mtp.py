@@ -11,7 +11,7 @@ from itertools import count
 
 import torch
 
-from shared.engine.api import BatchItem, Chosen, SampledToken
+from shared.engine.api import NO_ROWS, BatchItem, Chosen, SampledToken
 from shared.engine.batch import build
 from shared.engine.kv.layout import KvLayout
 from shared.engine.models.api import DraftLayer
@@ -96,7 +96,8 @@ def _follow(item: BatchItem, chosen: Tokens) -> BatchItem:
         raise ValueError(f"{item.request_id}: nothing was chosen, and no token follows")
     known = item.token_ids[1 : len(item.token_ids) - item.num_drafts]
     token_ids = [*known, *([item.following] if chosen is None else (token.token_id for token in chosen))]
-    return replace(item, token_ids=token_ids, sample=chosen is not None and item.num_wanted > 0, num_drafts=0)
+    sample = chosen is not None and item.num_wanted > 0
+    return replace(item, token_ids=token_ids, sample=sample, num_drafts=0, logprob_rows=NO_ROWS)
 
 
 def _kept(items: Sequence[BatchItem], followed: Sequence[BatchItem]) -> torch.Tensor:
