@@ -43,7 +43,8 @@ _PASSING_FAULTS = (WorkerLost, StaleEpoch, Draining, Cancelled)
 MAX_ATTEMPTS = 4
 # While no router answers: time between two tries, unless the blackboard announces one earlier.
 ROUTER_RETRY_S = 0.25
-LOG_LATER_S = 0.001
+# A log line is written when the call that it tells of has been heard by all that it concerns.
+LOG_LATER_S = 0.01
 WITHDRAW_S = 1.0
 _CACHED = ("num_cached_local", "num_cached_remote", "num_cached_transferred")
 
@@ -175,7 +176,7 @@ class _Attempt:
     def log(self, what: str, **more: str) -> None:
         """Tell what became of the choice, and at which decode worker.
 
-        Writing a line takes as long as a hop: the call at hand goes out before. The line has the time of now.
+        Writing a line takes as long as a hop: the call at hand goes before. The line has the time of now.
         """
         if log.isEnabledFor(logging.INFO):
             placed = {"choice": self.route.request_id, "decode": self.request.placement.decode.worker_id}

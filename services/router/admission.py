@@ -4,7 +4,8 @@ The blackboard decides (`shared/blackboard/admission.py`); here a request waits 
 may have come free and then asks again, with placements ranked anew. Whatever ends a call while it waits (the client
 goes away, its deadline passes) takes the request out of the queue at once.
 
-While Redis is away nothing can be reserved: requests are placed as if there were room, and workers queue them.
+Where there is plenty of room the blackboard is told instead of asked (`services/router/ahead.py`). While Redis is away
+nothing can be reserved: requests are placed as if there were room, and workers queue them.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from typing import Any
 from opentelemetry.metrics import CallbackOptions, Observation
 
 from protos.forebay.v1 import decode_pb2, router_pb2
+from services.router.ahead import Ahead
 from services.router.candidate import Candidate, Query
 from services.router.offer import offer
 from services.router.policy import Ranked
@@ -55,6 +57,7 @@ class Limits:
     """What admission is told by configuration; each field is described in `services/router/config.py`."""
 
     max_queued: int = 1_024
+    heartbeat_ms: int = 500
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +80,9 @@ class Admission:
         self._waiters: dict[str, _Waiter] = {}
         self._clearing: set[asyncio.Task[None]] = set()
         self._num_parked: Counter[str] = Counter()
+        self._num_asking: Counter[str] = Counter()
         self._draining = False
+        self._ahead = Ahead(board, limits.heartbeat_ms, self._spawn, self._note_unreserved)
         self._refusals = meter.create_counter("forebay_refusals", description="Requests refused, by reason")
         self._unreserved = meter.create_counter(
             "forebay_unreserved_routes", description="Requests placed without a reservation, because Redis was away"
@@ -94,17 +99,23 @@ class Admission:
     async def place(
         self, request: router_pb2.RouteRequest, query: Query, rank: Rank, record: Record, *, can_reserve: bool = True
     ) -> Candidate:
-        """Wait for room on the best of the ranked placements that has any, reserve it, and `record` it.
+        """Wait for room on the best of the ranked placements that has any, reserve it, and `record` it. With plenty of
+        room on the best of all, that is reserved behind the answer.
 
         While nobody waits here the best one is recorded before the blackboard has answered: it will almost certainly
         be chosen, and requests of a burst must see each other.
         Raises Overloaded (with retry_after_ms), DeadlineExceeded, and what `rank` raises. Whoever leaves by an
         exception leaves nothing behind on the blackboard.
         """
+        ranked = await rank()
+        others = self._num_parked[query.model] or self._num_asking[query.model]
+        if can_reserve and not others and self._ahead.send(query, ranked):
+            record(best := ranked[0])
+            return best
         ask = self._ask(request)
         waiter = self._waiters[ask.request_id] = _Waiter(ask)
         try:
-            return await self._placed(waiter, query, rank, record, can_reserve)
+            return await self._placed(waiter, query, ranked, rank, record, can_reserve)
         except Draining:
             raise  # its place is kept for the next router
         except BaseException:
@@ -117,12 +128,15 @@ class Admission:
             if self._waiters.get(ask.request_id) is waiter:
                 del self._waiters[ask.request_id]
 
-    async def _placed(self, waiter: _Waiter, query: Query, rank: Rank, record: Record, can_reserve: bool) -> Candidate:
+    async def _placed(
+        self, waiter: _Waiter, query: Query, ranked: Ranked, rank: Rank, record: Record, can_reserve: bool
+    ) -> Candidate:
         ask = waiter.ask
         ends = None if ask.remaining_ms is None else time.monotonic() + ask.remaining_ms / 1000
         while True:
             waiter.woken.clear()
-            ranked = await rank()
+            if waiter.parked_at is not None:
+                ranked = await rank()  # anew: much may have changed meanwhile
             is_tried = can_reserve or waiter.parked_at is not None
             asked = self._reserve(waiter, query, ranked, FIRST_PAIRS) if is_tried else None
             # While the blackboard thinks about it.
@@ -138,8 +152,7 @@ class Admission:
                     verdict = await self._reserve(waiter, query, ranked, None)
             except BlackboardLost as fault:
                 if waiter.parked_at is None or not await _wait(waiter.woken, LOST_WAIT_S):
-                    log.warning("placed without a reservation: %s", fault.message)
-                    self._unreserved.add(1)
+                    self._note_unreserved(fault)
                     return best
                 continue
             if isinstance(verdict, Placed):
@@ -181,9 +194,10 @@ class Admission:
         self, waiter: _Waiter, query: Query, ranked: Ranked, count: int | None
     ) -> Coroutine[Any, Any, Verdict]:
         """Ask the blackboard now for the first placements, or for all if none of those has room."""
+        self._ahead.write()
         waiter.needs, pairs = offer(query, ranked, count)
         waiter.may_hold = True
-        return self._board.reserve(
+        asked = self._board.reserve(
             waiter.ask,
             waiter.needs,
             pairs,
@@ -191,6 +205,16 @@ class Admission:
             max_queued=self._limits.max_queued,
             is_partial=count is not None and len(ranked.numbers(count + 1)) > count,
         )
+        self._num_asking[query.model] += 1
+        return self._heard(query.model, asked)
+
+    async def _heard(self, model: str, asked: Coroutine[Any, Any, Verdict]) -> Verdict:
+        try:
+            verdict = await asked
+        finally:
+            self._num_asking[model] -= 1
+        self._ahead.heard(model, is_plenty=isinstance(verdict, Placed) and verdict.is_plenty)
+        return verdict
 
     async def _withdraw(self, waiter: _Waiter) -> None:
         if waiter.ask.request_id in self._waiters:
@@ -212,7 +236,8 @@ class Admission:
             log.warning("a reservation has to lapse: %s", fault.message)
 
     async def settled(self) -> None:
-        """Wait until what calls left behind is cleared up."""
+        """Wait until what calls left behind is written and cleared up."""
+        self._ahead.write()
         if self._clearing:
             await asyncio.wait(set(self._clearing))
 
@@ -266,6 +291,10 @@ class Admission:
         return {name: account for (name, _), account in zip(workers, accounts, strict=True)}
 
     # Reporting --------------------------------------------------------------------------------------------------------
+
+    def _note_unreserved(self, fault: BlackboardLost) -> None:
+        log.warning("placed without a reservation: %s", fault.message)
+        self._unreserved.add(1)
 
     def _note_placed(self, waiter: _Waiter) -> None:
         if waiter.parked_at is not None:

@@ -1,110 +1,16 @@
--- Admission: room on workers is promised, and requests without room are parked, each in one atomic step.
---
--- KEYS   queue, parked, shares, pace (of a model), then room and promises of each worker that takes part.
--- ARGV   a command and its arguments, see the functions at the end.
---
--- Room. A worker reports what it has (absolute numbers); a router adds promises, which count until the worker reports
--- that their request arrived, or lapse.
+-- Admission: room on workers is promised (`room.lua`, which comes before this), and requests without room are parked, each in
+-- one atomic step.
 --
 -- Queue. Order: class, then start-time fair queueing between tenants (Goyal, Vin and Cheng, 1996): a request's start tag is
 -- the later of the virtual time and its tenant's last finish tag, its finish tag lies its cost further; the virtual time is
 -- the start tag of who left last. Whenever room may have come free, the first in the queue whose router is alive is woken;
 -- nobody overtakes it. So nobody is admitted twice, and no room is left unnoticed.
 
-local QUEUE, PARKED, SHARES, PACE = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local CLASS_WIDTH = 17592186044416 -- 2^44 tokens: class and start tag share the 53 exact bits of a score
 local KEEP_MS = 15000 -- a request whose router is gone keeps its place for so long
-local PROMISES_TTL_MS = 60000
 local PACE_TTL_MS = 60000
 local PACE_SAMPLES = 4 -- a pace is told from so many departures on
 local MIN_RETRY_MS, MAX_RETRY_MS, UNKNOWN_RETRY_MS = 100, 60000, 1000
-
-local clock = redis.call('TIME')
-local NOW = clock[1] * 1000 + math.floor(clock[2] / 1000)
-
-local function exact(number)
-  return string.format('%.0f', number)
-end
-
--- Room ----------------------------------------------------------------------------------------------------------------
-
-local function forget(room, promises, id)
-  redis.call('ZREM', promises, id)
-  local promise = redis.call('HGET', room, 'r:' .. id)
-  if not promise then
-    return false
-  end
-  local tokens, pages = string.match(promise, '(%d+) (%d+)')
-  redis.call('HDEL', room, 'r:' .. id)
-  redis.call('HINCRBY', room, 'promised_sequences', -1)
-  redis.call('HINCRBY', room, 'promised_tokens', -tokens)
-  redis.call('HINCRBY', room, 'promised_pages', -pages)
-  return true
-end
-
-local function lapse(room, promises)
-  local lapsed = redis.call('ZRANGEBYSCORE', promises, '-inf', NOW)
-  for _, id in ipairs(lapsed) do
-    forget(room, promises, id)
-  end
-  return #lapsed > 0
-end
-
-local function keys_of(number)
-  return KEYS[3 + 2 * number], KEYS[4 + 2 * number]
-end
-
-local rooms = {}
-
-local function room_of(number)
-  if not rooms[number] then
-    local room, promises = keys_of(number)
-    lapse(room, promises)
-    local fields = redis.call('HMGET', room, 'max_sequences', 'max_tokens', 'max_pages', 'sequences', 'tokens', 'pages',
-      'promised_sequences', 'promised_tokens', 'promised_pages')
-    for i = 1, 9 do
-      fields[i] = tonumber(fields[i] or 0)
-    end
-    rooms[number] = {
-      max_sequences = fields[1], max_tokens = fields[2], max_pages = fields[3],
-      sequences = fields[4] + fields[7], tokens = fields[5] + fields[8], pages = fields[6] + fields[9],
-    }
-  end
-  return rooms[number]
-end
-
--- A worker without limits has not reported yet; one that has nobody takes whatever it is given.
-local function fits(number, tokens, pages)
-  local room = room_of(number)
-  if room.max_sequences == 0 or room.sequences <= 0 then
-    return true
-  end
-  return room.sequences < room.max_sequences
-    and (tokens == 0 or room.tokens <= 0 or room.tokens + tokens <= room.max_tokens)
-    and room.pages + pages <= room.max_pages
-end
-
-local function promise(number, id, tokens, pages, ttl_ms)
-  local room, promises = keys_of(number)
-  forget(room, promises, id)
-  redis.call('HSET', room, 'r:' .. id, tokens .. ' ' .. pages)
-  redis.call('HINCRBY', room, 'promised_sequences', 1)
-  redis.call('HINCRBY', room, 'promised_tokens', tokens)
-  redis.call('HINCRBY', room, 'promised_pages', pages)
-  redis.call('ZADD', promises, exact(NOW + ttl_ms), id)
-  redis.call('PEXPIRE', promises, PROMISES_TTL_MS)
-  if redis.call('PTTL', room) < 0 then
-    redis.call('PEXPIRE', room, PROMISES_TTL_MS)
-  end
-end
-
-local function needs_of(text)
-  local needs = {}
-  for tokens, pages in string.gmatch(text, '(%d+) (%d+)') do
-    needs[#needs + 1] = { tokens = tonumber(tokens), pages = tonumber(pages) }
-  end
-  return needs
-end
 
 -- Queue ---------------------------------------------------------------------------------------------------------------
 
@@ -230,6 +136,11 @@ local function prune_shares(class)
   end
 end
 
+-- 1 if those who were given something have plenty left and nobody waits, else 0.
+local function is_plenty(roomy)
+  return roomy and redis.call('ZCARD', QUEUE) == 0 and 1 or 0
+end
+
 local function refuse(reason, position)
   return { 'refused', reason, retry_ms(position) }
 end
@@ -241,7 +152,7 @@ local commands = {}
 -- reserve ID ROUTER CLASS TENANT COST REMAINING_MS MAX_QUEUED LEASE_MS PROMISE_MS IS_PARTIAL NEEDS CANDIDATES. NEEDS has
 -- for each worker in KEYS the tokens, should it compute the prompt, and pages; CANDIDATES the numbers of decode and prefill
 -- worker (0: none) of each. Long lists, and mostly the first candidate is it: so they are text, read no further than that.
--- → placed CANDIDATE | parked POSITION | refused REASON RETRY_MS | more (none of a partial list has room)
+-- → placed CANDIDATE IS_PLENTY | parked POSITION | refused REASON RETRY_MS | more (none of a partial list has room)
 function commands.reserve()
   local id, router, class, tenant = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
   local cost, remaining, max_queued = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
@@ -269,15 +180,17 @@ function commands.reserve()
       local decode, prefill = tonumber(first_number), tonumber(second_number)
       local tokens, pages = prefill == 0 and needs[decode].tokens or 0, needs[decode].pages
       if fits(decode, tokens, pages) and (prefill == 0 or fits(prefill, needs[prefill].tokens, needs[prefill].pages)) then
+        local plenty = is_roomy(decode, tokens, pages)
         promise(decode, id, tokens, pages, tonumber(ARGV[10]))
         if prefill > 0 then
+          plenty = plenty and is_roomy(prefill, needs[prefill].tokens, needs[prefill].pages)
           promise(prefill, id, needs[prefill].tokens, needs[prefill].pages, tonumber(ARGV[10]))
         end
         if mine then
           served(id, entry)
         end
         wake() -- there may be room for the next one, too
-        return { 'placed', at }
+        return { 'placed', at, is_plenty(plenty) }
       end
       at = at + 1
     end
@@ -328,15 +241,38 @@ function commands.reserve()
   return { 'parked', position }
 end
 
--- withdraw ID ROUTER: it is parked there no longer, and what the workers in KEYS promised it is free.
+-- promise ID PROMISE_MS NEEDS: it is on its way to the workers in KEYS already, whether they have room or not. NEEDS has for
+-- each of them tokens, should it compute the prompt, else 0, and pages.
+-- → IS_PLENTY
+function commands.promise()
+  local id, mine, plenty = ARGV[2], read(ARGV[2]), true
+  for number, need in ipairs(needs_of(ARGV[4])) do
+    local room, promises = keys_of(number)
+    plenty = plenty and is_roomy(number, need.tokens, need.pages)
+    if redis.call('ZSCORE', promises, id) and redis.call('HEXISTS', room, 'r:' .. id) == 0 then -- void
+      redis.call('ZREM', promises, id)
+    else
+      promise(number, id, need.tokens, need.pages, tonumber(ARGV[3]))
+    end
+  end
+  if mine then -- another router had parked it
+    served(id, mine)
+    wake()
+  end
+  return is_plenty(plenty)
+end
+
+-- withdraw ID ROUTER: it is parked there no longer, and what the workers in KEYS promised it is free. ROUTER is empty where
+-- its gateway gives that back.
 function commands.withdraw()
   local entry = read(ARGV[2])
   if entry and entry.router == ARGV[3] then
     give_up(ARGV[2], entry)
   end
+  local over = ARGV[3] == '' and settle or forget
   for number = 1, (#KEYS - 4) / 2 do
     local room, promises = keys_of(number)
-    forget(room, promises, ARGV[2])
+    over(room, promises, ARGV[2])
   end
   wake()
   return { 'ok' }
@@ -349,7 +285,7 @@ function commands.report()
   local lapsed = lapse(room, promises)
   local before = room_of(1)
   for at = 9, #ARGV do
-    forget(room, promises, ARGV[at])
+    settle(room, promises, ARGV[at])
   end
   redis.call('HSET', room, 'max_sequences', ARGV[2], 'max_tokens', ARGV[3], 'max_pages', ARGV[4], 'sequences', ARGV[5],
     'tokens', ARGV[6], 'pages', ARGV[7])

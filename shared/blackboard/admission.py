@@ -1,12 +1,12 @@
 """Admission on the blackboard: room that workers report, promises of it, and the queue of those who wait for it.
 
-The steps themselves are in `admission.lua`, each of them atomic and one round trip.
+The steps themselves are in `room.lua` and `admission.lua`, each of them atomic and one round trip.
 """
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from shared.blackboard.records import Room
 from shared.blackboard.together import Together
 from shared.errors import BlackboardLost
 
-_SCRIPT = Path(__file__).with_suffix(".lua").read_text()
+_SCRIPT = "".join(Path(__file__).with_name(name).read_text() for name in ("room.lua", "admission.lua"))
 # Classes are numbered from the highest priority; 0 is kept for those whose clients already have output.
 MAX_PRIORITY = 100
 # A promise that no worker took up lapses after this time; a router that gave no sign of life for that is passed over.
@@ -68,9 +68,10 @@ class Ask(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Pair number `index` is reserved."""
+    """Pair number `index` is reserved. `is_plenty`: its workers are less than half full even so, and nobody waits."""
 
     index: int
+    is_plenty: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,18 @@ class AdmissionBoard:
         ]
         workers = [(need.name, need.epoch) for need in needs]
         return _judged(self._runs.run(_keys(ask.model, workers), args))
+
+    def promise(self, request_id: str, model: str, needs: Sequence[Need], pair: Pair) -> Coroutine[Any, Any, bool]:
+        """Write down what a request takes that is on its way to this pair already, whether there is room or not. If
+        another router has parked it, it is served. Asked for at once, as a reservation is.
+
+        To be awaited is whether its workers are less than half full even so, and nobody waits.
+        """
+        decode = needs[pair.decode]
+        given = [decode] if pair.prefill is None else [decode._replace(tokens=0), needs[pair.prefill]]
+        takes = " ".join([f"{need.tokens} {need.pages}" for need in given])
+        workers = [(need.name, need.epoch) for need in given]
+        return _told(self._runs.run(_keys(model, workers), ["promise", request_id, PROMISE_MS, takes]))
 
     async def withdraw(self, ask: Ask, router: str, workers: Iterable[tuple[str, int]]) -> None:
         """Take a request out of the queue, unless another router has it now, and back what these workers (name, epoch)
@@ -248,11 +261,16 @@ async def _judged(answer: Awaitable[Sequence[bytes | int]]) -> Verdict:
         return _verdict(await answer)
 
 
+async def _told(answer: Awaitable[int]) -> bool:
+    with faults():
+        return bool(await answer)
+
+
 def _verdict(answer: Sequence[bytes | int]) -> Verdict:
     kind, *rest = answer
     match kind:
         case b"placed":
-            return Placed(int(rest[0]))
+            return Placed(int(rest[0]), bool(rest[1]))
         case b"parked":
             return Parked(int(rest[0]))
         case b"refused":

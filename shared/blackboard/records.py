@@ -97,3 +97,7 @@ class Registration(Record):
     """Processes that compute with this one, by tensor-parallel rank from 1."""
     load: Load = Load()
     pages: Pages = Pages()
+    limits: Room = Room()
+    """What routers may send a worker at once; zeros from one that does not say."""
+    used: Room = Room()
+    """What it has of that."""

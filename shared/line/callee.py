@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Sized
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -14,7 +14,7 @@ from shared import status
 from shared.errors import Draining, Fault, Internal, InvalidRequest, Unsupported
 from shared.line import pipe as pipes
 from shared.line.caller import WINDOW_BYTES
-from shared.line.outbox import FEW_CALLS, LONGEST_BYTES, Outbox
+from shared.line.outbox import LONGEST_BYTES, Outbox
 from shared.line.pipe import Pipe, Pipes
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class _Line:
                 answer.taken(taken.num_bytes)
 
     def _begin(self, call: line_pb2.Call) -> None:
-        answer = _Answer(self._replies, call, self._answers)
+        answer = _Answer(self._replies, call)
         if self.refuses:
             answer.end(Draining("this process is shutting down"))
         elif call.number in self._answers:
@@ -144,8 +144,8 @@ class _Answer:
 
     task: asyncio.Task[None]
 
-    def __init__(self, replies: Replies, call: line_pb2.Call, running: Sized) -> None:
-        self._replies, self._call, self._running = replies, call, running
+    def __init__(self, replies: Replies, call: line_pb2.Call) -> None:
+        self._replies, self._call = replies, call
         self._num_ahead = self._last = 0
         self._has_spoken = False
         self._status = b""
@@ -231,8 +231,8 @@ class _Answer:
         raise grpc.aio.AbortError
 
     def _say(self, **said: bytes | None) -> None:
-        """The first thing, a first token or the whole answer, goes at once where few calls run; others may gather."""
+        """The first thing, a first token or the whole answer, goes at once after a silence; others may gather."""
         num_bytes, number = sum(map(len, filter(None, said.values()))), self._call.number
-        at_once, self._has_spoken = not self._has_spoken and len(self._running) <= FEW_CALLS, True
+        at_once, self._has_spoken = not self._has_spoken, True
         self._replies.add(num_bytes, lambda message: message.replies.add(number=number, **said), at_once=at_once)
         self._last = self._replies.last

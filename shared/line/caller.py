@@ -16,7 +16,7 @@ from protos.forebay.v1 import line_pb2, line_pb2_grpc
 from shared import status
 from shared.errors import Cancelled, DeadlineExceeded, Fault, Internal, InvalidRequest, Unsupported, WorkerLost
 from shared.line import pipe as pipes
-from shared.line.outbox import FEW_CALLS, LONGEST_BYTES, Outbox
+from shared.line.outbox import LONGEST_BYTES, Outbox
 from shared.line.pipe import Pipe
 
 Response = TypeVar("Response")
@@ -74,8 +74,7 @@ class Line:
             # Of no request: without its deadline, its id and its trace.
             self._open = asyncio.get_running_loop().create_task(self._run(self._outbox), context=Context())
         self._calls[call.number] = call
-        few = len(self._calls) <= FEW_CALLS
-        self._outbox.add(len(said.request), lambda message: message.calls.append(said), at_once=few)
+        self._outbox.add(len(said.request), lambda message: message.calls.append(said), at_once=True)
 
     def left(self, number: int) -> None:
         """Nobody waits for the answer to a call any more."""

@@ -2,6 +2,7 @@
 others wait for (docs/decisions/0060)."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
@@ -13,8 +14,9 @@ Message = TypeVar("Message")
 MAX_BYTES = 1 << 20
 # A thing longer than this fits no message that gRPC takes (`rpc.MAX_MESSAGE_BYTES`).
 LONGEST_BYTES = (64 << 20) - (64 << 10)
-# While no more calls run on a line there is little to gather, and what others wait for is said at once.
-FEW_CALLS = 4
+# On a line that was silent for so long there is nothing to gather, and what others wait for is written at once. A busy
+# one gathers: whoever is written to is woken on the writer's own processor, mostly, and takes it.
+SILENCE_S = 0.01
 
 
 def _never(_message: object) -> bool:
@@ -25,8 +27,9 @@ def _never(_message: object) -> bool:
 class Outbox(Generic[Message]):
     """Messages in the making. While one is being written the next one gathers what is said meanwhile."""
 
-    def __init__(self, make: Callable[[], Message]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], Message], clock: Callable[[], float] = time.monotonic) -> None:
+        self._make, self._clock = make, clock
+        self._spoken_at = -SILENCE_S
         self._waiting: deque[Message] = deque()
         self._num_bytes = 0
         self._num_written = 0
@@ -39,7 +42,10 @@ class Outbox(Generic[Message]):
 
     def add(self, num_bytes: int, fill: Callable[[Message], object], *, at_once: bool = False) -> None:
         """Have `fill` put something of so many bytes into the next message. That is written with all that is said in
-        this turn of the event loop; `at_once`, where that takes no waiting, without looking for more of it."""
+        this turn of the event loop; `at_once`, after a silence and where it takes no waiting, without looking for more
+        of it."""
+        now = self._clock()
+        at_once, self._spoken_at = at_once and now - self._spoken_at >= SILENCE_S, now
         if not self._waiting or self._num_bytes + num_bytes > MAX_BYTES:
             self._waiting.append(self._make())
             self._num_bytes = 0

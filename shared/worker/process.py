@@ -30,7 +30,7 @@ from shared.worker.index_writer import IndexWriter
 from shared.worker.kv_servicer import KvServicer
 from shared.worker.measures import Measures
 from shared.worker.puller import Puller
-from shared.worker.room_writer import RoomWriter
+from shared.worker.room_writer import RoomWriter, in_use
 from shared.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -215,6 +215,8 @@ class _Process:
             num_beats=self._num_beats,
             load=self._measures.load(self._admission.num_active, self._admission.num_requests),
             pages=Pages(**{name: getattr(counts, name) for name in Pages.model_fields}),
+            limits=self._limits(),
+            used=in_use(self._admission, engine.kv),
         )
 
     def _on_death(self, fault: Fault) -> None:

@@ -76,9 +76,7 @@ class RoomWriter:
 
     async def _report(self) -> None:
         arrived, self._admission.arrived = self._admission.arrived, {}
-        taken, counts = self._admission.taken(), self._kv.counts()
-        # Outputs grow beyond what was reserved for them, and pages stay leased when who computed them has left.
-        used = taken.model_copy(update={"pages": max(taken.pages, counts.held + counts.leased)})
+        used = in_use(self._admission, self._kv)
         try:
             await self._board.report(
                 self._identity.model,
@@ -93,3 +91,10 @@ class RoomWriter:
             self._admission.arrived = arrived | self._admission.arrived
             raise
         self._reported = used
+
+
+def in_use(admission: Admission, kv: KvStore) -> Room:
+    """What a worker has at this moment. Outputs grow beyond what was reserved for them, and pages stay leased when who
+    computed them has left."""
+    taken, counts = admission.taken(), kv.counts()
+    return taken.model_copy(update={"pages": max(taken.pages, counts.held + counts.leased)})

@@ -15,9 +15,10 @@ from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, kv_pb
 from shared import rpc
 from shared.errors import Cancelled, DeadlineExceeded, Draining, InvalidRequest, Unsupported, WorkerLost
 from shared.line.caller import WINDOW_BYTES
-from shared.line.outbox import LONGEST_BYTES, MAX_BYTES, Outbox
+from shared.line.outbox import LONGEST_BYTES, MAX_BYTES, SILENCE_S, Outbox
 from shared.local_sockets import LocalSockets
 from shared.telemetry import Telemetry
+from tests.unit.clock import Clock
 
 PATIENCE_S = 10.0
 
@@ -145,7 +146,8 @@ async def test_a_long_thing_has_a_message_of_its_own() -> None:
 
 
 async def test_what_is_said_at_once_is_written_before_the_turn_ends_behind_what_waits_already() -> None:
-    outbox, written = Outbox(line_pb2.OpenRequest), list[list[int]]()
+    clock, written = Clock(), list[list[int]]()
+    outbox = Outbox(line_pb2.OpenRequest, clock)
 
     def write_now(message: line_pb2.OpenRequest) -> bool:
         written.append(list(message.left))
@@ -154,13 +156,33 @@ async def test_what_is_said_at_once_is_written_before_the_turn_ends_behind_what_
     outbox.write_now = write_now
     outbox.add(0, leaving(1))
     assert written == []
+    clock.now += SILENCE_S
     outbox.add(0, leaving(2), at_once=True)
     assert written == [[1, 2]]
     await asyncio.wait_for(outbox.written(outbox.last), PATIENCE_S)
 
 
+async def test_on_a_line_that_is_busy_nothing_is_said_at_once() -> None:
+    clock, written = Clock(), list[list[int]]()
+    outbox = Outbox(line_pb2.OpenRequest, clock)
+
+    def write_now(message: line_pb2.OpenRequest) -> bool:
+        written.append(list(message.left))
+        return True
+
+    outbox.write_now = write_now
+    for number in range(4):
+        outbox.add(0, leaving(number), at_once=True)
+        clock.now += 0.9 * SILENCE_S
+    assert written == [[0]]
+    clock.now += SILENCE_S
+    outbox.add(0, leaving(4), at_once=True)
+    assert written == [[0], [1, 2, 3, 4]]
+
+
 async def test_what_is_said_at_once_waits_for_what_is_being_written() -> None:
-    outbox, written, may_write = Outbox(line_pb2.OpenRequest), list[list[int]](), asyncio.Event()
+    clock, written, may_write = Clock(), list[list[int]](), asyncio.Event()
+    outbox = Outbox(line_pb2.OpenRequest, clock)
 
     async def write(message: line_pb2.OpenRequest) -> None:
         await may_write.wait()
@@ -175,6 +197,7 @@ async def test_what_is_said_at_once_waits_for_what_is_being_written() -> None:
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     outbox.write_now = write_now
+    clock.now += SILENCE_S
     outbox.add(0, leaving(2), at_once=True)
     assert written == []
     may_write.set()

@@ -11,7 +11,7 @@ import pytest
 from opentelemetry import context, trace
 
 from shared import rpc
-from shared.instruments import Meter
+from shared.instruments import MANY, Meter
 from shared.telemetry import TRACE_PARENT, Telemetry, log_as_json
 from shared.version import version
 
@@ -50,6 +50,16 @@ async def test_a_sum_is_taken_in_a_moment_later_and_once_for_each_label() -> Non
         while not recorded.seen:  # noqa: ASYNC110 - a timer of the event loop tells nobody
             await asyncio.sleep(0.01)
     assert recorded.seen == [(4, {"fault": "a"}), (2, {"fault": "b"})]
+
+
+async def test_where_there_are_many_they_are_taken_in_a_turn_later() -> None:
+    recorded = Recorded()
+    counter = meter(recorded).create_counter("c", description="")
+    for _ in range(MANY + 1):
+        counter.add(1)
+    assert recorded.seen == []
+    await asyncio.sleep(0)
+    assert recorded.seen == [(MANY + 1, {})]
 
 
 async def test_every_value_of_a_distribution_is_recorded() -> None:
