@@ -11,8 +11,8 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from shared.engine.kernels import triton_dense
-from shared.engine.kernels.experts import Experts, SharedExpert, plain_down, plain_gate_up
+from shared.engine.kernels import triton_dense, triton_mixture
+from shared.engine.kernels.experts import Experts, SharedExpert
 from shared.engine.kernels.gluon_dots import decode, dots, fetch, packed_sums, plain_sums, scale_of
 from shared.engine.kernels.gluon_rows import begin, begin_in_turn
 from shared.errors import Unsupported
@@ -233,14 +233,13 @@ def large_mixture(
     num_rows, top_k = chosen.shape
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
     ends = torch.bincount(flat, minlength=len(experts.gate_up)).cumsum(0).int()
-    inner = torch._grouped_mm(x[order // top_k], plain_gate_up(experts).transpose(1, 2), offs=ends)
-    parts = torch._grouped_mm(triton_dense.silu_mul(inner), plain_down(experts).transpose(1, 2), offs=ends)
-    own = torch.empty_like(parts)
-    own[order] = parts
-    total = F.linear(triton_dense.silu_mul(F.linear(x, shared.gate_up)), shared.down).float()
-    total += (own.view(num_rows, top_k, -1).float() * weights[..., None]).sum(1)
-    return total.to(x.dtype)
+    inner = torch._grouped_mm(x[order // top_k], triton_mixture.gate_up(experts).transpose(1, 2), offs=ends)
+    parts = torch._grouped_mm(triton_dense.silu_mul(inner), triton_mixture.down(experts).transpose(1, 2), offs=ends)
+    own = F.linear(triton_dense.silu_mul(F.linear(x, shared.gate_up)), shared.down)
+    return triton_mixture.add_up(parts, places.view(num_rows, top_k), weights, own)
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
