@@ -72,8 +72,9 @@ def test_models_are_listed(client: openai.OpenAI, model_cluster: RunningCluster)
 def test_equal_tokens_whether_a_prompt_is_prefilled_here_or_there_or_cached(model_cluster: RunningCluster) -> None:
     """Short prompts are prefilled on the decode worker, long ones on the prefill worker: the same request is sent in
     both ways by way of what is cached."""
-    short, long = complete(model_cluster, prompt=LONG[:60]), complete(model_cluster, prompt=LONG)
-    again_short, again_long = complete(model_cluster, prompt=LONG[:60]), complete(model_cluster, prompt=LONG)
+    prompts = LONG[:60], "Asked by nobody else. " + LONG
+    short, long = (complete(model_cluster, prompt=prompt) for prompt in prompts)
+    again_short, again_long = (complete(model_cluster, prompt=prompt) for prompt in prompts)
     for first, second in ((short, again_short), (long, again_long)):
         assert first["choices"][0]["token_ids"] == second["choices"][0]["token_ids"]
     assert long["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
