@@ -1,6 +1,6 @@
 """How often an owner looks for READs of its peers."""
 
-from shared.engine.transfer.lookout import BUSY_LOOK_S, DELAY_S, IDLE_DELAY_S, QUIET_DELAY_S, Lookout
+from shared.engine.transfer.lookout import BUSY_LOOK_S, DELAY_S, QUIET_DELAY_S, Lookout
 from tests.unit.clock import Clock
 
 
@@ -57,6 +57,6 @@ def test_pages_that_are_announced_are_expected_to_be_read_at_once_and_a_release_
     lookout.serve(clock() + 10, expects=True)
     pauses(lookout, clock, 1)
     lookout.serve(clock() + 5, expects=False)
-    assert lookout.pause_s() == IDLE_DELAY_S
+    assert lookout.pause_s() == QUIET_DELAY_S
     lookout.serve(clock() + 10, expects=True)
     assert lookout.pause_s() == DELAY_S

@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 # Looks are so far apart, and with nothing to do by a part of the time since there was, up to the last.
 DELAY_S, QUIET_PART, QUIET_DELAY_S = 1e-3, 0.1, 20e-3
-# While nothing is leased nobody reads; what comes are ends of connections.
-IDLE_DELAY_S = 0.1
 # A look that finds nothing takes up to 40 us of the processor, with all caches cold, and seldom more than this; one
 # that moves bytes or sets up a connection takes more.
 BUSY_LOOK_S = 60e-6
@@ -23,11 +21,10 @@ class Lookout:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._until_s = self._busy_at_s = clock()
-        self._expects = False
 
     def serve(self, until_s: float, *, expects: bool) -> None:
-        """Look until a time of the clock; somebody may come at any moment if one `expects` that, else nobody reads."""
-        self._until_s, self._expects = until_s, expects
+        """Look until a time of the clock; somebody may come at any moment if one `expects` that."""
+        self._until_s = until_s
         if expects:
             self._busy_at_s = self._clock()
 
@@ -36,8 +33,7 @@ class Lookout:
         now_s = self._clock()
         if now_s >= self._until_s:
             return None
-        longest_s = QUIET_DELAY_S if self._expects else IDLE_DELAY_S
-        return min(max(DELAY_S, (now_s - self._busy_at_s) * QUIET_PART), longest_s)
+        return min(max(DELAY_S, (now_s - self._busy_at_s) * QUIET_PART), QUIET_DELAY_S)
 
     def looked(self, cpu_s: float) -> None:
         """A look took so much of the processor."""
