@@ -18,14 +18,14 @@ from dataclasses import replace
 
 import torch
 
-from bench import glm_drafts, provenance
+from bench import glm_drafts, provenance, replays
 from bench.bandwidth import read_bandwidth
 from bench.glm_random import FIELDS, KV_TOKENS, NAMES, PAGE_SIZE, Counted, Rank, rank
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import Batch, build
 from shared.engine.kernels import reference
 from shared.engine.kernels.experts import Experts
-from shared.engine.layers.cuda_glm import CudaGlm, Graph, views
+from shared.engine.layers.cuda_glm import CudaGlm, views
 from shared.engine.layers.cuda_glm_layer import Dense, Mixture
 from shared.engine.layers.moe import route
 from shared.engine.models.glm_config import GlmConfig, parse
@@ -40,6 +40,7 @@ STEPS = (
     (32, 1, 4096),
 )
 BRIEF = ((1, 1, 1024), (1, 1, 8192), (1, 4, 8192))
+REPLAYS, REPEATS = 30, 5
 PROFILED = 3  # replays
 MEAN_ACCEPTED = {2: 1.834, 4: 2.98}  # docs/LOG.md says whose
 ALL_REDUCE_US = (6.0, 8.0, 10.0)
@@ -108,22 +109,6 @@ def floor_bytes(
     return found
 
 
-def milliseconds(graph: Graph, repeats: int = 30, groups: int = 5) -> list[float]:
-    """Of a replay, in groups of `repeats` in a row."""
-    graph.graph.replay()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(groups):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(repeats):
-            graph.graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / repeats)
-    return times
-
-
 def measure(made: Rank[Counted], config: GlmConfig, rate: float, steps: Sequence[Step]) -> dict[Step, float]:
     """Print a table; median milliseconds by step."""
     print("| batch, tokens each, context | ms (spread) | floor ms | ratio | experts a layer | whole step ms |")
@@ -142,7 +127,7 @@ def measure(made: Rank[Counted], config: GlmConfig, rate: float, steps: Sequence
             started = time.perf_counter()
             whole()
             walls.append(time.perf_counter() - started)
-        times = milliseconds(made.decoder.graph(size, width, context))
+        times = replays.timed(made.decoder.graph(size, width, context).graph, REPLAYS, REPEATS)
         experts = num_distinct(made, step)
         floor = sum(floor_bytes(made, config, size, width, context, experts).values()) / rate * 1e3
         median = medians[size, width, context] = statistics.median(times)

@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from bench import glm_gaps, glm_rank, provenance
+from bench import glm_gaps, glm_rank, provenance, replays
 from bench.glm_random import FIELDS, NAMES, PAGE_SIZE, Rank, rank
 from bench.glm_rank import MEAN_ACCEPTED
 from shared.engine.api import BatchItem, EngineRequest, Executor, SamplingParams, TokensSampled
@@ -78,16 +78,7 @@ def graph_ms(made: Rank[DistributedGroup]) -> dict[glm_rank.Step, tuple[float, .
     found = dict[glm_rank.Step, tuple[float, ...]]()
     for size, width, context in STEPS:
         made.decoder(glm_rank.batch(size, width, context), made.memory.bytes, made.layout, NAMES)
-        graph, times = made.decoder.graph(size, width, context).graph, []
-        for _ in range(REPEATS):
-            graph.replay()  # where ranks meet
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(REPLAYS):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / REPLAYS)
+        times = replays.timed(made.decoder.graph(size, width, context).graph, REPLAYS, REPEATS)
         found[size, width, context] = statistics.median(times), min(times), max(times)
     return found
 

@@ -173,8 +173,8 @@ def test_a_mixture_equals_its_sum_expert_by_expert(num_rows: int, packed: bool) 
         experts = lay_out(stored[0], stored[1])
         from shared.engine.kernels import triton_mixture
 
-        assert torch.equal(triton_mixture.gate_up(experts), layout.plain_gate_up(experts))
-        assert torch.equal(triton_mixture.down(experts), layout.plain_down(experts))
+        for plain in (layout.plain_gate_up, layout.plain_down):
+            assert torch.equal(plain(experts, triton_mixture.dequantize), plain(experts))
     x = random(num_rows, hidden)
     shared = layout.SharedExpert(random(2 * inner, hidden, scale=0.03), random(hidden, inner, scale=0.06))
     chosen = torch.stack([torch.randperm(num, device="cuda")[:top_k] for _ in range(num_rows)]).int()

@@ -7,7 +7,7 @@ import pytest
 
 from protos.forebay.v1 import decode_pb2, generation_pb2
 from tests.services.test_handoff_kept import NUM_KEPT, amid_a_prompt
-from tests.services.workers import Answer, Fleet, Running, generate, prompt, request
+from tests.services.workers import Answer, Fleet, Running, answered_alone, generate, prompt, request
 
 LONG, NUM_TOP = 201, 2
 Told = list[tuple[float, int, tuple[int, ...]]]
@@ -24,17 +24,6 @@ def told(answer: Answer) -> Told:
     return [(each.logprob, each.rank, tuple(each.top_token_ids)) for each in answer.told]
 
 
-async def alone(world: Fleet, message: decode_pb2.GenerateRequest) -> Answer:
-    """What a worker says that knows nothing yet and asks nobody."""
-    single = await world.start("single", is_alone=True)
-    copy = decode_pb2.GenerateRequest()
-    copy.CopyFrom(message)
-    copy.placement.CopyFrom(decode_pb2.Placement(decode=single.ref))
-    answer = await generate(world, copy)
-    await world.stop(single)
-    return answer
-
-
 @pytest.mark.parametrize("max_tokens", [0, 1, 12])
 @pytest.mark.parametrize("length", [1, 2, 4, 33, LONG])
 async def test_computed_here_or_there(
@@ -42,7 +31,8 @@ async def test_computed_here_or_there(
 ) -> None:
     here = await generate(world, asked(prompt(length), decode, max_tokens=max_tokens))
     there = await generate(world, asked(prompt(length), decode, prefill, max_tokens=max_tokens))
-    assert told(here) == told(there) == told(await alone(world, asked(prompt(length), decode, max_tokens=max_tokens)))
+    alone = await answered_alone(world, asked(prompt(length), decode, max_tokens=max_tokens))
+    assert told(here) == told(there) == told(alone)
     assert len(here.told) == length - 1
     assert here.tokens == there.tokens
     assert len(here.tokens) == max_tokens
@@ -59,7 +49,7 @@ async def test_what_is_cached_is_not_used_nor_pulled_but_kept_for_others(
     expected = await generate(world, request(prompt(LONG), decode))
     for workers in [(decode,), (decode, prefill), (decode, prefill, decode)]:
         again = await generate(world, asked(prompt(LONG), *workers))
-        assert told(again) == told(await alone(world, asked(prompt(LONG), decode)))
+        assert told(again) == told(await answered_alone(world, asked(prompt(LONG), decode)))
         assert again.tokens == expected.tokens
         usage = again.usage
         assert usage.num_cached_local == usage.num_cached_remote == usage.num_cached_transferred == 0
@@ -84,7 +74,7 @@ async def test_of_a_request_that_is_continued_only_the_rest_is_told(
 async def test_a_prefill_that_fails_midway_is_told_on_from_where_it_was(
     world: Fleet, prefill: Running, decode: Running
 ) -> None:
-    whole = await alone(world, asked(prompt(LONG), decode))
+    whole = await answered_alone(world, asked(prompt(LONG), decode))
     running = await amid_a_prompt(world, asked(prompt(LONG), decode, prefill), prefill)
     prefill.transport.close()
     prefill.gate.open()
@@ -97,7 +87,7 @@ async def test_a_prefill_that_fails_midway_is_told_on_from_where_it_was(
 async def test_a_prefill_worker_that_is_killed_midway_is_told_on_from_where_it_was(
     world: Fleet, prefill: Running, decode: Running
 ) -> None:
-    whole = await alone(world, asked(prompt(LONG), decode))
+    whole = await answered_alone(world, asked(prompt(LONG), decode))
     running = await amid_a_prompt(world, asked(prompt(LONG), decode, prefill), prefill)
     await world.stop(prefill)
     answer = await running

@@ -284,14 +284,8 @@ class Fleet:
         return self.telemetry.registry.get_sample_value(metric, labels) or 0.0
 
     async def expected(self, message: decode_pb2.GenerateRequest) -> list[int]:
-        """What a worker of the same model that knows nothing yet, and asks nobody, generates for a request."""
-        alone = await self.start("alone", is_alone=True)
-        copy = decode_pb2.GenerateRequest()
-        copy.CopyFrom(message)
-        copy.placement.CopyFrom(decode_pb2.Placement(decode=alone.ref))
-        answer = await generate(self, copy)
-        await self.stop(alone)
-        return answer.tokens
+        """What is generated for a request by a worker alone."""
+        return (await answered_alone(self, message)).tokens
 
 
 @asynccontextmanager
@@ -373,4 +367,15 @@ async def generate(fleet: Fleet, message: decode_pb2.GenerateRequest, timeout_s:
                 answer.told.extend(response.prompt_logprobs.logprobs)
             else:
                 answer.finished = response.finished
+    return answer
+
+
+async def answered_alone(fleet: Fleet, message: decode_pb2.GenerateRequest) -> Answer:
+    """What a worker says that knows nothing yet, and asks nobody."""
+    alone = await fleet.start("alone", is_alone=True)
+    copy = decode_pb2.GenerateRequest()
+    copy.CopyFrom(message)
+    copy.placement.CopyFrom(decode_pb2.Placement(decode=alone.ref))
+    answer = await generate(fleet, copy)
+    await fleet.stop(alone)
     return answer

@@ -1,12 +1,8 @@
 """Drafts that are verified and proposed where they are computed: its twin is the drafter that hears of every token."""
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -20,6 +16,7 @@ from shared.engine.sampling.batched import BatchedSampler
 from shared.engine.sampling.sampler import Sampler
 from shared.engine.speculation.late import DraftedStep, LateDrafter, verify
 from shared.engine.speculation.mtp import MtpDrafter
+from tests.unit.interpreted import assert_says, needs_triton
 
 VOCAB, PAGE_SIZE = 7, 4
 LAYOUT = pack(PAGE_SIZE, {})
@@ -150,10 +147,6 @@ print("alike")
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@needs_triton
 def test_a_gpu_moves_rows_to_where_the_host_would_have_put_them() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", MOVE], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-        check=False, timeout=120,
-    )  # fmt: skip
-    assert run.stdout == "alike\n", run.stderr
+    assert_says("alike\n", MOVE)

@@ -145,7 +145,8 @@ async def test_a_long_thing_has_a_message_of_its_own() -> None:
     assert len({id(message) for message in messages}) == 3
 
 
-async def test_what_is_said_at_once_is_written_before_the_turn_ends_behind_what_waits_already() -> None:
+def writing_at_once() -> tuple[Clock, Outbox[line_pb2.OpenRequest], list[list[int]]]:
+    """An outbox whose messages can be written without waiting, and what they say."""
     clock, written = Clock(), list[list[int]]()
     outbox = Outbox(line_pb2.OpenRequest, clock)
 
@@ -154,6 +155,11 @@ async def test_what_is_said_at_once_is_written_before_the_turn_ends_behind_what_
         return True
 
     outbox.write_now = write_now
+    return clock, outbox, written
+
+
+async def test_what_is_said_at_once_is_written_before_the_turn_ends_behind_what_waits_already() -> None:
+    clock, outbox, written = writing_at_once()
     outbox.add(0, leaving(1))
     assert written == []
     clock.now += SILENCE_S
@@ -163,14 +169,7 @@ async def test_what_is_said_at_once_is_written_before_the_turn_ends_behind_what_
 
 
 async def test_on_a_line_that_is_busy_nothing_is_said_at_once() -> None:
-    clock, written = Clock(), list[list[int]]()
-    outbox = Outbox(line_pb2.OpenRequest, clock)
-
-    def write_now(message: line_pb2.OpenRequest) -> bool:
-        written.append(list(message.left))
-        return True
-
-    outbox.write_now = write_now
+    clock, outbox, written = writing_at_once()
     for number in range(4):
         outbox.add(0, leaving(number), at_once=True)
         clock.now += 0.9 * SILENCE_S

@@ -1,11 +1,6 @@
 """What a mixture of many tokens does beside its grouped products, in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
-import pytest
+from tests.unit.interpreted import assert_says, needs_triton
 
 # The interpreter cuts a bfloat16 off where a GPU rounds.
 ALIKE = """
@@ -28,10 +23,6 @@ print("alike")
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@needs_triton
 def test_experts_are_decoded_and_added_up_as_by_their_twins() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", ALIKE], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-        check=False, timeout=120,
-    )  # fmt: skip
-    assert run.stdout == "alike\n", run.stderr
+    assert_says("alike\n", ALIKE)

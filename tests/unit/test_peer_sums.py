@@ -4,15 +4,15 @@ interpreter computes it on the CPU."""
 import ctypes
 import multiprocessing
 import os
-from importlib.util import find_spec
 from multiprocessing.shared_memory import SharedMemory
 
 import pytest
 import torch
 
 from shared.engine.parallel.group import added, ordered_sum
+from tests.unit.interpreted import needs_triton
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+pytestmark = needs_triton
 
 # Rows, columns: whole pieces, several in a row, and rows that end amid one.
 SHAPES = ((1, 1024), (2, 2048), (3, 1500))

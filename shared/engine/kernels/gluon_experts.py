@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from shared.engine.kernels import triton_dense, triton_mixture
-from shared.engine.kernels.experts import Experts, SharedExpert
+from shared.engine.kernels.experts import Experts, SharedExpert, plain_down, plain_gate_up
 from shared.engine.kernels.gluon_dots import decode, dots, fetch, packed_sums, plain_sums, scale_of
 from shared.engine.kernels.gluon_rows import begin, begin_in_turn
 from shared.errors import Unsupported
@@ -236,8 +236,10 @@ def large_mixture(
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     ends = torch.bincount(flat, minlength=len(experts.gate_up)).cumsum(0).int()
-    inner = torch._grouped_mm(x[order // top_k], triton_mixture.gate_up(experts).transpose(1, 2), offs=ends)
-    parts = torch._grouped_mm(triton_dense.silu_mul(inner), triton_mixture.down(experts).transpose(1, 2), offs=ends)
+    gate_up = plain_gate_up(experts, triton_mixture.dequantize)
+    inner = torch._grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends)
+    down = plain_down(experts, triton_mixture.dequantize)
+    parts = torch._grouped_mm(triton_dense.silu_mul(inner), down.transpose(1, 2), offs=ends)
     own = F.linear(triton_dense.silu_mul(F.linear(x, shared.gate_up)), shared.down)
     return triton_mixture.add_up(parts, places.view(num_rows, top_k), weights, own)
 

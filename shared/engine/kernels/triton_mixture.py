@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from shared.engine.kernels.experts import FACTOR, GROUP, Experts
+from shared.engine.kernels.experts import FACTOR, GROUP
 
 WORDS = 256  # of eight codes, that a program decodes
 COLUMNS = 1024  # of a token, that a program adds up
@@ -48,20 +48,6 @@ def _add_up(parts, places, weights, own, out, hidden, TOP_K: tl.constexpr, COLUM
         weight = tl.load(weights + row * TOP_K + choice)
         total += weight * tl.load(parts + place * hidden + column, inside, 0.0).to(tl.float32)
     tl.store(out + row * hidden + column, total.to(out.dtype.element_ty), inside)
-
-
-def gate_up(experts: Experts) -> torch.Tensor:
-    """In bfloat16, as `experts.plain_gate_up`."""
-    if experts.factors is None or experts.gate_up_scale is None:
-        return experts.gate_up
-    return dequantize(experts.gate_up, experts.gate_up_scale, experts.factors[:, 0])
-
-
-def down(experts: Experts) -> torch.Tensor:
-    """In bfloat16, as `experts.plain_down`."""
-    if experts.factors is None or experts.down_scale is None:
-        return experts.down
-    return dequantize(experts.down, experts.down_scale, experts.factors[:, 1])
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
