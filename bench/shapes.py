@@ -123,20 +123,31 @@ def library_for(device: torch.device) -> ctypes.CDLL:
 
 
 def executor(
-    config: DenseConfig, device: torch.device, num_pages: int, packed: bool, group: Group | None = None
+    config: DenseConfig,
+    device: torch.device,
+    num_pages: int,
+    packed: bool,
+    group: Group | None = None,
+    dequantized_bytes: int = 0,
 ) -> TorchExecutor:
-    """Of one rank of a group, or alone."""
-    return decoder_and_executor(config, device, num_pages, packed, group)[1]
+    """Of one rank of a group, or alone; `dequantized_bytes` as in `load_executor`."""
+    return decoder_and_executor(config, device, num_pages, packed, group, dequantized_bytes)[1]
 
 
 def decoder_and_executor(
-    config: DenseConfig, device: torch.device, num_pages: int, packed: bool, group: Group | None = None
+    config: DenseConfig,
+    device: torch.device,
+    num_pages: int,
+    packed: bool,
+    group: Group | None = None,
+    dequantized_bytes: int = 0,
 ) -> tuple[CudaDecoder, TorchExecutor]:
     """The same, and what records its steps."""
     group = group or Alone()
     shard = Shard(group.rank, group.num_ranks)
     weights = RandomWeights(config, device, packed, shard)
-    decoder = CudaDecoder(weights.config, weights, 1, CudaProducts(library_for(device)), group)
+    products = CudaProducts(library_for(device))
+    decoder = CudaDecoder(weights.config, weights, 1, products, group, dequantized_bytes=dequantized_bytes)
     model = Llama(config, torch.bfloat16, decoder, shard)
     spec = EngineSpec("bench", config.vocab_size, config.max_position, (), model.layout(PAGE_SIZE), num_pages, "")
     memory = DeviceMemory(num_pages, model.rank_layout(PAGE_SIZE).page_bytes, device)
@@ -185,6 +196,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3.1-8b", choices=sorted(SHAPES))
     parser.add_argument("--weights", nargs="+", default=["bf16", "nvfp4"], choices=["bf16", "nvfp4"])
     parser.add_argument("--skip", nargs="*", default=[], choices=["decode", "verify", "prefill"])
+    parser.add_argument("--dequantized-mb", type=int, default=0, help="as a worker's flag of that name")
     parser.add_argument("--profile", action="store_true", help="kernels of some steps, by their time, and the gaps")
     args = parser.parse_args()
     print(provenance.banner("bench.shapes"))
@@ -199,7 +211,7 @@ def main() -> None:
 def measure(config: DenseConfig, device: torch.device, packed: bool, rate: float, args: argparse.Namespace) -> None:
     room = 8192 // PAGE_SIZE + 1
     started = time.perf_counter()
-    engine = executor(config, device, 64 * room // 4, packed)
+    engine = executor(config, device, 64 * room // 4, packed, dequantized_bytes=args.dequantized_mb << 20)
     torch.cuda.synchronize()
     read = weight_bytes(config, packed)
     print(f"\n{'NVFP4' if packed else 'bf16'} weights, made in {time.perf_counter() - started:.1f} s")

@@ -192,6 +192,7 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     max_model_len: int | None = None,
     kernels: str = "auto",
     attention: str = "auto",
+    dequantized_bytes: int = 0,
     cache_dir: Path | None = None,
     shard: Shard | None = None,
     group: Group | None = None,
@@ -204,7 +205,8 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
     `dtype` is "bfloat16" or "float32"; `device` "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one (for each
     rank: they take consecutive ones); `max_model_len` at most, and by default, what the model was made for.
     `kernels` is "auto" or one of "cuda", "native", "torch", "w4a4"; compiled ones are kept in `cache_dir`
-    (`$FOREBAY_CACHE`). `attention` is "auto", "fa2" or "fa3": FlashInfer's kernels for prompts on a GPU. Of several
+    (`$FOREBAY_CACHE`). `attention` is "auto", "fa2" or "fa3": FlashInfer's kernels for prompts on a GPU. NVFP4 weights
+    of dense models there have copies in bfloat16, for prompts, as far as `dequantized_bytes` go. Of several
     ranks this is the one at `shard`, `group` is its view of them, and the pool its own. `kv_dtype` is "auto" for
     `dtype`, or one of `kv.formats.KV_DTYPES`. With `mtp` the model's own layer proposes drafts, if it has one, and with
     `rejection` they are verified by rejection sampling. Raises Unsupported for a model or dtype that cannot be served,
@@ -214,7 +216,9 @@ def load_executor(  # noqa: PLR0913 - a worker's configuration arrives here, eac
         raise Unsupported(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     shard, group, cache_dir = shard or Shard(), group or Alone(), cache_dir or default_cache()
     where = _device(device, shard)
-    placement = Placement(DTYPES[dtype], num_threads, kernels, cache_dir, shard, group, kv_dtype, where, mtp, attention)
+    placement = Placement(
+        DTYPES[dtype], num_threads, kernels, cache_dir, shard, group, kv_dtype, where, mtp, attention, dequantized_bytes
+    )
     model = registry.load(model_dir, placement)
     layout, page_bytes = model.layout(page_size), model.rank_layout(page_size).page_bytes
     num_pages = num_pages or pool_bytes // page_bytes

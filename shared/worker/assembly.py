@@ -117,6 +117,7 @@ def _torch(config: WorkerConfig) -> Parts:
         "max_model_len": config.max_model_len or None,
         "kernels": config.kernels,
         "attention": config.attention,
+        "dequantized_bytes": config.dequantized_mb << 20,
         "kv_dtype": config.kv_dtype,
         "mtp": config.speculation in ("auto", "mtp"),
         "rejection": config.verification == "rejection",

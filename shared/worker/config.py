@@ -33,6 +33,12 @@ class WorkerConfig(ServiceConfig):
     )
     page_size: int = Field(16, ge=1, le=1024, description="Tokens per KV page.")
     kv_cache_mb: int = Field(1024, ge=1, description="Memory for KV pages, in MiB, of each rank.")
+    dequantized_mb: int = Field(
+        0,
+        ge=0,
+        description="Memory, in MiB, of each rank, for copies in bfloat16 of a dense model's NVFP4 weights on a GPU: "
+        "with them prompts need not dequantize these anew (all of 8B take 14,000). For prefill workers.",
+    )
     num_pages: int = Field(0, ge=0, description="Number of KV pages; 0 takes as many as kv_cache_mb has room for.")
     max_model_len: int = Field(0, ge=0, description="Longest sequence; 0 takes what the model was made for.")
     max_step_tokens: int = Field(512, ge=1, description="Tokens computed in one step, at most.")

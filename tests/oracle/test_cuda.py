@@ -301,14 +301,17 @@ def test_products_equal_those_of_torch(tokens: int, is_packed: bool) -> None:
     torch.testing.assert_close(products().linear(x, weight).float(), expected, rtol=0.02, atol=0.02)
 
 
-def test_matrices_dequantized_ahead_give_the_same_products() -> None:
+@pytest.mark.parametrize("num_kept", [0, 6, 16], ids=["none kept", "some kept", "all kept"])
+def test_matrices_dequantized_ahead_give_the_same_products(num_kept: int) -> None:
     """Asked for in their order, from the beginning again before the end, and in any order; right up to the last bit."""
     shapes = ((768, 512), (512, 512), (1024, 512), (512, 512))
     made = [[torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes] for _ in range(4)]
     tensors = [[nvfp4.quantize(each) for each in layer] for layer in made]
     layers = [[w4a16.pack(each.codes, each.scale, each.scale_2) for each in layer] for layer in tensors]
     matrices = [each for layer in layers for each in layer]
-    ahead = DequantizedAhead(products(), layers)
+    kept_bytes = 2 * sum(each.num_rows * each.num_columns for each in matrices[:num_kept]) + 512
+    ahead = DequantizedAhead(products(), layers, kept_bytes)
+    assert ahead.num_kept == num_kept
     x = torch.randn(300, 512, dtype=torch.bfloat16, device="cuda")
     expected = [products().linear(x, each) for each in matrices]
     assert not products().stays_packed(matrices[0], len(x))

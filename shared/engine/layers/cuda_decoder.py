@@ -62,7 +62,7 @@ class Graph:
 class CudaDecoder:
     """Satisfies `models.llama.Decoder`, for batches in host memory and weights and pages on the GPU. Without `products`
     everything is dequantized. With `fp4`, what is stored for products in FP4 has them, of few tokens and of many.
-    `attention` names the kernels for prompts.
+    `attention` names the kernels for prompts, whose packed matrices stay dequantized as far as `dequantized_bytes` go.
     `config` is that of this rank's share, but for the vocabulary, which is the whole one."""
 
     num_torch_threads = 1
@@ -77,6 +77,7 @@ class CudaDecoder:
         group: Group,
         fp4: w4a4.Products | None = None,
         attention: str = "auto",
+        dequantized_bytes: int = 0,
     ) -> None:
         self._config, self._group, self._attention = config, group, attention
         embedding, self._norm = weights.embedding(), weights.final_norm()
@@ -93,7 +94,7 @@ class CudaDecoder:
         suits = products is not None and all(map(_is_fusible, matrices))
         is_packed = any(isinstance(matrix, PackedWeight) for matrix in matrices)
         self._max_fused = (product_plan.MAX_TOKENS if is_packed else MAX_FUSED_DENSE) if suits else 0
-        self._ahead = dequantized_ahead(self._layers, products)
+        self._ahead = dequantized_ahead(self._layers, products, dequantized_bytes)
         self._whole = layers_at_once(config, self._fusible, products, group)
         self._graphs: dict[tuple[int, int], Graph] = {}
         self.recorder = captured.Recorder(device)
@@ -288,12 +289,14 @@ class CudaDecoder:
         return nullcontext(self._products.dequantized(weight))
 
 
-def dequantized_ahead(layers: Sequence[LayerOf[Matrix]], products: CudaProducts | None) -> DequantizedAhead | None:
+def dequantized_ahead(
+    layers: Sequence[LayerOf[Matrix]], products: CudaProducts | None, kept_bytes: int
+) -> DequantizedAhead | None:
     """Where all matrices of all layers are packed."""
     matrices = [[m for m in (w.qkv, w.output, w.gate_up, w.down) if isinstance(m, PackedWeight)] for w in layers]
     if products is None or not layers or any(len(each) < MATRICES for each in matrices):
         return None
-    return DequantizedAhead(products, matrices)
+    return DequantizedAhead(products, matrices, kept_bytes)
 
 
 def layers_at_once(

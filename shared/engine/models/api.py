@@ -22,7 +22,8 @@ class Placement:
     """Where and how a model computes. `kernels` names a kernel set, or is "auto" for the best that fits; `cache_dir`
     keeps compiled ones. `shard` is the share that this process computes, together with those of `group`,
     on `device`. `kv_dtype` is one of `kv.formats.KV_DTYPES`, or "auto" for `dtype`. With `mtp` a model's layer that
-    proposes drafts is loaded, if it has one. `attention` is FlashInfer's name of its kernels for prompts, or "auto"."""
+    proposes drafts is loaded, if it has one. `attention` is FlashInfer's name of its kernels for prompts, or "auto".
+    `dequantized_bytes` are there for copies of packed weights that prompts are multiplied with."""
 
     dtype: torch.dtype
     num_threads: int
@@ -34,6 +35,7 @@ class Placement:
     device: torch.device = CPU
     mtp: bool = False
     attention: str = "auto"
+    dequantized_bytes: int = 0
 
     @property
     def dtype_name(self) -> str:

@@ -109,8 +109,10 @@ def _cuda(config: DenseConfig, placement: Placement, otherwise: Build) -> Candid
     from shared.engine.layers.cuda_decoder import CudaDecoder
 
     def built(config: DenseConfig, weights: DenseWeights, num_threads: int) -> Decoder:
-        products, attention = _products(placement), placement.attention
-        return CudaDecoder(config, weights, num_threads, products, placement.group, attention=attention)
+        return CudaDecoder(
+            config, weights, num_threads, _products(placement), placement.group,
+            attention=placement.attention, dequantized_bytes=placement.dequantized_bytes,
+        )  # fmt: skip
 
     return Candidate("cuda", None, built)
 
