@@ -59,6 +59,8 @@ class Parts:
         return new
 
     def _content(self, text: str) -> Part:
+        if not self._token_ids:
+            return Part("content", text)
         part = Part("content", text, token_ids=self._token_ids, logprobs=self._logprobs)
         self._forget()
         return part

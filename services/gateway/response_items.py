@@ -110,10 +110,14 @@ class _Message(_Spoken):
         return message | {"content": self._content(status)}
 
     def say(self, part: Part) -> Iterator[Event]:
+        (event,) = super().say(part)
+        yield event | {"logprobs": self._told(part) if part.token_ids else []}
+
+    def _told(self, part: Part) -> list[dict[str, Any]]:
+        """The log-probabilities of a part, which are those of the whole from now on."""
         found: list[dict[str, Any]] = logprobs.for_chat(self._names, part.token_ids, part.logprobs)["content"]
         self._logprobs += found
-        for event in super().say(part):
-            yield event | {"logprobs": found}
+        return found
 
     def closed(self) -> Iterator[Event]:
         text, part = super().closed()

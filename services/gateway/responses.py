@@ -50,6 +50,7 @@ _UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "background": ((False,), "nothing is kept here to be asked for later: wait for the answer, or have it streamed"),
     "prompt": ((), "no prompts are kept here: send its text as 'instructions' and 'input'"),
     "context_management": (([],), "send as 'input' what the model is to see"),
+    "truncation": (("disabled",), "leave earlier items out of 'input'"),
     "moderation": ((), "ask a model for it"),
     "n": ((1,), "a response is one output: ask again, or ask /v1/chat/completions"),
     "return_token_ids": ((False,), "/v1/chat/completions tells them"),
@@ -143,14 +144,6 @@ def _refuse(fields: Fields) -> None:
         value = fields.raw(name)
         if value is not None and not any(value == other for other in nothing):
             raise Unsupported(f"'{name}' is not supported: {instead}", param=name)
-    match fields.text("truncation"):
-        case "auto":
-            instead = "leave earlier items out of 'input'"
-            raise Unsupported(f"'truncation' \"auto\" is not supported: {instead}", param="truncation")
-        case None | "disabled":
-            pass
-        case _:
-            raise InvalidRequest('\'truncation\' must be "disabled" or "auto"', param="truncation")
 
 
 def _as_chat(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,10 @@ def added_up(events: Sequence[Event]) -> list[Any]:
     return [said(item if "arguments" in item else item | {"content": [{"text": item["text"]}]}) for item in items]
 
 
+def logprobs_of(items: Sequence[Event]) -> list[Any]:
+    return [part["logprobs"] for item in items if item["type"] == "message" for part in item["content"]]
+
+
 async def test_a_text(world: World) -> None:
     events = await stream(world)
     assert types(events) == [
@@ -94,18 +98,19 @@ async def test_thoughts_text_and_calls(glm_world: World) -> None:
 
 @pytest.mark.parametrize("output", [OUTPUT, f"hm</think>{CALL}\nhello <think>\nhm\n</think>{CALL}world"])
 async def test_any_chunks_of_tokens_give_the_same_items_streamed_or_whole(glm_world: World, output: str) -> None:
-    ids = await glm_world.says(output)
-    expected = [said(item) for item in (await respond(glm_world, tools=FUNCTIONS))["output"]]
+    ids = await glm_world.says(output, logprobs=True)
+    asked: dict[str, Any] = {"tools": FUNCTIONS, "include": LOGPROBS}
+    whole = (await respond(glm_world, **asked))["output"]
     chance = random.Random(0)
     for _ in range(20):
         cuts = sorted(chance.sample(range(1, len(ids)), k=chance.randrange(len(ids))))
-        steps = [tokens(*ids[i:j]) for i, j in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
+        steps = [tokens(*ids[i:j], logprobs=True) for i, j in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
         glm_world.steps = [*steps, finished()]
-        events = await stream(glm_world, tools=FUNCTIONS)
-        assert added_up(events) == expected
-        assert [said(item) for item in events[-1]["response"]["output"]] == expected
-        done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
-        assert done == events[-1]["response"]["output"]
+        events = await stream(glm_world, **asked)
+        items = events[-1]["response"]["output"]
+        assert added_up(events) == [said(item) for item in items] == [said(item) for item in whole]
+        assert logprobs_of(items) == logprobs_of(whole)
+        assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == items
 
 
 async def test_log_probabilities_come_with_their_text(world: World) -> None:
