@@ -140,21 +140,24 @@ async def test_a_limit_ends_it_incomplete(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "told", "known"),
-    [(WorkerLost("gone"), "worker_lost", "server_error"), (Overloaded("full"), "overloaded", "rate_limit_exceeded")],
+    ("then", "told", "known"),
+    [(None, "worker_lost", "server_error"), (Overloaded("full"), "overloaded", "rate_limit_exceeded")],
+    ids=["nobody goes on", "all others are full"],
 )
 async def test_a_fault_amid_it_is_an_error_and_ends_it_failed(
-    world: World, fault: WorkerLost | Overloaded, told: str, known: str
+    world: World, then: Overloaded | None, told: str, known: str
 ) -> None:
-    async def generate(_choice: Any) -> AsyncIterator[Response]:
+    async def script(_request: decode_pb2.GenerateRequest) -> AsyncIterator[Response]:
         yield tokens(40)
-        raise fault
+        world.router.fault = then
+        raise WorkerLost("gone")
 
-    world.core._dispatcher.generate = generate  # type: ignore[assignment,method-assign]
+    world.decode.script = script
+    world.dispatcher._recovery_wait_s = 0.0
     *_, error, last = await stream(world)
-    assert (error["type"], error["code"], error["message"]) == ("error", told, fault.message)
+    assert (error["type"], error["code"]) == ("error", told)
     assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
-    assert last["response"]["error"] == {"code": known, "message": fault.message}
+    assert last["response"]["error"] == {"code": known, "message": error["message"]}
     [item] = last["response"]["output"]
     assert (item["status"], item["content"][0]["text"]) == ("incomplete", world.tokenizer.decode([40]))
 

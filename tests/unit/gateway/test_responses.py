@@ -134,8 +134,12 @@ async def test_what_comes_out_of_turn_is_a_message_of_its_own(glm_world: World) 
         {"role": "assistant", "content": "hello"},
         {"role": "assistant", "content": "hello", "reasoning_content": "hm"},
         {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "reasoning_content": "hm"},
+        {"role": "user", "content": "x"},
     )
-    given = [{"role": "user", "content": "x"}, message, thought, message, message]
+    user = {"role": "user", "content": "x"}
+    given = [user, message, thought, message, message, user, thought, user]
     assert await prompt(glm_world, input=given) == expected
 
 
