@@ -250,9 +250,10 @@ async def test_log_probabilities_are_those_of_the_message(world: World, glm_worl
     ]
     assert found[0]["top_logprobs"][0] == {"token": "hello", "logprob": -0.5, "bytes": list(b"hello")}
     assert world.decode.requests[0].sampling.num_logprobs == 2
-    await glm_world.says(OUTPUT, logprobs=True)
-    answer = await respond(glm_world, tools=FUNCTIONS, include=LOGPROBS)
-    assert [entry["token"] for entry in answer["output"][1]["content"][0]["logprobs"]] == ["hello"]
+    await glm_world.says(f"the world</think>hello{CALL}the", logprobs=True)
+    _, first, _, second = (await respond(glm_world, tools=FUNCTIONS, include=LOGPROBS))["output"]
+    for item, text in ((first, "hello"), (second, "the")):
+        assert "".join(entry["token"] for entry in item["content"][0]["logprobs"]) == text
 
 
 async def test_what_does_nothing_here_is_accepted(world: World) -> None:
