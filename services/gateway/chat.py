@@ -140,11 +140,11 @@ def _constrain(
 ) -> None:
     """Calls that are demanded are a grammar of the answer; where tools may be called there can be no other."""
     wanted = tools.demanded(fields, declared)
-    if parsing.tools is not None and sampling.HasField("grammar"):
+    if parsing.tools is not None and (name := structured.field(fields)):
         raise Unsupported(
-            "'response_format' beside 'tools' is not supported: with 'tool_choice' \"none\" the tools are only shown "
-            "to the model",
-            param="response_format",
+            f"'{name}' beside 'tools' is not supported: with 'tool_choice' \"none\" the tools are only shown to the "
+            "model",
+            param=name,
         )
     if wanted is not None:
         structured.demand(fields, sampling, wanted, parsing, model)

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from services.gateway import chat, completion, output, siblings, tokens
+from services.gateway import chat, completion, output, responses, siblings, tokens
 from services.gateway.directory import Directory
 from services.gateway.dispatch import Dispatcher
 from services.gateway.fields import Fields
@@ -40,6 +40,14 @@ class Core:
     async def complete(self, raw: Mapping[str, Any], caller: Caller) -> Job:
         """Prompts to continue. Raises faults of the request."""
         return await completion.job(raw, caller, self.directory.model(_model(raw)), self._max_choices)
+
+    async def respond(self, raw: Mapping[str, Any], caller: Caller) -> Job:
+        """A response of OpenAI's API of that name. Raises faults of the request."""
+        return await responses.job(raw, caller, self.directory.model(_model(raw)), self._max_choices)
+
+    async def count_input(self, raw: Mapping[str, Any]) -> int:
+        """The tokens of what a response would answer. Raises faults of the request."""
+        return await responses.count(raw, self.directory.model(_model(raw)))
 
     async def tokenize(self, raw: Mapping[str, Any]) -> Tokens:
         """What a prompt or a conversation is to the model. Raises faults of the request."""

@@ -39,7 +39,7 @@ def _message(message: object, param: str) -> dict[str, Any]:
         raise InvalidRequest(f"'{param}.role' must be a string, not {name_of(role)}", param=f"{param}.role")
     if role not in ROLES:
         raise InvalidRequest(f"'{param}.role' must be one of {', '.join(ROLES)}, not {role!r}", param=f"{param}.role")
-    content = _content(message.get("content"), f"{param}.content", required=role != "assistant")
+    content = text_of(message.get("content"), f"{param}.content", required=role != "assistant")
     read = {key: value for key, value in message.items() if value is not None} | {"content": content}
     if role == "assistant":
         read |= _reasoning(message, param) | _calls(message, f"{param}.tool_calls")
@@ -48,8 +48,8 @@ def _message(message: object, param: str) -> dict[str, Any]:
     return read
 
 
-def _content(content: object, param: str, *, required: bool) -> str:
-    """The text of a message; an assistant's may be absent, beside its tool calls."""
+def text_of(content: object, param: str, *, required: bool = True) -> str:
+    """The text of a message; an assistant's may be absent, beside its calls. Raises InvalidRequest, Unsupported."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -96,12 +96,12 @@ def _call(call: object, param: str) -> dict[str, Any]:
         wrong_type(f"{param}.function", "an object", function)
     if _string(function, "name", f"{param}.function") is None:
         raise InvalidRequest(f"'{param}.function.name' is missing", param=f"{param}.function.name")
-    arguments = _arguments(function.get("arguments"), f"{param}.function.arguments")
+    arguments = arguments_of(function.get("arguments"), f"{param}.function.arguments")
     return {"type": "function"} | call | {"function": function | {"arguments": arguments}}
 
 
-def _arguments(arguments: object, param: str) -> dict[str, Any]:
-    """OpenAI's protocol has them as a string of JSON, templates as an object."""
+def arguments_of(arguments: object, param: str) -> dict[str, Any]:
+    """OpenAI's protocol has them as a string of JSON, templates as an object. Raises InvalidRequest."""
     if isinstance(arguments, str):
         try:
             arguments = orjson.loads(arguments) if arguments.strip() else {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from protos.forebay.v1 import decode_pb2, generation_pb2
 from services.gateway.parsers.api import CallPart, Piece
+from services.gateway.parts import Part, Parts
 from services.gateway.reader import Reader
 from services.gateway.request import Choice, Job
 
@@ -23,12 +24,14 @@ class Delta:
     """What is new since the last one. `finish_reason` is set on the last; `stop_reason` is what stopped it, as vLLM
     has it: the stop string or the id of the stop token that the client asked for. Reasoning tokens are those chosen
     between <think> and </think>. `prompt_logprobs`, of which the first belong to the prompt's second token, come before
-    all else, and with nothing else."""
+    all else, and with nothing else. Of a job that wants what is said in its order, it is in `parts`, and not in text,
+    reasoning and calls."""
 
     index: int
     text: str = ""
     reasoning: str = ""
     calls: list[CallPart] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[generation_pb2.TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[generation_pb2.TokenLogprobs] = field(default_factory=list)
@@ -43,6 +46,11 @@ class Delta:
         """Whether a client that asked for nothing else sees more text, and that is all."""
         return bool(self.text) and not (self.reasoning or self.calls or self.finish_reason)
 
+    @property
+    def says_something(self) -> bool:
+        """Whether there is something to read, or nothing more to come."""
+        return bool(self.text or self.reasoning or self.calls or self.parts or self.finish_reason)
+
 
 async def deltas(job: Job, choice: Choice, generate: Generate) -> AsyncGenerator[Delta, None]:
     """The output of one choice, at most one delta for each message of the worker. Raises any Fault."""
@@ -53,7 +61,7 @@ async def deltas(job: Job, choice: Choice, generate: Generate) -> AsyncGenerator
                 yield Delta(choice.index, prompt_logprobs=list(response.prompt_logprobs.logprobs))
                 continue
             delta = output.finish(response.finished) if response.HasField("finished") else output.feed(response.tokens)
-            if delta.text or delta.reasoning or delta.calls or delta.finish_reason or output.speaks_tokens:
+            if delta.says_something or output.speaks_tokens:
                 yield delta
             if delta.finish_reason:
                 return
@@ -68,7 +76,9 @@ class _Output:
         self._include_stop = options.include_stop
         self._reader = Reader(job.model.text.tokenizer, choice.prompt, options, job.parsing.tags)
         self._parser = job.parsing.parser()
-        self.speaks_tokens = options.return_token_ids or self._sampling.HasField("num_logprobs")
+        self._parts = Parts() if job.in_parts else None
+        wants_tokens = options.return_token_ids or self._sampling.HasField("num_logprobs")
+        self.speaks_tokens = wants_tokens and not job.in_parts
         self._num_tokens = self._num_reasoning = 0
         self._usage: generation_pb2.Usage | None = None
 
@@ -81,6 +91,8 @@ class _Output:
             delta.token_ids.append(token_id)
             if logprobs:
                 delta.logprobs.append(logprobs[i])
+                if self._parts is not None and self._parser.speaks:
+                    self._parts.token(token_id, logprobs[i])
             if stop := self._take(token_id):
                 delta.finish_reason, delta.stop_reason = "stop", stop
             if self._parser.ended:
@@ -125,15 +137,23 @@ class _Output:
     def _parse(self, pieces: list[Piece]) -> None:
         for piece in pieces:
             self._parser.feed(piece)
+            if self._parts is not None:
+                self._parts.add(self._parser.take())
 
     def _end(self, delta: Delta) -> None:
         by_model = delta.finish_reason == "stop" and not isinstance(delta.stop_reason, str)
         self._parser.finish(by_model=by_model)
+        if self._parts is not None:
+            self._parts.add(self._parser.take())
+            self._parts.end()
         if delta.finish_reason == "stop" and self._parser.calls_tools:
             delta.finish_reason = "tool_calls"
 
     def _fill(self, delta: Delta) -> Delta:
-        new = self._parser.take()
-        delta.text, delta.reasoning, delta.calls = new.content, new.reasoning, new.calls
+        if self._parts is not None:
+            delta.parts = self._parts.take()
+        else:
+            new = self._parser.take()
+            delta.text, delta.reasoning, delta.calls = new.content, new.reasoning, new.calls
         delta.num_output_tokens, delta.num_reasoning_tokens = self._num_tokens, self._num_reasoning
         return delta

@@ -55,7 +55,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A whole request. Choice i answers prompt i // n, as OpenAI numbers them."""
+    """A whole request. Choice i answers prompt i // n, as OpenAI numbers them. `in_parts`: what an output says is
+    wanted in the order in which it says it (`parts.py`)."""
 
     caller: Caller
     model: ServedModel
@@ -64,6 +65,7 @@ class Job:
     choices: tuple[Choice, ...]
     echo: bool = False
     chat: Parsing | None = None
+    in_parts: bool = False
 
     @property
     def is_chat(self) -> bool:

@@ -13,13 +13,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.gateway import responses
 from services.gateway.api_keys import ApiKeys
 from services.gateway.core import Core
 from services.gateway.models import ServedModel
 from services.gateway.request import Caller, Job
-from services.gateway.rest_answer import Answer
+from services.gateway.rest_answer import Answer, Writer
+from services.gateway.rest_bodies import Bodies
 from services.gateway.rest_body import read_object
 from services.gateway.rest_errors import HttpFault, response_of
+from services.gateway.rest_responses import Responses
 from shared import telemetry
 from shared.errors import Fault, Internal, InvalidRequest
 from shared.telemetry import Telemetry
@@ -33,7 +36,8 @@ TIMEOUT = "x-forebay-timeout-ms"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _PAGE = Path(__file__).with_name("page.html")
 
-MODEL = "/v1/models/"
+MODEL, RESPONSE = "/v1/models/", "/v1/responses/"
+MakeJob = Callable[[Mapping[str, object], Caller], Awaitable[Job]]
 
 
 class Route(NamedTuple):
@@ -66,6 +70,8 @@ class Rest:
         self._routes = {
             "/v1/chat/completions": Route("POST", self._chat),
             "/v1/completions": Route("POST", self._complete),
+            "/v1/responses": Route("POST", self._create_response),
+            "/v1/responses/input_tokens": Route("POST", self._count_input),
             "/v1/models": Route("GET", self._models),
             "/tokenize": Route("POST", self._tokenize),
             "/detokenize": Route("POST", self._detokenize),
@@ -115,6 +121,9 @@ class Rest:
         route = self._routes.get(path)
         if route is None and path.startswith(MODEL):
             route = Route("GET", self._model)
+        if route is None and path.startswith(RESPONSE):
+            reason = "nothing is kept of a response once it is answered"
+            raise HttpFault(404, f"there is no {path[:200]} here: {reason}", "not_found")
         if route is None:
             hint = (
                 f"did you mean /v1{path}?" if f"/v1{path}" in self._routes else f"there are {', '.join(self._routes)}"
@@ -123,18 +132,27 @@ class Rest:
         return route
 
     async def _chat(self, request: Request) -> ASGIApp:
-        return await self._generate(request, self._core.chat)
+        return await self._generate(request, self._core.chat, lambda job, _: Bodies(job))
 
     async def _complete(self, request: Request) -> ASGIApp:
-        return await self._generate(request, self._core.complete)
+        return await self._generate(request, self._core.complete, lambda job, _: Bodies(job))
+
+    async def _create_response(self, request: Request) -> ASGIApp:
+        return await self._generate(
+            request, self._core.respond, lambda job, raw: Responses(job, responses.settled(raw, job.model))
+        )
 
     async def _generate(
-        self, request: Request, make_job: Callable[[Mapping[str, object], Caller], Awaitable[Job]]
+        self, request: Request, make_job: MakeJob, writer: Callable[[Job, Mapping[str, object]], Writer]
     ) -> ASGIApp:
         caller = Caller(telemetry.request_id.get(), request.scope[TENANT], self._timeout_s(request))
         raw = await read_object(request, self._max_body_bytes)
         job = await make_job(raw, caller)
-        return _Served(Answer(job, self._core.run), self._core, self._telemetry, request)
+        return _Served(Answer(job, self._core.run, writer(job, raw)), self._core, self._telemetry, request)
+
+    async def _count_input(self, request: Request) -> Response:
+        num_tokens = await self._core.count_input(await read_object(request, self._max_body_bytes))
+        return _json({"object": "response.input_tokens", "input_tokens": num_tokens})
 
     async def _models(self, _request: Request) -> Response:
         return _json({"object": "list", "data": [_describe(model) for model in self._core.directory.models]})

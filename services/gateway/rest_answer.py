@@ -4,15 +4,14 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.output import Delta
 from services.gateway.request import Job
-from services.gateway.rest_bodies import DONE, Bodies, Total, event
-from services.gateway.rest_errors import body_of, response_of
+from services.gateway.rest_errors import response_of
 from shared import rpc, telemetry
 from shared.errors import Fault, Internal
 
@@ -21,12 +20,37 @@ log = logging.getLogger(__name__)
 _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
+class Writer(Protocol):
+    """Writes the answer to one job: whole, from deltas that are kept, or as the events of a stream."""
+
+    @property
+    def is_long(self) -> bool:
+        """Whether `whole` takes a while."""
+
+    def note(self, delta: Delta) -> None:
+        """Count a delta."""
+
+    def keep(self, delta: Delta) -> None:
+        """Remember a delta for `whole`."""
+
+    def whole(self) -> bytes:
+        """The body of an answer that is not streamed."""
+
+    def chunk(self, delta: Delta) -> bytes:
+        """The events for one delta."""
+
+    def last(self) -> bytes:
+        """The events that end a stream."""
+
+    def broken(self, fault: Fault) -> bytes:
+        """The events that end a stream amid which a fault came."""
+
+
 class Answer:
     """An ASGI application that runs a job. Its status is sent with the first token: earlier faults have theirs."""
 
-    def __init__(self, job: Job, run: Callable[[Job], AsyncGenerator[Delta, None]]) -> None:
-        self._job, self._run = job, run
-        self._bodies = Bodies(job)
+    def __init__(self, job: Job, run: Callable[[Job], AsyncGenerator[Delta, None]], writer: Writer) -> None:
+        self._job, self._run, self._writer = job, run, writer
         self._started = False
         self.model = job.model.name
 
@@ -48,32 +72,30 @@ class Answer:
             fault = Internal("internal error; the log of the gateway has the details")
         telemetry.failed(fault)
         if self._started:
-            await _send_last(send, event(body_of(fault)) + DONE)
+            await _send_last(send, self._writer.broken(fault))
         else:
             await response_of(fault)(scope, receive, send)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        totals = [Total() for _ in self._job.choices]
         async with aclosing(self._run(self._job)) as deltas:
             async for delta in deltas:
-                self._bodies.note(delta)
-                totals[delta.index].add(delta)
-        write = self._bodies.whole
-        body = await asyncio.to_thread(write, totals) if self._bodies.is_long else write(totals)
+                self._writer.note(delta)
+                self._writer.keep(delta)
+        write = self._writer.whole
+        body = await asyncio.to_thread(write) if self._writer.is_long else write()
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
         async with aclosing(self._run(self._job)) as deltas:
             async for delta in deltas:
-                self._bodies.note(delta)
+                self._writer.note(delta)
                 if delta.prompt_logprobs:
                     continue
                 if not self._started:
                     self._started = True
                     await send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_STREAM)})
-                await send({"type": "http.response.body", "body": self._bodies.chunk(delta), "more_body": True})
-        usage = self._bodies.usage_chunk() if self._job.options.include_usage else b""
-        await _send_last(send, usage + DONE)
+                await send({"type": "http.response.body", "body": self._writer.chunk(delta), "more_body": True})
+        await _send_last(send, self._writer.last())
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -1,8 +1,6 @@
-"""Response bodies of the REST face: whole, and as the chunks of a stream."""
+"""Response bodies of chats and completions: whole, and as the chunks of a stream."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -13,6 +11,10 @@ from services.gateway.logprobs import TokenNames
 from services.gateway.output import Delta
 from services.gateway.parsers.api import CallPart
 from services.gateway.request import Job
+from services.gateway.rest_errors import body_of
+from services.gateway.totals import Progress, Total
+from services.gateway.usage import num_cached
+from shared.errors import Fault
 
 DONE = b"data: [DONE]\n\n"
 # Log-probabilities of so many tokens are written within some 10 ms; for more, other requests would wait too long.
@@ -24,44 +26,6 @@ _TEXT = "\0text\0"
 def event(body: object) -> bytes:
     """One server-sent event."""
     return b"data: " + orjson.dumps(body) + b"\n\n"
-
-
-@dataclass(slots=True)
-class Progress:
-    """One choice so far."""
-
-    num_tokens: int = 0
-    num_reasoning: int = 0
-    num_chars: int = 0
-    prompt_logprobs: list[generation_pb2.TokenLogprobs] = field(default_factory=list)
-    begun: bool = False
-    usage: generation_pb2.Usage | None = None
-    around_text: tuple[bytes, bytes] | None = None
-
-
-@dataclass(slots=True)
-class Total:
-    """One choice, all of it."""
-
-    text: str = ""
-    reasoning: str = ""
-    calls: list[CallPart] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[generation_pb2.TokenLogprobs] = field(default_factory=list)
-    end: Delta | None = None
-
-    def add(self, delta: Delta) -> None:
-        """Take what is new."""
-        self.text += delta.text
-        self.reasoning += delta.reasoning
-        for part in delta.calls:
-            if part.name is not None:
-                self.calls.append(CallPart(part.index, part.name))
-            self.calls[part.index].arguments += part.arguments
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs
-        if delta.finish_reason:
-            self.end = delta
 
 
 class Bodies:
@@ -77,6 +41,7 @@ class Bodies:
         )
         self._names = TokenNames(job.model.text.tokenizer, job.options.tokens_as_ids)
         self.progress = [Progress() for _ in job.choices]
+        self._totals = [Total() for _ in job.choices]
         prefix = "chatcmpl" if job.is_chat else "cmpl"
         self._head: dict[str, Any] = {
             "id": f"{prefix}-{job.caller.request_id}",
@@ -98,11 +63,15 @@ class Bodies:
         progress.usage = delta.usage or progress.usage
         progress.prompt_logprobs += delta.prompt_logprobs
 
+    def keep(self, delta: Delta) -> None:
+        """Remember a delta for `whole`."""
+        self._totals[delta.index].add(delta)
+
     def usage(self) -> dict[str, Any]:
         """Token counts of the whole job. Prompts count once, however many outputs they have."""
         num_prompt = sum(len(prompt.token_ids) for prompt in self._job.prompts)
         num_output = sum(progress.num_tokens for progress in self.progress)
-        cached = sum(_num_cached(progress.usage) for progress in self.progress[:: self._options.n])
+        cached = sum(num_cached(progress.usage) for progress in self.progress[:: self._options.n])
         usage = {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
@@ -114,10 +83,10 @@ class Bodies:
             usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning}
         return usage
 
-    def whole(self, totals: Sequence[Total]) -> bytes:
+    def whole(self) -> bytes:
         """The body of a request without streaming."""
         choice = self._chat_choice if self._job.is_chat else self._text_choice
-        choices = [choice(i, total) for i, total in enumerate(totals)]
+        choices = [choice(i, total) for i, total in enumerate(self._totals)]
         body = self._head | {"choices": choices, "usage": self.usage()}
         if self._job.is_chat and self._options.return_token_ids:
             body["prompt_token_ids"] = self._job.prompts[0].token_ids
@@ -150,9 +119,15 @@ class Bodies:
         before, after = progress.around_text
         return before + orjson.dumps(delta.text) + after
 
-    def usage_chunk(self) -> bytes:
-        """The event with the counts, which has no choices."""
-        return event(self._chunk_head() | {"choices": [], "usage": self.usage()})
+    def last(self) -> bytes:
+        """The end of a stream: if they are wanted an event with the counts, which has no choices, before it."""
+        if not self._options.include_usage:
+            return DONE
+        return event(self._chunk_head() | {"choices": [], "usage": self.usage()}) + DONE
+
+    def broken(self, fault: Fault) -> bytes:
+        """The end of a stream amid which a fault came."""
+        return event(body_of(fault)) + DONE
 
     def _chunk_head(self) -> dict[str, Any]:
         return self._head | {"object": "chat.completion.chunk"} if self._job.is_chat else self._head
@@ -252,9 +227,3 @@ def _end(delta: Delta | None) -> dict[str, Any]:
         return {"finish_reason": None}
     end: dict[str, Any] = {"finish_reason": delta.finish_reason}
     return end | {"stop_reason": delta.stop_reason} if delta.finish_reason else end
-
-
-def _num_cached(usage: generation_pb2.Usage | None) -> int:
-    if usage is None:
-        return 0
-    return usage.num_cached_local + usage.num_cached_remote + usage.num_cached_transferred

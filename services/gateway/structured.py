@@ -22,8 +22,7 @@ _require_valid = lru_cache(maxsize=256)(grammar.require_valid)
 
 def read(fields: Fields) -> generation_pb2.Grammar | None:
     """The grammar of the answer, if it is held to one. Raises InvalidRequest, Unsupported."""
-    asked = {name: value for name in _READERS if (value := fields.raw(name)) is not None}
-    found = [(name, text) for name, value in asked.items() if (text := _READERS[name](name, value)) is not None]
+    found = _asked(fields)
     if not found:
         return None
     name, message = found[0]
@@ -31,6 +30,11 @@ def read(fields: Fields) -> generation_pb2.Grammar | None:
         raise InvalidRequest(f"'{name}' and '{found[1][0]}' cannot both say what the answer is", param=found[1][0])
     _require_end(fields, name)
     return message
+
+
+def field(fields: Fields) -> str | None:
+    """The field that says what the answer is held to."""
+    return next((name for name, _ in _asked(fields)), None)
 
 
 def demand(
@@ -50,7 +54,7 @@ async def check(
     if that is where the model is."""
     if not sampling.HasField("grammar"):
         return
-    param = next((name for name in _READERS if fields.raw(name) is not None), "tools")
+    param = field(fields) or "tools"
     asked, tokenizer = sampling.grammar, model.tokenizer(param)
     if parsing is not None and parsing.thinks:
         end = tokenizer.added_tokens.get(THINK_TAGS[1])
@@ -63,6 +67,12 @@ async def check(
         await asyncio.to_thread(_require_valid, Grammar(Kind(kind), getattr(asked, kind)))
     except InvalidRequest as fault:
         raise InvalidRequest(fault.message, param=param) from None
+
+
+def _asked(fields: Fields) -> list[tuple[str, generation_pb2.Grammar]]:
+    """The fields that hold the answer to something; several that are there may hold it to nothing."""
+    given = {name: value for name in _READERS if (value := fields.raw(name)) is not None}
+    return [(name, text) for name, value in given.items() if (text := _READERS[name](name, value)) is not None]
 
 
 def _require_end(fields: Fields, name: str) -> None:

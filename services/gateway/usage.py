@@ -13,6 +13,13 @@ def add_drafts(total: generation_pb2.Usage, more: generation_pb2.Usage) -> None:
     _add(total.num_accepted_by_position, more.num_accepted_by_position)
 
 
+def num_cached(usage: generation_pb2.Usage | None) -> int:
+    """How much of a prompt was cached, wherever it was."""
+    if usage is None:
+        return 0
+    return usage.num_cached_local + usage.num_cached_remote + usage.num_cached_transferred
+
+
 def _add(total: MutableSequence[int], counts: Sequence[int]) -> None:
     total.extend([0] * (len(counts) - len(total)))
     for position, count in enumerate(counts):

@@ -1,11 +1,14 @@
 """A tiny GLM-5.2 through four services, in float32: by token ids, where it has no tokenizer, and in a conversation."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
+from openai.types.responses import Response, ResponseFunctionToolCall
 
 from shared.engine.models import tiny
 from tests.e2e import scripted_glm
@@ -41,7 +44,10 @@ async def test_a_cluster_gives_the_tokens_of_the_bare_model(length: int, kv_dtyp
 
 CALL = ["<tool_call>", "w", "<arg_key>", "c", "</arg_key>", "<arg_value>", "y", "</arg_value>", "</tool_call>"]
 SCRIPT = ["<think>", "n", "o", "</think>", "d", "u", *CALL, "<|observation|>"]
-TOOL = {"type": "function", "function": {"name": "w", "parameters": {"properties": {"c": {"type": "string"}}}}}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "w", "parameters": {"properties": {"c": {"type": "string"}}}},
+}
 
 
 async def chat(cluster: RunningCluster, *conversation: dict[str, Any], **fields: Any) -> tuple[dict[str, Any], Any]:
@@ -61,7 +67,8 @@ async def test_thoughts_content_and_tool_calls_come_apart_and_drafts_of_them_are
         message, whole = await chat(cluster, asked, tools=[TOOL])
         quiet, _ = await chat(cluster, asked, tools=[TOOL], chat_template_kwargs={"enable_thinking": False})
         result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "rain"}
-        again, _ = await chat(cluster, asked, {**message, "finish_reason": None}, result, tools=[TOOL])
+        again, twice = await chat(cluster, asked, {**message, "finish_reason": None}, result, tools=[TOOL])
+        responses = await asyncio.to_thread(respond_twice, cluster, asked["content"])
         await cluster.until(lambda rows: rows["prefill-0"]["pages"]["cached"])  # it was handed over
         num_accepted = await cluster.measured("decode-0", "forebay_drafts_accepted_total")
     for found in (message, again):
@@ -70,7 +77,30 @@ async def test_thoughts_content_and_tool_calls_come_apart_and_drafts_of_them_are
     calls = [each["tool_calls"][0]["function"] for each in (message, quiet, again)]
     assert [(call["name"], json.loads(call["arguments"])) for call in calls] == [("w", {"c": "y"})] * 3
     assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+    for response, by_chat in zip(responses, (whole, twice), strict=True):
+        assert [item.type for item in response.output] == ["reasoning", "message", "function_call"]
+        assert (response.status, response.output_text) == ("completed", "du")
+        assert [(call.name, json.loads(call.arguments)) for call in calls_of(response)] == [("w", {"c": "y"})]
+        assert response.usage is not None
+        assert response.usage.input_tokens == by_chat["usage"]["prompt_tokens"]
     assert num_accepted >= len(SCRIPT) - 4
+
+
+def calls_of(response: Response) -> list[ResponseFunctionToolCall]:
+    return [item for item in response.output if item.type == "function_call"]
+
+
+def respond_twice(cluster: RunningCluster, question: str) -> tuple[Response, Response]:
+    """A response, and the one to the output of the function that it calls, by OpenAI's client."""
+    tool: Any = {"type": "function", "strict": False, **TOOL["function"]}
+    asked: Any = {"model": cluster.model, "temperature": 0, "max_output_tokens": 64, "tools": [tool]}
+    conversation: list[Any] = [{"role": "user", "content": question}]
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0) as client:
+        with client.responses.stream(input=conversation, **asked) as stream:
+            first = stream.get_final_response()
+        conversation += first.output
+        conversation.append({"type": "function_call_output", "call_id": calls_of(first)[0].call_id, "output": "rain"})
+        return first, client.responses.create(input=conversation, **asked)
 
 
 async def test_a_decode_worker_killed_amid_an_output_costs_no_token(tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ class MessageParser:
         return self._in is _In.REASONING
 
     @property
+    def speaks(self) -> bool:
+        """Whether the output is within its content."""
+        return self._in is _In.CONTENT
+
+    @property
     def ended(self) -> bool:
         """Whether the message is complete, whatever the model says now."""
         return self._single_call and self._num_calls > 0 and self._call is None

@@ -142,6 +142,8 @@ TABLE: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (text(guided_json={}, guided_regex="a"), 400, "guided_regex", "cannot both say what the answer is"),
     (text(structured_outputs={}), 400, "structured_outputs", "must have one of json, regex, choice"),
     (text(structured_outputs={"json": {}, "regex": "a"}), 400, "structured_outputs", "must have one of"),
+    (chat(guided_regex="(((", response_format={"type": "text"}), 400, "guided_regex", "cannot be used"),
+    (chat(guided_regex="(((", structured_outputs={"json_object": False}), 400, "guided_regex", "cannot be used"),
     (text(guided_regex="a", min_tokens=2), 400, "min_tokens", "cannot be had with 'guided_regex'"),
     (text(guided_regex="a", ignore_eos=True), 400, "ignore_eos", "cannot be had with 'guided_regex'"),
     (chat(tools="x"), 400, "tools", "'tools' must be an array"),

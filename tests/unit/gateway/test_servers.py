@@ -82,10 +82,11 @@ async def test_the_official_client_raises_a_fault_amid_a_stream(world: World, cl
             pass
 
 
-@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "responses"])
 async def test_a_client_that_leaves_a_stream_cancels_the_worker(world: World, url: str, path: str) -> None:
     world.decode.script = forever
-    body = {"stream": True, "prompt": "hello", "messages": [{"role": "user", "content": "hello"}]}
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    body = {"stream": True} | {"completions": {"prompt": "hello"}, "responses": {"input": "hello"}}.get(path, chat)
     async with httpx.AsyncClient() as http, http.stream("POST", f"{url}/v1/{path}", json=body) as response:
         async for _ in response.aiter_bytes():
             break

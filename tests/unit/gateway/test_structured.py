@@ -68,9 +68,11 @@ async def test_a_model_that_thinks_is_free_until_it_has_thought(glm_world: World
 
 async def test_not_beside_tools_that_may_be_called(glm_world: World) -> None:
     body = chat(response_format=AS_OPENAI, tools=TOOLS)
-    response = await glm_world.http.post("/v1/chat/completions", json=body)
-    assert response.status_code == 400
-    assert "beside 'tools' is not supported" in response.json()["error"]["message"]
+    guided = chat(response_format={"type": "text"}, guided_regex="a", tools=TOOLS)
+    for param, asking in (("response_format", body), ("guided_regex", guided)):
+        response = await glm_world.http.post("/v1/chat/completions", json=asking)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+        assert f"'{param}' beside 'tools' is not supported" in response.json()["error"]["message"]
     assert (await asked(glm_world, "chat/completions", body | {"tool_choice": "none"})).json_schema
 
 
