@@ -192,8 +192,8 @@ def main() -> None:
         tell_gaps(executors)
     for steps in others.values():
         steps.close()
-    for process in others:
-        process.join()
+    for other in others:
+        other.join()
     os._exit(0)  # without NCCL's good-bye
 
 
