@@ -10,6 +10,8 @@ follows the model by what was chosen, and proposes as many again; drafts are rig
 import argparse
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 
 from bench import launched, provenance
-from bench.glm_random import FIELDS, PAGE_SIZE, Counted, Rank, rank
+from bench.glm_random import FIELDS, NAMES, PAGE_SIZE, Counted, Rank, rank
 from bench.launched import InOrder
 from shared.engine.api import (
     BatchItem,
@@ -50,15 +52,15 @@ NUM_QUEUED = 2  # steps, of some hundred launches each
 
 
 class RankModel:
-    """Satisfies `shared.engine.models.api.Model` by a rank."""
+    """Satisfies `shared.engine.models.api.Model` by a rank, whose own layer drafts or is not there."""
 
-    def __init__(self, made: Rank[Any], vocab_size: int) -> None:
+    def __init__(self, made: Rank[Any], vocab_size: int, *, drafting: bool) -> None:
         self.vocab_size, self.max_position = vocab_size, made.memory.num_pages * PAGE_SIZE
         self.eos_token_ids: tuple[int, ...] = ()
         self.num_torch_threads, self.arithmetic = 1, "bfloat16"
         self.recorded: Recorded | None = cuda_glm.recorded(self.max_position)
-        self.draft_layer: DraftLayer | None = made.drafts
-        self._layout = made.layout
+        self.draft_layer: DraftLayer | None = made.drafts if drafting else None
+        self._layout, self._made = made.layout, made
 
     def layout(self, page_size: int) -> KvLayout:
         """That of the rank's pages."""
@@ -70,19 +72,20 @@ class RankModel:
         return self.layout(page_size)
 
     def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> torch.Tensor:
-        """The layer that drafts runs the model."""
-        raise NotImplementedError
+        """See `Model.forward`."""
+        logits, _ = self._made.decoder(batch, pool, layout, NAMES)
+        return logits if not len(logits) else self._made.group.join(logits)
 
 
-def on_rank(made: Rank[Any], vocab_size: int) -> TorchExecutor:
+def on_rank(made: Rank[Any], vocab_size: int, *, drafting: bool = True) -> TorchExecutor:
     """An executor of a rank whose group joins so many logits."""
-    model = RankModel(made, vocab_size)
+    model = RankModel(made, vocab_size, drafting=drafting)
     spec = EngineSpec("glm", vocab_size, model.max_position, (), made.layout, made.memory.num_pages, "", 256)
     choice = cuda_choice.find(made.decoder.device, default_cache() / "kernels", vocab_size)
     return TorchExecutor(model, spec, made.memory, choice=choice)
 
 
-def gpu_ms(executor: TorchExecutor, size: int, context: int, num_drafts: int, params: SamplingParams) -> float:
+def gpu_ms(executor: Executor, size: int, context: int, num_drafts: int, params: SamplingParams) -> float:
     """A step's time on the GPU; see `launched.gpu_ms`."""
     room = -(-(context + (2 + NUM_QUEUED) * (1 + num_drafts) + num_drafts) // PAGE_SIZE)
     items = [
@@ -105,11 +108,11 @@ def _behind(item: BatchItem, place: int, num_places: int, number: int) -> BatchI
     return replace(item, token_ids=token_ids, start=start, num_in_doubt=item.num_drafts)
 
 
-def wall_ms(
+@contextmanager
+def begun(
     executor: Executor, size: int, context: int, num_drafts: int, params: SamplingParams, num_steps: int
-) -> tuple[float, float, float]:
-    """A step's time as an engine takes it, everything included, that of the longest, and how many tokens a step yields
-    for a sequence."""
+) -> Iterator[Engine]:
+    """An engine whose sequences have so much context, and so many steps before them."""
     kv = KvStore(executor.spec.num_pages, PAGE_SIZE, 10_000)
     speculation = Speculation(num_drafts, adaptive=False)
     engine = Engine(executor, kv, max_step_tokens=8192, max_num_sequences=size, speculation=speculation)
@@ -123,15 +126,24 @@ def wall_ms(
         engine.submit(EngineRequest(str(number), prompt, asked), pages)
     for _ in range(5):
         engine.step()
-    ends_s, num_tokens = [time.perf_counter()], 0
-    for _ in range(num_steps):
-        num_tokens += sum(len(event.tokens) for event in engine.step() if isinstance(event, TokensSampled))
-        ends_s.append(time.perf_counter())
-    elapsed_s, longest_s = ends_s[-1] - ends_s[0], max(end - start for start, end in pairwise(ends_s))
+    yield engine
     for number in range(size):
         engine.cancel(str(number))
     while engine.has_work():
         engine.step()
+
+
+def wall_ms(
+    executor: Executor, size: int, context: int, num_drafts: int, params: SamplingParams, num_steps: int
+) -> tuple[float, float, float]:
+    """A step's time as an engine takes it, everything included, that of the longest, and how many tokens a step yields
+    for a sequence."""
+    with begun(executor, size, context, num_drafts, params, num_steps) as engine:
+        ends_s, num_tokens = [time.perf_counter()], 0
+        for _ in range(num_steps):
+            num_tokens += sum(len(event.tokens) for event in engine.step() if isinstance(event, TokensSampled))
+            ends_s.append(time.perf_counter())
+    elapsed_s, longest_s = ends_s[-1] - ends_s[0], max(end - start for start, end in pairwise(ends_s))
     return elapsed_s / num_steps * 1000, longest_s * 1000, num_tokens / num_steps / size
 
 

@@ -16,9 +16,9 @@ LONG = 64  # so many numbers numpy counts faster than it is told them
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All tensors int32 [..], on one device, but that token ids may be on that of the model already; T tokens in S
-    sequences, R of which are followed by a token that is chosen, the last one of a sequence and the ones before its
-    drafts, or whose log-probability is wanted; the rows of both, in order, are called sampled.
+    """All tensors int32 [..], on one device, but that token ids may be on that of the model already, as int64 perhaps;
+    T tokens in S sequences, R of which are followed by a token that is chosen, the last one of a sequence and the ones
+    before its drafts, or whose log-probability is wanted; the rows of both, in order, are called sampled.
 
     Sequence s computes rows query_starts[s] .. query_starts[s+1] of the T tokens, attends to context_lens[s] tokens
     (its own included), and lives in pages page_ids[page_starts[s] : page_starts[s+1]]. With `moved` its positions are
@@ -53,7 +53,8 @@ class Batch:
             return self
         places = -1 - self.token_ids  # as `awaited` has it
         if len(places) == len(chosen) and torch.equal(places, torch.arange(len(places), dtype=places.dtype)):
-            return replace(self, token_ids=chosen.int())  # as in most steps: all sequences go on, and nobody came
+            # As in most steps: all sequences go on, and nobody came. A GPU's are made int32 where they are laid out.
+            return replace(self, token_ids=chosen if chosen.is_cuda else chosen.int())
         found = chosen[put(places.clamp(min=0), torch.int64, chosen.device)].int()
         known, stands = (put(each, each.dtype, chosen.device) for each in (self.token_ids, stands))
         return replace(self, token_ids=torch.where(stands, found, known))

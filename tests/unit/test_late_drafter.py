@@ -106,8 +106,8 @@ def test_nor_do_they_depend_on_whether_the_host_knows_where_a_part_starts(seed: 
 def test_a_draft_behind_a_wrong_one_counts_for_nothing() -> None:
     item = BatchItem("r", [9, 1, 2, 3], 0, range(4), True, SamplingParams(), 0, (), 3)
     step = build([item, replace(item, token_ids=[9, 1], num_drafts=1), replace(item, token_ids=[9], num_drafts=0)], 4)
-    num_right, last = verify(torch.tensor([1, 6, 3, 4, 5, 8, 7]), step, [3, 1, 0])
-    assert (num_right.tolist(), last.tolist()) == ([1, 0, 0], [6, 5, 7])
+    found = verify(torch.tensor([1, 6, 3, 4, 5, 8, 7]), step, [3, 1, 0], torch.tensor([2, 0, 1]))
+    assert (found.num_right.tolist(), found.last.tolist(), found.by.tolist()) == ([1, 0, 0], [6, 5, 7], [3, 0, 1])
 
 
 def test_what_stands_for_drafts_is_found_behind_the_last_tokens() -> None:
@@ -123,7 +123,7 @@ import random, torch
 from dataclasses import replace
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import build
-from shared.engine.kernels.triton_moved import move
+from shared.engine.kernels.triton_moved import copy, move, owners
 from shared.engine.layers.cuda_glm import NOBODY, on_device
 
 chance, size = random.Random(1), 4
@@ -136,17 +136,53 @@ for number in range(70):
 least, moved = build(items, size), torch.tensor(by)
 known = build([replace(item, start=item.start + more) for item, more in zip(items, by)], size)
 for num_rows in (least.num_tokens, least.num_tokens + 5):
-    inputs, expected = (torch.full((4 * num_rows + len(least.page_ids),), NOBODY, dtype=torch.int32) for _ in range(2))
+    num_numbers = 4 * num_rows + len(least.page_ids)
+    inputs, expected = (torch.full((num_numbers + num_rows,), NOBODY, dtype=torch.int32) for _ in range(2))
     for batch, target in ((least, inputs), (known, expected)):
         laid_out = on_device(batch, size, torch.device("cpu"))
         target[: 4 * num_rows].view(4, num_rows)[:, : batch.num_tokens] = laid_out[: 4 * batch.num_tokens].view(4, -1)
-        target[4 * num_rows :] = laid_out[4 * batch.num_tokens :]
+        target[4 * num_rows : num_numbers] = laid_out[4 * batch.num_tokens :]
+        target[num_numbers :][: batch.num_tokens] = torch.from_numpy(owners(batch))
     move(inputs, num_rows, replace(least, moved=moved), size)
     assert torch.equal(inputs, expected)
+    tokens = torch.arange(least.num_tokens) + 100_000
+    move(inputs, num_rows, replace(least, moved=torch.zeros_like(moved)), size, tokens)
+    expected[: least.num_tokens] = tokens
+    assert torch.equal(inputs, expected)
+
+sources = torch.randn(3, 1000).bfloat16(), torch.arange(5), torch.arange(2100, dtype=torch.int32)
+for number in (1, 2, 3):
+    targets = [torch.zeros_like(source) for source in sources[:number]]
+    copy([*zip(sources, targets)])
+    assert all(torch.equal(*pair) for pair in zip(sources, targets))
+print("alike")
+"""
+
+
+VERIFY = """
+import torch
+from shared.engine.kernels.triton_verified import verify
+
+chance = torch.Generator().manual_seed(1)
+for num_drafts in (1, 3, 7):
+    given = torch.randint(3, (40, 1 + num_drafts), generator=chance, dtype=torch.int32)
+    tokens = torch.where(torch.rand(given.shape, generator=chance) < 0.7, given.roll(-1, 1), 5).long()
+    moved = torch.randint(8, (40,), generator=chance)
+    num_right = (tokens[:, :-1] == given[:, 1:]).long().cumprod(1).sum(1)
+    last = tokens.gather(1, num_right[:, None])[:, 0]
+    rows = torch.arange(40) * (1 + num_drafts) + num_right
+    for by in (None, moved):
+        found = verify(tokens.flatten(), given.flatten(), by, num_drafts)
+        assert torch.equal(found, torch.stack((num_right, last, num_right + (0 if by is None else by), rows)))
 print("alike")
 """
 
 
 @needs_triton
-def test_a_gpu_moves_rows_to_where_the_host_would_have_put_them() -> None:
+def test_a_gpu_verifies_as_the_host_would() -> None:
+    assert_says("alike\n", VERIFY)
+
+
+@needs_triton
+def test_a_gpu_moves_rows_and_tokens_to_where_the_host_would_have_put_them() -> None:
     assert_says("alike\n", MOVE)

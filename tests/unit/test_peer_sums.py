@@ -1,5 +1,5 @@
-"""Sums over ranks by one kernel, between processes whose memory stands for that of GPUs. Needs Triton, whose
-interpreter computes it on the CPU."""
+"""Sums and joins over ranks by one kernel each, between processes whose memory stands for that of GPUs. Needs Triton,
+whose interpreter computes them on the CPU."""
 
 import ctypes
 import multiprocessing
@@ -16,6 +16,7 @@ pytestmark = needs_triton
 
 # Rows, columns: whole pieces, several in a row, and rows that end amid one.
 SHAPES = ((1, 1024), (2, 2048), (3, 1500))
+JOINED = ((2, 1500), (1, 5000))
 
 
 def bytes_of(memory: SharedMemory) -> memoryview:
@@ -26,12 +27,14 @@ def bytes_of(memory: SharedMemory) -> memoryview:
 def add_up(rank: int, names: list[str]) -> None:
     """Several calls of several sizes: what is kept in turns is written over."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from shared.engine.kernels.triton_peers import Exchange, buffer_bytes
+    from shared.engine.kernels.triton_peers import JOIN_BYTES, SUM_BYTES, Exchange, buffer_bytes, flag_bytes
 
     memories = [SharedMemory(name) for name in names]
     views = [ctypes.c_char.from_buffer(bytes_of(memory)) for memory in memories]
     buffers = torch.tensor([ctypes.addressof(view) for view in views])
-    exchange = Exchange(buffers, buffers + buffer_bytes(), rank)
+    exchange = Exchange(buffers, buffers + buffer_bytes(SUM_BYTES), rank, SUM_BYTES)
+    buffers = buffers + buffer_bytes(SUM_BYTES) + flag_bytes(len(names))
+    joins = Exchange(buffers, buffers + buffer_bytes(JOIN_BYTES), rank, JOIN_BYTES)
     for call in range(5):
         for shape in SHAPES:
             chance = torch.Generator().manual_seed(call)
@@ -43,15 +46,20 @@ def add_up(rank: int, names: list[str]) -> None:
             assert torch.equal(stream, twin_stream)
             torch.testing.assert_close(own_begun, begun)
             torch.testing.assert_close(own_squares.sum(1), squares.sum(1))
+        for shape in JOINED:
+            parts = [torch.randn(shape, generator=chance) for _ in names]
+            assert torch.equal(joins.join(parts[rank]), torch.cat(parts, dim=1))
+        narrow = [part[0].bfloat16() for part in parts]
+        assert torch.equal(joins.join(narrow[rank]), torch.cat(narrow))
     assert not exchange.takes(torch.empty(300, 2048))
     os._exit(0)  # views of the memory are left
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_sums_equal_their_twins_call_after_call(num_ranks: int) -> None:
-    from shared.engine.kernels.triton_peers import buffer_bytes, flag_bytes
+def test_sums_and_joins_equal_their_twins_call_after_call(num_ranks: int) -> None:
+    from shared.engine.kernels.triton_peers import JOIN_BYTES, SUM_BYTES, buffer_bytes, flag_bytes
 
-    size = buffer_bytes() + flag_bytes(num_ranks)
+    size = sum(buffer_bytes(each) + flag_bytes(num_ranks) for each in (SUM_BYTES, JOIN_BYTES))
     memories = [SharedMemory(create=True, size=size) for _ in range(num_ranks)]
     try:
         for memory in memories:

@@ -52,16 +52,22 @@ class CudaChoice:
         self.most_tokens: int = library.forebay_choose_most()
 
     def __call__(
-        self, logits: torch.Tensor, asked: Sequence[Asked], begins: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        asked: Sequence[Asked],
+        in_doubt: tuple[Sequence[int], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """A token for each row of logits float32 [R, V], whose rows may be apart: int64 [R]. Of equals the first counts
-        as the likelier, and where the likeliest is not finite, it is the answer. Where noise begins is in `begins`
-        int64 [R], if only the device knows."""
+        as the likelier, and where the likeliest is not finite, it is the answer. Where only the device knows at
+        which of N places the noise of a row begins, `in_doubt` are all of them, R * N, and which it is, int64 [R]."""
         num_rows, num_tokens = logits.shape
         words = bytearray().join(each.packed(num_tokens) for each in asked)
+        num_words, candidates = len(words) // 8, in_doubt[0] if in_doubt else ()
+        words += struct.pack(f"{len(candidates)}q", *candidates)
         rows = put(torch.frombuffer(words, dtype=torch.int64), torch.int64, logits.device)
-        if begins is not None:
-            rows.view(num_rows, -1)[:, -1] = begins
+        if in_doubt is not None:
+            places, which = rows[num_words:].view(num_rows, -1), in_doubt[1][:, None]
+            torch.gather(places, 1, which, out=rows[:num_words].view(num_rows, -1)[:, -1:])
         out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         at = (tensor.data_ptr() for tensor in (logits, rows, out))
         arguments = Choose(*at, logits.stride(0), num_tokens)

@@ -117,7 +117,7 @@ class CudaDecoder:
         on_host = [] if batch.token_ids.is_cuda else [batch.token_ids]
         rows = put(torch.stack((*on_host, batch.positions, _slots(batch, kv.shape[4]))), torch.int32, self._device)
         if not on_host:
-            rows = torch.cat((batch.token_ids[None], rows))
+            rows = torch.cat((batch.token_ids[None].int(), rows))
         wanted = put(batch.sampled_rows, torch.int32, self._device)
         x = self._hidden(rows, self._paged, kv, wanted, by_rows=by_rows)
         if not len(x):

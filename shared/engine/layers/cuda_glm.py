@@ -47,7 +47,7 @@ class Ends:
 @dataclass(frozen=True, slots=True)
 class Graph:
     """A captured step. Its inputs lie one behind the other in `inputs`: token ids, positions, slots and places of page
-    tables of T rows; page ids. What it leaves is there until the next graph is replayed."""
+    tables of T rows; page ids, and room for T numbers. What it leaves is there until the next graph is replayed."""
 
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
@@ -80,19 +80,19 @@ class CudaGlm:
     def __call__(self, batch: Batch, pool: torch.Tensor, layout: KvLayout, names: tuple[str, str]) -> tuple[
         torch.Tensor, torch.Tensor
     ]:  # fmt: skip
-        """This rank's logits of the sampled rows, float32 [R, V / ranks], and all states behind the last norm."""
+        """This rank's logits of the sampled rows, float32 [R, V / ranks], and all states behind the last norm. Both are
+        there until the next graph is replayed, of this decoder or of what shares its recorder."""
         width, rest = divmod(batch.num_tokens, batch.num_sequences)
         uniform = not rest and bool((batch.query_starts.diff() == width).all())
         fits = batch.num_sequences <= GRAPH_SIZES[-1] and len(batch.page_ids) < MAX_GRAPH_PAGES
-        sampled = put(batch.sampled_rows, torch.int32, self.device)
         if self._views is None or self._views[0] is not pool:
             self._views = pool, views(pool, layout, self.config, names)
         states = self._views[1]
         if uniform and fits and width <= MAX_GRAPH_WIDTH:
             graph = self._replay(batch, width, states, layout.page_size)
-            return graph.logits[sampled], graph.states[: batch.num_tokens].clone()
+            return _sampled(graph.logits[: batch.num_tokens], batch), graph.states[: batch.num_tokens]
         found = self.launch(batch, states, layout.page_size)
-        return cuda_glm_layer.logits(found[sampled], self.ends.head, pdl=self.pdl), found
+        return cuda_glm_layer.logits(_sampled(found, batch), self.ends.head, pdl=self.pdl), found
 
     def launch(self, batch: Batch, states: Sequence[State], page_size: int) -> torch.Tensor:
         """The last norm's output [T, hidden], kernel by kernel."""
@@ -134,6 +134,13 @@ class CudaGlm:
         for layer, state in zip(self._layers, states, strict=True):
             x, delta = cuda_glm_layer.forward(x, delta, layer, state, step)
         return triton_dense.add_rms_norm(x, delta, self.ends.norm, self.config.rms_norm_eps)
+
+
+def _sampled(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The sampled ones of a step's rows [T, ..]."""
+    if len(batch.sampled_rows) == batch.num_tokens:
+        return rows
+    return rows[put(batch.sampled_rows, torch.int32, rows.device)]
 
 
 def embed(token_ids: torch.Tensor, ends: Ends, group: Group) -> torch.Tensor:
@@ -186,16 +193,21 @@ def rows_of(inputs: torch.Tensor, num_rows: int, frequencies: torch.Tensor) -> t
 
 def on_device(batch: Batch, page_size: int, device: torch.device) -> torch.Tensor:
     """A step laid out as `Graph` says, on the device."""
-    places = torch.cat((torch.from_numpy(_places(batch, page_size)).flatten(), batch.page_ids))
+    places = torch.cat((torch.from_numpy(_places(batch, page_size)).flatten(), batch.page_ids, _owners(batch)))
     inputs = torch.cat((put(batch.token_ids, torch.int32, device), put(places, torch.int32, device)))
     if batch.moved is not None:
         triton_moved.move(inputs, batch.num_tokens, batch, page_size)
     return inputs
 
 
+def _owners(batch: Batch) -> torch.Tensor:
+    """What moving a step's rows asks for, behind its inputs."""
+    return torch.from_numpy(triton_moved.owners(batch)) if batch.moved is not None else batch.page_ids[:0]
+
+
 def nobodys(num_rows: int, device: torch.device) -> torch.Tensor:
     """Inputs of a graph, laid out as `Graph` says, whose rows belong to nobody."""
-    inputs = torch.zeros(4 * num_rows + MAX_GRAPH_PAGES, dtype=torch.int32, device=device)
+    inputs = torch.zeros(5 * num_rows + MAX_GRAPH_PAGES, dtype=torch.int32, device=device)
     inputs[2 * num_rows : 3 * num_rows] = NOBODY
     return inputs
 
@@ -206,7 +218,8 @@ def stage(batch: Batch, num_rows: int, page_size: int, inputs: torch.Tensor) -> 
 
     Rows that fill the step up write nothing, and attend to some token without anybody reading what they find.
     """
-    staging = torch.empty(4 * num_rows + len(batch.page_ids), dtype=torch.int32, pin_memory=True)
+    num_pages, owners = len(batch.page_ids), _owners(batch).numpy()
+    staging = torch.empty(4 * num_rows + num_pages + len(owners), dtype=torch.int32, pin_memory=True)
     values = staging.numpy()
     rows = values[: 4 * num_rows].reshape(4, num_rows)
     rows[:, batch.num_tokens :] = 0
@@ -214,12 +227,14 @@ def stage(batch: Batch, num_rows: int, page_size: int, inputs: torch.Tensor) -> 
     if not batch.token_ids.is_cuda:
         rows[0, : batch.num_tokens] = batch.token_ids.numpy()
     rows[1:, : batch.num_tokens] = _places(batch, page_size)
-    values[4 * num_rows :] = batch.page_ids.numpy()
+    values[4 * num_rows : 4 * num_rows + num_pages] = batch.page_ids.numpy()
+    values[4 * num_rows + num_pages :] = owners
     inputs[: len(staging)].copy_(staging, non_blocking=True)
-    if batch.token_ids.is_cuda:  # chosen by a step that the host has not heard of yet
-        inputs[: batch.num_tokens].copy_(batch.token_ids)
+    chosen = batch.token_ids if batch.token_ids.is_cuda else None  # by a step that the host has not heard of yet
     if batch.moved is not None:
-        triton_moved.move(inputs, num_rows, batch, page_size)
+        triton_moved.move(inputs, num_rows, batch, page_size, chosen)
+    elif chosen is not None:
+        inputs[: batch.num_tokens].copy_(chosen)
 
 
 def _places(batch: Batch, page_size: int) -> NDArray[np.int32]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from shared.engine.batch import Batch
-from shared.engine.kernels import triton_dense, triton_index
+from shared.engine.kernels import triton_dense, triton_index, triton_moved
 from shared.engine.kernels.inputs import Selected
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout
@@ -99,12 +99,14 @@ class GlmMtpOnCuda:
         graph = self._graph(batch.num_tokens, num_drafting, most, state, kept is not None)
         given = graph.given
         cuda_glm.stage(batch, len(given.states), layout.page_size, given.rows)
-        given.states[: batch.num_tokens].copy_(states)
+        copied = [(states, given.states[: batch.num_tokens])]
         if given.selected is not None and kept is not None:
-            given.selected.slots[: batch.num_tokens].copy_(kept.slots)
-            given.selected.counts[: batch.num_tokens].copy_(kept.counts)
-        else:
-            given.drafting[:num_drafting].copy_(put(batch.sampled_rows, torch.int64, states.device))
+            copied.append((kept.slots, given.selected.slots[: batch.num_tokens]))
+            copied.append((kept.counts, given.selected.counts[: batch.num_tokens]))
+        elif num_drafting:
+            drafting = put(batch.sampled_rows, torch.int64, states.device)
+            copied.append((drafting, given.drafting[:num_drafting]))
+        triton_moved.copy(copied)
         graph.graph.replay()
         logits, m, carried = graph.found.logits, graph.found.states, graph.found.carried
         own = [part[:num_drafting] for part in carried]

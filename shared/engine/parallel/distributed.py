@@ -2,11 +2,12 @@
 
 Process groups are made and held here; torch's global one is not touched, so that a process may be in several. What few
 tokens need on GPUs goes by kernels of our own through the memory of the others (`kernels.triton_peers`) where the
-hardware has that; a sum by NCCL takes half as long again, and more (docs/LOG.md).
+hardware has that; by NCCL it takes half as long again, and more (docs/LOG.md).
 """
 
 import ctypes
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -37,7 +38,8 @@ class DistributedGroup:
         self._store, self._timeout, self._wants_peers = store, timedelta(seconds=timeout_s), peers
         self._gloo: Any = self._make_gloo()
         self._nccl: Any = None
-        self._exchange: Any = None
+        self._sums: Any = None
+        self._joins: Any = None
 
     def _make_gloo(self) -> Any:
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -47,28 +49,32 @@ class DistributedGroup:
 
     @property
     def by_peers(self) -> bool:
-        """Whether there was something to add up on GPUs, and what there is room for goes through their memory."""
-        return self._exchange is not None
+        """Whether ranks have met on GPUs, and what there is room for goes through their memory."""
+        return self._sums is not None
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         """See `Group.sum`. Gathered and added in rank order: a ring would add in an order that depends on the shape."""
         part = part.contiguous()
-        if self._reaches(part):
-            summed: torch.Tensor = self._exchange.sum(part)
+        if exchange := self._through(lambda: self._sums, part):
+            summed: torch.Tensor = exchange.sum(part)
             return summed
         return ordered_sum(self._gather(part).unbind())
 
     def add(self, part: torch.Tensor, stream: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Group.add`."""
         part = part.contiguous()
-        if self._reaches(part):
-            begun: tuple[torch.Tensor, torch.Tensor] = self._exchange.add(part, stream, gain)
+        if exchange := self._through(lambda: self._sums, part):
+            begun: tuple[torch.Tensor, torch.Tensor] = exchange.add(part, stream, gain)
             return begun
         return added(ordered_sum(self._gather(part).unbind()), stream, gain)
 
     def join(self, part: torch.Tensor) -> torch.Tensor:
         """See `Group.join`."""
-        return torch.cat(self._gather(part.contiguous()).unbind(), dim=-1)
+        part = part.contiguous()
+        if exchange := self._through(lambda: self._joins, part):
+            joined: torch.Tensor = exchange.join(part)
+            return joined
+        return torch.cat(self._gather(part).unbind(), dim=-1)
 
     def _gather(self, part: torch.Tensor) -> torch.Tensor:
         """[ranks, ...]."""
@@ -80,12 +86,13 @@ class DistributedGroup:
             self._gloo.allgather([list(parts.unbind())], [part]).wait()
         return parts
 
-    def _reaches(self, part: torch.Tensor) -> bool:
-        """Whether a sum goes through the memory of the other GPUs."""
+    def _through(self, exchange: Callable[[], Any], part: torch.Tensor) -> Any:
+        """The way through the memory of the other GPUs that there is once ranks have met, if it takes the part."""
         if not part.is_cuda:
-            return False
+            return None
         self._meet(part)
-        return self._exchange is not None and self._exchange.takes(part)
+        made = exchange()
+        return made if made is not None and made.takes(part) else None
 
     def _meet(self, part: torch.Tensor) -> None:
         """Make what GPUs need, once: NCCL's group, whose first collective must not be captured, and shared memory."""
@@ -99,19 +106,24 @@ class DistributedGroup:
         self._nccl._allgather_base(part.new_empty(self.num_ranks), part.new_empty(1)).wait()
         if self._wants_peers and self.num_ranks > 1:
             try:
-                self._exchange = self._shared()
+                self._sums, self._joins = self._exchanges()
             except (ImportError, Unsupported) as reason:
                 log.warning("ranks add up by NCCL alone, which is slower: %s", reason)
 
-    def _shared(self) -> Any:
+    def _exchanges(self) -> list[Any]:
+        """For sums and for joins, in memory of their own: each turns by its own calls."""
         from shared.engine.kernels import triton_peers
 
-        num_bytes = triton_peers.buffer_bytes()
-        store = PrefixStore("memory", self._store)
-        whole = num_bytes + triton_peers.flag_bytes(self.num_ranks)
-        addresses = peer_memory.share(whole, peer_memory.CudaMemory(), store, self.rank, self.num_ranks)
-        buffers = torch.tensor(addresses, dtype=torch.int64, device="cuda")
-        return triton_peers.Exchange(buffers, buffers + num_bytes, self.rank)
+        kinds = triton_peers.SUM_BYTES, triton_peers.JOIN_BYTES
+        sizes = [triton_peers.buffer_bytes(each) + triton_peers.flag_bytes(self.num_ranks) for each in kinds]
+        store, memory = PrefixStore("memory", self._store), peer_memory.CudaMemory()
+        addresses = peer_memory.share(sum(sizes), memory, store, self.rank, self.num_ranks)
+        at, made = torch.tensor(addresses, dtype=torch.int64, device="cuda"), []
+        for piece_bytes, size in zip(kinds, sizes, strict=True):
+            flags = at + triton_peers.buffer_bytes(piece_bytes)
+            made.append(triton_peers.Exchange(at, flags, self.rank, piece_bytes))
+            at = at + size
+        return made
 
 
 def _kept(group: Any) -> Any:

@@ -32,7 +32,7 @@ class Choice:
     def send(self, *others: torch.Tensor) -> "Choice":
         """Begin to tell the host, and numbers [..] of the device with them."""
         numbers = [self.tokens, *(self._logprobs.numbers if self._logprobs else ()), *others]
-        flat = [each.double().flatten() for each in numbers]  # float64 holds all of them exactly
+        flat = [each.flatten() for each in numbers]  # with log probabilities all as float64, which holds them exactly
         self._fetched = Fetched(torch.cat(flat) if len(flat) > 1 else self.tokens)
         return self
 
@@ -110,7 +110,7 @@ class BatchedSampler(Sampler):
         """Begin to choose. `before` [..] are the tokens on the device that awaited ones stand for, and `moved` int64
         [items] says by how much more than it seems each item is on, at most its `num_in_doubt`."""
         logits, asked = rows[:, : self._vocab_size], _asked(items)
-        each = None if moved is None else _each_row(moved, items)
+        each = _each_row(moved, items) if moved is not None and any(map(is_drawn, items)) else None
         tokens = self._decided(self._adjusted(logits, asked, before), items, asked, before, each)
         counts = {row: item.sampling.num_logprobs for row, item in enumerate(asked)}
         wanted = {row: count for row, count in counts.items() if count is not None}
@@ -139,8 +139,8 @@ class BatchedSampler(Sampler):
     def _chosen(self, logits: torch.Tensor, asked: Sequence[BatchItem], moved: torch.Tensor | None) -> torch.Tensor:
         drawing = [row for row, item in enumerate(asked) if is_drawn(item)]
         if self._kernel is not None and drawing:
-            begins = None if moved is None else draws.begins(asked, moved, logits.device)
-            return self._kernel(logits, [_drawn(item) for item in asked], begins)
+            in_doubt = None if moved is None else (draws.candidates(asked, in_doubt=True), moved)
+            return self._kernel(logits, [_drawn(item) for item in asked], in_doubt)
         tokens = logits.argmax(dim=-1)  # of equals the first, which has the lowest id
         if drawing and len(drawing) == len(asked):
             tokens = _draw(logits, tokens, asked, moved)
@@ -172,6 +172,8 @@ def _each_row(moved: torch.Tensor, items: Sequence[BatchItem]) -> torch.Tensor:
     """`moved` [items] for each row."""
     if not any(item.num_drafts for item in items):
         return moved
+    if len(items) == 1:
+        return moved.expand(1 + items[0].num_drafts)
     owners = [place for place, item in enumerate(items) for _ in range(1 + item.num_drafts)]
     return moved[put(owners, torch.int64, moved.device)]
 

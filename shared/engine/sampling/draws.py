@@ -30,15 +30,19 @@ def begins(
 ) -> torch.Tensor:
     """Where the noise of each begins, int64 [D]: of all positions that it may be at, the one where it is. Each has a
     purpose (see `gumbel.start`), which is 0 where there are none."""
-    most = 0 if moved is None else max(item.num_in_doubt for item in asked)
+    found = put(candidates(asked, moved is not None, purposes), torch.int64, device)
+    return found if moved is None else found.view(len(asked), -1).gather(1, moved[:, None])[:, 0]
+
+
+def candidates(asked: Sequence[BatchItem], in_doubt: bool, purposes: Sequence[int] = ()) -> list[int]:
+    """As `begins`, of all positions that each may be at if it is `in_doubt` where they are, one behind the other."""
+    most = max(item.num_in_doubt for item in asked) if in_doubt else 0
     each = zip(asked, purposes or [0] * len(asked), strict=True)
-    starts = [
-        gumbel.start(item.sampling.seed, item.position + by, purpose)
+    return [
+        _signed(gumbel.start(item.sampling.seed, item.position + by, purpose))
         for item, purpose in each
         for by in range(most + 1)
     ]
-    found = put([_signed(start) for start in starts], torch.int64, device)
-    return found if moved is None else found.view(-1, most + 1).gather(1, moved[:, None])[:, 0]
 
 
 def steps(num_tokens: int, device: torch.device) -> torch.Tensor:

@@ -45,10 +45,10 @@ class LateDrafter:
         `moved` int64 [N] on.
         """
         asked = [item for item in items if item.sample]
-        num_right, last = verify(tokens, step, [item.num_drafts for item in asked])
-        by = num_right if moved is None else num_right + moved
+        verified = verify(tokens, step, [item.num_drafts for item in asked], moved)
+        num_right, last, by = verified.num_right, verified.last, verified.by
         asking, behind = [place for place, item in enumerate(asked) if item.num_wanted], [last]
-        batch = replace(step, token_ids=_followed(items), sampled_rows=_last_right(step, asked, num_right, asking))
+        batch = replace(step, token_ids=_followed(items), sampled_rows=_last_right(step, asked, verified, asking))
         left = self.layer.extend(batch.resolved(tokens), states, pool, self._layout)
         while asking:
             number, own = len(behind) - 1, some(by, asking)
@@ -91,14 +91,39 @@ class DraftedStep:
         return joined(chosen, self.batch, self.told)
 
 
-def verify(tokens: torch.Tensor, step: Batch, num_drafts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many drafts of each of N sequences are what was chosen, int64 [N], and the token chosen behind them, [N].
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Of N sequences, int64 [N]: how many drafts were right, the token chosen behind them, by how much the sequence is
+    further on than the host knows, and, where it was found with the rest, the row of the step from which it goes on."""
 
-    `tokens` [R] were chosen in the sampled rows of the step: of each sequence in one more than it has drafts.
+    num_right: torch.Tensor
+    last: torch.Tensor
+    by: torch.Tensor
+    rows: torch.Tensor | None = None
+
+
+def verify(tokens: torch.Tensor, step: Batch, num_drafts: Sequence[int], moved: torch.Tensor | None = None) -> Verified:
+    """How many drafts of each of N sequences are what was chosen, and the token chosen behind them.
+
+    `tokens` [R] were chosen in the sampled rows of the step: of each sequence in one more than it has drafts. Sequences
+    were `moved` [N] on already.
     """
     most, num = max(num_drafts, default=0), len(num_drafts)
+    all_rows, alike = len(step.sampled_rows) == step.num_tokens, min(num_drafts, default=0) == most
+    if most and alike and all_rows and step.token_ids.is_cuda:
+        from shared.engine.kernels import triton_verified  # without Triton there is no GPU to be verified on
+
+        return Verified(*triton_verified.verify(tokens, step.token_ids, moved, most).unbind())
     if not most:
-        return torch.zeros_like(tokens), tokens
+        num_right, last = torch.zeros_like(tokens), tokens
+    else:
+        num_right, last = _verified(tokens, step, num_drafts, most, num)
+    return Verified(num_right, last, num_right if moved is None else num_right + moved)
+
+
+def _verified(
+    tokens: torch.Tensor, step: Batch, num_drafts: Sequence[int], most: int, num: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows = step.sampled_rows if len(step.sampled_rows) < step.num_tokens else slice(None)
     if step.token_ids.is_cuda and not isinstance(rows, slice):
         rows = put(rows, torch.int64, tokens.device)
@@ -132,10 +157,11 @@ def _followed(items: Sequence[BatchItem]) -> torch.Tensor:
     return torch.tensor(token_ids, dtype=torch.int32)
 
 
-def _last_right(
-    step: Batch, asked: Sequence[BatchItem], num_right: torch.Tensor, asking: Sequence[int]
-) -> torch.Tensor:
+def _last_right(step: Batch, asked: Sequence[BatchItem], verified: Verified, asking: Sequence[int]) -> torch.Tensor:
     """The rows of a step from which the sequences `asking` go on."""
+    if verified.rows is not None:
+        return some(verified.rows, asking)
+    num_right = verified.num_right
     starts = [0, *accumulate(1 + item.num_drafts for item in asked)]
     rows = put(step.sampled_rows[[starts[place] for place in asking]], torch.int64, num_right.device)
     return rows + some(num_right, asking)
