@@ -6,8 +6,9 @@ from typing import Generic, TypeVar
 
 import torch
 
-from shared.engine.kernels import build, cuda_experts, cuda_fp8, cuda_latent, w8a16
+from shared.engine.kernels import build, cuda_experts, cuda_few, cuda_fp8, cuda_latent, w8a16
 from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.cuda_few import CudaFew
 from shared.engine.kernels.cuda_fp8 import CudaFp8, Fp8Matrix
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.experts import FACTOR, Experts, SharedExpert
@@ -198,11 +199,14 @@ class Rank(Generic[OfRanks]):
     group: OfRanks
 
 
-def compiled(device: torch.device) -> tuple[CudaExperts, CudaLatent, CudaFp8]:
+def compiled(device: torch.device) -> tuple[CudaExperts, CudaLatent, CudaFp8, CudaFew]:
     """The kernels that nvcc makes."""
     capability = torch.cuda.get_device_capability(device)
     path = build.cuda_library(default_cache() / "kernels", build.cuda_compiler(), capability, "glm")
-    return CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path)), CudaFp8(cuda_fp8.load(path))
+    return (
+        CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path)), CudaFp8(cuda_fp8.load(path)),
+        CudaFew(cuda_few.load(path), device),
+    )  # fmt: skip
 
 
 def rank(
@@ -211,10 +215,10 @@ def rank(
 ) -> Rank[OfRanks]:  # fmt: skip
     """Make that of a group, with room for so many tokens; without `cuda` its kernels are those that need no compiler.
     `fp8` as in RandomLayers."""
-    grouped, latent, products = compiled(device) if cuda or fp8 else (None, None, None)
+    grouped, latent, products, few = compiled(device) if cuda or fp8 else (None, None, None, None)
     weights = RandomLayers(config, group.num_ranks, device, products if fp8 else None, group.rank)
     top_k = config.num_experts_per_token
-    layers = [cuda_glm_layer.grouping(weights.layer(index), top_k, grouped) for index in range(config.num_layers)]
+    layers = [cuda_glm_layer.grouping(weights.layer(index), top_k, grouped, few) for index in range(config.num_layers)]
     drafting_layer, joining = weights.drafting_layer(), weights.joining()
     layout = glm_layout.layout(config, "bfloat16", PAGE_SIZE, mtp=True)
     memory = DeviceMemory(kv_tokens // PAGE_SIZE, layout.page_bytes, device)

@@ -18,7 +18,7 @@ CUDA_SOURCES = Path(__file__).parent / "cuda"
 CUDA_FLAGS = ("-std=c++20", "-O3", "-t=2", "-I", str(CUDA_SOURCES), "-shared", "-Xcompiler", "-fPIC", "-cudart=static")
 CUDA_LIBRARIES = {
     "products": ("products.cu", "layers.cu", "wide.cu"),
-    "glm": ("experts.cu", "latent.cu", "fp8.cu"),
+    "glm": ("experts.cu", "few.cu", "latent.cu", "fp8.cu"),
     "choice": ("choose.cu",),
 }
 MIN_CAPABILITY = (8, 0)  # the first with bf16 on its tensor cores
@@ -83,7 +83,7 @@ def _suits(source: str, capability: tuple[int, int]) -> bool:
         return capability == WIDE_CAPABILITY
     if source == "choose.cu":
         return capability >= CHOICE_CAPABILITY
-    return source not in ("layers.cu", "latent.cu", "fp8.cu") or capability >= LAYERS_CAPABILITY
+    return source not in ("layers.cu", "few.cu", "latent.cu", "fp8.cu") or capability >= LAYERS_CAPABILITY
 
 
 def _key(program: str, flags: Sequence[str], sources: Path, processor: bytes = b"") -> str:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from shared.engine.kernels import (
     cuda_experts,
+    cuda_few,
     cuda_fp8,
     gluon_experts,
     gluon_rows,
@@ -26,6 +27,7 @@ from shared.engine.kernels import (
     w8a16,
 )
 from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.cuda_few import CudaFew
 from shared.engine.kernels.cuda_fp8 import CudaFp8, Fp8Matrix
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.experts import Experts, SharedExpert
@@ -40,6 +42,7 @@ from shared.engine.quantization.packed_experts import packed
 
 MIXED_ROWS = gluon_experts.MAX_TOKENS
 LEAST_GROUPED = 32  # rows; fewer seldom choose the same expert (docs/LOG.md)
+MOST_FEW = 4
 SELECTING_ROWS = 256  # at a time, so that their scores stay small
 
 
@@ -79,13 +82,14 @@ class Fp4Experts:
 @dataclass(frozen=True, slots=True)
 class Mixture:
     """As MoeWeights. The router is kept as the checkpoint has it, in bfloat16: its products with bfloat16 are exact in
-    float32. `grouped` computes steps of few tokens, if it can and is there."""
+    float32. `few` and `grouped` compute steps of the fewest and of some tokens, if they can and are there."""
 
     router: torch.Tensor
     correction_bias: torch.Tensor
     experts: Experts | Fp4Experts
     shared: SharedExpert
     grouped: CudaExperts | None = None
+    few: CudaFew | None = None
 
     def grouping(self, num_rows: int) -> CudaExperts | None:
         """Who computes so many rows by groups of those that chose the same expert."""
@@ -183,16 +187,19 @@ def mixture(weights: MoeWeights | PackedMoeWeights, fp4: w4a4.Products | None = 
     return Mixture(weights.router.to(shared.down.dtype), weights.correction_bias, _experts(weights, fp4), shared)
 
 
-def grouping(layer: Layer, top_k: int, kernels: CudaExperts | None) -> Layer:
-    """The layer, whose mixture is computed by `kernels` if it is one for them and these are there. Raises Unsupported
-    for NVFP4 experts behind a norm that may give too large values."""
+def grouping(layer: Layer, top_k: int, kernels: CudaExperts | None, few: CudaFew | None = None) -> Layer:
+    """The layer, whose mixture is computed by `kernels` and `few` if it is one for them. Raises Unsupported for NVFP4
+    experts behind a norm that may give too large values."""
     mlp = layer.mlp
     if not isinstance(mlp, Mixture) or not isinstance(mlp.experts, Experts) or mlp.experts.factors is None:
         return layer
     gluon_experts.require_small(layer.post_norm)
-    if kernels is None or not cuda_experts.suits(mlp.experts, mlp.shared, top_k):
-        return layer
-    return replace(layer, mlp=replace(mlp, grouped=kernels))
+    if kernels is not None and cuda_experts.suits(mlp.experts, mlp.shared, top_k):
+        mlp = replace(mlp, grouped=kernels)
+    narrow = isinstance(layer.attention.output, Fp8Matrix)  # beside others it is slower (docs/decisions/0069)
+    if few is not None and narrow and cuda_few.suits(mlp.experts, mlp.shared, top_k):
+        mlp = replace(mlp, few=few)
+    return replace(layer, mlp=mlp)
 
 
 def _experts(weights: MoeWeights | PackedMoeWeights, fp4: w4a4.Products | None) -> Experts | Fp4Experts:
@@ -331,17 +338,17 @@ def _select(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, ste
 
 def _mix(logits: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step) -> torch.Tensor:
     """This rank's part of the mixture [T, hidden], from the router's product and its input."""
-    config, pdl = step.config, step.pdl
-    if (grouped := weights.grouping(len(normed))) and isinstance(weights.experts, Experts):
-        choice = grouped.route(
-            logits, weights.correction_bias, config.num_experts_per_token, config.routed_scaling_factor,
-            normalize=config.normalize_top_k, pdl=pdl,
-        )  # fmt: skip
-        return grouped(normed, choice, weights.experts, weights.shared, pdl=pdl)
-    chosen, factors = triton_route.route(
-        logits, weights.correction_bias, config.num_experts_per_token, config.routed_scaling_factor,
-        normalize=config.normalize_top_k, pdl=pdl,
-    )  # fmt: skip
+    config, pdl, bias = step.config, step.pdl, weights.correction_bias
+    top_k, factor, normalize = config.num_experts_per_token, config.routed_scaling_factor, config.normalize_top_k
+    if isinstance(weights.experts, Experts):
+        if grouped := weights.grouping(len(normed)):
+            choice = grouped.route(logits, bias, top_k, factor, normalize=normalize, pdl=pdl)
+            return grouped(normed, choice, weights.experts, weights.shared, pdl=pdl)
+        if weights.few and len(normed) <= MOST_FEW:
+            return weights.few(
+                normed, logits, bias, factor, weights.experts, weights.shared, normalize=normalize, pdl=pdl
+            )  # fmt: skip
+    chosen, factors = triton_route.route(logits, bias, top_k, factor, normalize=normalize, pdl=pdl)
     if isinstance(weights.experts, Fp4Experts):
         own, shared = weights.experts, weights.shared
         inner = triton_dense.silu_mul(_plain(normed, shared.gate_up, pdl=pdl))

@@ -8,8 +8,9 @@ from tqdm import tqdm
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
-from shared.engine.kernels import build, cuda_experts, cuda_fp8, cuda_latent, w4a4
+from shared.engine.kernels import build, cuda_experts, cuda_few, cuda_fp8, cuda_latent, w4a4
 from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.cuda_few import CudaFew
 from shared.engine.kernels.cuda_fp8 import CudaFp8
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kv.layout import KvLayout
@@ -39,10 +40,10 @@ class GlmOnCuda:
         self.arithmetic = placement.arithmetic(fp4=fp4 is not None)
         self._config, self._group = config, placement.group
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
-        top_k, (grouped, latent, fp8) = weights.config.num_experts_per_token, _compiled(placement)
+        top_k, (grouped, latent, fp8, few) = weights.config.num_experts_per_token, _compiled(placement)
 
         def ready(index: int, fp4: w4a4.Products | None = None) -> Layer:
-            return cuda_glm_layer.grouping(read_layer(weights, index, fp4, fp8), top_k, grouped)
+            return cuda_glm_layer.grouping(read_layer(weights, index, fp4, fp8), top_k, grouped, few)
 
         read = [ready(index, fp4) for index in layers]
         ends = read_ends(weights, config.vocab_size, placement)
@@ -65,17 +66,18 @@ class GlmOnCuda:
         return self._group.join(logits) if len(logits) else logits
 
 
-def _compiled(placement: Placement) -> tuple[CudaExperts | None, CudaLatent | None, CudaFp8 | None]:
+def _compiled(placement: Placement) -> tuple[CudaExperts | None, CudaLatent | None, CudaFp8 | None, CudaFew | None]:
     """Kernels that a compiler has to be there for. Without them those in Triton serve, which compute each choice of an
     expert by itself, select tile by tile, merge attention for each few of its values anew, and take only matrices in
     bfloat16."""
     capability = torch.cuda.get_device_capability(placement.device)
     try:
         path = build.cuda_library(placement.cache_dir / "kernels", build.cuda_compiler(), capability, "glm")
-        return CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path)), CudaFp8(cuda_fp8.load(path))
+        grouped, few = CudaExperts(cuda_experts.load(path)), CudaFew(cuda_few.load(path), placement.device)
+        return grouped, CudaLatent(cuda_latent.load(path)), CudaFp8(cuda_fp8.load(path)), few
     except (build.BuildError, OSError) as error:
         log.warning("computing without our CUDA kernels for GLM: %s", error)
-        return None, None, None
+        return None, None, None, None
 
 
 def read_layer(weights: GlmWeights, index: int, fp4: w4a4.Products | None = None, fp8: CudaFp8 | None = None) -> Layer:

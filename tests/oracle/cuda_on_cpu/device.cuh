@@ -15,10 +15,12 @@
 #include <memory>
 #include <random>
 #include <type_traits>
+#include <unordered_map>
 #include <vector>
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __noinline__
@@ -65,6 +67,7 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
 }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline int __popcll(uint64_t v) { return __builtin_popcountll(v); }
+inline int __ffs(uint32_t v) { return __builtin_ffs(static_cast<int>(v)); }
 inline int __ffsll(uint64_t v) { return __builtin_ffsll(static_cast<long long>(v)); }
 inline float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 using std::max;
@@ -119,6 +122,16 @@ struct Lanes {
     }
 };
 inline Lanes* lanes;
+
+// Lanes that wait for a word, a signal's or one that is told, until somebody changes it.
+inline std::unordered_map<const void*, std::vector<Lane*>> parked;
+inline void park(const void* at) {
+    parked[at].push_back(lanes->running);
+    lanes->wait();
+}
+inline void wake(const void* at) {
+    if (auto found = parked.extract(at)) lanes->ready.insert(lanes->ready.end(), found.mapped().begin(), found.mapped().end());
+}
 
 struct Barrier {
     size_t expected;
@@ -273,6 +286,10 @@ inline uint32_t as_halves(float a, float b) {
     return bits;
 }
 inline uint32_t times_half(uint32_t a, uint32_t b) { return as_halves(of_halves(a, 0) * of_halves(b, 0), of_halves(a, 1) * of_halves(b, 1)); }
+inline uint32_t plus_half(uint32_t a, uint32_t b) { return as_halves(of_halves(a, 0) + of_halves(b, 0), of_halves(a, 1) + of_halves(b, 1)); }
+inline uint32_t times_plus_half(uint32_t a, uint32_t b, uint32_t c) {
+    return as_halves(of_halves(a, 0) * of_halves(b, 0) + of_halves(c, 0), of_halves(a, 1) * of_halves(b, 1) + of_halves(c, 1));
+}
 inline void multiply_half(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply_by(of_halves, sum, a, b0, b1); }
 inline float of_fp8(uint32_t code) {
     const int exponent = code >> 3 & 15, mantissa = code & 7;
@@ -321,7 +338,7 @@ struct Signal { uint16_t pending, arrivals; int32_t bytes : 31; uint32_t parity 
 inline void signal_change(uint64_t* at, int arrivals, int bytes) {
     Signal& signal = *reinterpret_cast<Signal*>(at);
     signal.pending -= arrivals, signal.bytes += bytes;
-    if (signal.pending == 0 && signal.bytes == 0) signal.pending = signal.arrivals, signal.parity ^= 1;
+    if (signal.pending == 0 && signal.bytes == 0) signal.pending = signal.arrivals, signal.parity ^= 1, wake(at);
 }
 inline void signal_init(uint64_t* at, int arrivals) {
     *reinterpret_cast<Signal*>(at) = {static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0, 0};
@@ -330,7 +347,7 @@ inline void signals_ready() {}
 inline void signal_arrive(uint64_t* at) { signal_change(at, 1, 0); }
 inline void signal_expect(uint64_t* at, uint32_t bytes) { signal_change(at, 1, bytes); }
 inline void signal_wait(uint64_t* at, uint32_t parity) {
-    while (reinterpret_cast<Signal*>(at)->parity == parity) lanes->look_again_later();
+    while (reinterpret_cast<Signal*>(at)->parity == parity) park(at);
 }
 inline void copy_ahead(void* to, const void* from, uint32_t bytes, uint64_t* at) {
     memcpy(to, from, bytes);
@@ -339,12 +356,29 @@ inline void copy_ahead(void* to, const void* from, uint32_t bytes, uint64_t* at)
 inline void copy_again(void* to, const void* from, uint32_t bytes, uint64_t* at) { copy_ahead(to, from, bytes, at); }
 inline void copies_follow() {}
 inline void copies_follow_inputs() {}
-template <int THREADS_MEETING> void meet() { my_block().some_meet.arrive_and_wait(); }
+template <int THREADS_MEETING> void meet() {
+    my_block().some_meet.expected = THREADS_MEETING;
+    my_block().some_meet.arrive_and_wait();
+}
 inline uint32_t counted(uint32_t* counter) { return atomicAdd(counter, 1u); }
 inline void count(uint32_t* counter) { counted(counter); }
 inline void wait_until(const uint32_t* counter, uint32_t target) {
     while (__atomic_load_n(counter, __ATOMIC_SEQ_CST) < target) lanes->look_again_later();
 }
+constexpr uint32_t NOTHING = ~0u;
+inline void tell(uint32_t* at, uint32_t word) {
+    *at = word;
+    wake(at);
+}
+template <int N> void hear(const uint32_t* const (&at)[N], uint4 (&words)[N]) {
+    for (int i = 0; i < N; i++) memcpy(words + i, at[i], 16);
+}
+template <int N> void hear_all(const uint32_t* const (&at)[N], uint4 (&words)[N]) {
+    for (int i = 0; i < 4 * N; i++)
+        while (at[i / 4][i % 4] == NOTHING) park(at[i / 4] + i % 4);
+    hear(at, words);
+}
+inline void wait_for_kernel() {}
 inline void expect_soon(const void*) {}
 inline uint4 fresh(const void* at) { return *static_cast<const uint4*>(at); }
 inline float fresh(const float* at) { return *at; }

@@ -58,6 +58,16 @@ __device__ __forceinline__ uint32_t as_halves(float a, float b) {
     const __half2 pair = __floats2half2_rn(a, b);
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
+__device__ __forceinline__ uint32_t plus_half(uint32_t a, uint32_t b) {
+    uint32_t sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+__device__ __forceinline__ uint32_t times_plus_half(uint32_t a, uint32_t b, uint32_t c) {  // a b + c
+    uint32_t sum;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+    return sum;
+}
 __device__ __forceinline__ float2 from_halves(uint32_t pair) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -188,6 +198,30 @@ __device__ __forceinline__ void wait_until(const uint32_t* counter, uint32_t tar
         if (clock64() - start > LONGEST_WAIT) __trap();
     }
 }
+// Words that blocks tell one another without a counter: each stands for itself once it is not NOTHING.
+constexpr uint32_t NOTHING = ~0u;
+__device__ __forceinline__ void tell(uint32_t* at, uint32_t word) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(word) : "memory"); }
+template <int N>
+__device__ __forceinline__ void hear(const uint32_t* const (&at)[N], uint4 (&words)[N]) {  // whatever is there by now
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(words[i].x), "=r"(words[i].y), "=r"(words[i].z), "=r"(words[i].w) : "l"(at[i]) : "memory");
+}
+template <int N>
+__device__ __forceinline__ void hear_all(const uint32_t* const (&at)[N], uint4 (&words)[N]) {  // what has been heard, once it is complete
+    const long long start = clock64();
+    for (;;) {
+        bool all = true;
+#pragma unroll
+        for (int i = 0; i < N; i++) all &= words[i].x != NOTHING & words[i].y != NOTHING & words[i].z != NOTHING & words[i].w != NOTHING;
+        if (all) return;
+        if (clock64() - start > LONGEST_WAIT) __trap();
+        hear(at, words);
+    }
+}
+// The kernel in front has ended; what it has written must then be read past L1 (`fresh`).
+__device__ __forceinline__ void wait_for_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // What another block has written, so not from L1.
 __device__ __forceinline__ uint4 fresh(const void* at) { return __ldcg(static_cast<const uint4*>(at)); }
 __device__ __forceinline__ float fresh(const float* at) { return __ldcg(at); }

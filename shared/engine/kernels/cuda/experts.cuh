@@ -10,13 +10,11 @@
 
 namespace forebay {
 
-constexpr int INNER = 256;              // of a routed expert, and of the shared one
 constexpr int VALUES = 8;               // inner values of a tile, whose rows are eight of gate's and eight of up's
 constexpr int TILES = INNER / VALUES;   // of an expert
 constexpr int PAIRS = 2;                // of a gate's and an up's row of the shared expert, of a block
 constexpr int UNIT = 16;                // bytes that a lane takes at once: 32 codes, the second 16 half a row on
 constexpr int FOUR = 4;                 // tokens of the shared expert at a time
-constexpr float SMALLER = 1.0f / 64;    // what inner values are kept as fp16 by: from 6e-8 to 65504 of these
 constexpr float LARGEST_HALF = 65504.0f;
 
 struct Experts {
@@ -30,10 +28,6 @@ struct Experts {
     __nv_bfloat16* out;           // [tokens, hidden]
     int num_tokens, hidden, tiles_each;  // a block's tiles of an expert
 };
-
-__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-__device__ __forceinline__ float of_pair(uint32_t pair, int i) { return __uint_as_float(i ? pair & 0xFFFF0000u : pair << 16); }
-__device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
 // A word of codes to operands: of the four elements that come first, and of those half a row on.
 __device__ __forceinline__ void decode(uint32_t word, uint32_t low_scale, uint32_t high_scale, uint32_t (&first)[2], uint32_t (&second)[2]) {

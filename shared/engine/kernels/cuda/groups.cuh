@@ -1,12 +1,11 @@
 // Which experts compute which tokens, in one block: every token's choice, and then the tokens of each expert together.
 #pragma once
-#include <device.cuh>
-#include <stdint.h>
+#include "chosen.cuh"
 
 namespace forebay {
 
-constexpr int WARPS = 8, THREADS = WARPS * 32, ROUTE_THREADS = 1024;
-constexpr int MAX_EXPERTS = 256, MAX_CHOSEN = 8, MAX_TOKENS = 64;  // all, of a token, of a step
+constexpr int ROUTE_THREADS = 1024;
+constexpr int MAX_TOKENS = 64;  // of a step
 constexpr int MAX_MEMBERS = MAX_CHOSEN * MAX_TOKENS;
 
 // Experts that were chosen, and the tokens of each one behind the other: those of the d-th are members starts[d] to
@@ -27,47 +26,17 @@ struct Routing {
     float factor;
 };
 
-// A token's experts, by one warp: those of the largest score with its bias, of equal ones the first. Into shared memory, with
-// their weights, and the token into the set of each.
+// The same into shared memory, and the token into the set of each.
 __device__ __forceinline__ void choose(const Routing& p, int t, const float (&bias)[MAX_EXPERTS / 32], int* chosen, float* weights,
                                        uint32_t (*tokens_of)[2]) {
-    constexpr int EACH = MAX_EXPERTS / 32;
+    const Scoring scoring{p.num_experts, p.num_chosen, p.normalize, p.factor};
+    const float* const logits = p.logits + static_cast<int64_t>(t) * p.row_stride;
+    choose(scoring, logits, bias, chosen + t * MAX_CHOSEN);
+    const float weight = weigh(scoring, logits, chosen + t * MAX_CHOSEN);
     const int lane = threadIdx.x % 32;
-    float scores[EACH];
-    uint32_t order[EACH];
-#pragma unroll
-    for (int j = 0; j < EACH; j++) scores[j] = p.logits[static_cast<int64_t>(t) * p.row_stride + min(lane + 32 * j, p.num_experts - 1)];
-#pragma unroll
-    for (int j = 0; j < EACH; j++) {
-        scores[j] = 1.0f / (1.0f + __expf(-scores[j]));
-        const uint32_t bits = __float_as_uint(scores[j] + bias[j]);
-        order[j] = lane + 32 * j < p.num_experts ? (bits >> 31 ? ~bits : bits | 0x80000000u) : 0;
-    }
-    int mine = 0;
-    float score = 0;
-    for (int turn = 0; turn < p.num_chosen; turn++) {
-        uint32_t best = order[0];
-#pragma unroll
-        for (int j = 1; j < EACH; j++) best = max(best, order[j]);
-        const uint32_t most = largest_of_warp(best);
-        uint32_t first = MAX_EXPERTS;
-#pragma unroll
-        for (int j = EACH - 1; j >= 0; j--)
-            if (order[j] == most) first = lane + 32 * j;
-        const int expert = MAX_EXPERTS - static_cast<int>(largest_of_warp(MAX_EXPERTS - first));
-        float its = 0;
-#pragma unroll
-        for (int j = 0; j < EACH; j++)
-            if (lane + 32 * j == expert) its = scores[j], order[j] = 0;
-        its = __uint_as_float(__shfl_sync(~0u, __float_as_uint(its), expert % 32));
-        if (lane == turn) mine = expert, score = its;
-    }
-    float total = score;
-    for (int i = 16; i; i /= 2) total += __shfl_xor_sync(~0u, total, i);
     if (lane >= p.num_chosen) return;
-    weights[t * MAX_CHOSEN + lane] = (p.normalize ? score / (total + 1e-20f) : score) * p.factor;
-    chosen[t * MAX_CHOSEN + lane] = mine;
-    atomicOr(&tokens_of[mine][t / 32], 1u << t % 32);
+    weights[t * MAX_CHOSEN + lane] = weight;
+    atomicOr(&tokens_of[chosen[t * MAX_CHOSEN + lane]][t / 32], 1u << t % 32);
 }
 
 // The tokens of expert threadIdx.x behind those of all before it.

@@ -38,4 +38,20 @@ cudaError_t launch_beside(void (*kernel)(Parameters...), dim3 grid, int threads,
     return launch_with(cluster > 1 ? 2 : 1, early, kernel, grid, threads, shared, cluster, static_cast<cudaStream_t>(stream), arguments...);
 }
 
+// The same of blocks that wait for one another, so must all find a place: there are to be as many multiprocessors. It is not a cooperative
+// launch, which at one token begins later; that attribute, not set, says it to whoever emulates this.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_together(void (*kernel)(Parameters...), int blocks, int threads, size_t shared, bool early, cudaStream_t stream, const Arguments&... arguments) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeCooperative, attributes[0].val.cooperative = 0;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = early;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
+    config.attrs = attributes, config.numAttrs = 2;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 }  // namespace forebay
