@@ -218,8 +218,9 @@ def rank(
     drafting_layer, joining = weights.drafting_layer(), weights.joining()
     layout = glm_layout.layout(config, "bfloat16", PAGE_SIZE, mtp=True)
     memory = DeviceMemory(kv_tokens // PAGE_SIZE, layout.page_bytes, device)
+    chance = torch.Generator(device).manual_seed(1)
     for part in memory.bytes.view(torch.bfloat16).split(256):
-        part.normal_(generator=torch.Generator(device).manual_seed(1))
+        part.normal_(generator=chance)
     decoder = CudaGlm(weights.config, weights.ends(), layers, group, latent, pdl=pdl)
     drafts = GlmMtpOnCuda(decoder, drafting_layer, joining)
     return Rank(decoder, layers, drafting_layer, drafts, memory, layout, group)

@@ -5,6 +5,7 @@ and weights_proj; `query` is q_b and the indexer's wq_b. The residual is added w
 layer takes and leaves (x, delta), x + delta being its input and output. The twin is `glm_layer.GlmLayer`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from shared.engine.kernels import (
     triton_dense,
     triton_index,
     triton_latent,
+    triton_prompt,
     triton_queries,
     triton_route,
     w4a4,
@@ -30,7 +32,7 @@ from shared.engine.kernels.cuda_fp8 import CudaFp8, Fp8Matrix
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.experts import Experts, SharedExpert
 from shared.engine.kernels.gluon_rows import MAX_ROWS
-from shared.engine.kernels.inputs import KeyNorm, Norm, Rows, Selected
+from shared.engine.kernels.inputs import KeyNorm, Norm, Rows, Selected, Span
 from shared.engine.kernels.triton_queries import Dims
 from shared.engine.layers.mla import KEY_NORM_EPS
 from shared.engine.models.glm_config import GlmConfig
@@ -91,11 +93,10 @@ class Mixture:
         """Who computes so many rows by groups of those that chose the same expert."""
         return self.grouped if LEAST_GROUPED <= num_rows <= MIXED_ROWS else None
 
-    def activations(self, num_rows: int) -> torch.dtype:
-        """What so many rows go into the experts as."""
-        if num_rows > MIXED_ROWS or not isinstance(self.experts, Experts):
-            return torch.bfloat16
-        return gluon_experts.activations(self.experts)
+    @property
+    def activations(self) -> torch.dtype:
+        """What rows go into the experts as."""
+        return gluon_experts.activations(self.experts) if isinstance(self.experts, Experts) else torch.bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ class Layer:
 class Step:
     """What all layers of a step share. No row sees more than `capacity` tokens. With `pdl` kernels start before those
     in front have ended, which is faster; without, a profile says what each takes. `latent` selects, and serves few
-    rows' attention, if it is there."""
+    rows' attention, if it is there. `spans` are rows that are computed together, in their order."""
 
     config: GlmConfig
     group: Group
@@ -121,6 +122,18 @@ class Step:
     capacity: int
     pdl: bool = True
     latent: CudaLatent | None = None
+    spans: tuple[Span, ...] = ()
+
+    def parts(self, num_rows: int) -> Iterator[tuple[slice, Span | None]]:
+        """Spans, and the rows between them."""
+        at = 0
+        for span in self.spans:
+            if at < span.first:
+                yield slice(at, span.first), None
+            yield span.rows, span
+            at = span.last
+        if at < num_rows:
+            yield slice(at, num_rows), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +235,11 @@ def forward(
         low, q, x = low[going_on], q[going_on], x[going_on]
         if not len(x):
             return x, x
-        step = replace(step, rows=step.rows.some(going_on))
+        step = replace(step, rows=step.rows.some(going_on), spans=())
     delta = step.group.sum(_attend(low, q, layer.attention, state, step, early=going_on is None))
     norm = Norm(layer.post_norm, step.config.rms_norm_eps, delta)
     if isinstance(layer.mlp, Mixture):
-        logits, x, normed = _kept(x, layer.mlp.router, norm, step, layer.mlp.activations(len(x)))
+        logits, x, normed = _kept(x, layer.mlp.router, norm, step, layer.mlp.activations)
         return x, step.group.sum(_mix(logits, normed, layer.mlp, step))
     inner, x = _normed(x, layer.mlp.gate_up, norm, step)
     return x, step.group.sum(_plain(triton_dense.silu_mul(inner), layer.mlp.down, pdl=step.pdl))
@@ -302,31 +315,58 @@ def _attend(
     low: torch.Tensor, q: torch.Tensor, weights: Attention, state: State, step: Step, *, early: bool
 ) -> torch.Tensor:
     """This rank's part of attention [T, hidden], from both products. `early`: `_queries` was the last kernel."""
-    config, norm, dims = step.config, weights.key_norm, _dims(step.config)
-    queries = triton_queries.prepare(
-        q, step.rows, dims, weights.up_key, full=norm is not None, pdl=step.pdl
-    )  # fmt: skip
-    selects = state.selects_first or (state.keys is not None and step.capacity > config.index_topk)
-    if selects and queries.index is not None and state.keys is not None:
-        head_weights = low[:, dims.q_lora + dims.latent + dims.rope + dims.index_dim :]
-        _select(queries.index, head_weights, state.keys, step, first=state.selects_first)
-    attended = triton_latent.attend(
-        queries, state.latents, step.selected, weights.up_value, config.qk_head_dim**-0.5, step.latent,
-        early=early and not selects and len(low) <= MAX_ROWS, late=not isinstance(weights.output, Fp8Matrix),
-        pdl=step.pdl,
-    )  # fmt: skip
+    if not step.spans:
+        attended = _attended(low, q, weights, state, step, None, early=early)
+    else:
+        attended = torch.cat([
+            _attended(
+                low[rows], q[rows], weights, state,
+                replace(step, rows=step.rows.part(rows), selected=step.selected.part(rows)), span, early=False,
+            )
+            for rows, span in step.parts(len(low))
+        ])  # fmt: skip
     return _plain(attended, weights.output, pdl=step.pdl)
 
 
-def _select(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, step: Step, *, first: bool) -> None:
+def _attended(
+    low: torch.Tensor, q: torch.Tensor, weights: Attention, state: State, step: Step, span: Span | None, *, early: bool
+) -> torch.Tensor:
+    """[T, H * v] of a step's rows, all of a `span` or none."""
+    config, full, dims = step.config, weights.key_norm is not None, _dims(step.config)
+    dense = span is not None and span.attended_together
+    capacity = span.context if span else step.capacity
+    queries = triton_queries.prepare(
+        q, step.rows, dims, weights.up_key, full=full, absorbed=not dense, pdl=step.pdl
+    )  # fmt: skip
+    selects = capacity > config.index_topk or (state.selects_first and not dense)
+    if selects and queries.index is not None and state.keys is not None:
+        head_weights = low[:, dims.q_lora + dims.latent + dims.rope + dims.index_dim :]
+        _select(queries.index, head_weights, state.keys, step, span, first=state.selects_first)
+        if span is not None:
+            triton_prompt.mark(span, step.selected, state.latents.shape[1])
+    scale = config.qk_head_dim**-0.5
+    if span is not None and dense:
+        seen = triton_prompt.context(state.latents, span, weights.up_key, weights.up_value)
+        return triton_prompt.attend(q, queries.rope, seen, step.rows.positions, span.bits, scale)
+    return triton_latent.attend(
+        queries, state.latents, step.selected, weights.up_value, scale, step.latent,
+        early=early and not selects and len(low) <= MAX_ROWS, late=not isinstance(weights.output, Fp8Matrix),
+        pdl=step.pdl,
+    )  # fmt: skip
+
+
+def _select(
+    q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, step: Step, span: Span | None, *, first: bool
+) -> None:
     """Block by block, so that the scores of a prompt stay small."""
     for at in range(0, len(q), SELECTING_ROWS):
-        block, rows, chosen = slice(at, at + SELECTING_ROWS), step.rows, step.selected
-        own = Rows(rows.positions[block], rows.own_slots[block], rows.starts[block], rows.page_ids, rows.cos, rows.sin)
-        selected = Selected(chosen.slots[block], chosen.counts[block])
+        block = slice(at, at + SELECTING_ROWS)
+        unseen = max(0, len(q) - at - SELECTING_ROWS) if span else 0  # by the last of a block
         triton_index.select(
-            q[block], head_weights[block], keys, own, selected, step.capacity, step.latent, first=first, pdl=step.pdl
-        )
+            q[block], head_weights[block], keys, step.rows.part(block), step.selected.part(block),
+            (span.context if span else step.capacity) - unseen, step.latent,
+            first=first, together=span is not None, pdl=step.pdl,
+        )  # fmt: skip
 
 
 def _mix(logits: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step) -> torch.Tensor:

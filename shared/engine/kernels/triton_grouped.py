@@ -1,0 +1,261 @@
+"""The chosen experts of many tokens, whose weights are codes, in Triton: each is decoded where it is multiplied.
+
+Members, a token and an expert that it chose each, stand in the order of their experts. A program multiplies some rows
+of an expert's matrices by some of its members: rows are the left side of the product, so that tokens, of which an
+expert may have few, need to fill no more than 16 columns. Programs of an expert are neighbours, so that what is read
+again comes from the L2 cache. Codes become fp16 as `experts.Experts` says, and are multiplied by their scales, exactly.
+Inner values are fp16 times SMALLER, as in `gluon_experts`. The twin is `layers.moe.Moe`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from shared.engine.kernels.experts import FACTOR, Experts
+
+WORDS = tl.constexpr(16)  # of a row, that are decoded at a time: 64 elements, and 64 half a row on
+SMALLER, LARGEST = tl.constexpr(1 / 64), tl.constexpr(65504.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How products are cut: members of a program, and rows, of gate and of up or of down; its warps; loads ahead."""
+
+    size: int
+    rows: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Who computes what, int32: `order` [M], choices (a token's place times top_k, plus that of the choice) in the
+    order of their experts; `places` [T, top_k], where each stands; `ends` [E], where each expert's end."""
+
+    order: torch.Tensor
+    places: torch.Tensor
+    ends: torch.Tensor
+
+    def tiles(self, size: int) -> torch.Tensor:
+        """int32 [.., 3]: an expert, the first of up to `size` of its members, and the last of all of them (not in it);
+        of no expert, -1, behind the last."""
+        num_members, num_experts = len(self.order), len(self.ends)
+        tiles = self.ends.new_empty(min(num_members, num_experts + num_members // size), 3)
+        block = triton.next_power_of_2(num_experts)
+        _tile[(len(tiles),)](self.ends, tiles, num_experts, block, size, num_warps=1)
+        return tiles
+
+
+@triton.jit
+def _decoded(words, scales, to, PLAIN: tl.constexpr):
+    """Words [R, WORDS] at `words`, and the scales of either half, of four words each, at `scales` and `to` behind it:
+    fp16 [R, 4 WORDS] of either half of their rows, times 2^-8."""
+    word = tl.load(words)
+    low, high = tl.load(scales)[:, None], tl.load(scales + to)[:, None]
+    at = tl.arange(0, 16)[None, :] // 4
+    if PLAIN:
+        a, b, c, d, e, f, g, h = _in_triton(word, (low >> (8 * at)) & 0x7F, (high >> (8 * at)) & 0x7F)
+    else:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 m, a, b, s, p, q, x;
+            and.b32 m, $8, 0x77777777;
+            prmt.b32 a, 0x3E3C3800, 0x46444240, m;
+            shr.b32 m, m, 16;
+            prmt.b32 b, 0x3E3C3800, 0x46444240, m;
+            lop3.b32 a, $8, 0x80808080, a, 0xEA;
+            shl.b32 s, $8, 4;
+            lop3.b32 b, s, 0x80808080, b, 0xEA;
+            prmt.b32 p, $9, 0, $11;
+            prmt.b32 q, $10, 0, $11;
+            shl.b32 p, p, 7;
+            shl.b32 q, q, 7;
+            prmt.b32 x, a, 0, 0x1404;
+            mul.rn.f16x2 x, x, p;
+            mov.b32 {$0, $1}, x;
+            prmt.b32 x, a, 0, 0x3424;
+            mul.rn.f16x2 x, x, p;
+            mov.b32 {$2, $3}, x;
+            prmt.b32 x, b, 0, 0x1404;
+            mul.rn.f16x2 x, x, q;
+            mov.b32 {$4, $5}, x;
+            prmt.b32 x, b, 0, 0x3424;
+            mul.rn.f16x2 x, x, q;
+            mov.b32 {$6, $7}, x;
+            }
+            """,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r",
+            [word, low, high, 0x4040 | at | (at << 8)],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=1,
+        )
+    return _row(a, b, c, d), _row(e, f, g, h)
+
+
+@triton.jit
+def _in_triton(word, low, high):
+    """The same without assembler: bits of fp16 of the eight codes of each word, times their scales."""
+    return (
+        _product(word, word << 8, low), _product(word >> 4, word, low),
+        _product(word >> 8, word >> 8, low), _product(word >> 12, word >> 16, low),
+        _product(word >> 16, word << 12, high), _product(word >> 20, word << 4, high),
+        _product(word >> 24, word >> 4, high), _product(word >> 28, word >> 12, high),
+    )  # fmt: skip
+
+
+@triton.jit
+def _product(magnitude, sign, scale):
+    """Lowest three bits of `magnitude`, bit 15 of `sign`, the bits of a scale: fp16 as int16, times 2^-8."""
+    # As an fp16 the bits of a magnitude are its value times 2^-14, those of a scale are its value times 2^-8.
+    code = (((magnitude & 7) << 9) | (sign & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True)
+    wide = (scale << 7).to(tl.int16).to(tl.float16, bitcast=True)
+    return ((code.to(tl.float32) * 16384.0) * wide.to(tl.float32)).to(tl.float16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def _row(a, b, c, d):
+    """int16 [R, WORDS] four times, neighbours, to fp16 [R, 4 WORDS]."""
+    all_four = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(all_four, [a.shape[0], 4 * a.shape[1]]).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _tile(ends, tiles, num_experts, EXPERTS: tl.constexpr, SIZE: tl.constexpr):
+    """Which expert and which of its members a tile is."""
+    tile, e = tl.program_id(0), tl.arange(0, EXPERTS)
+    end = tl.load(ends + e, e < num_experts, 0)
+    start = tl.load(ends + e - 1, (e > 0) & (e < num_experts), 0)
+    each = tl.where(e < num_experts, (end - start + SIZE - 1) // SIZE, 0)
+    upto = tl.cumsum(each, 0)
+    found = (upto > tile) & (upto - each <= tile)
+    expert = tl.max(tl.where(found, e, -1))
+    first = tl.sum(tl.where(found, start + (tile - upto + each) * SIZE, 0))
+    tl.store(tiles + tile * 3, expert)
+    tl.store(tiles + tile * 3 + 1, first)
+    tl.store(tiles + tile * 3 + 2, tl.sum(tl.where(found, end, 0)))
+
+
+@triton.jit
+def _gate_up(
+    x, order, tiles, words, scales, factors, out,
+    K: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    PLAIN: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 3
+    expert, first, last = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
+    if expert >= 0:
+        r, j, k = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, 16), tl.arange(0, 64)
+        member = first + tl.arange(0, SIZE)
+        inside = member < last
+        token = tl.load(order + member, inside, 0) // TOP_K
+        source = x + token.to(tl.int64)[:, None] * K + k[None, :]
+        row = expert * 2 * INNER + r
+        gate_words, gate_scales = words + row[:, None] * (K // 8) + j[None, :], scales + row * (K // 64)
+        up_words, up_scales = gate_words + INNER * (K // 8), gate_scales + INNER * (K // 64)
+        gate = tl.zeros([ROWS, SIZE], tl.float32)
+        up = tl.zeros([ROWS, SIZE], tl.float32)
+        for turn in range(0, K // 128):
+            near = tl.trans(tl.load(source + turn * 64))
+            far = tl.trans(tl.load(source + turn * 64 + K // 2))
+            low, high = _decoded(gate_words + turn * 16, gate_scales + turn, K // 128, PLAIN)
+            gate = tl.dot(low, near, gate)
+            gate = tl.dot(high, far, gate)
+            low, high = _decoded(up_words + turn * 16, up_scales + turn, K // 128, PLAIN)
+            up = tl.dot(low, near, up)
+            up = tl.dot(high, far, up)
+        factor = tl.load(factors + expert * 2)
+        gate, up = gate * factor, up * factor
+        inner = gate * tl.sigmoid(gate) * up * SMALLER
+        inner = tl.minimum(tl.maximum(inner, -LARGEST), LARGEST).to(tl.float16)
+        tl.store(out + member.to(tl.int64)[None, :] * INNER + r[:, None], inner, inside[None, :])
+
+
+@triton.jit
+def _down(
+    inner, tiles, words, scales, factors, out,
+    INNER: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 3
+    expert, first, last = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
+    if expert >= 0:
+        j, k = tl.arange(0, 16), tl.arange(0, 64)
+        member = first + tl.arange(0, SIZE)
+        inside = member < last
+        source = inner + member.to(tl.int64)[:, None] * INNER + k[None, :]
+        factor = tl.load(factors + expert * 2 + 1) / SMALLER
+        r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        row = expert * HIDDEN + r
+        all_words, all_scales = words + row[:, None] * (INNER // 8) + j[None, :], scales + row * (INNER // 64)
+        total = tl.zeros([ROWS, SIZE], tl.float32)
+        for turn in range(0, INNER // 128):
+            near = tl.trans(tl.load(source + turn * 64, inside[:, None], 0.0))
+            far = tl.trans(tl.load(source + turn * 64 + INNER // 2, inside[:, None], 0.0))
+            low, high = _decoded(all_words + turn * 16, all_scales + turn, INNER // 128, PLAIN)
+            total = tl.dot(low, near, total)
+            total = tl.dot(high, far, total)
+        target = out + member.to(tl.int64)[None, :] * HIDDEN + r[:, None]
+        tl.store(target, (total * factor).to(out.dtype.element_ty), inside[None, :])
+
+
+def members(chosen: torch.Tensor, num_experts: int) -> Members:
+    """Of a choice, int32 [T, top_k]. Nothing waits for the device."""
+    flat, device = chosen.flatten(), chosen.device
+    experts, order = flat.sort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(flat), device=device)
+    all_experts = torch.arange(num_experts, dtype=flat.dtype, device=device)
+    ends = torch.searchsorted(experts, all_experts, right=True, out_int32=True)
+    return Members(order.int(), places.view_as(chosen), ends)
+
+
+def gate_up(x: torch.Tensor, who: Members, experts: Experts, *, plan: Plan | None = None) -> torch.Tensor:
+    """silu(gate) * up of every member, fp16 [M, I], times SMALLER. x fp16 [T, hidden]."""
+    assert experts.gate_up_scale is not None
+    assert experts.factors is not None
+    plan = plan or gate_up_plan(len(who.order) // len(who.ends))
+    tiles = who.tiles(plan.size)
+    out = torch.empty(len(who.order), experts.inner, dtype=torch.float16, device=x.device)
+    _gate_up[(len(tiles), experts.inner // plan.rows)](
+        x, who.order, tiles, experts.gate_up.view(torch.int32), experts.gate_up_scale.view(torch.int32),
+        experts.factors, out, x.shape[1], experts.inner, who.places.shape[1], plan.rows, plan.size, not x.is_cuda,
+        num_warps=plan.warps, num_stages=plan.stages,
+    )  # fmt: skip
+    return out
+
+
+def down(inner: torch.Tensor, who: Members, experts: Experts, *, plan: Plan | None = None) -> torch.Tensor:
+    """What comes of `gate_up`'s result for every member, bfloat16 [M, hidden], not weighted yet."""
+    assert experts.down_scale is not None
+    assert experts.factors is not None
+    plan = plan or down_plan(len(who.order) // len(who.ends))
+    tiles, hidden = who.tiles(plan.size), experts.down.shape[1]
+    out = torch.empty(len(inner), hidden, dtype=torch.bfloat16, device=inner.device)
+    _down[(len(tiles), hidden // plan.rows)](
+        inner, tiles, experts.down.view(torch.int32), experts.down_scale.view(torch.int32), experts.factors, out,
+        experts.inner, hidden, plan.rows, plan.size, not inner.is_cuda, num_warps=plan.warps, num_stages=plan.stages,
+    )  # fmt: skip
+    return out
+
+
+# What was fastest (docs/LOG.md), by how many members an expert has in the mean.
+
+
+def gate_up_plan(each: int) -> Plan:
+    """Of `gate_up`."""
+    if each < 12:
+        return Plan(16, 64, 4, 3)
+    if each < 48:
+        return Plan(32, 64, 4, 2)
+    return Plan(64, 128, 4, 2) if each < 96 else Plan(128, 128, 8, 3)
+
+
+def down_plan(each: int) -> Plan:
+    """Of `down`."""
+    return Plan(16 if each < 12 else 32 if each < 48 else 64, 128, 4, 2 if each < 12 else 3)
+
+
+assert FACTOR == 2.0**8, "what is decoded here is smaller by it"
