@@ -105,12 +105,13 @@ def layer_ms(made: Rank[Counted], prompt: Prompt, kind: str) -> float:
     inputs = cuda_glm.on_device(batch, PAGE_SIZE, decoder.device)
     tokens, rows = cuda_glm.rows_of(inputs, batch.num_tokens, decoder.frequencies)
     selected = triton_index.empty(batch.num_tokens, config.index_topk, decoder.device)
-    step = Step(config, made.group, rows, selected, prompt.context, latent=decoder.latent)
+    together = cuda_glm.spans(batch, rows.page_ids, len(states[0].latents), config)
+    step = Step(config, made.group, rows, selected, prompt.context, latent=decoder.latent, spans=together)
     x = cuda_glm.embed(tokens, decoder.ends, made.group)
     x, delta = cuda_glm_layer.forward(x, None, made.layers[0], states[0], step)  # selects
 
     def work() -> object:
-        return cuda_glm_layer.forward(x, delta, made.layers[index], states[index], step)
+        return cuda_glm_layer.forward(x, delta, made.layers[index], states[index], step)  # adds to x
 
     return on_gpu(work)
 

@@ -73,7 +73,7 @@ class Counted:
         self.num_sums += 1
         self.num_bytes += part.nbytes
         if self.parts is not None:
-            self.parts.append(part)
+            self.parts.append(part.clone())  # it may be added to
         return part
 
     def add(self, part: torch.Tensor, stream: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ def test_rows_attend_together_to_what_each_has_selected(num_rows: int, behind: i
 
     context = behind + num_rows
     pages = torch.randperm(60, device="cuda")[: -(-context // PAGE_SIZE)].int()
-    span = triton_prompt.spanned(Span(0, num_rows, context, pages), 60, top_k)
+    span = triton_prompt.spanned(Span(0, num_rows, context, pages), 60, HEADS, top_k)
     assert span.attended_together
     latents = random(60, 3, PAGE_SIZE, LATENT + ROPE)[:, 1]
     up_key, up_value = random(HEADS, NOPE, LATENT, scale=LATENT**-0.5), random(HEADS, VALUE, LATENT, scale=LATENT**-0.5)
@@ -62,15 +62,14 @@ def test_rows_of_one_sequence_select_as_the_reference(num_rows: int, behind: int
     q, weights = torch.randn(num_rows, 32, 128).bfloat16(), torch.randn(num_rows, 40)[:, :32]
     keys = torch.randn(num_pages, PAGE_SIZE, 128).bfloat16()
     (expected,) = sparse_reference.select(q, weights, FloatRows(keys), batch, top_k)
-    parts = (batch.positions, batch.positions, torch.zeros(num_rows, dtype=torch.int32), batch.page_ids)
-    nothing = torch.empty(0, device="cuda")
-    rows = Rows(*(part.cuda() for part in parts), nothing, nothing)
+    positions, starts, nothing = batch.positions.cuda(), torch.zeros_like(batch.positions).cuda(), torch.empty(0).cuda()
+    rows = Rows(positions, positions, starts, batch.page_ids.cuda(), nothing, nothing)
     selected = triton_index.empty(num_rows, top_k, torch.device("cuda"))
     triton_index.select(q.cuda(), weights.cuda(), keys.cuda(), rows, selected, context, first=True, together=True)
     slots, counts = selected.slots.cpu(), selected.counts.tolist()
     for row, count in enumerate(counts):
-        positions = expected[row][expected[row] >= 0]
-        wanted = batch.page_ids[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+        chosen = expected[row][expected[row] >= 0]
+        wanted = batch.page_ids[chosen // PAGE_SIZE] * PAGE_SIZE + chosen % PAGE_SIZE
         assert count == len(wanted)
         # Sums of products of bfloat16 in another order: only scores that all but tie may change sides.
         assert len(set(slots[row, :count].tolist()) ^ set(wanted.tolist())) <= 4

@@ -11,7 +11,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from shared.engine.kernels import triton_dense, triton_grouped, triton_mixture
+from shared.engine.kernels import triton_dense, triton_grouped, triton_members, triton_mixture
 from shared.engine.kernels.experts import Experts, SharedExpert
 from shared.engine.kernels.gluon_dots import decode, dots, fetch, packed_sums, plain_sums, scale_of
 from shared.engine.kernels.gluon_rows import begin, begin_in_turn
@@ -229,14 +229,16 @@ def large_mixture(
     experts: Experts,
     shared: SharedExpert,
 ) -> torch.Tensor:
-    """As `mixture`, for many tokens: those of each expert together. `x` in the dtype of `activations`."""
-    who = triton_grouped.members(chosen, len(experts.gate_up))
+    """As `mixture`, for many tokens: those of each expert together. x bfloat16."""
+    gate_up_plan, down_plan = triton_grouped.plans(chosen.numel(), len(experts.gate_up))
+    who = triton_members.members(chosen, len(experts.gate_up), (gate_up_plan.size, down_plan.size))
     if experts.factors is not None:
-        parts = triton_grouped.down(triton_grouped.gate_up(x, who, experts), who, experts)
+        inner = triton_grouped.gate_up(x.half(), who, who.tiles[0], experts, gate_up_plan)
+        parts = triton_grouped.down(inner, who.tiles[1], experts, down_plan)
     else:
         inner = torch._grouped_mm(x[who.order // chosen.shape[1]], experts.gate_up.transpose(1, 2), offs=who.ends)
         parts = torch._grouped_mm(triton_dense.silu_mul(inner), experts.down.transpose(1, 2), offs=who.ends)
-    own = F.linear(triton_dense.silu_mul(F.linear(x.to(shared.gate_up.dtype), shared.gate_up)), shared.down)
+    own = F.linear(triton_dense.silu_mul(F.linear(x, shared.gate_up)), shared.down)
     return triton_mixture.add_up(parts, who.places, weights, own)
 
 

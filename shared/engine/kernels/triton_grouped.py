@@ -1,10 +1,10 @@
 """The chosen experts of many tokens, whose weights are codes, in Triton: each is decoded where it is multiplied.
 
-Members, a token and an expert that it chose each, stand in the order of their experts. A program multiplies some rows
-of an expert's matrices by some of its members: rows are the left side of the product, so that tokens, of which an
-expert may have few, need to fill no more than 16 columns. Programs of an expert are neighbours, so that what is read
-again comes from the L2 cache. Codes become fp16 as `experts.Experts` says, and are multiplied by their scales, exactly.
-Inner values are fp16 times SMALLER, as in `gluon_experts`. The twin is `layers.moe.Moe`.
+Members (`triton_members`) stand in the order of their experts. A program multiplies some rows of an expert's matrices
+by some of its members: rows are the left side of the product, so that tokens, of which an expert may have few, need to
+fill no more than 16 columns. Programs of an expert are neighbours, so that what is read again comes from the L2 cache.
+Codes become fp16 as `experts.Experts` says, and are multiplied by their scales, exactly. Inner values are fp16 times
+SMALLER, as in `gluon_experts`. The twin is `layers.moe.Moe`.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from shared.engine.kernels.experts import FACTOR, Experts
+from shared.engine.kernels.triton_members import Members
 
-WORDS = tl.constexpr(16)  # of a row, that are decoded at a time: 64 elements, and 64 half a row on
 SMALLER, LARGEST = tl.constexpr(1 / 64), tl.constexpr(65504.0)
 
 
@@ -27,25 +27,6 @@ class Plan:
     rows: int
     warps: int
     stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Members:
-    """Who computes what, int32: `order` [M], choices (a token's place times top_k, plus that of the choice) in the
-    order of their experts; `places` [T, top_k], where each stands; `ends` [E], where each expert's end."""
-
-    order: torch.Tensor
-    places: torch.Tensor
-    ends: torch.Tensor
-
-    def tiles(self, size: int) -> torch.Tensor:
-        """int32 [.., 3]: an expert, the first of up to `size` of its members, and the last of all of them (not in it);
-        of no expert, -1, behind the last."""
-        num_members, num_experts = len(self.order), len(self.ends)
-        tiles = self.ends.new_empty(min(num_members, num_experts + num_members // size), 3)
-        block = triton.next_power_of_2(num_experts)
-        _tile[(len(tiles),)](self.ends, tiles, num_experts, block, size, num_warps=1)
-        return tiles
 
 
 @triton.jit
@@ -124,22 +105,6 @@ def _row(a, b, c, d):
 
 
 @triton.jit
-def _tile(ends, tiles, num_experts, EXPERTS: tl.constexpr, SIZE: tl.constexpr):
-    """Which expert and which of its members a tile is."""
-    tile, e = tl.program_id(0), tl.arange(0, EXPERTS)
-    end = tl.load(ends + e, e < num_experts, 0)
-    start = tl.load(ends + e - 1, (e > 0) & (e < num_experts), 0)
-    each = tl.where(e < num_experts, (end - start + SIZE - 1) // SIZE, 0)
-    upto = tl.cumsum(each, 0)
-    found = (upto > tile) & (upto - each <= tile)
-    expert = tl.max(tl.where(found, e, -1))
-    first = tl.sum(tl.where(found, start + (tile - upto + each) * SIZE, 0))
-    tl.store(tiles + tile * 3, expert)
-    tl.store(tiles + tile * 3 + 1, first)
-    tl.store(tiles + tile * 3 + 2, tl.sum(tl.where(found, end, 0)))
-
-
-@triton.jit
 def _gate_up(
     x, order, tiles, words, scales, factors, out,
     K: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
@@ -201,23 +166,10 @@ def _down(
         tl.store(target, (total * factor).to(out.dtype.element_ty), inside[None, :])
 
 
-def members(chosen: torch.Tensor, num_experts: int) -> Members:
-    """Of a choice, int32 [T, top_k]. Nothing waits for the device."""
-    flat, device = chosen.flatten(), chosen.device
-    experts, order = flat.sort(stable=True)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(flat), device=device)
-    all_experts = torch.arange(num_experts, dtype=flat.dtype, device=device)
-    ends = torch.searchsorted(experts, all_experts, right=True, out_int32=True)
-    return Members(order.int(), places.view_as(chosen), ends)
-
-
-def gate_up(x: torch.Tensor, who: Members, experts: Experts, *, plan: Plan | None = None) -> torch.Tensor:
-    """silu(gate) * up of every member, fp16 [M, I], times SMALLER. x fp16 [T, hidden]."""
+def gate_up(x: torch.Tensor, who: Members, tiles: torch.Tensor, experts: Experts, plan: Plan) -> torch.Tensor:
+    """silu(gate) * up of every member, fp16 [M, I], times SMALLER. x fp16 [T, hidden]; `tiles` of the plan's size."""
     assert experts.gate_up_scale is not None
     assert experts.factors is not None
-    plan = plan or gate_up_plan(len(who.order) // len(who.ends))
-    tiles = who.tiles(plan.size)
     out = torch.empty(len(who.order), experts.inner, dtype=torch.float16, device=x.device)
     _gate_up[(len(tiles), experts.inner // plan.rows)](
         x, who.order, tiles, experts.gate_up.view(torch.int32), experts.gate_up_scale.view(torch.int32),
@@ -227,12 +179,11 @@ def gate_up(x: torch.Tensor, who: Members, experts: Experts, *, plan: Plan | Non
     return out
 
 
-def down(inner: torch.Tensor, who: Members, experts: Experts, *, plan: Plan | None = None) -> torch.Tensor:
+def down(inner: torch.Tensor, tiles: torch.Tensor, experts: Experts, plan: Plan) -> torch.Tensor:
     """What comes of `gate_up`'s result for every member, bfloat16 [M, hidden], not weighted yet."""
     assert experts.down_scale is not None
     assert experts.factors is not None
-    plan = plan or down_plan(len(who.order) // len(who.ends))
-    tiles, hidden = who.tiles(plan.size), experts.down.shape[1]
+    hidden = experts.down.shape[1]
     out = torch.empty(len(inner), hidden, dtype=torch.bfloat16, device=inner.device)
     _down[(len(tiles), hidden // plan.rows)](
         inner, tiles, experts.down.view(torch.int32), experts.down_scale.view(torch.int32), experts.factors, out,
@@ -241,21 +192,14 @@ def down(inner: torch.Tensor, who: Members, experts: Experts, *, plan: Plan | No
     return out
 
 
-# What was fastest (docs/LOG.md), by how many members an expert has in the mean.
-
-
-def gate_up_plan(each: int) -> Plan:
-    """Of `gate_up`."""
+def plans(num_members: int, num_experts: int) -> tuple[Plan, Plan]:
+    """Of `gate_up` and of `down`: what was fastest (docs/LOG.md), by how many members an expert has in the mean."""
+    each = num_members // num_experts
     if each < 12:
-        return Plan(16, 64, 4, 3)
+        return Plan(16, 64, 4, 3), Plan(16, 128, 4, 2)
     if each < 48:
-        return Plan(32, 64, 4, 2)
-    return Plan(64, 128, 4, 2) if each < 96 else Plan(128, 128, 8, 3)
-
-
-def down_plan(each: int) -> Plan:
-    """Of `down`."""
-    return Plan(16 if each < 12 else 32 if each < 48 else 64, 128, 4, 2 if each < 12 else 3)
+        return Plan(32, 64, 4, 2), Plan(32, 128, 4, 3)
+    return Plan(64, 128, 4, 2) if each < 96 else Plan(128, 128, 8, 3), Plan(64, 128, 4, 3)
 
 
 assert FACTOR == 2.0**8, "what is decoded here is smaller by it"

@@ -17,15 +17,15 @@ import triton.language as tl
 from shared.engine.kernels.inputs import Selected, Span
 
 ROWS, KEYS = 128, 64
-MOST_TIMES = 8  # as many tokens as are selected, of a context (docs/LOG.md)
+MAKING, FASTER = 23, 13  # a token's keys and values; a pair of them that is selected, or not
 LOG2_E = 1.4426950408889634
 BITS = tl.constexpr(32)
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Of one sequence, by position: what every head's keys begin with [C, H, nope], how they all end [C, rope], and
-    values [C, H, v]."""
+    """Of one sequence, by position: what every head's keys begin with [C, H, nope], how they all end [C, rope], whose
+    rows may be strided, and values [C, H, v]."""
 
     nope: torch.Tensor
     rope: torch.Tensor
@@ -64,7 +64,8 @@ def _scored(q, q_rest, q_rope, k, k_rest, k_rope, REST: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, q_rope, nope, rope, values, positions, bits, out, q_stride, num_rows, num_tokens, num_words, scale,
+    q, q_rope, nope, rope, values, positions, bits, out, q_stride, rope_stride, num_rows, num_tokens,
+    num_words, scale,
     NUM_HEADS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, MARKED: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +91,7 @@ def _attend(
         own = nope + (n[:, None] * NUM_HEADS + head) * NOPE
         k = tl.load(own + a[None, :], inside[:, None], 0.0)
         k_rest = tl.load(own + FIRST + b[None, :], inside[:, None], 0.0) if REST else k
-        k_rope = tl.load(rope + n[:, None] * ROPE + c[None, :], inside[:, None], 0.0)
+        k_rope = tl.load(rope + n[:, None] * rope_stride + c[None, :], inside[:, None], 0.0)
         score = _scored(first, rest, turned, k, k_rest, k_rope, REST) * scale
         if MARKED:
             low = tl.load(bits + row * num_words + start // BITS)
@@ -128,7 +129,7 @@ def context(latents: torch.Tensor, span: Span, up_key: torch.Tensor, up_value: t
         triton.next_power_of_2(dim),
         8,
     )
-    plain, rope = found[:, :latent], found[:, latent:].contiguous()
+    plain, rope = found[:, :latent], found[:, latent:]
     return Context(
         F.linear(plain, up_key.view(heads * nope, latent)).view(-1, heads, nope),
         rope,
@@ -136,9 +137,16 @@ def context(latents: torch.Tensor, span: Span, up_key: torch.Tensor, up_value: t
     )
 
 
-def spanned(span: Span, num_pages: int, top_k: int) -> Span:
+def pays(num_rows: int, context: int, heads: int, top_k: int) -> bool:
+    """Whether rows that see up to so many tokens should attend together. What it takes is counted in pairs of a row and
+    a token that attend in latent space, up to 16 heads at once, as measured (docs/LOG.md)."""
+    pairs, groups = num_rows * (context - num_rows / 2), -(-heads // 16)
+    return (MAKING * context + pairs / FASTER) * heads / 8 < num_rows * min(context, top_k) * groups
+
+
+def spanned(span: Span, num_pages: int, heads: int, top_k: int) -> Span:
     """Attended together, in a pool of so many pages, where that pays; with room for marks where there is a choice."""
-    if span.context > MOST_TIMES * top_k:
+    if not pays(span.last - span.first, span.context, heads, top_k):
         return span
     if span.context <= top_k:
         return replace(span, attended_together=True)
@@ -181,7 +189,7 @@ def attend(
     out = seen.values.new_empty(num_rows, heads * value)
     _attend[(triton.cdiv(num_rows, rows), heads)](
         q, q_rope, seen.nope, seen.rope, seen.values, positions, positions if bits is None else bits, out,
-        q.stride(0), num_rows, num_tokens, 0 if bits is None else bits.shape[1], scale * LOG2_E,
+        q.stride(0), seen.rope.stride(0), num_rows, num_tokens, 0 if bits is None else bits.shape[1], scale * LOG2_E,
         heads, first, nope - first, rope, value, rows, keys, bits is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

@@ -162,7 +162,7 @@ def spans(batch: Batch, page_ids: torch.Tensor, num_pages: int, config: GlmConfi
     starts, contexts, tables = (each.tolist() for each in (batch.query_starts, batch.context_lens, batch.page_starts))
     return tuple(
         triton_prompt.spanned(
-            Span(first, last, context, page_ids[begin:end]), num_pages, config.index_topk
+            Span(first, last, context, page_ids[begin:end]), num_pages, config.num_heads, config.index_topk
         )
         for (first, last), context, (begin, end) in zip(pairwise(starts), contexts, pairwise(tables), strict=True)
         if last - first >= LEAST_TOGETHER

@@ -93,10 +93,11 @@ class Mixture:
         """Who computes so many rows by groups of those that chose the same expert."""
         return self.grouped if LEAST_GROUPED <= num_rows <= MIXED_ROWS else None
 
-    @property
-    def activations(self) -> torch.dtype:
-        """What rows go into the experts as."""
-        return gluon_experts.activations(self.experts) if isinstance(self.experts, Experts) else torch.bfloat16
+    def activations(self, num_rows: int) -> torch.dtype:
+        """What so many rows go into the experts as."""
+        if num_rows > MIXED_ROWS or not isinstance(self.experts, Experts):
+            return torch.bfloat16
+        return gluon_experts.activations(self.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +225,8 @@ def forward(
     step: Step,
     going_on: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and delta [T, hidden] (None: nothing to add) to those behind the layer. Writes the step's state.
+    """x and delta [T, hidden] (None: nothing to add) to those behind the layer. Writes the step's state; of many rows,
+    what was x is overwritten.
 
     Of a last layer not all rows may be of use: only those `going_on`, int64 [S], are computed further than their state
     and returned. The step's selection is then theirs.
@@ -239,7 +241,7 @@ def forward(
     delta = step.group.sum(_attend(low, q, layer.attention, state, step, early=going_on is None))
     norm = Norm(layer.post_norm, step.config.rms_norm_eps, delta)
     if isinstance(layer.mlp, Mixture):
-        logits, x, normed = _kept(x, layer.mlp.router, norm, step, layer.mlp.activations)
+        logits, x, normed = _kept(x, layer.mlp.router, norm, step, layer.mlp.activations(len(x)))
         return x, step.group.sum(_mix(logits, normed, layer.mlp, step))
     inner, x = _normed(x, layer.mlp.gate_up, norm, step)
     return x, step.group.sum(_plain(triton_dense.silu_mul(inner), layer.mlp.down, pdl=step.pdl))
@@ -261,13 +263,12 @@ def _in_bfloat16(weight: Matrix, *, pdl: bool) -> torch.Tensor:
 def _kept(
     x: torch.Tensor, weight: torch.Tensor, norm: Norm, step: Step, kept: torch.dtype = torch.bfloat16
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `gluon_rows.linear_keeping`, of any number of rows."""
+    """As `gluon_rows.linear_keeping`, of any number of rows; of many, `x` itself becomes the sum."""
     if len(x) <= MAX_ROWS:
         return gluon_rows.linear_keeping(x, weight, norm, kept=kept, pdl=step.pdl)
-    total = x.clone()
-    normed = triton_dense.add_rms_norm(total, norm.delta, norm.gain, norm.eps)
+    normed = triton_dense.add_rms_norm(x, norm.delta, norm.gain, norm.eps)
     product: torch.Tensor = torch.mm(normed, weight.T, out_dtype=torch.float32)  # a router's logits must not be rounded
-    return product, total, normed.to(kept)
+    return product, x, normed.to(kept)
 
 
 def logits(x: torch.Tensor, head: torch.Tensor, *, pdl: bool) -> torch.Tensor:
@@ -318,13 +319,14 @@ def _attend(
     if not step.spans:
         attended = _attended(low, q, weights, state, step, None, early=early)
     else:
-        attended = torch.cat([
+        found = [
             _attended(
                 low[rows], q[rows], weights, state,
                 replace(step, rows=step.rows.part(rows), selected=step.selected.part(rows)), span, early=False,
             )
             for rows, span in step.parts(len(low))
-        ])  # fmt: skip
+        ]  # fmt: skip
+        attended = torch.cat(found) if len(found) > 1 else found[0]
     return _plain(attended, weights.output, pdl=step.pdl)
 
 

@@ -56,6 +56,8 @@ class DistributedGroup:
         if self._reaches(part):
             summed: torch.Tensor = self._exchange.sum(part)
             return summed
+        if part.is_cuda and part.numel() and part.numel() % self.num_ranks == 0:
+            return self._shared_out(part)
         return ordered_sum(self._gather(part).unbind())
 
     def add(self, part: torch.Tensor, stream: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,6 +71,16 @@ class DistributedGroup:
     def join(self, part: torch.Tensor) -> torch.Tensor:
         """See `Group.join`."""
         return torch.cat(self._gather(part.contiguous()).unbind(), dim=-1)
+
+    def _shared_out(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of large parts: each rank adds up a share of them, in rank order, for all."""
+        from shared.engine.kernels import triton_ordered
+
+        shares = part.new_empty(self.num_ranks, part.numel() // self.num_ranks)
+        self._nccl.alltoall_base(shares, part.view_as(shares), [], []).wait()
+        out = torch.empty_like(part)
+        self._nccl._allgather_base(out.view_as(shares), triton_ordered.ordered_sum(shares)).wait()
+        return out
 
     def _gather(self, part: torch.Tensor) -> torch.Tensor:
         """[ranks, ...]."""
