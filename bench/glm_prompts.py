@@ -1,7 +1,7 @@
 """Prompts on one of eight ranks of GLM-5.2 at its full size: what a layer of each kind takes, and what the whole would.
 
     python -m bench.glm_prompts [--ranks 8] [--linears bf16|fp8] [--prompts 1024 4096 8192]
-                                [--chunk 2048 --behind 30000 100000] [--no-cuda] [--profile]
+                                [--chunk 2048 --behind 30000 100000] [--steps 512 2048] [--no-cuda] [--profile]
 
 The rank is that of `bench.glm_rank`, with its first seven layers, in which each kind is there: dense MLPs whose
 attention selects, mixtures that select, and mixtures that share a selection. A kind's time is of the GPU, by events
@@ -145,32 +145,56 @@ def launched_ms(made: Rank[Counted], prompt: Prompt) -> tuple[float, float]:
     return 1e3 * statistics.median(walls[1:]), 1e3 * statistics.median(hosts[1:])
 
 
-def measure(made: Rank[Counted], whole: GlmConfig, rate: float, prompts: list[Prompt]) -> None:
-    """Print a table."""
+def counted(whole: GlmConfig) -> dict[str, int]:
+    """How many layers of each kind the whole model has."""
     counts = dict.fromkeys(KINDS, 0)
     for full, moe in zip(whole.full_layers[: whole.num_layers], whole.moe_layers, strict=True):
         counts[f"{'mixture' if moe else 'dense'}, {'selects' if full else 'shares'}"] += 1
+    return counts
+
+
+def floor_ms(made: Rank[Counted], counts: dict[str, int], prompt: Prompt, rate: float) -> float:
+    """Of the whole model."""
+    seconds = 0.0
+    for kind, number in counts.items():
+        flops = layer_flops(made.decoder.config, prompt, kind, made.group.num_ranks)
+        seconds += number * max(sum(flops.values()) / PRODUCT_FLOPS, num_bytes(made, kind) / rate)
+    return 1e3 * seconds
+
+
+def sums_ms(whole: GlmConfig, num_tokens: int) -> float:
+    """Of the sums over ranks, as assumed."""
+    return (1 + 2 * whole.num_layers) * num_tokens * whole.hidden_size * 2 / SUM_BYTES * 1e3
+
+
+def measure(made: Rank[Counted], whole: GlmConfig, rate: float, prompts: list[Prompt]) -> None:
+    """Print a table."""
+    counts = counted(whole)
     print("| tokens, behind | a layer, ms: " + " | ".join(KINDS) + " | launched, ms (host) | 78 layers, ms | floor, ms "
           "| sums, ms | first token, ms |\n|---|" + "---|" * (len(KINDS) + 5))  # fmt: skip
     for prompt in prompts:
         wall, host = launched_ms(made, prompt)
         times = {kind: layer_ms(made, prompt, kind) for kind in KINDS}
         total = sum(counts[kind] * times[kind] for kind in KINDS)
-        floor = sum(
-            counts[kind]
-            * max(
-                sum(layer_flops(made.decoder.config, prompt, kind, made.group.num_ranks).values()) / PRODUCT_FLOPS,
-                num_bytes(made, kind) / rate,
-            )
-            for kind in KINDS
-        )
-        sums = (1 + 2 * whole.num_layers) * prompt.num_tokens * whole.hidden_size * 2 / SUM_BYTES
+        floor, sums = floor_ms(made, counts, prompt, rate), sums_ms(whole, prompt.num_tokens)
         cells = " | ".join(f"{times[kind]:.3f}" for kind in KINDS)
         print(
             f"| {prompt.num_tokens:,}, {prompt.behind:,} | {cells} | {wall:.2f} ({host:.2f}) | {total:.1f} "
-            f"| {1e3 * floor:.1f} | {1e3 * sums:.1f} | {total + 1e3 * sums:.0f} |",
+            f"| {floor:.1f} | {sums:.1f} | {total + sums:.0f} |",
             flush=True,
         )
+
+
+def compare(made: Rank[Counted], whole: GlmConfig, num_tokens: int, steps: list[int]) -> None:
+    """Print what a prompt takes in steps of so many tokens."""
+    counts = counted(whole)
+    print(f"\n| {num_tokens:,} tokens in steps of | 78 layers, ms | the longest step, ms |\n|---|---|---|")
+    for most in steps:
+        each = [
+            sum(n * layer_ms(made, Prompt(min(most, num_tokens - at), at), kind) for kind, n in counts.items())
+            for at in range(0, num_tokens, most)
+        ]
+        print(f"| {most:,} | {sum(each):.0f} | {max(each):.0f} |", flush=True)
 
 
 def profile(made: Rank[Counted], prompt: Prompt) -> None:
@@ -196,6 +220,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="*", default=[1024, 4096, 8192])
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--behind", type=int, nargs="*", default=[30_000, 100_000])
+    parser.add_argument("--steps", type=int, nargs="*", default=[], help="budgets, for the longest of the prompts")
     parser.add_argument("--no-cuda", action="store_true", help="without kernels that need nvcc")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
@@ -214,6 +239,8 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name(0)}; plain reads {rate / 1e12:.2f} TB/s; {gigabytes:.1f} GB")
         prompts = [Prompt(n) for n in args.prompts] + [Prompt(args.chunk, n) for n in args.behind]
         measure(made, whole, rate, prompts)
+        if args.steps:
+            compare(made, whole, max(args.prompts), args.steps)
         for prompt in prompts if args.profile else ():
             profile(made, prompt)
 

@@ -29,7 +29,7 @@ class Members:
     tiles: tuple[torch.Tensor, ...]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices"])
 def _count(chosen, counts, num_choices, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_choices
@@ -48,7 +48,7 @@ def _tile(tile, tiles, count, upto, SIZE: tl.constexpr, EXPERTS: tl.constexpr):
     tl.store(tiles + tile * 3 + 2, tl.sum(tl.where(found, upto, 0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices", "num_blocks", "num_tiles"])
 def _place(
     chosen, counts, cursors, order, places, ends, tiles, other_tiles, num_choices, num_experts, num_blocks, num_tiles,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,

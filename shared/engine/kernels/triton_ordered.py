@@ -7,7 +7,7 @@ import triton.language as tl
 BLOCK = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _ordered_sum(parts, out, size, NUM: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size

@@ -32,7 +32,7 @@ class Context:
     values: torch.Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _gather(latents, pages, out, page_stride, num_tokens, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr,
             BLOCK: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     position = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -44,7 +44,7 @@ def _gather(latents, pages, out, page_stride, num_tokens, PAGE_SIZE: tl.constexp
     tl.store(out + position.to(tl.int64)[:, None] * DIM + at, row, both)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 def _mark(slots, counts, places, bits, num_words, TOP_K: tl.constexpr, PAGE_SIZE: tl.constexpr):
     """The bits of a row's selection."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, TOP_K)
@@ -62,7 +62,7 @@ def _scored(q, q_rest, q_rope, k, k_rest, k_rope, REST: tl.constexpr):
     return tl.dot(q_rope, tl.trans(k_rope), score)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "num_words"])
 def _attend(
     q, q_rope, nope, rope, values, positions, bits, out, q_stride, rope_stride, num_rows, num_tokens,
     num_words, scale,

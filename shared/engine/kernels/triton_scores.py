@@ -13,7 +13,7 @@ ROWS, KEYS, WARPS, STAGES = 4, 64, 8, 2  # the fastest (docs/LOG.md)
 PROGRAMS = 264
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "capacity"])
 def _scores(
     q, weights, keys, positions, starts, page_ids, scores, weight_stride, page_stride, num_rows, capacity, scale,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,

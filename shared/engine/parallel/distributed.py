@@ -20,6 +20,7 @@ from shared.errors import Unsupported
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
+LEAST_SHARED_OUT = 1 << 20  # bytes of a part that ranks share out to add it up
 # NCCL's watchdog aborts the process, whose clients would never hear why. Who waits for ranks gives up before, with a
 # fault (`parallel.executor`), and ranks end with their worker.
 NO_TIMEOUT = timedelta(days=1)
@@ -51,14 +52,12 @@ class DistributedGroup:
         return self._exchange is not None
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
-        """See `Group.sum`. Gathered and added in rank order: a ring would add in an order that depends on the shape."""
+        """See `Group.sum`."""
         part = part.contiguous()
         if self._reaches(part):
             summed: torch.Tensor = self._exchange.sum(part)
             return summed
-        if part.is_cuda and part.numel() and part.numel() % self.num_ranks == 0:
-            return self._shared_out(part)
-        return ordered_sum(self._gather(part).unbind())
+        return self._added_up(part)
 
     def add(self, part: torch.Tensor, stream: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Group.add`."""
@@ -66,14 +65,17 @@ class DistributedGroup:
         if self._reaches(part):
             begun: tuple[torch.Tensor, torch.Tensor] = self._exchange.add(part, stream, gain)
             return begun
-        return added(ordered_sum(self._gather(part).unbind()), stream, gain)
+        return added(self._added_up(part), stream, gain)
 
     def join(self, part: torch.Tensor) -> torch.Tensor:
         """See `Group.join`."""
         return torch.cat(self._gather(part.contiguous()).unbind(), dim=-1)
 
-    def _shared_out(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum of large parts: each rank adds up a share of them, in rank order, for all."""
+    def _added_up(self, part: torch.Tensor) -> torch.Tensor:
+        """In rank order: a ring would add in an order that depends on the shape. Of a large part each rank adds up a
+        share for all, of a small one all of it for itself."""
+        if not part.is_cuda or part.nbytes < LEAST_SHARED_OUT or part.numel() % self.num_ranks:
+            return ordered_sum(self._gather(part).unbind())
         from shared.engine.kernels import triton_ordered
 
         shares = part.new_empty(self.num_ranks, part.numel() // self.num_ranks)
