@@ -7,6 +7,7 @@ Codes become fp16 as `experts.Experts` says, and are multiplied by their scales,
 SMALLER, as in `gluon_experts`. The twin is `layers.moe.Moe`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +22,14 @@ SMALLER, LARGEST = tl.constexpr(1 / 64), tl.constexpr(65504.0)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How products are cut: members of a program, and rows, of gate and of up or of down; its warps; loads ahead."""
+    """How products are cut: members of a program, and rows, of gate and of up or of down; its warps; loads ahead; how
+    often it takes so many rows of down, at most."""
 
     size: int
     rows: int
     warps: int
     stages: int
+    parts: int = 1
 
 
 @triton.jit
@@ -142,8 +145,10 @@ def _gate_up(
 @triton.jit
 def _down(
     inner, tiles, words, scales, factors, out,
-    INNER: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, PLAIN: tl.constexpr,
+    INNER: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):  # fmt: skip
+    """PARTS times ROWS of an expert's rows, so that the next are asked for while some are multiplied."""
     tile = tiles + tl.program_id(0) * 3
     expert, first, last = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
     if expert >= 0:
@@ -152,18 +157,19 @@ def _down(
         inside = member < last
         source = inner + member.to(tl.int64)[:, None] * INNER + k[None, :]
         factor = tl.load(factors + expert * 2 + 1) / SMALLER
-        r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        row = expert * HIDDEN + r
-        all_words, all_scales = words + row[:, None] * (INNER // 8) + j[None, :], scales + row * (INNER // 64)
-        total = tl.zeros([ROWS, SIZE], tl.float32)
-        for turn in range(0, INNER // 128):
-            near = tl.trans(tl.load(source + turn * 64, inside[:, None], 0.0))
-            far = tl.trans(tl.load(source + turn * 64 + INNER // 2, inside[:, None], 0.0))
-            low, high = _decoded(all_words + turn * 16, all_scales + turn, INNER // 128, PLAIN)
-            total = tl.dot(low, near, total)
-            total = tl.dot(high, far, total)
-        target = out + member.to(tl.int64)[None, :] * HIDDEN + r[:, None]
-        tl.store(target, (total * factor).to(out.dtype.element_ty), inside[None, :])
+        for part in range(0, PARTS):
+            r = (tl.program_id(1) * PARTS + part) * ROWS + tl.arange(0, ROWS)
+            row = expert * HIDDEN + r
+            all_words, all_scales = words + row[:, None] * (INNER // 8) + j[None, :], scales + row * (INNER // 64)
+            total = tl.zeros([ROWS, SIZE], tl.float32)
+            for turn in tl.static_range(0, INNER // 128):
+                near = tl.trans(tl.load(source + turn * 64, inside[:, None], 0.0))
+                far = tl.trans(tl.load(source + turn * 64 + INNER // 2, inside[:, None], 0.0))
+                low, high = _decoded(all_words + turn * 16, all_scales + turn, INNER // 128, PLAIN)
+                total = tl.dot(low, near, total)
+                total = tl.dot(high, far, total)
+            target = out + member.to(tl.int64)[None, :] * HIDDEN + r[:, None]
+            tl.store(target, (total * factor).to(out.dtype.element_ty), inside[None, :])
 
 
 def gate_up(x: torch.Tensor, who: Members, tiles: torch.Tensor, experts: Experts, plan: Plan) -> torch.Tensor:
@@ -185,21 +191,25 @@ def down(inner: torch.Tensor, tiles: torch.Tensor, experts: Experts, plan: Plan)
     assert experts.factors is not None
     hidden = experts.down.shape[1]
     out = torch.empty(len(inner), hidden, dtype=torch.bfloat16, device=inner.device)
-    _down[(len(tiles), hidden // plan.rows)](
+    parts = math.gcd(plan.parts, hidden // plan.rows)
+    _down[(len(tiles), hidden // plan.rows // parts)](
         inner, tiles, experts.down.view(torch.int32), experts.down_scale.view(torch.int32), experts.factors, out,
-        experts.inner, hidden, plan.rows, plan.size, not inner.is_cuda, num_warps=plan.warps, num_stages=plan.stages,
+        experts.inner, hidden, plan.rows, parts, plan.size, not inner.is_cuda,
+        num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return out
 
 
 def plans(num_members: int, num_experts: int) -> tuple[Plan, Plan]:
-    """Of `gate_up` and of `down`: what was fastest (docs/LOG.md), by how many members an expert has in the mean."""
+    """Of `gate_up` and of `down`: what was fastest (docs/LOG.md), by how many members an expert has in the mean. Loads
+    ahead leave room for fewer programs, which is slower but for the smallest."""
     each = num_members // num_experts
     if each < 12:
         return Plan(16, 64, 4, 3), Plan(16, 128, 4, 2)
-    if each < 48:
+    if each < 24:
         return Plan(32, 64, 4, 2), Plan(32, 128, 4, 3)
-    return Plan(64, 128, 4, 2) if each < 96 else Plan(128, 128, 8, 3), Plan(64, 128, 4, 3)
+    gate_up_plan = Plan(32 if each < 48 else 128, 64, 4, 1)
+    return gate_up_plan, Plan(64, 128, 4, 1) if each < 96 else Plan(64, 128, 8, 1, 12)
 
 
 assert FACTOR == 2.0**8, "what is decoded here is smaller by it"

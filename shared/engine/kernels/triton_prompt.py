@@ -197,5 +197,5 @@ def attend(
 
 def suits(nope: int) -> bool:
     """Whether so much of a head without position is one power of two, or two."""
-    rest = nope & (nope - 1)
+    rest = nope - (1 << (nope.bit_length() - 1))
     return not rest & (rest - 1) and (rest == 0 or rest >= 16)
