@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 from shared.engine.kernels.experts import FACTOR, Experts
 from shared.engine.kernels.triton_members import Members
@@ -179,7 +180,7 @@ def gate_up(x: torch.Tensor, who: Members, tiles: torch.Tensor, experts: Experts
     out = torch.empty(len(who.order), experts.inner, dtype=torch.float16, device=x.device)
     _gate_up[(len(tiles), experts.inner // plan.rows)](
         x, who.order, tiles, experts.gate_up.view(torch.int32), experts.gate_up_scale.view(torch.int32),
-        experts.factors, out, x.shape[1], experts.inner, who.places.shape[1], plan.rows, plan.size, not x.is_cuda,
+        experts.factors, out, x.shape[1], experts.inner, who.places.shape[1], plan.rows, plan.size, _interpreted(),
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return out
@@ -194,10 +195,15 @@ def down(inner: torch.Tensor, tiles: torch.Tensor, experts: Experts, plan: Plan)
     parts = math.gcd(plan.parts, hidden // plan.rows)
     _down[(len(tiles), hidden // plan.rows // parts)](
         inner, tiles, experts.down.view(torch.int32), experts.down_scale.view(torch.int32), experts.factors, out,
-        experts.inner, hidden, plan.rows, parts, plan.size, not inner.is_cuda,
+        experts.inner, hidden, plan.rows, parts, plan.size, _interpreted(),
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return out
+
+
+def _interpreted() -> bool:
+    """Whether kernels are interpreted, by what knows no assembler."""
+    return not isinstance(_down, JITFunction)
 
 
 def plans(num_members: int, num_experts: int) -> tuple[Plan, Plan]:
