@@ -126,6 +126,7 @@ def behind(items: Sequence[BatchItem]) -> list[BatchItem]:
 
 
 @pytest.mark.usefixtures("no_waiting")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_launch_waits_for_nothing(way: str, executor: TorchExecutor) -> None:
     require_no_waiting(way, executor)

@@ -7,6 +7,7 @@ hardware has that; a sum by NCCL takes half as long again, and more (docs/LOG.md
 
 import ctypes
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -78,11 +79,7 @@ class DistributedGroup:
             return ordered_sum(self._gather(part).unbind())
         from shared.engine.kernels import triton_ordered
 
-        shares = part.new_empty(self.num_ranks, part.numel() // self.num_ranks)
-        self._nccl.alltoall_base(shares, part.view_as(shares), [], []).wait()
-        out = torch.empty_like(part)
-        self._nccl._allgather_base(out.view_as(shares), triton_ordered.ordered_sum(shares)).wait()
-        return out
+        return shared_out(self._nccl, part, self.num_ranks, triton_ordered.ordered_sum)
 
     def _gather(self, part: torch.Tensor) -> torch.Tensor:
         """[ranks, ...]."""
@@ -126,6 +123,17 @@ class DistributedGroup:
         addresses = peer_memory.share(whole, peer_memory.CudaMemory(), store, self.rank, self.num_ranks)
         buffers = torch.tensor(addresses, dtype=torch.int64, device="cuda")
         return triton_peers.Exchange(buffers, buffers + num_bytes, self.rank)
+
+
+def shared_out(
+    group: Any, part: torch.Tensor, num_ranks: int, add_up: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The sum of every rank's part, contiguous, of which each rank adds up a share, [ranks, N] to [N], for all."""
+    shares = part.new_empty(num_ranks, part.numel() // num_ranks)
+    group.alltoall_base(shares, part.view_as(shares), [], []).wait()
+    out = torch.empty_like(part)
+    group._allgather_base(out.view(-1), add_up(shares)).wait()
+    return out
 
 
 def _kept(group: Any) -> Any:
