@@ -12,10 +12,21 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench.glm_random import FIELDS, PAGE_SIZE, Counted, RandomLayers
-from shared.engine.kernels import triton_dense, triton_index, triton_paged
-from shared.engine.kernels.inputs import Rows
+from shared.engine.kernels import (
+    triton_dense,
+    triton_grouped,
+    triton_index,
+    triton_members,
+    triton_mixture,
+    triton_ordered,
+    triton_paged,
+    triton_prompt,
+    triton_scores,
+)
+from shared.engine.kernels.experts import Experts
+from shared.engine.kernels.inputs import Rows, Span
 from shared.engine.layers import cuda_glm_layer
-from shared.engine.layers.cuda_glm_layer import State, Step
+from shared.engine.layers.cuda_glm_layer import Mixture, State, Step
 from shared.engine.models import glm_config
 
 CPU = torch.device("cpu")
@@ -59,6 +70,7 @@ def kernels(capability: tuple[int, int]) -> Iterator[Compiled]:
     for num_rows in (1, 4):
         _dense(num_rows)
         _glm(num_rows)
+    _prompts()
     counts: dict[str, int] = {}
     for name, seconds, code in compiler.found.values():
         counts[name] = counts.get(name, 0) + 1
@@ -107,3 +119,38 @@ def _glm(num_rows: int) -> None:
         state = State(latents, keys if config.full_layers[index] else None, place == 0)
         delta = None if place == 0 else torch.zeros_like(x)
         cuda_glm_layer.forward(x, delta, weights.layer(index), state, step)
+
+
+def _prompts() -> None:
+    """What many rows need besides, of one sequence behind no others."""
+    weights = RandomLayers(glm_config.parse({**FIELDS, "n_routed_experts": NUM_EXPERTS}), NUM_RANKS, CPU)
+    c = weights.config
+    mixture = weights.layer(c.moe_layers.index(True)).mlp
+    assert isinstance(mixture, Mixture)
+    assert isinstance(mixture.experts, Experts)
+    for each in (4, 16, 32, 64, 128):  # members of an expert
+        num_rows = each * NUM_EXPERTS // c.num_experts_per_token
+        chosen = torch.zeros(num_rows, c.num_experts_per_token, dtype=torch.int32)
+        x = torch.zeros(num_rows, c.hidden_size, dtype=torch.bfloat16)
+        gate_up_plan, down_plan = triton_grouped.plans(chosen.numel(), NUM_EXPERTS)
+        who = triton_members.members(chosen, NUM_EXPERTS, (gate_up_plan.size, down_plan.size))
+        inner = triton_grouped.gate_up(x.half(), who, who.tiles[0], mixture.experts, gate_up_plan)
+        parts = triton_grouped.down(inner, who.tiles[1], mixture.experts, down_plan)
+        triton_mixture.add_up(parts, who.places, torch.zeros(chosen.shape), x)
+    triton_ordered.ordered_sum(torch.zeros(NUM_RANKS, 4096, dtype=torch.bfloat16))
+    num_rows = NUM_PAGES * PAGE_SIZE
+    latents = torch.zeros(NUM_PAGES, PAGE_SIZE, c.latent_dim, dtype=torch.bfloat16)
+    keys = torch.zeros(NUM_PAGES, PAGE_SIZE, c.index_head_dim, dtype=torch.bfloat16)
+    positions, ids = torch.arange(num_rows, dtype=torch.int32), torch.zeros(num_rows, dtype=torch.int32)
+    half = torch.zeros(num_rows, c.qk_rope_head_dim // 2)
+    rows, selected = Rows(positions, ids, ids, ids[:NUM_PAGES], half, half), triton_index.empty(1, c.index_topk, CPU)
+    q_index = torch.zeros(num_rows, c.index_num_heads, c.index_head_dim, dtype=torch.bfloat16)
+    triton_scores.scores(q_index, torch.zeros(num_rows, c.index_num_heads), keys, rows, torch.zeros(num_rows, num_rows))
+    attention, heads = weights.layer(0).attention, c.num_heads
+    q = torch.zeros(num_rows, heads * c.qk_head_dim, dtype=torch.bfloat16)
+    q_rope = torch.zeros(num_rows, heads, c.qk_rope_head_dim, dtype=torch.bfloat16)
+    for top_k in (c.index_topk, num_rows):
+        span = triton_prompt.spanned(Span(0, num_rows, num_rows, ids[:NUM_PAGES]), NUM_PAGES, heads, top_k)
+        triton_prompt.mark(span, selected, PAGE_SIZE)
+        seen = triton_prompt.context(latents, span, attention.up_key, attention.up_value)
+        triton_prompt.attend(q, q_rope, seen, positions, span.bits, 1.0)

@@ -74,7 +74,7 @@ class Counted:
         self.num_sums += 1
         self.num_bytes += part.nbytes
         if self.parts is not None:
-            self.parts.append(part)
+            self.parts.append(part.clone())  # it may be added to
         return part
 
     def add(self, part: torch.Tensor, stream: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,8 +222,9 @@ def rank(
     drafting_layer, joining = weights.drafting_layer(), weights.joining()
     layout = glm_layout.layout(config, "bfloat16", PAGE_SIZE, mtp=True)
     memory = DeviceMemory(kv_tokens // PAGE_SIZE, layout.page_bytes, device)
+    chance = torch.Generator(device).manual_seed(1)
     for part in memory.bytes.view(torch.bfloat16).split(256):
-        part.normal_(generator=torch.Generator(device).manual_seed(1))
+        part.normal_(generator=chance)
     decoder = CudaGlm(weights.config, weights.ends(), layers, group, latent, pdl=pdl)
     drafts = GlmMtpOnCuda(decoder, drafting_layer, joining)
     return Rank(decoder, layers, drafting_layer, drafts, memory, layout, group)

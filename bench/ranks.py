@@ -3,9 +3,9 @@
     python -m bench.ranks [--ranks 2] [--shape llama-3.1-8b] [--skip steps]
 
 A process a GPU. Sums are of bfloat16 [tokens, hidden], 64 of them in a CUDA graph, as in a decode step: NCCL's
-all-reduce; what a group does by NCCL (gathered, and added in the order of ranks); the same through the memory of the
-other GPU; and that with the residual and the next norm. Steps are whole steps of the executor, as in bench.shapes; how
-the first rank tells the others is not in them.
+all-reduce; what a group does by NCCL (gathered, or large ones shared out, and added in the order of ranks); the same
+through the memory of the other GPU, of few tokens; and that with the residual and the next norm. Steps are whole steps
+of the executor, as in bench.shapes; how the first rank tells the others is not in them.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from shared.engine.models.config import parse
 from shared.engine.parallel.distributed import DistributedGroup, host_store, join_store
 from shared.engine.parallel.group import Group, added, ordered_sum
 
-HIDDEN, TOKENS = (4096, 6144), (1, 4, 8, 32, 64)
+HIDDEN, TOKENS = (4096, 6144), (1, 4, 8, 32, 64, 1024)
 STEPS = ((1, 1024), (8, 1024), (64, 1024), (1, 8192))
 SUMS_A_GRAPH, REPLAYS, TIMES = 64, 10, 7
 NUM_LOGPROBS = 8
@@ -80,7 +80,9 @@ def _sums(rank: int, num_ranks: int, store: Store, say: Callable[[str], None]) -
     nccl: Any = ProcessGroupNCCL(PrefixStore("bench", store), rank, num_ranks, ProcessGroupNCCL.Options())
     apart, together = (_group(rank, num_ranks, store, peers) for peers in (False, True))
     _check(rank, num_ranks, together)
-    say("\n| tokens x hidden | KiB | NCCL all-reduce, us | gathered by NCCL | peers' memory | with residual and norm |")
+    say(
+        "\n| tokens x hidden | KiB | NCCL all-reduce, us | a group's by NCCL | peers' memory | with residual and norm |"
+    )
     say("|---|---|---|---|---|---|")
     for hidden in HIDDEN:
         for num_tokens in TOKENS:
@@ -98,7 +100,7 @@ def _sums(rank: int, num_ranks: int, store: Store, say: Callable[[str], None]) -
 
 
 def _check(rank: int, num_ranks: int, group: DistributedGroup) -> None:
-    """Sums through peers' memory are those of their twins. Raises AssertionError."""
+    """Sums are those of their twins. Raises AssertionError."""
     for seed in range(20):
         for num_tokens in TOKENS:
             chance = torch.Generator().manual_seed(seed)

@@ -63,6 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nothing to choose": {"index_topk": 4096, "n_routed_experts": 4},
     "experts": {"index_topk": 4096},
     "experts and tokens": {},
+    "experts and few tokens": {"index_topk": 16},  # a prompt's context is many times as long
 }
 
 
@@ -159,7 +160,7 @@ def test_a_product_behind_a_norm_equals_the_reference(num_rows: int, n: int, k: 
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["bf16", "nvfp4"])
-@pytest.mark.parametrize("num_rows", [1, 5, 100])
+@pytest.mark.parametrize("num_rows", [1, 5, 65, 100, 300, 600])
 def test_a_mixture_equals_its_sum_expert_by_expert(num_rows: int, packed: bool) -> None:
     from shared.engine.kernels import experts as layout
     from shared.engine.kernels import gluon_experts as kernel
@@ -171,10 +172,6 @@ def test_a_mixture_equals_its_sum_expert_by_expert(num_rows: int, packed: bool) 
         stored = [[nvfp4.quantize(matrix) for matrix in part] for part in (gate_up, down)]
         gate_up, down = (torch.stack([nvfp4.dequantize(one) for one in part]) for part in stored)
         experts = lay_out(stored[0], stored[1])
-        from shared.engine.kernels import triton_mixture
-
-        for plain in (layout.plain_gate_up, layout.plain_down):
-            assert torch.equal(plain(experts, triton_mixture.dequantize), plain(experts))
     x = random(num_rows, hidden)
     shared = layout.SharedExpert(random(2 * inner, hidden, scale=0.03), random(hidden, inner, scale=0.06))
     chosen = torch.stack([torch.randperm(num, device="cuda")[:top_k] for _ in range(num_rows)]).int()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shared.engine.parallel.distributed import DistributedGroup, host_store
+from shared.engine.parallel.distributed import DistributedGroup, host_store, shared_out
 from shared.engine.parallel.group import ordered_sum
 from tests.law.ranks import Ranks
 
@@ -26,6 +26,20 @@ def test_a_sum_of_many_rows_is_the_sums_of_each() -> None:
 def test_parts_in_bfloat16_are_added_in_float32() -> None:
     parts = [torch.tensor([value], dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0)]
     assert ordered_sum(parts).item() == 258.0
+
+
+def test_a_sum_that_ranks_share_out_is_that_of_one_that_adds_up_alone() -> None:
+    ranks = Ranks(3)
+    parts = [torch.randn(8, 33, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+    def sum_of(rank: int) -> torch.Tensor:
+        group = ranks.groups[rank]
+        assert isinstance(group, DistributedGroup)
+        return shared_out(group._gloo, parts[rank], 3, lambda shares: ordered_sum(shares.unbind()))
+
+    sums = ranks.all(sum_of)
+    ranks.close()
+    assert all(torch.equal(total, ordered_sum(parts)) for total in sums)
 
 
 @pytest.mark.gpu

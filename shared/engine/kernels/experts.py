@@ -1,12 +1,9 @@
 """How experts are laid out for the kernels of `gluon_experts`, and back."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-# Codes, scales and factors of matrices to bfloat16, as `dequantize` or a kernel of which it is the twin.
-Dequantize = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 FACTOR = 2.0**8  # the bits of a scale (e4m3) as those of an fp16 are its value / FACTOR
 GROUP = 16  # elements that share a scale
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; bit 3 of a code is the sign
@@ -72,15 +69,15 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, factors: torch.Tensor) 
     return out
 
 
-def plain_gate_up(experts: Experts, decode: Dequantize = dequantize) -> torch.Tensor:
+def plain_gate_up(experts: Experts) -> torch.Tensor:
     """In bfloat16."""
     if experts.factors is None or experts.gate_up_scale is None:
         return experts.gate_up
-    return decode(experts.gate_up, experts.gate_up_scale, experts.factors[:, 0])
+    return dequantize(experts.gate_up, experts.gate_up_scale, experts.factors[:, 0])
 
 
-def plain_down(experts: Experts, decode: Dequantize = dequantize) -> torch.Tensor:
+def plain_down(experts: Experts) -> torch.Tensor:
     """In bfloat16."""
     if experts.factors is None or experts.down_scale is None:
         return experts.down
-    return decode(experts.down, experts.down_scale, experts.factors[:, 1])
+    return dequantize(experts.down, experts.down_scale, experts.factors[:, 1])

@@ -11,8 +11,8 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from shared.engine.kernels import triton_dense, triton_mixture
-from shared.engine.kernels.experts import Experts, SharedExpert, plain_down, plain_gate_up
+from shared.engine.kernels import triton_dense, triton_grouped, triton_members, triton_mixture
+from shared.engine.kernels.experts import Experts, SharedExpert
 from shared.engine.kernels.gluon_dots import decode, dots, fetch, packed_sums, plain_sums, scale_of
 from shared.engine.kernels.gluon_rows import begin, begin_in_turn
 from shared.errors import Unsupported
@@ -229,19 +229,17 @@ def large_mixture(
     experts: Experts,
     shared: SharedExpert,
 ) -> torch.Tensor:
-    """As `mixture`, for many tokens: those of each expert together, as one grouped product."""
-    num_rows, top_k = chosen.shape
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), device=order.device)
-    ends = torch.bincount(flat, minlength=len(experts.gate_up)).cumsum(0).int()
-    gate_up = plain_gate_up(experts, triton_mixture.dequantize)
-    inner = torch._grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends)
-    down = plain_down(experts, triton_mixture.dequantize)
-    parts = torch._grouped_mm(triton_dense.silu_mul(inner), down.transpose(1, 2), offs=ends)
+    """As `mixture`, for many tokens: those of each expert together. x bfloat16."""
+    gate_up_plan, down_plan = triton_grouped.plans(chosen.numel(), len(experts.gate_up))
+    who = triton_members.members(chosen, len(experts.gate_up), (gate_up_plan.size, down_plan.size))
+    if experts.factors is not None:
+        inner = triton_grouped.gate_up(x.half(), who, who.tiles[0], experts, gate_up_plan)
+        parts = triton_grouped.down(inner, who.tiles[1], experts, down_plan)
+    else:
+        inner = torch._grouped_mm(x[who.order // chosen.shape[1]], experts.gate_up.transpose(1, 2), offs=who.ends)
+        parts = torch._grouped_mm(triton_dense.silu_mul(inner), experts.down.transpose(1, 2), offs=who.ends)
     own = F.linear(triton_dense.silu_mul(F.linear(x, shared.gate_up)), shared.down)
-    return triton_mixture.add_up(parts, places.view(num_rows, top_k), weights, own)
+    return triton_mixture.add_up(parts, who.places, weights, own)
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,11 @@ class Rows:
     cos: torch.Tensor
     sin: torch.Tensor
 
+    def part(self, rows: slice) -> "Rows":
+        """Those that follow each other."""
+        positions, own_slots, starts = (part[rows] for part in (self.positions, self.own_slots, self.starts))
+        return Rows(positions, own_slots, starts, self.page_ids, self.cos[rows], self.sin[rows])
+
     def some(self, rows: torch.Tensor) -> "Rows":
         """Those of `rows`, int64 [S]."""
         positions, own_slots, starts = (part[rows] for part in (self.positions, self.own_slots, self.starts))
@@ -52,6 +57,10 @@ class Selected:
     slots: torch.Tensor
     counts: torch.Tensor
 
+    def part(self, rows: slice) -> "Selected":
+        """That of rows that follow each other."""
+        return Selected(self.slots[rows], self.counts[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class KeyNorm:
@@ -72,3 +81,26 @@ class State:
     latent_eps: float
     keys: torch.Tensor | None = None
     key_norm: KeyNorm | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Many rows of one sequence, `first` to `last` (not in it) of a step, the last of which sees no more than `context`
+    tokens, in the pages `pages`, int32 [..].
+
+    With `attended_together` they attend to what of all that they see is marked, and to all where there is no room for
+    marks: `bits` int32 [rows, words]; `places` int32 [pages of the pool] says where in `pages` a page is.
+    """
+
+    first: int
+    last: int
+    context: int
+    pages: torch.Tensor
+    attended_together: bool = False
+    places: torch.Tensor | None = None
+    bits: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> slice:
+        """Of the step."""
+        return slice(self.first, self.last)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from shared.engine.kernels import triton_scores
 from shared.engine.kernels.cuda_latent import MAX_CONTEXT, CudaLatent
 from shared.engine.kernels.inputs import Rows, Selected
 from shared.engine.kernels.triton_early import wait
@@ -17,6 +18,7 @@ from shared.engine.kernels.triton_early import wait
 KEYS = 64  # of a product
 MAX_TILE = 8192  # scores that a program chooses from at a time
 SCORE_PROGRAMS = 528
+LEAST_OF_TILES = 128  # rows, for which programs of a tile each are faster than clusters
 
 
 @triton.jit
@@ -155,27 +157,31 @@ def select(
     kernels: CudaLatent | None = None,
     *,
     first: bool,
+    together: bool = False,
     tile: int = 0,
     pdl: bool = True,
 ) -> None:
     """Write the selection of each row; see `sparse_reference.select`.
 
     q [T, H, D]; weights [T, H], rows may be strided; keys [pages, page_size, D], one layer's view of the pool; no row
-    sees more than `capacity` tokens. `first`: this is the first layer of the step that selects. `kernels` find the
-    highest scores, if they are there.
+    sees more than `capacity` tokens. `first`: this is the first layer of the step that selects. `together`: the rows
+    are one sequence's and follow each other. `kernels` find the highest scores, if they are there and it pays.
     """
     (num_rows, heads, dim), top_k, page_size = q.shape, selected.slots.shape[1], keys.shape[1]
     scores = torch.empty(num_rows, capacity, dtype=torch.float32, device=q.device)
     tables = rows.positions, rows.starts, rows.page_ids
     num_blocks = min(triton.cdiv(capacity, KEYS), max(1, SCORE_PROGRAMS // num_rows))
-    if capacity > top_k:
+    if capacity > top_k and together:
+        triton_scores.scores(q, weights, keys, rows, scores)
+    elif capacity > top_k:
         _scores[(num_rows, num_blocks)](
             q, weights, keys, *tables, scores, weights.stride(0), keys.stride(0), capacity, (heads * dim) ** -0.5,
             heads, dim, top_k, page_size, KEYS, pdl, num_warps=4, num_stages=2, launch_pdl=pdl,
         )  # fmt: skip
     if capacity <= top_k and not first:
         return
-    if kernels is not None and capacity <= MAX_CONTEXT:
+    by_tiles = num_rows >= LEAST_OF_TILES and capacity <= max(MAX_TILE, tile)
+    if kernels is not None and capacity <= MAX_CONTEXT and not by_tiles:
         kernels.select(scores, rows, selected, page_size, first=first, pdl=pdl)
     else:
         _highest_of(scores, rows, selected, page_size, tile, first=first, pdl=pdl)

@@ -116,20 +116,22 @@ def prepare(
     up_key: torch.Tensor,
     *,
     full: bool,
+    absorbed: bool = True,
     pdl: bool = True,
 ) -> Queries:
-    """Rotate queries and take them into latent space, and where the layer is `full` rotate those of the index.
+    """Rotate queries and take them into latent space, if they shall be `absorbed`; where the layer is `full` rotate
+    those of the index.
 
     q [T, ...]: the heads, and with an index its own; rows may be strided. up_key [H, nope, latent].
     """
     num_rows, heads = len(q), dims.heads
     new = up_key.new_empty
     made = Queries(
-        new(num_rows, heads, dims.latent),
+        new(num_rows if absorbed else 0, heads, dims.latent),
         new(num_rows, heads, dims.rope),
         new(num_rows, dims.index_heads, dims.index_dim) if full else None,
     )
-    absorbing, roles, tile = num_rows <= ABSORB_ROWS, 1 + INDEX_ROLES if full else 1, min(64, dims.latent)
+    absorbing, roles, tile = absorbed and num_rows <= ABSORB_ROWS, 1 + INDEX_ROLES if full else 1, min(64, dims.latent)
     num_programs = num_rows * roles + (heads * (dims.latent // tile) if absorbing else 0)
     _prepare[(num_programs,)](
         q, up_key, rows.cos, rows.sin, made.latent, made.rope, made.latent if made.index is None else made.index,
@@ -138,7 +140,7 @@ def prepare(
         dims.index_heads if full else 0, dims.index_dim if full else 2, roles,
         ABSORB_ROWS, min(64, dims.nope & -dims.nope), tile, pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
-    if not absorbing:
+    if absorbed and not absorbing:
         nope = q[:, : heads * dims.head].view(num_rows, heads, dims.head)[..., : dims.nope]
         made.latent.copy_(torch.bmm(nope.transpose(0, 1).to(up_key.dtype), up_key).transpose(0, 1))
     return made

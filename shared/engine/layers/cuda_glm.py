@@ -8,6 +8,7 @@ that it has room for, and there are few such rooms, so that short contexts do no
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from numpy.typing import NDArray
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
-from shared.engine.kernels import triton_dense, triton_index, triton_moved
+from shared.engine.kernels import triton_dense, triton_index, triton_moved, triton_prompt
 from shared.engine.kernels.cuda_latent import CudaLatent
-from shared.engine.kernels.inputs import Rows
+from shared.engine.kernels.inputs import Rows, Span
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import captured, cuda_glm_layer, rope
@@ -32,6 +33,7 @@ MAX_GRAPH_WIDTH = 8
 MAX_GRAPH_PAGES = 1 << 17
 LEAST_ROOM, MORE_ROOM = 2048, 4  # tokens of a context; and times more
 NOBODY = -1
+LEAST_TOGETHER = 64  # rows of one sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,8 @@ class CudaGlm:
     def launch(self, batch: Batch, states: Sequence[State], page_size: int) -> torch.Tensor:
         """The last norm's output [T, hidden], kernel by kernel."""
         inputs = on_device(batch, page_size, self.device)
-        return self._hidden(inputs, batch.num_tokens, states, int(batch.context_lens.max()))
+        together = spans(batch, inputs[4 * batch.num_tokens :], len(states[0].latents), self.config)
+        return self._hidden(inputs, batch.num_tokens, states, int(batch.context_lens.max()), together)
 
     def _replay(self, batch: Batch, width: int, states: Sequence[State], page_size: int) -> Graph:
         key = size, width, capacity = _kind(batch.num_sequences, width, int(batch.context_lens.max()))
@@ -125,11 +128,18 @@ class CudaGlm:
         graph, (found, logits) = self.recorder.record(compute)
         return Graph(graph, inputs, captured.lent(found), captured.lent(logits))
 
-    def _hidden(self, inputs: torch.Tensor, num_rows: int, states: Sequence[State], capacity: int) -> torch.Tensor:
+    def _hidden(
+        self,
+        inputs: torch.Tensor,
+        num_rows: int,
+        states: Sequence[State],
+        capacity: int,
+        together: tuple[Span, ...] = (),
+    ) -> torch.Tensor:
         """The last norm's output [T, hidden]."""
         token_ids, rows = rows_of(inputs, num_rows, self.frequencies)
         selected = triton_index.empty(num_rows, self.config.index_topk, self.device)
-        step = Step(self.config, self.group, rows, selected, capacity, self.pdl, self.latent)
+        step = Step(self.config, self.group, rows, selected, capacity, self.pdl, self.latent, together)
         x, delta = embed(token_ids, self.ends, self.group), None
         for layer, state in zip(self._layers, states, strict=True):
             x, delta = cuda_glm_layer.forward(x, delta, layer, state, step)
@@ -150,6 +160,20 @@ def embed(token_ids: torch.Tensor, ends: Ends, group: Group) -> torch.Tensor:
     rows = token_ids - ends.first_token
     ours = (rows >= 0) & (rows < len(ends.embedding))
     return group.sum(F.embedding(rows.clamp(0, len(ends.embedding) - 1), ends.embedding) * ours[:, None])
+
+
+def spans(batch: Batch, page_ids: torch.Tensor, num_pages: int, config: GlmConfig) -> tuple[Span, ...]:
+    """The rows of sequences that have many in a step, whose page tables are on the device, of so many pages."""
+    if not triton_prompt.suits(config.qk_nope_head_dim):
+        return ()
+    starts, contexts, tables = (each.tolist() for each in (batch.query_starts, batch.context_lens, batch.page_starts))
+    return tuple(
+        triton_prompt.spanned(
+            Span(first, last, context, page_ids[begin:end]), num_pages, config.num_heads, config.index_topk
+        )
+        for (first, last), context, (begin, end) in zip(pairwise(starts), contexts, pairwise(tables), strict=True)
+        if last - first >= LEAST_TOGETHER
+    )  # fmt: skip
 
 
 def views(pool: torch.Tensor, layout: KvLayout, config: GlmConfig, names: tuple[str, str]) -> list[State]:

@@ -5,6 +5,7 @@ and weights_proj; `query` is q_b and the indexer's wq_b. The residual is added w
 layer takes and leaves (x, delta), x + delta being its input and output. The twin is `glm_layer.GlmLayer`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ from shared.engine.kernels import (
     triton_dense,
     triton_index,
     triton_latent,
+    triton_prompt,
     triton_queries,
     triton_route,
     w4a4,
@@ -32,7 +34,7 @@ from shared.engine.kernels.cuda_fp8 import CudaFp8, Fp8Matrix
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.experts import Experts, SharedExpert
 from shared.engine.kernels.gluon_rows import MAX_ROWS
-from shared.engine.kernels.inputs import KeyNorm, Norm, Rows, Selected
+from shared.engine.kernels.inputs import KeyNorm, Norm, Rows, Selected, Span
 from shared.engine.kernels.triton_queries import Dims
 from shared.engine.layers.mla import KEY_NORM_EPS
 from shared.engine.models.glm_config import GlmConfig
@@ -116,7 +118,7 @@ class Layer:
 class Step:
     """What all layers of a step share. No row sees more than `capacity` tokens. With `pdl` kernels start before those
     in front have ended, which is faster; without, a profile says what each takes. `latent` selects, and serves few
-    rows' attention, if it is there."""
+    rows' attention, if it is there. `spans` are rows that are computed together, in their order."""
 
     config: GlmConfig
     group: Group
@@ -125,6 +127,18 @@ class Step:
     capacity: int
     pdl: bool = True
     latent: CudaLatent | None = None
+    spans: tuple[Span, ...] = ()
+
+    def parts(self, num_rows: int) -> Iterator[tuple[slice, Span | None]]:
+        """Spans, and the rows between them."""
+        at = 0
+        for span in self.spans:
+            if at < span.first:
+                yield slice(at, span.first), None
+            yield span.rows, span
+            at = span.last
+        if at < num_rows:
+            yield slice(at, num_rows), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +208,11 @@ def grouping(layer: Layer, top_k: int, kernels: CudaExperts | None, few: CudaFew
     if not isinstance(mlp, Mixture) or not isinstance(mlp.experts, Experts) or mlp.experts.factors is None:
         return layer
     gluon_experts.require_small(layer.post_norm)
-    if kernels is not None and cuda_experts.suits(mlp.experts, mlp.shared, top_k):
+    experts, shared = mlp.experts, mlp.shared
+    if kernels is not None and cuda_experts.suits(experts, shared, top_k):
         mlp = replace(mlp, grouped=kernels)
     narrow = isinstance(layer.attention.output, Fp8Matrix)  # beside others it is slower (docs/decisions/0069)
-    if few is not None and narrow and cuda_few.suits(mlp.experts, mlp.shared, top_k):
+    if few is not None and narrow and cuda_few.suits(experts, shared, top_k):
         mlp = replace(mlp, few=few)
     return replace(layer, mlp=mlp)
 
@@ -218,7 +233,8 @@ def forward(
     step: Step,
     going_on: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and delta [T, hidden] (None: nothing to add) to those behind the layer. Writes the step's state.
+    """x and delta [T, hidden] (None: nothing to add) to those behind the layer. Writes the step's state; of many rows,
+    what was x is overwritten.
 
     Of a last layer not all rows may be of use: only those `going_on`, int64 [S], are computed further than their state
     and returned. The step's selection is then theirs.
@@ -229,7 +245,7 @@ def forward(
         low, q, x = low[going_on], q[going_on], x[going_on]
         if not len(x):
             return x, x
-        step = replace(step, rows=step.rows.some(going_on))
+        step = replace(step, rows=step.rows.some(going_on), spans=())
     delta = step.group.sum(_attend(low, q, layer.attention, state, step, early=going_on is None))
     norm = Norm(layer.post_norm, step.config.rms_norm_eps, delta)
     if isinstance(layer.mlp, Mixture):
@@ -255,13 +271,12 @@ def _in_bfloat16(weight: Matrix, *, pdl: bool) -> torch.Tensor:
 def _kept(
     x: torch.Tensor, weight: torch.Tensor, norm: Norm, step: Step, kept: torch.dtype = torch.bfloat16
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `gluon_rows.linear_keeping`, of any number of rows."""
+    """As `gluon_rows.linear_keeping`, of any number of rows; of many, `x` itself becomes the sum."""
     if len(x) <= MAX_ROWS:
         return gluon_rows.linear_keeping(x, weight, norm, kept=kept, pdl=step.pdl)
-    total = x.clone()
-    normed = triton_dense.add_rms_norm(total, norm.delta, norm.gain, norm.eps)
+    normed = triton_dense.add_rms_norm(x, norm.delta, norm.gain, norm.eps)
     product: torch.Tensor = torch.mm(normed, weight.T, out_dtype=torch.float32)  # a router's logits must not be rounded
-    return product, total, normed.to(kept)
+    return product, x, normed.to(kept)
 
 
 def logits(x: torch.Tensor, head: torch.Tensor, *, pdl: bool) -> torch.Tensor:
@@ -309,31 +324,59 @@ def _attend(
     low: torch.Tensor, q: torch.Tensor, weights: Attention, state: State, step: Step, *, early: bool
 ) -> torch.Tensor:
     """This rank's part of attention [T, hidden], from both products. `early`: `_queries` was the last kernel."""
-    config, norm, dims = step.config, weights.key_norm, _dims(step.config)
-    queries = triton_queries.prepare(
-        q, step.rows, dims, weights.up_key, full=norm is not None, pdl=step.pdl
-    )  # fmt: skip
-    selects = state.selects_first or (state.keys is not None and step.capacity > config.index_topk)
-    if selects and queries.index is not None and state.keys is not None:
-        head_weights = low[:, dims.q_lora + dims.latent + dims.rope + dims.index_dim :]
-        _select(queries.index, head_weights, state.keys, step, first=state.selects_first)
-    attended = triton_latent.attend(
-        queries, state.latents, step.selected, weights.up_value, config.qk_head_dim**-0.5, step.latent,
-        early=early and not selects and len(low) <= MAX_ROWS, late=not isinstance(weights.output, Fp8Matrix),
-        pdl=step.pdl,
-    )  # fmt: skip
+    if not step.spans:
+        attended = _attended(low, q, weights, state, step, None, early=early)
+    else:
+        found = [
+            _attended(
+                low[rows], q[rows], weights, state,
+                replace(step, rows=step.rows.part(rows), selected=step.selected.part(rows)), span, early=False,
+            )
+            for rows, span in step.parts(len(low))
+        ]  # fmt: skip
+        attended = torch.cat(found) if len(found) > 1 else found[0]
     return _plain(attended, weights.output, pdl=step.pdl)
 
 
-def _select(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, step: Step, *, first: bool) -> None:
+def _attended(
+    low: torch.Tensor, q: torch.Tensor, weights: Attention, state: State, step: Step, span: Span | None, *, early: bool
+) -> torch.Tensor:
+    """[T, H * v] of a step's rows, all of a `span` or none."""
+    config, full, dims = step.config, weights.key_norm is not None, _dims(step.config)
+    dense = span is not None and span.attended_together
+    capacity = span.context if span else step.capacity
+    queries = triton_queries.prepare(
+        q, step.rows, dims, weights.up_key, full=full, absorbed=not dense, pdl=step.pdl
+    )  # fmt: skip
+    selects = capacity > config.index_topk or (state.selects_first and not dense)
+    if selects and queries.index is not None and state.keys is not None:
+        head_weights = low[:, dims.q_lora + dims.latent + dims.rope + dims.index_dim :]
+        _select(queries.index, head_weights, state.keys, step, span, first=state.selects_first)
+        if span is not None:
+            triton_prompt.mark(span, step.selected, state.latents.shape[1])
+    scale = config.qk_head_dim**-0.5
+    if span is not None and dense:
+        seen = triton_prompt.context(state.latents, span, weights.up_key, weights.up_value)
+        return triton_prompt.attend(q, queries.rope, seen, step.rows.positions, span.bits, scale)
+    return triton_latent.attend(
+        queries, state.latents, step.selected, weights.up_value, scale, step.latent,
+        early=early and not selects and len(low) <= MAX_ROWS, late=not isinstance(weights.output, Fp8Matrix),
+        pdl=step.pdl,
+    )  # fmt: skip
+
+
+def _select(
+    q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor, step: Step, span: Span | None, *, first: bool
+) -> None:
     """Block by block, so that the scores of a prompt stay small."""
     for at in range(0, len(q), SELECTING_ROWS):
-        block, rows, chosen = slice(at, at + SELECTING_ROWS), step.rows, step.selected
-        own = Rows(rows.positions[block], rows.own_slots[block], rows.starts[block], rows.page_ids, rows.cos, rows.sin)
-        selected = Selected(chosen.slots[block], chosen.counts[block])
+        block = slice(at, at + SELECTING_ROWS)
+        unseen = max(0, len(q) - at - SELECTING_ROWS) if span else 0  # by the last of a block
         triton_index.select(
-            q[block], head_weights[block], keys, own, selected, step.capacity, step.latent, first=first, pdl=step.pdl
-        )
+            q[block], head_weights[block], keys, step.rows.part(block), step.selected.part(block),
+            (span.context if span else step.capacity) - unseen, step.latent,
+            first=first, together=span is not None, pdl=step.pdl,
+        )  # fmt: skip
 
 
 def _mix(logits: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Step) -> torch.Tensor:
@@ -363,36 +406,3 @@ def _dims(config: GlmConfig) -> Dims:
         config.num_heads, config.q_lora_rank, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim,
         config.index_num_heads, config.index_head_dim,
     )  # fmt: skip
-
-
-def obstacle(config: GlmConfig, dtype: torch.dtype, kv_dtype: str, capability: tuple[int, int]) -> str | None:
-    """What keeps these kernels from serving a model, or a rank's share of it."""
-    if capability < (9, 0):
-        return f"they need compute capability 9.0, and this GPU has {capability[0]}.{capability[1]}"
-    if dtype != torch.bfloat16 or kv_dtype != "bfloat16":
-        return f"they compute and keep KV in bfloat16, not in {str(dtype).removeprefix('torch.')} and {kv_dtype}"
-    if config.num_groups > 1:
-        return "they choose experts from all, not from groups"
-    for name, size in (
-        ("kv_lora_rank", config.kv_lora_rank),
-        ("qk_rope_head_dim", config.qk_rope_head_dim),
-        ("index_head_dim", config.index_head_dim),
-        ("index_n_heads", config.index_num_heads),
-        ("index_topk", config.index_topk),
-        ("n_routed_experts", config.num_experts),
-        ("num_experts_per_tok", config.num_experts_per_token),
-    ):
-        if size & (size - 1) or (size < 16 and "expert" not in name):
-            return f"{name} is {size}, no power of two of at least 16"
-    for name, size, multiple in (
-        ("qk_nope_head_dim", config.qk_nope_head_dim, 16),
-        ("v_head_dim", config.v_head_dim, 32),
-        ("hidden_size", config.hidden_size, 256),
-        ("q_lora_rank", config.q_lora_rank, 256),
-        ("a rank's heads times v_head_dim", config.num_heads * config.v_head_dim, 256),
-        ("a rank's intermediate_size", config.intermediate_size, 256),
-        ("a rank's moe_intermediate_size", 256, 256),
-    ):
-        if size % multiple:
-            return f"{name} is {size}, no multiple of {multiple}"
-    return None

@@ -102,7 +102,7 @@ def _cuda(config: GlmConfig, placement: Placement) -> Candidate[Build]:
     if placement.device.type != "cuda":
         return Candidate("cuda", "the model is not on a GPU", Glm)
     try:
-        from shared.engine.layers import cuda_glm_layer
+        from shared.engine.layers import cuda_glm_limits
         from shared.engine.models.glm_cuda import GlmOnCuda
     except ImportError as error:
         return Candidate("cuda", f"{error.name} is not installed", Glm)
@@ -110,7 +110,7 @@ def _cuda(config: GlmConfig, placement: Placement) -> Candidate[Build]:
         return Candidate("cuda", "their ranks share out the experts' matrices, not whole experts", GlmOnCuda)
     share, _ = of_glm(config, placement.shard)
     capability = torch.cuda.get_device_capability(placement.device)
-    obstacle = cuda_glm_layer.obstacle(share, placement.dtype, placement.kv_format, capability)
+    obstacle = cuda_glm_limits.obstacle(share, placement.dtype, placement.kv_format, capability)
     return Candidate("cuda", obstacle, GlmOnCuda)
 
 

@@ -21,6 +21,7 @@ from shared.errors import Unsupported
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
+LEAST_SHARED_OUT = 1 << 20  # bytes of a part that ranks share out to add it up
 # NCCL's watchdog aborts the process, whose clients would never hear why. Who waits for ranks gives up before, with a
 # fault (`parallel.executor`), and ranks end with their worker.
 NO_TIMEOUT = timedelta(days=1)
@@ -53,12 +54,12 @@ class DistributedGroup:
         return self._sums is not None
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
-        """See `Group.sum`. Gathered and added in rank order: a ring would add in an order that depends on the shape."""
+        """See `Group.sum`."""
         part = part.contiguous()
         if exchange := self._through(lambda: self._sums, part):
             summed: torch.Tensor = exchange.sum(part)
             return summed
-        return ordered_sum(self._gather(part).unbind())
+        return self._added_up(part)
 
     def add(self, part: torch.Tensor, stream: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Group.add`."""
@@ -66,7 +67,7 @@ class DistributedGroup:
         if exchange := self._through(lambda: self._sums, part):
             begun: tuple[torch.Tensor, torch.Tensor] = exchange.add(part, stream, gain)
             return begun
-        return added(ordered_sum(self._gather(part).unbind()), stream, gain)
+        return added(self._added_up(part), stream, gain)
 
     def join(self, part: torch.Tensor) -> torch.Tensor:
         """See `Group.join`."""
@@ -75,6 +76,15 @@ class DistributedGroup:
             joined: torch.Tensor = exchange.join(part)
             return joined
         return torch.cat(self._gather(part).unbind(), dim=-1)
+
+    def _added_up(self, part: torch.Tensor) -> torch.Tensor:
+        """In rank order: a ring would add in an order that depends on the shape. Of a large part each rank adds up a
+        share for all, of a small one all of it for itself."""
+        if not part.is_cuda or part.nbytes < LEAST_SHARED_OUT or part.numel() % self.num_ranks:
+            return ordered_sum(self._gather(part).unbind())
+        from shared.engine.kernels import triton_ordered
+
+        return shared_out(self._nccl, part, self.num_ranks, triton_ordered.ordered_sum)
 
     def _gather(self, part: torch.Tensor) -> torch.Tensor:
         """[ranks, ...]."""
@@ -124,6 +134,17 @@ class DistributedGroup:
             made.append(triton_peers.Exchange(at, flags, self.rank, piece_bytes))
             at = at + size
         return made
+
+
+def shared_out(
+    group: Any, part: torch.Tensor, num_ranks: int, add_up: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The sum of every rank's part, contiguous, of which each rank adds up a share, [ranks, N] to [N], for all."""
+    shares = part.new_empty(num_ranks, part.numel() // num_ranks)
+    group.alltoall_base(shares, part.view_as(shares), [], []).wait()
+    out = torch.empty_like(part)
+    group._allgather_base(out.view(-1), add_up(shares)).wait()
+    return out
 
 
 def _kept(group: Any) -> Any:
