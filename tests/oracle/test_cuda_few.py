@@ -27,11 +27,10 @@ def require(layer: Layer, kernels: CudaFew, num_tokens: int, seed: int, scale: f
     assert torch.equal(found, again)
 
 
-def test_mixtures_of_one_and_of_more_tokens_are_those_of_torch(emulated: CudaFew) -> None:
+def test_a_mixture_is_that_of_torch(emulated: CudaFew) -> None:
     layer = Layer(33, 8, 2048)
     assert cuda_few.suits(layer.experts, layer.shared, 8)
-    for seed, num_tokens in enumerate((1, 2)):
-        require(layer, emulated, num_tokens, 2 * seed)
+    require(layer, emulated, 2, 0)
 
 
 @pytest.mark.gpu

@@ -194,12 +194,11 @@ def grouping(layer: Layer, top_k: int, kernels: CudaExperts | None, few: CudaFew
     if not isinstance(mlp, Mixture) or not isinstance(mlp.experts, Experts) or mlp.experts.factors is None:
         return layer
     gluon_experts.require_small(layer.post_norm)
-    if kernels is not None and cuda_experts.suits(mlp.experts, mlp.shared, top_k):
-        mlp = replace(mlp, grouped=kernels)
-    narrow = isinstance(layer.attention.output, Fp8Matrix)  # beside others it is slower (docs/decisions/0069)
-    if few is not None and narrow and cuda_few.suits(mlp.experts, mlp.shared, top_k):
-        mlp = replace(mlp, few=few)
-    return replace(layer, mlp=mlp)
+    what = mlp.experts, mlp.shared, top_k
+    grouped = kernels if kernels is not None and cuda_experts.suits(*what) else None
+    narrow = isinstance(layer.attention.output, Fp8Matrix)  # beside others `few` is slower (docs/decisions/0069)
+    own = few if few is not None and narrow and cuda_few.suits(*what) else None
+    return replace(layer, mlp=replace(mlp, grouped=grouped, few=own))
 
 
 def _experts(weights: MoeWeights | PackedMoeWeights, fp4: w4a4.Products | None) -> Experts | Fp4Experts:
