@@ -16,22 +16,23 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> CudaFew:
 
 
 def require(layer: Layer, kernels: CudaFew, num_tokens: int, seed: int, scale: float = 1.0) -> None:
-    """That a mixture of random tokens is right, and the same when it is computed again."""
+    """That a mixture of random tokens is right, and on a GPU the same when it is computed again."""
     num_experts = len(layer.bias)
     x = seeded(seed, num_tokens, layer.hidden, scale=scale, device=layer.device).half()
     logits = seeded(seed + 1, num_tokens, num_experts, device=layer.device).float()
     wide = torch.cat((torch.full_like(logits, 9.0), logits), dim=1)[:, num_experts:]
-    found, again = (kernels(x, wide, layer.bias, FACTOR, layer.experts, layer.shared, normalize=True) for _ in range(2))
+    found = kernels(x, wide, layer.bias, FACTOR, layer.experts, layer.shared, normalize=True)
     expected = layer.expected(x, logits)
     assert float((found.float() - expected).norm() / expected.norm()) < 0.005
-    assert torch.equal(found, again)
+    if layer.device == GPU:  # where blocks are in no order
+        assert torch.equal(found, kernels(x, wide, layer.bias, FACTOR, layer.experts, layer.shared, normalize=True))
 
 
-def test_mixtures_of_one_and_of_more_tokens_are_those_of_torch(emulated: CudaFew) -> None:
+def test_mixtures_one_after_the_other_are_those_of_torch(emulated: CudaFew) -> None:
     layer = Layer(33, 8, 2048)
     assert cuda_few.suits(layer.experts, layer.shared, 8)
-    for seed, num_tokens in enumerate((1, 2)):
-        require(layer, emulated, num_tokens, 2 * seed)
+    require(layer, emulated, 2, 0)
+    require(layer, emulated, 1, 2)
 
 
 @pytest.mark.gpu

@@ -198,9 +198,13 @@ inline uint32_t __shfl_up_sync(unsigned, uint32_t value, int by) {
     const int lane = threadIdx.x % 32;
     return __shfl_sync(~0u, value, lane < by ? lane : lane - by);
 }
-inline uint32_t __ballot_sync(unsigned all, bool value) {
+inline uint32_t __ballot_sync(unsigned, bool value) {
+    Warp& warp = my_warp();
+    warp.words[threadIdx.x % 32][0] = value;
+    warp.meet.arrive_and_wait();
     uint32_t which = 0;
-    for (int lane = 0; lane < 32; lane++) which |= __shfl_sync(all, value, lane) << lane;
+    for (int lane = 0; lane < 32; lane++) which |= warp.words[lane][0] << lane;
+    warp.meet.arrive_and_wait();
     return which;
 }
 inline void atomicOr(uint32_t* at, uint32_t value) { __atomic_fetch_or(at, value, __ATOMIC_SEQ_CST); }
