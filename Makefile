@@ -18,6 +18,8 @@ help: ## List the targets
 up: $(VENV)/serving ## Start a cluster with the default model (ARGS: see `forebay up --help`); Ctrl-C stops it
 	@$(BIN)/forebay up $(ARGS)
 
+# Several hundred processes import this tree: Python keeps what it compiled of it, whatever the shell's environment says.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/developing ## Run the tests (ARGS: pytest's)
 	$(BIN)/python -m pytest $(or $(ARGS),$(SHARED_OUT))
 

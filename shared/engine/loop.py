@@ -12,10 +12,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import count
-from queue import Empty, SimpleQueue
 
 from shared.engine.api import Engine, EngineRequest, Event, Failed, TokensSampled
 from shared.engine.kv.store import PageTable
+from shared.engine.wake import Wake
 from shared.errors import ContextTooLong, Draining, Fault, Internal, WorkerLost
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class EngineLoop:
         """Stands for the step that is being computed; each has one of its own."""
         self._stands_still = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._wake = _Wake()
+        self._wake = Wake()
         self._stopping = False
         self._fault: Fault | None = None
         self._streams: dict[str, _Events] = {}
@@ -233,30 +233,6 @@ class EngineLoop:
     def _require_alive(self) -> None:
         if self._fault is not None:
             raise self._fault
-
-
-class _Wake:
-    """As threading.Event, for one thread that waits; written in C, so that a step begins 25 us sooner."""
-
-    def __init__(self) -> None:
-        self._calls: SimpleQueue[None] = SimpleQueue()
-
-    def set(self) -> None:
-        """Wake it, or keep it from sleeping."""
-        self._calls.put(None)
-
-    def clear(self) -> None:
-        """It may sleep."""
-        while not self._calls.empty():
-            self._calls.get_nowait()
-
-    def wait(self, timeout_s: float | None) -> bool:
-        """Sleep until woken; False if that takes too long."""
-        try:
-            self._calls.get(timeout=timeout_s)
-        except Empty:
-            return False
-        return True
 
 
 class _Events:

@@ -14,18 +14,25 @@ from shared.engine.kv.layout import Span
 from shared.engine.transfer.api import Peer
 from shared.engine.transfer.layout_plan import Slices
 from shared.errors import BadManifest, CorruptPages, DeadlineExceeded, Incompatible, TransferFailed
-from tests.conformance.worlds import NUM_PAGES, PAGE_BYTES, LocalWorld, NixlWorld, Owner, World, page_byte
+from tests.conformance.worlds import NUM_PAGES, PAGE_BYTES, LocalWorld, NixlOwners, NixlWorld, Owner, World, page_byte
 
 LONG_S = 20.0
 SHORT_S = 0.3
 
 
+@pytest.fixture(scope="module")
+def owners() -> Iterator[NixlOwners]:
+    made = NixlOwners()
+    yield made
+    made.close()
+
+
 @pytest.fixture(params=["local", "nixl", "nixl-tcp"])
-def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def world(request: pytest.FixtureRequest, owners: NixlOwners, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     if request.param == "nixl-tcp":
         monkeypatch.setenv("UCX_TLS", "tcp")
     tls = "tcp" if request.param == "nixl-tcp" else ""
-    made: World = LocalWorld() if request.param == "local" else NixlWorld(tls)
+    made: World = LocalWorld() if request.param == "local" else NixlWorld(owners, tls)
     yield made
     made.close()
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from itertools import count
 
 from shared.engine.kv.memory import HostMemory
 from shared.engine.transfer.api import RemotePool, Transport
@@ -114,15 +115,19 @@ class NixlOwner(Owner):
             env={**os.environ, **env},
         )
         assert self.process.stdout is not None
+        self.made_of = (seed, num_pages, page_bytes, env)
+        self.was_only_read = True
         said = json.loads(next(line for line in self.process.stdout if line.startswith("{")))
         metadata = base64.b64decode(said["metadata"])
         self.pool = _pool(agent_name, metadata, said["address"], num_pages, page_bytes)
 
     def kill(self) -> None:
+        self.was_only_read = False
         self.process.kill()
         self.process.communicate()
 
     def stop(self) -> None:
+        self.was_only_read = False
         standstill.stop(self.process.pid)
 
     def resume(self) -> None:
@@ -132,17 +137,57 @@ class NixlOwner(Owner):
         return self.process.poll() is None
 
 
+class NixlOwners:
+    """Processes that own pools. One that was only read from goes to the next world that wants its like: starting one
+    takes longer than most tests do."""
+
+    def __init__(self) -> None:
+        self._idle: list[NixlOwner] = []
+        self._numbers = count(1)
+
+    def take(self, agent_name: str, seed: int, num_pages: int, page_bytes: int, env: Mapping[str, str]) -> NixlOwner:
+        for owner in self._idle:
+            if owner.made_of == (seed, num_pages, page_bytes, env):
+                self._idle.remove(owner)
+                return owner
+        return NixlOwner(f"{agent_name}-{next(self._numbers)}", seed, num_pages, page_bytes, env)
+
+    def give_back(self, owner: NixlOwner) -> None:
+        if owner.is_alive():
+            self._idle.append(owner)
+        else:
+            owner.kill()
+
+    def close(self) -> None:
+        for owner in self._idle:
+            owner.kill()
+
+
 class NixlWorld(World):
     """NIXL as it comes, or bound to the UCX transports `tls`."""
 
-    def __init__(self, tls: str = "") -> None:
+    numbers = count(1)
+
+    def __init__(self, owners: NixlOwners, tls: str = "") -> None:
         self.reads_need_owner = tls == "tcp"
-        self.env = {"UCX_TLS": tls} if tls else {}
+        self._env = {"UCX_TLS": tls} if tls else {}
+        self._shared = owners
+        self._taken: list[NixlOwner] = []
         memory = HostMemory(NUM_PAGES, PAGE_BYTES)
-        super().__init__(NixlTransport(memory, f"reader-{os.getpid()}"), memory)
+        super().__init__(NixlTransport(memory, f"reader-{os.getpid()}-{next(self.numbers)}"), memory)
 
     def new_owner(self, agent_name: str, seed: int, num_pages: int, page_bytes: int) -> Owner:
-        return NixlOwner(agent_name, seed, num_pages, page_bytes, self.env)
+        self._taken.append(self._shared.take(agent_name, seed, num_pages, page_bytes, self._env))
+        return self._taken[-1]
+
+    def close(self) -> None:
+        for owner in self._taken:
+            if not owner.was_only_read:
+                owner.kill()
+        self.reader.close()
+        for owner in self._taken:
+            if owner.was_only_read:
+                self._shared.give_back(owner)
 
 
 def _pool(agent_name: str, metadata: bytes, address: int, num_pages: int, page_bytes: int) -> RemotePool:

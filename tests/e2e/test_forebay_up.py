@@ -89,18 +89,6 @@ def test_what_it_says_when_ready_can_be_done_as_it_stands() -> None:
         assert up.wait(DEADLINE_S) == 0
 
 
-async def test_ctrl_c_leaves_no_process_no_port_and_no_file() -> None:
-    with background.cluster(*SIM) as started:
-        directory = default_cache() / "run" / str(started.supervisor.pid)
-        rows = (await RunningCluster(started.supervisor, started.run).status()).values()
-        addresses = [row[kind] for row in rows for kind in ("address", "http_address", "metrics_address") if row[kind]]
-        assert directory.is_dir()
-        assert all(map(_listens, addresses))
-    assert not any(map(_lives, _pids(started.run)))
-    assert not any(map(_listens, addresses))
-    assert not directory.exists()
-
-
 def _num_connected(directory: Path) -> dict[str, int]:
     """How many connections there are to each Unix socket in a directory, by its name (proc(5), net/unix)."""
     lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
@@ -108,19 +96,25 @@ def _num_connected(directory: Path) -> dict[str, int]:
     return Counter(path.name for path in connected if path.parent == directory)
 
 
-@pytest.mark.parametrize(("flags", "are_local"), [((), True), (("--no-local-sockets",), False)])
-async def test_processes_of_one_host_talk_over_its_sockets_unless_told_not_to(
-    flags: tuple[str, ...], are_local: bool
-) -> None:
-    with background.cluster(*SIM, *flags) as started:
-        sockets = default_cache() / "run" / str(started.supervisor.pid) / "sockets"
-        async with httpx.AsyncClient() as http:
-            answer = await http.post(f"{started.run.url}/v1/completions", json=_body(3) | {"stream": False})
-        assert answer.json()["usage"]["completion_tokens"] == 3
-        rows = await RunningCluster(started.supervisor, started.run).status()
-        called = [rows[name]["address"] + ".sock" for name in ("router-0", "decode-0")]
-        connected = _num_connected(sockets)
-        assert [connected[name] > 0 for name in ("blackboard.sock", *called)] == [are_local] * 3
+async def _answers_over_sockets(cluster: RunningCluster) -> set[bool]:
+    """Whether those who call the blackboard, the router and the decode worker of an answer do it over their sockets."""
+    sockets = default_cache() / "run" / str(cluster.supervisor.pid) / "sockets"
+    async with httpx.AsyncClient() as http:
+        answer = await http.post(f"{cluster.url}/v1/completions", json=_body(3) | {"stream": False})
+    assert answer.json()["usage"]["completion_tokens"] == 3
+    rows = await cluster.status()
+    called = [rows[name]["address"] + ".sock" for name in ("router-0", "decode-0")]
+    connected = _num_connected(sockets)
+    return {connected[name] > 0 for name in ("blackboard.sock", *called)}
+
+
+async def test_processes_of_one_host_talk_over_its_sockets(sim_cluster: RunningCluster) -> None:
+    assert await _answers_over_sockets(sim_cluster) == {True}
+
+
+async def test_processes_of_one_host_do_not_talk_over_its_sockets_if_told_not_to() -> None:
+    with background.cluster(*SIM, "--no-local-sockets") as started:
+        assert await _answers_over_sockets(RunningCluster(started.supervisor, started.run)) == {False}
 
 
 async def _kill_the_supervisor(killed: list[int]) -> None:
@@ -138,8 +132,13 @@ async def test_nothing_outlives_a_supervisor_that_is_killed() -> None:
     await _until_gone(pids)
 
 
-async def test_requests_that_run_at_ctrl_c_are_finished() -> None:
+async def test_ctrl_c_finishes_what_runs_and_leaves_no_process_no_port_and_no_file() -> None:
     with background.cluster(*SLOW_SIM) as started:
+        directory = default_cache() / "run" / str(started.supervisor.pid)
+        rows = (await RunningCluster(started.supervisor, started.run).status()).values()
+        addresses = [row[kind] for row in rows for kind in ("address", "http_address", "metrics_address") if row[kind]]
+        assert directory.is_dir()
+        assert all(map(_listens, addresses))
         async with (
             httpx.AsyncClient(base_url=started.run.url, timeout=DEADLINE_S) as client,
             client.stream("POST", "/v1/completions", json=_body(max_tokens=20)) as answer,
@@ -150,6 +149,9 @@ async def test_requests_that_run_at_ctrl_c_are_finished() -> None:
             rest = [line async for line in lines]
         assert rest[-2:] == ["data: [DONE]", ""]
         assert await asyncio.to_thread(started.supervisor.wait, DEADLINE_S) == 0
+    assert not any(map(_lives, _pids(started.run)))
+    assert not any(map(_listens, addresses))
+    assert not directory.exists()
 
 
 async def test_a_second_ctrl_c_ends_everything_at_once() -> None:

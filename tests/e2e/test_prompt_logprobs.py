@@ -9,8 +9,8 @@ import pytest
 
 from protos.forebay.v1 import gateway_pb2, gateway_pb2_grpc
 from shared import rpc
-from tests.e2e.client import PROMPT, SLOW, Start
-from tests.e2e.cluster import RunningCluster
+from tests.e2e.client import PROMPT, SLOW
+from tests.e2e.cluster import RunningCluster, running
 from tests.e2e.test_failover import busy
 from tests.e2e.test_second_prefill import at_work
 from tests.e2e.test_serving import LONG, QUESTION, complete
@@ -125,9 +125,16 @@ def test_what_is_cached_is_of_no_use_and_said_not_to_be(model_cluster: RunningCl
     assert complete(model_cluster, prompt=LONG)["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
 
 
-@pytest.mark.parametrize("victim", ["prefill", "decode"])
-async def test_a_worker_killed_amid_a_prompt_tells_nothing_twice(victim: str, start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim", "--decode", "2", "--prefill", "2", SLOW)
+@pytest.fixture(scope="module")
+def two_of_each() -> Iterator[RunningCluster]:
+    with running("--engine", "sim", "--decode", "2", "--prefill", "2", SLOW) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("victim", ["decode", "prefill"])  # a restarted prefill worker would know no rates
+async def test_a_worker_killed_amid_a_prompt_tells_nothing_twice(victim: str, two_of_each: RunningCluster) -> None:
+    cluster = two_of_each
+    await cluster.until(lambda rows: all(row["state"] == "serving" for row in rows.values()))
     channels = rpc.Channels()
     try:
         stub: Any = gateway_pb2_grpc.GatewayServiceStub(channels.to(await cluster.address("gateway-0")))

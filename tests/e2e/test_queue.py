@@ -2,13 +2,15 @@
 
 import asyncio
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import pytest
 
 from shared.blackboard.board import Blackboard
 from tests.e2e.client import Start, client_of
-from tests.e2e.cluster import RunningCluster
+from tests.e2e.cluster import RunningCluster, running
 
 NARROW = "--worker-flags=--max-num-sequences 2 --sim-decode-ms 20"
 NUM_REQUESTS = 10
@@ -30,12 +32,29 @@ async def until_queued(cluster: RunningCluster, num_requests: int, most: float =
         await board.close()
 
 
-async def test_what_workers_have_no_room_for_waits_and_is_served(start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim", NARROW)
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[RunningCluster]:
+    with running("--engine", "sim", NARROW) as cluster:
+        yield cluster
+
+
+async def test_what_workers_have_no_room_for_waits_and_is_served(narrow: RunningCluster) -> None:
+    cluster = narrow
     answers = asyncio.create_task(ask_all(cluster))
     await until_queued(cluster, 4)
     assert [len(token_ids) for token_ids in await answers] == [30] * NUM_REQUESTS
     await cluster.until_pages_are_free()
+
+
+async def test_clients_that_go_away_leave_the_queue_before_their_turn_has_come(narrow: RunningCluster) -> None:
+    """Those who run would be at work for minutes."""
+    cluster = narrow
+    asked = asyncio.create_task(ask_all(cluster, 10_000))
+    await until_queued(cluster, 4)
+    asked.cancel()
+    await until_queued(cluster, 0, most=0)
+    await cluster.until_pages_are_free()
+    assert len((await ask_all(cluster))[0]) == 30
 
 
 async def test_requests_that_wait_at_a_router_that_dies_are_served(start_cluster: Start) -> None:
@@ -45,17 +64,6 @@ async def test_requests_that_wait_at_a_router_that_dies_are_served(start_cluster
     await until_queued(cluster, 4)
     cluster.kill("router-0")
     assert await answers == expected
-
-
-async def test_clients_that_go_away_leave_the_queue_before_their_turn_has_come(start_cluster: Start) -> None:
-    """Those who run would be at work for minutes."""
-    cluster = start_cluster("--engine", "sim", NARROW)
-    asked = asyncio.create_task(ask_all(cluster, 10_000))
-    await until_queued(cluster, 4)
-    asked.cancel()
-    await until_queued(cluster, 0, most=0)
-    await cluster.until_pages_are_free()
-    assert len((await ask_all(cluster))[0]) == 30
 
 
 async def test_a_full_queue_refuses_and_says_when_to_come_back(start_cluster: Start) -> None:

@@ -2,10 +2,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from shared.engine.api import EngineRequest, Executor, SamplingParams
+from shared.engine.api import EngineRequest, Executor, SamplingParams, TokenLogprobs
 from shared.engine.sim import SimExecutor, SimModel
 from shared.engine.speculation.speculator import Speculation
 from shared.models import store
@@ -13,6 +14,9 @@ from shared.models.catalogue import DEFAULT_MODEL
 from shared.page_hash import tenant_key
 from tests.law.worker import Worker
 from tests.unit.behind import Behind
+
+if TYPE_CHECKING:
+    from shared.engine.executor import TorchExecutor
 
 MakeExecutor = Callable[[int], Executor]
 NUM_TOKENS = 24
@@ -44,34 +48,35 @@ def tiny_model(variant: str, path: Path, *, rejection: bool = False) -> MakeExec
         tiny_mtp.write(path, vocab_size=211, eos_token_id=[2], pad_token_id=2)
     else:
         tiny_models.write(name, path)
-    return lambda num_pages: load_executor(
+    loaded = load_executor(
         path,
         model_name="tiny",
         dtype="float32",
         kv_dtype=kv_dtype or "auto",
         page_size=16,
         num_threads=1,
-        num_pages=num_pages,
+        num_pages=1,
         mtp=True,
-        rejection=rejection,
     )
+    return lambda num_pages: another(loaded, num_pages, rejection=rejection)
+
+
+def another(executor: "TorchExecutor", num_pages: int, *, rejection: bool = False) -> Executor:
+    """One with the same weights and a pool of its own."""
+    from shared.engine.executor import TorchExecutor
+    from shared.engine.kv.memory import HostMemory
+
+    spec, memory = executor.spec, HostMemory(num_pages, executor.layout.page_bytes)
+    return TorchExecutor(executor.model, replace(spec, num_pages=num_pages), memory, rejection=rejection)
 
 
 def default_model() -> tuple[Path, MakeExecutor]:
     """Its directory, and executors in float32 that share the weights."""
-    import torch
-
-    from shared.engine.executor import TorchExecutor, load_executor
-    from shared.engine.kv.memory import HostMemory
-    from shared.engine.models import registry
-    from shared.engine.models.api import Placement
+    from shared.engine.executor import load_executor
 
     path = store.resolve(DEFAULT_MODEL)
-    model = registry.load(path, Placement(torch.float32, 1, "auto", store.default_cache()))
-    spec = load_executor(path, model_name="smollm2", dtype="float32", page_size=16, num_threads=1, num_pages=1).spec
-    return path, lambda num_pages: TorchExecutor(
-        model, replace(spec, num_pages=num_pages), HostMemory(num_pages, spec.layout.page_bytes)
-    )
+    loaded = load_executor(path, model_name="smollm2", dtype="float32", page_size=16, num_threads=1, num_pages=1)
+    return path, lambda num_pages: another(loaded, num_pages)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Law:
     in_order: MakeExecutor | None = field(default=None, kw_only=True)
     is_exact: bool = field(default=True, kw_only=True)
     known: dict[tuple[object, ...], list[int]] = field(default_factory=dict, kw_only=True)
+    known_told: dict[tuple[object, ...], list[TokenLogprobs]] = field(default_factory=dict, kw_only=True)
 
     def worker(self, num_pages: int = 64, max_step_tokens: int = 512) -> Worker:
         return Worker(self.make_executor(num_pages), max_step_tokens, self.speculation)

@@ -25,7 +25,7 @@ class Thread:
     """Satisfies `Follower`."""
 
     def __init__(self, executor: Executor) -> None:
-        self._batches: queue.SimpleQueue[Sequence[BatchItem] | None] = queue.SimpleQueue()
+        self._batches: queue.Queue[Sequence[BatchItem] | None] = queue.Queue()
         self._executor = executor
         self._thread = threading.Thread(target=self._run)
         self._thread.start()

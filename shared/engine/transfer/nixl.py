@@ -16,6 +16,7 @@ Five facts about NIXL 1.5.1, found by trying (docs/LOG.md), shape this file and 
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -28,9 +29,11 @@ from shared.engine.transfer.api import Peer, RemotePool, check_page_ids, check_p
 from shared.engine.transfer.layout_plan import Slices
 from shared.engine.transfer.nixl_link import Link, Read, new_agent
 from shared.engine.transfer.nixl_thread import NixlThread
-from shared.errors import Fault, TransferFailed
+from shared.errors import DeadlineExceeded, Fault, TransferFailed
 
 LINGER_S = 5.0
+# What the NIXL thread may be late with an answer to a connect.
+LATE_S = 1.0
 
 
 class NixlTransport:
@@ -68,9 +71,10 @@ class NixlTransport:
         check_pool(pool, self._memory.page_bytes, slices)
         self._num_links += 1
         link = Link(pool, self._memory, f"{self.agent_name}/{self._num_links}", slices)
+        ends_at = time.monotonic() + timeout_s + LATE_S
         try:
-            await _outcome(self._thread.call(link.open))
-            await self._run(Read(link, link.probe, timeout_s))
+            await _outcome(self._thread.call(link.open), ends_at=ends_at)
+            await self._run(Read(link, link.probe, timeout_s), ends_at)
         except BaseException:
             self.disconnect(link)
             raise
@@ -122,21 +126,38 @@ class NixlTransport:
         self._thread.server = new_agent(self.agent_name, self._memory)
         return bytes(self._thread.server.get_agent_metadata())
 
-    async def _run(self, read: Read) -> None:
-        self._thread.call(lambda: self._thread.begin(read))
-        await _outcome(read.done, read.hurry)
+    async def _run(self, read: Read, ends_at: float = math.inf) -> None:
+        self._thread.post(partial(self._thread.begin, read))
+        await _outcome(read.done, read.hurry, ends_at)
 
 
-async def _outcome(future: Future[Any], on_cancel: Callable[[], None] = lambda: None) -> Any:
-    """The future's outcome; if cancelled, wait for it all the same and then be cancelled."""
+async def _outcome(future: Future[Any], on_cancel: Callable[[], None] = lambda: None, ends_at: float = math.inf) -> Any:
+    """The future's outcome; if cancelled, wait for it all the same and then be cancelled.
+
+    Past `ends_at`, of time.monotonic, nothing is waited for: raises DeadlineExceeded. Only what writes to our pages has
+    no such end, for they are free when this returns.
+    """
     waiter = asyncio.wrap_future(future)
+    waiter.add_done_callback(_take_note)
     try:
-        return await asyncio.shield(waiter)
+        await _end(waiter, ends_at)
     except asyncio.CancelledError:
         on_cancel()
-        while not waiter.done():
+        while not waiter.done() and time.monotonic() < ends_at:
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([waiter])
-        if not waiter.cancelled():
-            waiter.exception()
+                await _end(waiter, ends_at)
         raise
+    if not waiter.done():
+        raise DeadlineExceeded("NIXL did not answer at all")
+    return waiter.result()
+
+
+async def _end(waiter: asyncio.Future[Any], ends_at: float) -> None:
+    left_s = None if ends_at == math.inf else max(0.0, ends_at - time.monotonic())
+    await asyncio.wait([waiter], timeout=left_s)
+
+
+def _take_note(waiter: asyncio.Future[Any]) -> None:
+    """An error that nobody waits for any more is no news for the log."""
+    if not waiter.cancelled():
+        waiter.exception()

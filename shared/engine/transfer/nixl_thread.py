@@ -3,11 +3,10 @@
 It sleeps while nothing is in flight and nobody is served; it never spins.
 """
 
-import contextlib
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from shared.engine.transfer.lookout import Lookout
 from shared.engine.transfer.nixl_link import Link, Read
+from shared.engine.wake import Wake
 from shared.errors import DeadlineExceeded, Fault, TransferFailed
 
 T = TypeVar("T")
@@ -35,7 +35,8 @@ class NixlThread(threading.Thread):
         super().__init__(name="nixl", daemon=True)
         self.server: Any = None
         self.lookout = Lookout()
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: deque[Callable[[], None] | None] = deque()
+        self._wake = Wake()
         self._reads: list[Read] = []
         self._parked: list[Link] = []
         self._nic_writes = any(NICS.glob("*"))
@@ -51,33 +52,48 @@ class NixlThread(threading.Thread):
             except Exception as error:
                 future.set_exception(_fault(error))
 
-        self._inbox.put(run)
+        self.post(run)
         return future
 
     def post(self, work: Callable[[], None]) -> None:
         """As `call`, of something that cannot fail and that nobody waits for."""
-        self._inbox.put(work)
+        self._put(work)
 
     def close(self) -> None:
         """Destroy all agents and end the thread."""
-        self._inbox.put(None)
+        self._put(None)
         self.join()
+
+    def _put(self, work: Callable[[], None] | None) -> None:
+        self._inbox.append(work)
+        self._wake.set()
 
     def run(self) -> None:
         """Poll what is in flight or served; sleep otherwise."""
-        while True:
-            with contextlib.suppress(queue.Empty):
-                work = self._inbox.get(timeout=self._pause())
-                if work is None:
-                    break
-                work()
-                self._delay = FIRST_DELAY_S
-            self._poll()
-        for link in {read.link for read in self._reads}:
-            self._lose(link, TransferFailed("the transport was closed"))
-            link.close()
+        going_on = True
+        while going_on:
+            try:
+                going_on = self._turn()
+            except Exception as error:  # a fault of ours; whoever waits has to be told, and the thread is still needed
+                log.exception("READs in flight are given up")
+                self._lose_all(_fault(error))
+        self._lose_all(TransferFailed("the transport was closed"))
         self._unpark(self._parked)
         self.server = None
+
+    def _turn(self) -> bool:
+        """Do the first thing that was asked for, if anything, and look once; False at the end."""
+        self._wake.clear()
+        if not self._inbox:
+            self._wake.wait(self._pause())
+        if self._inbox:
+            work = self._inbox.popleft()
+            if work is None:
+                return False
+            work()
+            self._delay = FIRST_DELAY_S
+        self._poll()
+        return True
 
     def begin(self, read: Read) -> None:
         """Post a READ. A path through shared memory has done it all when this returns."""
@@ -104,6 +120,11 @@ class NixlThread(threading.Thread):
         for read in lost:
             read.request = None
             read.done.set_exception(fault)
+
+    def _lose_all(self, fault: Fault) -> None:
+        for link in {read.link for read in self._reads}:
+            self._lose(link, fault)
+            link.close()
 
     def _unpark(self, links: list[Link]) -> None:
         self._parked = [link for link in self._parked if link not in links]
@@ -139,10 +160,10 @@ class NixlThread(threading.Thread):
             self.abandon(read.link, DeadlineExceeded(f"{name} did not answer a read within {read.timeout_s:.3f} s"))
 
     def _finish(self, read: Read) -> None:
-        self._reads.remove(read)
         read.request.release()
-        read.request = None
         self._unpark([link for link in self._parked if self._is_heard(link, read.link.pool.agent_name)])
+        self._reads.remove(read)
+        read.request = None
         read.done.set_result(None)
 
     def _is_heard(self, parked: Link, answering: str) -> bool:
