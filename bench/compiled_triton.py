@@ -26,7 +26,8 @@ from shared.engine.kernels import (
 from shared.engine.kernels.experts import Experts
 from shared.engine.kernels.inputs import Rows, Span
 from shared.engine.layers import cuda_glm_layer
-from shared.engine.layers.cuda_glm_layer import Mixture, State, Step
+from shared.engine.layers.cuda_glm_layer import State, Step
+from shared.engine.layers.cuda_glm_weights import Mixture
 from shared.engine.models import glm_config
 
 CPU = torch.device("cpu")

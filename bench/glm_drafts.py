@@ -16,8 +16,8 @@ from bench.glm_random import KV_TOKENS, PAGE_SIZE, Counted, Rank
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import build
 from shared.engine.kernels.experts import Experts
-from shared.engine.layers import cuda_glm_layer
-from shared.engine.layers.cuda_glm_layer import Mixture
+from shared.engine.layers import cuda_glm_weights
+from shared.engine.layers.cuda_glm_weights import Mixture
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.sampling.batched import BatchedSampler, Choice
 from shared.engine.speculation.late import LateDrafter
@@ -32,7 +32,7 @@ def floor_ms(made: Rank[Counted], config: GlmConfig, num_drafts: int, rate: floa
     """One row's experts for each draft, and more rows' for the tokens that are followed are left out."""
     a, mlp, ends = made.drafting_layer.attention, made.drafting_layer.mlp, made.decoder.ends
     own = made.decoder.config
-    kept = cuda_glm_layer.sharing(a, own)
+    kept = cuda_glm_weights.sharing(a, own)
     fixed = sum(x.nbytes for x in (a.up_key, a.up_value, a.output, ends.head)) + 4 * config.hidden_size**2
     assert isinstance(mlp, Mixture)
     assert isinstance(mlp.experts, Experts)

@@ -25,8 +25,9 @@ from bench.glm_random import FIELDS, NAMES, PAGE_SIZE, Counted, Rank, rank
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import Batch, build
 from shared.engine.kernels import triton_index
-from shared.engine.layers import cuda_glm, cuda_glm_layer
-from shared.engine.layers.cuda_glm_layer import Mixture, Step
+from shared.engine.layers import cuda_glm, cuda_glm_layer, cuda_glm_weights
+from shared.engine.layers.cuda_glm_layer import Step
+from shared.engine.layers.cuda_glm_weights import Mixture
 from shared.engine.models.glm_config import GlmConfig, parse
 
 LAYERS = 7  # dense and selecting, three; mixtures that share a selection, three; one that selects
@@ -92,7 +93,7 @@ def num_bytes(made: Rank[Counted], kind: str) -> int:
     if not isinstance(mlp, Mixture):
         return found + mlp.gate_up.nbytes + mlp.down.nbytes
     e = mlp.experts
-    assert not isinstance(e, cuda_glm_layer.Fp4Experts), "none here multiplies in FP4"
+    assert not isinstance(e, cuda_glm_weights.Fp4Experts), "none here multiplies in FP4"
     parts = (e.gate_up, e.down, e.gate_up_scale, e.down_scale, mlp.router, mlp.shared.gate_up, mlp.shared.down)
     return found + sum(x.nbytes for x in parts if x is not None)
 

@@ -15,9 +15,9 @@ from shared.engine.kernels.experts import FACTOR, Experts, SharedExpert
 from shared.engine.kernels.inputs import KeyNorm
 from shared.engine.kv.layout import KvLayout
 from shared.engine.kv.view import DeviceMemory
-from shared.engine.layers import cuda_glm_layer
+from shared.engine.layers import cuda_glm_weights
 from shared.engine.layers.cuda_glm import CudaGlm, Ends
-from shared.engine.layers.cuda_glm_layer import Attention, Dense, Layer, Matrix, Mixture
+from shared.engine.layers.cuda_glm_weights import Attention, Dense, Layer, Matrix, Mixture
 from shared.engine.models import glm_layout
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_mtp_cuda import GlmMtpOnCuda
@@ -218,7 +218,9 @@ def rank(
     grouped, latent, products, few = compiled(device) if cuda or fp8 else (None, None, None, None)
     weights = RandomLayers(config, group.num_ranks, device, products if fp8 else None, group.rank)
     top_k = config.num_experts_per_token
-    layers = [cuda_glm_layer.grouping(weights.layer(index), top_k, grouped, few) for index in range(config.num_layers)]
+    layers = [
+        cuda_glm_weights.grouping(weights.layer(index), top_k, grouped, few) for index in range(config.num_layers)
+    ]
     drafting_layer, joining = weights.drafting_layer(), weights.joining()
     layout = glm_layout.layout(config, "bfloat16", PAGE_SIZE, mtp=True)
     memory = DeviceMemory(kv_tokens // PAGE_SIZE, layout.page_bytes, device)

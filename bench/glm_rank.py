@@ -26,7 +26,7 @@ from shared.engine.batch import Batch, build
 from shared.engine.kernels import reference
 from shared.engine.kernels.experts import Experts
 from shared.engine.layers.cuda_glm import CudaGlm, views
-from shared.engine.layers.cuda_glm_layer import Dense, Mixture
+from shared.engine.layers.cuda_glm_weights import Dense, Mixture
 from shared.engine.layers.moe import route
 from shared.engine.models.glm_config import GlmConfig, parse
 

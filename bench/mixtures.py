@@ -25,7 +25,7 @@ from shared.engine.kernels.experts import Experts
 from shared.engine.kernels.gluon_rows import MAX_ROWS
 from shared.engine.kernels.inputs import Norm
 from shared.engine.layers import captured
-from shared.engine.layers.cuda_glm_layer import Mixture
+from shared.engine.layers.cuda_glm_weights import Mixture
 from shared.engine.models.glm_config import GlmConfig, parse
 
 SETS, ROUNDS = 3, 8

@@ -23,7 +23,8 @@ from shared.engine.kernels.inputs import Rows, Span
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import captured, cuda_glm_layer, rope
-from shared.engine.layers.cuda_glm_layer import Layer, State, Step
+from shared.engine.layers.cuda_glm_layer import State, Step
+from shared.engine.layers.cuda_glm_weights import Layer
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.parallel.group import Group
 from shared.engine.pinned import put

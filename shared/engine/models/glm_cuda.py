@@ -14,9 +14,9 @@ from shared.engine.kernels.cuda_few import CudaFew
 from shared.engine.kernels.cuda_fp8 import CudaFp8
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kv.layout import KvLayout
-from shared.engine.layers import cuda_glm, cuda_glm_layer
+from shared.engine.layers import cuda_glm, cuda_glm_weights
 from shared.engine.layers.cuda_glm import CudaGlm, Ends
-from shared.engine.layers.cuda_glm_layer import Layer
+from shared.engine.layers.cuda_glm_weights import Layer
 from shared.engine.models.api import DraftLayer, Placement
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_layout import INDEX_KEYS, LATENTS, layout
@@ -43,7 +43,7 @@ class GlmOnCuda:
         top_k, (grouped, latent, fp8, few) = weights.config.num_experts_per_token, _compiled(placement)
 
         def ready(index: int, fp4: w4a4.Products | None = None) -> Layer:
-            return cuda_glm_layer.grouping(read_layer(weights, index, fp4, fp8), top_k, grouped, few)
+            return cuda_glm_weights.grouping(read_layer(weights, index, fp4, fp8), top_k, grouped, few)
 
         read = [ready(index, fp4) for index in layers]
         ends = read_ends(weights, config.vocab_size, placement)
@@ -87,8 +87,8 @@ def read_layer(weights: GlmWeights, index: int, fp4: w4a4.Products | None = None
     mlp = (weights.fp4_mlp(index) if fp4 else None) or (weights.stored_mlp if fp8 else weights.packed_mlp)(index)
     return Layer(
         *weights.norms(index),
-        cuda_glm_layer.attention(attention, fp8),
-        cuda_glm_layer.dense(mlp, fp8) if isinstance(mlp, MlpOf) else cuda_glm_layer.mixture(mlp, fp4),
+        cuda_glm_weights.attention(attention, fp8),
+        cuda_glm_weights.dense(mlp, fp8) if isinstance(mlp, MlpOf) else cuda_glm_weights.mixture(mlp, fp4),
     )
 
 

@@ -16,10 +16,11 @@ from shared.engine.kernels import triton_dense, triton_index, triton_moved
 from shared.engine.kernels.inputs import Selected
 from shared.engine.kv import view
 from shared.engine.kv.layout import KvLayout
-from shared.engine.layers import cuda_glm, cuda_glm_layer
+from shared.engine.layers import cuda_glm, cuda_glm_layer, cuda_glm_weights
 from shared.engine.layers.captured import lent
 from shared.engine.layers.cuda_glm import GRAPH_SIZES, MAX_GRAPH_PAGES, CudaGlm
-from shared.engine.layers.cuda_glm_layer import Layer, State, Step
+from shared.engine.layers.cuda_glm_layer import State, Step
+from shared.engine.layers.cuda_glm_weights import Layer
 from shared.engine.models.api import DraftStep
 from shared.engine.models.glm_layout import INDEX_KEYS, LATENTS, MTP_INDEX_KEYS, MTP_LATENTS
 from shared.engine.models.glm_weights import MtpWeights
@@ -56,7 +57,7 @@ class GlmMtpOnCuda:
 
     def __init__(self, decoder: CudaGlm, layer: Layer, own: MtpWeights) -> None:
         self._decoder, self._layer = decoder, layer
-        self._sharing = replace(layer, attention=cuda_glm_layer.sharing(layer.attention, decoder.config))
+        self._sharing = replace(layer, attention=cuda_glm_weights.sharing(layer.attention, decoder.config))
         self._embedding_norm, self._state_norm, self._output_norm = own.embedding_norm, own.state_norm, own.output_norm
         self._of_embedding, self._of_state = (half.contiguous() for half in own.join.chunk(2, dim=1))
         self._graphs: dict[tuple[int, int, bool, int], Graph] = {}
