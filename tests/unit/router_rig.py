@@ -24,6 +24,7 @@ from shared.telemetry import Telemetry
 from tests.unit.fleets import registration
 
 TTL_MS = 60_000
+REDIS_TIMEOUT_MS = 10_000  # longer than a router's own: a machine that stands still for a second has not lost Redis
 HASHES = [bytes([number]) * 16 for number in range(62)]
 WEIGHTS = Weights()
 
@@ -40,8 +41,9 @@ class Router:
         no_worker_wait_ms: int = 0,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         clock: Callable[[], float] = time.monotonic,
+        redis_timeout_ms: int = REDIS_TIMEOUT_MS,
     ) -> None:
-        self.url, self.board = url, Blackboard(url)
+        self.url, self.board = url, Blackboard(url, redis_timeout_ms)
         self.telemetry = Telemetry("router", "r1")
         self.fleet = Fleet(self.board, WEIGHTS, heartbeat_ms=heartbeat_ms, ttl_ms=TTL_MS, clock=clock)
         self.server = rpc.Server(self.telemetry, [SERVICE])

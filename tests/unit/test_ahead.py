@@ -12,6 +12,7 @@ from protos.forebay.v1 import router_pb2
 from shared import rpc
 from shared.blackboard import keys
 from shared.blackboard.admission import Account, Ask, Need, Pair, Parked, Placed
+from shared.blackboard.board import TIMEOUT_MS
 from shared.blackboard.records import Room
 from tests.unit.router_rig import HASHES, TTL_MS, Router
 from tests.valkey import ValkeyProcess
@@ -244,7 +245,7 @@ async def test_written_twice_it_counts_once(router: Router) -> None:
 
 async def test_one_that_cannot_be_written_makes_the_next_ones_ask_first(valkey: ValkeyProcess) -> None:
     """It goes where it was sent all the same. Redis stands still for longer than a router waits for it."""
-    router = Router(valkey.url, heartbeat_ms=3_600_000)
+    router = Router(valkey.url, heartbeat_ms=3_600_000, redis_timeout_ms=TIMEOUT_MS)
     await router.start()
     await router.fleet_of("d1", limits=EIGHT)
     async with Redis.from_url(valkey.url) as redis:
