@@ -105,6 +105,7 @@ async def run(plan: Plan, cluster: RunningCluster, clients: Clients, twin: Twin)
     await cluster.until_pages_are_free(LEASE_S + 5)
     reclaim_s = {"after the last request": time.monotonic() - began}
     assert not watching.done(), watching.exception()
+    assert watch.num_looks, "no worker told of its pages"
     watching.cancel()
     rows = await cluster.status()
     report = Report(

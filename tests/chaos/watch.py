@@ -25,6 +25,7 @@ class Watch:
     said: Sayings = field(default_factory=Sayings)
     num_bytes: dict[int, float] = field(default_factory=dict)
     wrong_pages: list[str] = field(default_factory=list)
+    num_looks: int = 0  # at workers that told of their pages
 
     async def run(self) -> None:
         """Look twice a second."""
@@ -46,6 +47,9 @@ class Watch:
                 continue
             with suppress(httpx.TransportError):  # it is about to end, or stopped
                 metrics = await scrape(http, row["metrics_address"])
+                if WRONG_PAGES not in metrics:  # the port of one that has ended is another process' by now
+                    continue
+                self.num_looks += 1
                 self.num_bytes[row["pid"]] = metrics.get(BYTES, 0.0)
                 if metrics[WRONG_PAGES]:
                     self.wrong_pages.append(f"{name}: {metrics}")
