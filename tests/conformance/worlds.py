@@ -51,6 +51,7 @@ class World(ABC):
     """`reads_need_owner`: whether an owner that is stopped can hold up a read from it."""
 
     reads_need_owner = True
+    shares_owners = True  # those that other tests have only read from; a test that stops its owner wants its own
 
     def __init__(self, reader: Transport, memory: HostMemory) -> None:
         self.reader, self.memory = reader, memory
@@ -150,6 +151,9 @@ class NixlOwners:
             if owner.made_of == (seed, num_pages, page_bytes, env):
                 self._idle.remove(owner)
                 return owner
+        return self.new(agent_name, seed, num_pages, page_bytes, env)
+
+    def new(self, agent_name: str, seed: int, num_pages: int, page_bytes: int, env: Mapping[str, str]) -> NixlOwner:
         return NixlOwner(f"{agent_name}-{next(self._numbers)}", seed, num_pages, page_bytes, env)
 
     def give_back(self, owner: NixlOwner) -> None:
@@ -177,7 +181,8 @@ class NixlWorld(World):
         super().__init__(NixlTransport(memory, f"reader-{os.getpid()}-{next(self.numbers)}"), memory)
 
     def new_owner(self, agent_name: str, seed: int, num_pages: int, page_bytes: int) -> Owner:
-        self._taken.append(self._shared.take(agent_name, seed, num_pages, page_bytes, self._env))
+        make = self._shared.take if self.shares_owners else self._shared.new
+        self._taken.append(make(agent_name, seed, num_pages, page_bytes, self._env))
         return self._taken[-1]
 
     def close(self) -> None:
