@@ -78,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     print(provenance.banner("bench.gaps"))
     config, packed = parse(shapes.SHAPES[args.shape]), args.weights == "nvfp4"
-    executor = shapes.executor(config, torch.device("cuda", 0), 64 * 90, packed)
+    _, executor = shapes.decoder_and_executor(config, torch.device("cuda", 0), 64 * 90, packed)
     gc.freeze()  # as a worker does: a full collection takes as long as some steps
     print(torch.cuda.get_device_name(0))
     print("| decode | ms on the GPU | ms in order (idle) | ms launched ahead (idle) |\n|---|---|---|---|")

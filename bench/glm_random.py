@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from shared.engine.kernels import build, cuda_experts, cuda_few, cuda_fp8, cuda_latent, w8a16
+from shared.engine.kernels import build, w8a16
 from shared.engine.kernels.cuda_experts import CudaExperts
 from shared.engine.kernels.cuda_few import CudaFew
 from shared.engine.kernels.cuda_fp8 import CudaFp8, Fp8Matrix
@@ -20,6 +20,7 @@ from shared.engine.layers.cuda_glm import CudaGlm, Ends
 from shared.engine.layers.cuda_glm_weights import Attention, Dense, Layer, Matrix, Mixture
 from shared.engine.models import glm_layout
 from shared.engine.models.glm_config import GlmConfig
+from shared.engine.models.glm_cuda import kernels_of
 from shared.engine.models.glm_mtp_cuda import GlmMtpOnCuda
 from shared.engine.models.glm_weights import MtpWeights
 from shared.engine.parallel.group import Group, added
@@ -203,10 +204,7 @@ def compiled(device: torch.device) -> tuple[CudaExperts, CudaLatent, CudaFp8, Cu
     """The kernels that nvcc makes."""
     capability = torch.cuda.get_device_capability(device)
     path = build.cuda_library(default_cache() / "kernels", build.cuda_compiler(), capability, "glm")
-    return (
-        CudaExperts(cuda_experts.load(path)), CudaLatent(cuda_latent.load(path)), CudaFp8(cuda_fp8.load(path)),
-        CudaFew(cuda_few.load(path), device),
-    )  # fmt: skip
+    return kernels_of(path, device)
 
 
 def rank(

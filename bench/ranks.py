@@ -146,7 +146,7 @@ def _steps(rank: int, args: argparse.Namespace, store: Store, say: Callable[[str
     say("|---" * (len(STEPS) + 1) + "|")
     twin: dict[tuple[int, int], list[SampledToken]] = {}
     for name, group in groups.items():
-        engine, cells = shapes.executor(config, device, num_pages, False, group), []
+        (_, engine), cells = shapes.decoder_and_executor(config, device, num_pages, False, group), []
         for kind in STEPS:
             tokens, times = _step(engine, *kind)
             spread = f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"

@@ -122,18 +122,6 @@ def library_for(device: torch.device) -> ctypes.CDLL:
     return cuda_products.load(build.cuda_library(default_cache() / "kernels", build.cuda_compiler(), capability))
 
 
-def executor(
-    config: DenseConfig,
-    device: torch.device,
-    num_pages: int,
-    packed: bool,
-    group: Group | None = None,
-    dequantized_bytes: int = 0,
-) -> TorchExecutor:
-    """Of one rank of a group, or alone; `dequantized_bytes` as in `load_executor`."""
-    return decoder_and_executor(config, device, num_pages, packed, group, dequantized_bytes)[1]
-
-
 def decoder_and_executor(
     config: DenseConfig,
     device: torch.device,
@@ -142,7 +130,8 @@ def decoder_and_executor(
     group: Group | None = None,
     dequantized_bytes: int = 0,
 ) -> tuple[CudaDecoder, TorchExecutor]:
-    """The same, and what records its steps."""
+    """Of one rank of a group, or alone, what records steps, and who has them computed; `dequantized_bytes` as in
+    `load_executor`."""
     group = group or Alone()
     shard = Shard(group.rank, group.num_ranks)
     weights = RandomWeights(config, device, packed, shard)
@@ -211,7 +200,8 @@ def main() -> None:
 def measure(config: DenseConfig, device: torch.device, packed: bool, rate: float, args: argparse.Namespace) -> None:
     room = 8192 // PAGE_SIZE + 1
     started = time.perf_counter()
-    engine = executor(config, device, 64 * room // 4, packed, dequantized_bytes=args.dequantized_mb << 20)
+    kept_bytes = args.dequantized_mb << 20
+    _, engine = decoder_and_executor(config, device, 64 * room // 4, packed, dequantized_bytes=kept_bytes)
     torch.cuda.synchronize()
     read = weight_bytes(config, packed)
     print(f"\n{'NVFP4' if packed else 'bf16'} weights, made in {time.perf_counter() - started:.1f} s")

@@ -20,6 +20,14 @@ def wrong_type(param: str, expected: str, value: object) -> NoReturn:
     raise InvalidRequest(f"'{param}' must be {expected}, not {name_of(value)}", param=param)
 
 
+def filled(owner: Mapping[str, Any], name: str, param: str) -> str:
+    """The string `name` of an object at `param`, which must not be empty. Raises InvalidRequest."""
+    value = owner.get(name)
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(f"'{param}.{name}' must be a string that is not empty", param=f"{param}.{name}")
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Range:
     """Closed, unless `above` is set: then the lower end is not in it."""

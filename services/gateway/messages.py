@@ -36,7 +36,7 @@ def _message(message: object, param: str) -> dict[str, Any]:
         wrong_type(param, "an object", message)
     role = message.get("role")
     if not isinstance(role, str):
-        raise InvalidRequest(f"'{param}.role' must be a string, not {name_of(role)}", param=f"{param}.role")
+        wrong_type(f"{param}.role", "a string", role)
     if role not in ROLES:
         raise InvalidRequest(f"'{param}.role' must be one of {', '.join(ROLES)}, not {role!r}", param=f"{param}.role")
     content = text_of(message.get("content"), f"{param}.content", required=role != "assistant")

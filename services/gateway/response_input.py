@@ -6,7 +6,7 @@ What the model said in one turn is several items (reasoning, message, function c
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from services.gateway.fields import Fields, name_of, wrong_type
+from services.gateway.fields import Fields, filled, wrong_type
 from services.gateway.messages import arguments_of, text_of
 from shared.errors import InvalidRequest, Unsupported
 
@@ -67,7 +67,7 @@ class _Conversation:
     def _message(self, item: Item, param: str) -> None:
         role = item.get("role")
         if not isinstance(role, str):
-            raise InvalidRequest(f"'{param}.role' must be a string, not {name_of(role)}", param=f"{param}.role")
+            wrong_type(f"{param}.role", "a string", role)
         if role not in ROLES:
             message = f"'{param}.role' must be one of {', '.join(ROLES)}, not {role[:50]!r}"
             raise InvalidRequest(message, param=f"{param}.role")
@@ -88,14 +88,14 @@ class _Conversation:
             self._said(_REASONING)[_REASONING] = found
 
     def _call(self, item: Item, param: str) -> None:
-        call_id, name = _string(item, "call_id", param), _string(item, "name", param)
+        call_id, name = filled(item, "call_id", param), filled(item, "name", param)
         function = {"name": name, "arguments": arguments_of(item.get("arguments"), f"{param}.arguments")}
         calls = self._said(_CALLS).setdefault(_CALLS, [])
         calls.append({"id": call_id, "type": "function", "function": function})
         self._call_ids.add(call_id)
 
     def _output(self, item: Item, param: str) -> None:
-        call_id, output = _string(item, "call_id", param), text_of(item.get("output"), f"{param}.output")
+        call_id, output = filled(item, "call_id", param), text_of(item.get("output"), f"{param}.output")
         if call_id not in self._call_ids:
             message = f"'{param}.call_id' is of no function_call before it: send the earlier items, too, as 'input'"
             raise InvalidRequest(message, param=f"{param}.call_id")
@@ -125,10 +125,3 @@ def _thought(part: object, param: str) -> str:
     if not isinstance(part, dict) or not isinstance(text := part.get("text"), str):
         raise InvalidRequest(f"'{param}' must be an object with a 'text'", param=param)
     return text
-
-
-def _string(item: Item, name: str, param: str) -> str:
-    value = item.get(name)
-    if not isinstance(value, str) or not value:
-        raise InvalidRequest(f"'{param}.{name}' must be a string that is not empty", param=f"{param}.{name}")
-    return value

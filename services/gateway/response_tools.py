@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from services.gateway.fields import Fields, name_of, wrong_type
+from services.gateway.fields import Fields, filled, wrong_type
 from shared.errors import InvalidRequest, Unsupported
 
 # What a model is shown of a function, in this order.
@@ -29,7 +29,7 @@ def _tool(tool: object, param: str) -> dict[str, Any]:
         wrong_type(param, "an object", tool)
     kind = tool.get("type")
     if not isinstance(kind, str):
-        raise InvalidRequest(f"'{param}.type' must be a string, not {name_of(kind)}", param=f"{param}.type")
+        wrong_type(f"{param}.type", "a string", kind)
     if kind != "function":
         message = f"'{param}': tools of type {kind[:50]!r} are not supported: offer a function, and run it yourself"
         raise Unsupported(message, param=param)
@@ -37,8 +37,7 @@ def _tool(tool: object, param: str) -> dict[str, Any]:
 
 
 def _function(tool: Mapping[str, Any], param: str) -> dict[str, Any]:
-    if not isinstance(name := tool.get("name"), str) or not name:
-        raise InvalidRequest(f"'{param}.name' must be a string that is not empty", param=f"{param}.name")
+    filled(tool, "name", param)
     if not isinstance(tool.get("parameters"), dict | None):
         raise InvalidRequest(f"'{param}.parameters' must be a JSON schema, an object", param=f"{param}.parameters")
     return {key: tool[key] for key in _SHOWN if tool.get(key) is not None}

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from shared.engine.kernels import cuda_experts
 from shared.engine.kernels.cuda_call import call, opened
 from shared.engine.kernels.experts import Experts, SharedExpert
 
 Pointer, Int = ctypes.c_void_p, ctypes.c_int
-MAX_TOKENS, MAX_EXPERTS, CHOSEN, INNER = 8, 256, 8, 256
+MAX_TOKENS, CHOSEN = 8, cuda_experts.MAX_CHOSEN
 HIDDEN = (2048, 6144)
 NUM_BLOCKS = 128  # all of them at once
 STATE_WORDS = 4 + 2 * MAX_TOKENS * (CHOSEN + 1) * NUM_BLOCKS
@@ -77,13 +78,9 @@ class CudaFew:
 
 def suits(experts: Experts, shared: SharedExpert, top_k: int) -> bool:
     """Whether the kernel is made for such a mixture, and all its blocks find a place at once."""
-    num_experts, hidden, _ = experts.down.shape
     return (
-        experts.factors is not None
-        and experts.inner == INNER
-        and shared.down.shape == (hidden, INNER)
-        and hidden in HIDDEN
-        and num_experts <= MAX_EXPERTS
+        cuda_experts.suits(experts, shared, top_k)
+        and experts.down.shape[1] in HIDDEN
         and top_k == CHOSEN
         and _num_processors(experts.down.device) >= NUM_BLOCKS
     )

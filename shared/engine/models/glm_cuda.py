@@ -1,6 +1,7 @@
 """GLM-5, 5.1 and 5.2 on a GPU."""
 
 import logging
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,12 @@ class GlmOnCuda:
         return self._group.join(logits) if len(logits) else logits
 
 
+def kernels_of(library: Path, device: torch.device) -> tuple[CudaExperts, CudaLatent, CudaFp8, CudaFew]:
+    """Those in the library that `build.cuda_library` makes of "glm"."""
+    grouped, latent = CudaExperts(cuda_experts.load(library)), CudaLatent(cuda_latent.load(library))
+    return grouped, latent, CudaFp8(cuda_fp8.load(library)), CudaFew(cuda_few.load(library), device)
+
+
 def _compiled(placement: Placement) -> tuple[CudaExperts | None, CudaLatent | None, CudaFp8 | None, CudaFew | None]:
     """Kernels that a compiler has to be there for. Without them those in Triton serve, which compute each choice of an
     expert by itself, select tile by tile, merge attention for each few of its values anew, and take only matrices in
@@ -73,8 +80,7 @@ def _compiled(placement: Placement) -> tuple[CudaExperts | None, CudaLatent | No
     capability = torch.cuda.get_device_capability(placement.device)
     try:
         path = build.cuda_library(placement.cache_dir / "kernels", build.cuda_compiler(), capability, "glm")
-        grouped, few = CudaExperts(cuda_experts.load(path)), CudaFew(cuda_few.load(path), placement.device)
-        return grouped, CudaLatent(cuda_latent.load(path)), CudaFp8(cuda_fp8.load(path)), few
+        return kernels_of(path, placement.device)
     except (build.BuildError, OSError) as error:
         log.warning("computing without our CUDA kernels for GLM: %s", error)
         return None, None, None, None
