@@ -96,6 +96,14 @@ class RunningCluster:
         found = await asyncio.to_thread(integrity.measures_at, (await self.status())[name]["metrics_address"])
         return sum(value for key, value in found.items() if key.startswith(measure))
 
+    async def until_measured(self, name: str, measure: str, condition: Callable[[float], object]) -> None:
+        """Wait until a number from a process' metrics is as the condition wants it: a request is counted behind its
+        last token. Fails with what the number is."""
+        end = time.monotonic() + DEADLINE_S
+        while not condition(value := await self.measured(name, measure)):
+            assert time.monotonic() < end, f"{measure} of {name} is {value}"
+            await asyncio.sleep(0.05)
+
     async def until_explained(
         self, route: router_pb2.RouteRequest, condition: Callable[[Sequence[router_pb2.Candidate]], object]
     ) -> None:
@@ -121,6 +129,10 @@ class RunningCluster:
             assert time.monotonic() < end, f"not in {deadline_s} s; last: {rows}"
             await asyncio.sleep(0.05)
         return rows
+
+    async def until_all_serve(self) -> None:
+        """Wait until every process serves, whatever a test has done to it."""
+        await self.until(lambda rows: all(row["state"] == "serving" for row in rows.values()))
 
     async def until_restarted(self, name: str, old_pid: int, deadline_s: float = DEADLINE_S) -> None:
         """Wait until a process serves again after it was killed."""

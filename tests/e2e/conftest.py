@@ -1,18 +1,33 @@
-"""Clusters of real processes. Tests that kill or restart something take `start_cluster` and a cluster of their own."""
+"""Clusters of real processes. What a test kills or restarts in a shared one comes back and is waited for by the next;
+who needs other flags, or processes that know nothing of requests before, takes `start_cluster`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
 
+from tests.e2e.client import SLOW
 from tests.e2e.cluster import HAND_OVER, RunningCluster, running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sim_cluster() -> Iterator[RunningCluster]:
     """One prefill and one decode worker that pretend to compute."""
     with running("--engine", "sim") as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def _slow_cluster() -> Iterator[RunningCluster]:
+    with running("--engine", "sim", "--prefill", "2", "--decode", "2", SLOW, HAND_OVER) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def slow_cluster(_slow_cluster: RunningCluster) -> RunningCluster:
+    """Two prefill and two decode workers that take their time, all of them serving. What they cache they may have."""
+    await _slow_cluster.until_all_serve()
+    return _slow_cluster
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,11 @@
 """A decode worker that dies amid an output: another goes on, and nobody can tell from the tokens."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.e2e.client import PROMPT, SLOW, client_of
-from tests.e2e.cluster import RunningCluster, running
+from tests.e2e.client import PROMPT, client_of
+from tests.e2e.cluster import RunningCluster
 
 
 def busy(rows: dict[str, Any]) -> list[str]:
@@ -19,25 +18,17 @@ async def kill_the_busy_worker(cluster: RunningCluster) -> None:
     cluster.kill(name)
 
 
-@pytest.fixture(scope="module")
-def two_decode_workers() -> Iterator[RunningCluster]:
-    with running("--engine", "sim", "--decode", "2", SLOW) as cluster:
-        yield cluster
-
-
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1, "seed": 11}])
 async def test_a_decode_worker_killed_amid_an_output_costs_no_token(
-    sampling: dict[str, float], two_decode_workers: RunningCluster
+    sampling: dict[str, float], slow_cluster: RunningCluster
 ) -> None:
-    cluster = two_decode_workers
-    await cluster.until(lambda rows: all(row["state"] == "serving" for row in rows.values()))
-    async with client_of(cluster) as client:
+    async with client_of(slow_cluster) as client:
         expected = await client.complete(PROMPT[:200], max_tokens=200, **sampling)
         token_ids: list[int] = []
         async for chunk in client.stream(PROMPT[:200], max_tokens=200, **sampling):
             assert "error" not in chunk, chunk
             if len(token_ids) < 10 <= len(token_ids) + len(chunk["choices"][0]["token_ids"]):
-                await kill_the_busy_worker(cluster)
+                await kill_the_busy_worker(slow_cluster)
             token_ids += chunk["choices"][0]["token_ids"]
     assert token_ids == expected
     assert len(expected) == 200

@@ -2,15 +2,23 @@
 
 import asyncio
 import signal
+from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.client import PROMPT, SLOW, Start, client_of
-from tests.e2e.cluster import RunningCluster
+from tests.e2e.client import PROMPT, SLOW, client_of
+from tests.e2e.cluster import HAND_OVER, RunningCluster, running
 
 
-async def test_a_prefill_worker_killed_amid_a_prompt_costs_no_token(start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim", SLOW)
+@pytest.fixture(scope="module")
+def one_prefill_worker() -> Iterator[RunningCluster]:
+    """That takes its time, and a decode worker."""
+    with running("--engine", "sim", SLOW, HAND_OVER) as cluster:
+        yield cluster
+
+
+async def test_a_prefill_worker_killed_amid_a_prompt_costs_no_token(one_prefill_worker: RunningCluster) -> None:
+    cluster = one_prefill_worker
     async with client_of(cluster) as client:
         expected = await client.complete(PROMPT[:1500])
         asked = asyncio.create_task(client.complete([5, *PROMPT[:1500]]))
@@ -23,8 +31,8 @@ async def test_a_prefill_worker_killed_amid_a_prompt_costs_no_token(start_cluste
     await cluster.until_pages_are_free()
 
 
-async def test_a_prefill_worker_that_stops_answering_costs_no_token(start_cluster: Start) -> None:
-    cluster, prompt = start_cluster("--engine", "sim", SLOW), PROMPT[:1500]
+async def test_a_prefill_worker_that_stops_answering_costs_no_token(one_prefill_worker: RunningCluster) -> None:
+    cluster, prompt = one_prefill_worker, [6, *PROMPT[:1500]]
     async with client_of(cluster) as client:
         asked = asyncio.create_task(client.complete(prompt))
         await cluster.until(lambda rows: rows["prefill-0"]["pages"]["held"] > 0)
@@ -72,11 +80,10 @@ async def test_a_restarted_decode_worker_serves_again_under_a_higher_epoch(sim_c
         assert await client.complete(PROMPT[:300]) == expected
 
 
-async def test_many_requests_at_once_get_what_each_gets_alone(start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim", "--prefill", "2", "--decode", "2")
-    prompts = [[seed, *PROMPT[: 40 * seed]] for seed in range(1, 33)]
-    async with client_of(cluster) as client:
+async def test_many_requests_at_once_get_what_each_gets_alone(slow_cluster: RunningCluster) -> None:
+    prompts = [[seed, *PROMPT[: 10 * seed]] for seed in range(20, 52)]
+    async with client_of(slow_cluster) as client:
         together = await asyncio.gather(*(client.complete(prompt) for prompt in prompts))
         alone = [await client.complete(prompt) for prompt in prompts[::8]]
     assert together[::8] == alone
-    await cluster.until_pages_are_free()
+    await slow_cluster.until_pages_are_free()

@@ -9,8 +9,8 @@ import pytest
 
 from protos.forebay.v1 import gateway_pb2, gateway_pb2_grpc
 from shared import rpc
-from tests.e2e.client import PROMPT, SLOW
-from tests.e2e.cluster import RunningCluster, running
+from tests.e2e.client import PROMPT
+from tests.e2e.cluster import RunningCluster
 from tests.e2e.test_failover import busy
 from tests.e2e.test_second_prefill import at_work
 from tests.e2e.test_serving import LONG, QUESTION, complete
@@ -125,22 +125,14 @@ def test_what_is_cached_is_of_no_use_and_said_not_to_be(model_cluster: RunningCl
     assert complete(model_cluster, prompt=LONG)["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
 
 
-@pytest.fixture(scope="module")
-def two_of_each() -> Iterator[RunningCluster]:
-    with running("--engine", "sim", "--decode", "2", "--prefill", "2", SLOW) as cluster:
-        yield cluster
-
-
-@pytest.mark.parametrize("victim", ["decode", "prefill"])  # a restarted prefill worker would know no rates
-async def test_a_worker_killed_amid_a_prompt_tells_nothing_twice(victim: str, two_of_each: RunningCluster) -> None:
-    cluster = two_of_each
-    await cluster.until(lambda rows: all(row["state"] == "serving" for row in rows.values()))
+@pytest.mark.parametrize("victim", ["decode", "prefill"])
+async def test_a_worker_killed_amid_a_prompt_tells_nothing_twice(victim: str, slow_cluster: RunningCluster) -> None:
     channels = rpc.Channels()
     try:
-        stub: Any = gateway_pb2_grpc.GatewayServiceStub(channels.to(await cluster.address("gateway-0")))
-        expected, tokens = await told(stub, cluster, "")
+        stub: Any = gateway_pb2_grpc.GatewayServiceStub(channels.to(await slow_cluster.address("gateway-0")))
+        expected, tokens = await told(stub, slow_cluster, "")
         assert len(expected) == len(PROMPT) - 1
-        assert await told(stub, cluster, victim) == (expected, tokens)
+        assert await told(stub, slow_cluster, victim) == (expected, tokens)
     finally:
         await channels.close()
 

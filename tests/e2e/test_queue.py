@@ -34,7 +34,7 @@ async def until_queued(cluster: RunningCluster, num_requests: int, most: float =
 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[RunningCluster]:
-    with running("--engine", "sim", NARROW) as cluster:
+    with running("--engine", "sim", "--routers", "2", NARROW) as cluster:
         yield cluster
 
 
@@ -57,8 +57,8 @@ async def test_clients_that_go_away_leave_the_queue_before_their_turn_has_come(n
     assert len((await ask_all(cluster))[0]) == 30
 
 
-async def test_requests_that_wait_at_a_router_that_dies_are_served(start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim", "--routers", "2", NARROW)
+async def test_requests_that_wait_at_a_router_that_dies_are_served(narrow: RunningCluster) -> None:
+    cluster = narrow
     expected = await ask_all(cluster)
     answers = asyncio.create_task(ask_all(cluster, 30))
     await until_queued(cluster, 4)

@@ -12,10 +12,10 @@ import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
-from tests.e2e.client import Start
-from tests.e2e.cluster import RunningCluster
+from tests.e2e.cluster import RunningCluster, running
 
-TRACE_ID, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+ANSWERED, LATE = "0af7651916cd43dd8448eb211c80319c", "5b8aa5a2d2c872e8321cf37308d69df2"
+CALLER = "b7ad6b7169203331"
 ONE_REQUEST = (
     "POST /v1/completions",
     "forebay.v1.RouterService/Route",
@@ -40,8 +40,9 @@ class Span:
 
 @dataclass
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Keeps what it is sent."""
+    """Keeps what it is sent, at `port`."""
 
+    port: int = 0
     spans: list[Span] = field(default_factory=list)
 
     def Export(self, request: Any, _context: Any) -> Any:
@@ -51,10 +52,10 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
                 self.spans += [_span(about["service.name"], sent) for sent in scope.spans]
         return trace_service_pb2.ExportTraceServiceResponse()
 
-    def until(self, condition: Callable[[list[Span]], object]) -> list[Span]:
-        """Wait for spans of the test's trace that meet a condition."""
+    def until(self, trace_id: str, condition: Callable[[list[Span]], object]) -> list[Span]:
+        """Wait for spans of a trace that meet a condition."""
         end = time.monotonic() + DEADLINE_S
-        while not condition(found := [span for span in self.spans if span.trace_id == TRACE_ID]):
+        while not condition(found := [span for span in self.spans if span.trace_id == trace_id]):
             assert time.monotonic() < end, f"not in {DEADLINE_S} s; last: {found}"
             time.sleep(0.05)
         return found
@@ -69,33 +70,38 @@ def _span(service: str, sent: Any) -> Span:
     return Span(service, sent.name, *ids, sent.status.code == Status.STATUS_CODE_ERROR, _plain(sent.attributes))
 
 
-@pytest.fixture
-def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    """Listens where processes that are started meanwhile send their spans, which they do soon."""
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
     collector, server = Collector(), grpc.server(ThreadPoolExecutor(2))
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
-    port = server.add_insecure_port("127.0.0.1:0")
+    collector.port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
     yield collector
     server.stop(None).wait()
 
 
-def ask(cluster: RunningCluster, **headers: str) -> httpx.Response:
-    """A prompt that is worth a prefill worker."""
-    body = {"prompt": list(range(2_000)), "max_tokens": 4, "ignore_eos": True}
-    trace = {"traceparent": f"00-{TRACE_ID}-{CALLER}-01"}
+@pytest.fixture(scope="module")
+def cluster(collector: Collector) -> Iterator[RunningCluster]:
+    """Sends its spans to the collector, soon, and takes a second for a prompt."""
+    router = "--router-flags=--remote-prefill-min-tokens 1 --traces otlp"
+    worker = "--worker-flags=--sim-prefill-ms-per-token 0.5 --traces otlp"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.port}")
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        with running("--engine", "sim", router, worker, "--gateway-flags=--traces otlp") as cluster:
+            yield cluster
+
+
+def ask(cluster: RunningCluster, trace_id: str, first: int, **headers: str) -> httpx.Response:
+    """A prompt that is worth a prefill worker, cached by nobody."""
+    body = {"prompt": [first, *range(2_000)], "max_tokens": 4, "ignore_eos": True}
+    trace = {"traceparent": f"00-{trace_id}-{CALLER}-01"}
     return httpx.post(f"{cluster.url}/v1/completions", json=body, headers=trace | headers, timeout=60)
 
 
-def test_a_request_is_one_trace_that_continues_its_callers(collector: Collector, start_cluster: Start) -> None:
-    router = "--router-flags=--remote-prefill-min-tokens 1 --traces otlp"
-    cluster = start_cluster(
-        "--engine", "sim", router, *(f"--{role}-flags=--traces otlp" for role in ("gateway", "worker"))
-    )
-    assert ask(cluster, **{"X-Request-Id": "trace-me"}).status_code == 200
-    spans = collector.until(lambda found: {span.name for span in found} >= set(ONE_REQUEST))
+def test_a_request_is_one_trace_that_continues_its_callers(collector: Collector, cluster: RunningCluster) -> None:
+    assert ask(cluster, ANSWERED, first=1, **{"X-Request-Id": "trace-me"}).status_code == 200
+    spans = collector.until(ANSWERED, lambda found: {span.name for span in found} >= set(ONE_REQUEST))
     by_name = {span.name: span for span in spans}
     rest, route, generate, prefill = (by_name[name] for name in ONE_REQUEST)
     services = ["forebay-gateway", "forebay-router", "forebay-decode", "forebay-prefill"]
@@ -106,10 +112,8 @@ def test_a_request_is_one_trace_that_continues_its_callers(collector: Collector,
     assert not any(span.is_error for span in spans)
 
 
-def test_a_request_that_fails_has_a_span_that_says_why(collector: Collector, start_cluster: Start) -> None:
-    cluster = start_cluster(
-        "--engine", "sim", "--worker-flags=--sim-prefill-ms-per-token 5", "--gateway-flags=--traces otlp"
-    )
-    assert ask(cluster, **{"X-Forebay-Timeout-Ms": "300"}).status_code == 504
-    [rest] = collector.until(len)
+def test_a_request_that_fails_has_a_span_that_says_why(collector: Collector, cluster: RunningCluster) -> None:
+    assert ask(cluster, LATE, first=2, **{"X-Forebay-Timeout-Ms": "300"}).status_code == 504
+    spans = collector.until(LATE, lambda found: any(span.name == ONE_REQUEST[0] for span in found))
+    [rest] = [span for span in spans if span.name == ONE_REQUEST[0]]
     assert (rest.is_error, rest.attributes["forebay.fault"]) == (True, "DEADLINE")
