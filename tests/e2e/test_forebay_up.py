@@ -112,11 +112,6 @@ async def test_processes_of_one_host_talk_over_its_sockets(sim_cluster: RunningC
     assert await _answers_over_sockets(sim_cluster) == {True}
 
 
-async def test_processes_of_one_host_do_not_talk_over_its_sockets_if_told_not_to() -> None:
-    with background.cluster(*SIM, "--no-local-sockets") as started:
-        assert await _answers_over_sockets(RunningCluster(started.supervisor, started.run)) == {False}
-
-
 async def _kill_the_supervisor(killed: list[int]) -> None:
     with background.cluster(*SIM) as started:
         killed += _pids(started.run)
@@ -201,11 +196,15 @@ def test_a_redis_that_does_not_answer_is_refused_by_its_url() -> None:
     assert "no Redis at redis://127.0.0.1:9/0" in done.stderr
 
 
-async def test_a_redis_of_the_users_is_used_and_left_running(valkey: ValkeyProcess) -> None:
-    with background.cluster(*SIM, "--redis", valkey.url) as started:
-        rows = await RunningCluster(started.supervisor, started.run).status()
+async def test_a_redis_of_the_users_is_used_and_left_running_and_sockets_are_not_if_so_told(
+    valkey: ValkeyProcess,
+) -> None:
+    with background.cluster(*SIM, "--redis", valkey.url, "--no-local-sockets") as started:
+        cluster = RunningCluster(started.supervisor, started.run)
+        rows = await cluster.status()
         assert "blackboard" not in rows
         assert rows["decode-0"]["state"] == "serving"
+        assert await _answers_over_sockets(cluster) == {False}
     assert _listens(valkey.url.removeprefix("redis://").split("/")[0])
 
 

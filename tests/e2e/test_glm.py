@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import openai
 import pytest
 from openai.types.responses import Response, ResponseFunctionToolCall
 
+from shared.engine.executor import TorchExecutor
 from shared.engine.models import tiny
 from tests.e2e import scripted_glm
 from tests.e2e.client import client_of
-from tests.e2e.cluster import HAND_OVER, RunningCluster, running
+from tests.e2e.cluster import HAND_OVER, Row, RunningCluster, running
 from tests.e2e.test_failover import kill_the_busy_worker
 from tests.oracle import driver
 
@@ -21,24 +23,65 @@ PROMPT = [token * 37 % 499 for token in range(700)]
 NUM_TOKENS = 150  # of an output that is interrupted at its tenth
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
-async def test_a_cluster_gives_the_tokens_of_the_bare_model(kv_dtype: str, tmp_path: Path) -> None:
-    """Of a prompt that the decode worker computes, and of one that is handed over; both computed, and cached."""
-    tiny.write("glm-5.2", tmp_path / "glm")
-    bare, lengths = driver.load(tmp_path / "glm", kv_dtype=kv_dtype), {"decode-0": 20, "prefill-0": 700}
-    with running("--model", str(tmp_path / "glm"), "--dtype", "float32", "--kv-dtype", kv_dtype, HAND_OVER) as cluster:
-        body = {"model": cluster.model, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-        async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
-            for worker, length in lengths.items():
-                asked = body | {"prompt": PROMPT[-length:], "return_token_ids": True}
-                answers = [(await http.post("/v1/completions", json=asked)).json() for _ in range(2)]
-                expected = driver.generate(bare, PROMPT[-length:], 12)
-                assert [answer["choices"][0]["token_ids"] for answer in answers] == [expected, expected]
-                await cluster.until(lambda rows: rows[worker]["pages"]["cached"] >= length // 16)  # noqa: B023
-            text = await http.post("/v1/completions", json=body | {"prompt": "text"})
-        await cluster.until_pages_are_free()
+@pytest.fixture(scope="module", params=["auto", "fp8"])
+def kv_dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "glm"
+    tiny.write("glm-5.2", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bare(model: Path, kv_dtype: str) -> TorchExecutor:
+    return driver.load(model, kv_dtype=kv_dtype)
+
+
+@pytest.fixture(scope="module")
+def cluster(model: Path, kv_dtype: str) -> Iterator[RunningCluster]:
+    flags = ["--model", str(model), "--dtype", "float32", "--kv-dtype", kv_dtype, "--decode", "2"]
+    with running(*flags, HAND_OVER) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize(("length", "role"), [(20, "decode"), (700, "prefill")], ids=["computed here", "handed over"])
+async def test_a_cluster_gives_the_tokens_of_the_bare_model(
+    length: int, role: str, cluster: RunningCluster, bare: TorchExecutor
+) -> None:
+    prompt = PROMPT[-length:]
+    body = {"model": cluster.model, "prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
+        asked = body | {"return_token_ids": True}
+        answers = [(await http.post("/v1/completions", json=asked)).json() for _ in range(2)]
+        text = await http.post("/v1/completions", json=body | {"prompt": "text"})
+    expected = driver.generate(bare, prompt, 12)
+    assert [answer["choices"][0]["token_ids"] for answer in answers] == [expected, expected]
     assert text.status_code == 400
     assert "token ids" in text.json()["error"]["message"]
+
+    def num_cached(rows: dict[str, Row]) -> int:
+        return max(int(row["pages"]["cached"]) for name, row in rows.items() if name.startswith(role))
+
+    await cluster.until(lambda rows: num_cached(rows) >= length // 16)
+    await cluster.until_pages_are_free()
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto"], indirect=True)
+async def test_a_decode_worker_killed_amid_an_output_costs_no_token(
+    cluster: RunningCluster, bare: TorchExecutor
+) -> None:
+    """Drafted, and behind a prompt that was handed over."""
+    token_ids: list[int] = []
+    async with client_of(cluster) as client:
+        async for chunk in client.stream(PROMPT[:300], max_tokens=NUM_TOKENS, temperature=0):
+            assert "error" not in chunk, chunk
+            if len(token_ids) < 10 <= len(token_ids) + len(chunk["choices"][0]["token_ids"]):
+                await kill_the_busy_worker(cluster)
+            token_ids += chunk["choices"][0]["token_ids"]
+    assert token_ids == driver.generate(bare, PROMPT[:300], NUM_TOKENS)
 
 
 CALL = ["<tool_call>", "w", "<arg_key>", "c", "</arg_key>", "<arg_value>", "y", "</arg_value>", "</tool_call>"]
@@ -99,18 +142,3 @@ def respond_twice(cluster: RunningCluster, question: str) -> tuple[Response, Res
         conversation += first.output
         conversation.append({"type": "function_call_output", "call_id": calls_of(first)[0].call_id, "output": "rain"})
         return first, client.responses.create(input=conversation, **asked)
-
-
-async def test_a_decode_worker_killed_amid_an_output_costs_no_token(tmp_path: Path) -> None:
-    """Drafted, and behind a prompt that was handed over."""
-    tiny.write("glm-5.2", tmp_path / "glm")
-    expected = driver.generate(driver.load(tmp_path / "glm"), PROMPT[:300], NUM_TOKENS)
-    token_ids: list[int] = []
-    with running("--model", str(tmp_path / "glm"), "--dtype", "float32", "--decode", "2") as cluster:
-        async with client_of(cluster) as client:
-            async for chunk in client.stream(PROMPT[:300], max_tokens=NUM_TOKENS, temperature=0):
-                assert "error" not in chunk, chunk
-                if len(token_ids) < 10 <= len(token_ids) + len(chunk["choices"][0]["token_ids"]):
-                    await kill_the_busy_worker(cluster)
-                token_ids += chunk["choices"][0]["token_ids"]
-    assert token_ids == expected
