@@ -13,13 +13,17 @@ from triton.runtime.jit import JITFunction
 
 from bench.glm_random import FIELDS, PAGE_SIZE, Counted, RandomLayers
 from shared.engine.kernels import (
+    triton_begin,
     triton_dense,
     triton_grouped,
     triton_index,
+    triton_likeliest,
     triton_members,
     triton_mixture,
+    triton_moved,
     triton_ordered,
     triton_paged,
+    triton_peers,
     triton_prompt,
     triton_scores,
 )
@@ -57,7 +61,7 @@ class Compiler:
 
         JITFunction.run = compile_only
         # As on a GPU, where a kernel may start while the one before it ends.
-        for module in (triton_dense, triton_paged):
+        for module in (triton_begin, triton_dense, triton_likeliest, triton_moved, triton_paged, triton_peers):
             setattr(module, "launch_options", _early)  # noqa: B010 - it is imported there, not exported
 
 
@@ -120,6 +124,20 @@ def _glm(num_rows: int) -> None:
         state = State(latents, keys if config.full_layers[index] else None, place == 0)
         delta = None if place == 0 else torch.zeros_like(x)
         cuda_glm_layer.forward(x, delta, weights.layer(index), state, step)
+    triton_begin.begin(ids(num_rows), ids(num_rows), x.repeat(VOCAB_SIZE, 1), 0, half[0])
+    triton_begin.norms(x, x, (x[0], x[0]), 1e-5)
+    triton_moved.taken(torch.zeros(1, dtype=torch.int64), (x, ids(num_rows), half))
+    logits = torch.zeros(num_rows, VOCAB_SIZE)
+    triton_likeliest.Likeliest(CPU)(logits)
+    sums, joins = (
+        triton_peers.Exchange([1 << 40] * NUM_RANKS, 1, *sizes, CPU)
+        for sizes in (
+            (triton_peers.SUM_BYTES, triton_peers.MOST_SUMMED),
+            (triton_peers.JOIN_BYTES, triton_peers.MOST_JOINED),
+        )
+    )
+    sums.sum(x)
+    joins.join(logits)
 
 
 def _prompts() -> None:

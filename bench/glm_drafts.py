@@ -30,10 +30,10 @@ ALL_REDUCES = 3  # of a draft: the embedding, attention, the mixture
 
 def floor_ms(made: Rank[Counted], config: GlmConfig, num_drafts: int, rate: float) -> float:
     """One row's experts for each draft, and more rows' for the tokens that are followed are left out."""
-    a, mlp, ends = made.drafting_layer.attention, made.drafting_layer.mlp, made.decoder.ends
+    a, mlp, drafts = made.drafting_layer.attention, made.drafting_layer.mlp, made.drafts
     own = made.decoder.config
     kept = cuda_glm_weights.sharing(a, own)
-    fixed = sum(x.nbytes for x in (a.up_key, a.up_value, a.output, ends.head)) + 4 * config.hidden_size**2
+    fixed = sum(x.nbytes for x in (a.up_key, a.up_value, a.output, drafts.head, drafts.join))
     assert isinstance(mlp, Mixture)
     assert isinstance(mlp.experts, Experts)
     fixed += sum(x.nbytes for x in (mlp.router, mlp.shared.gate_up, mlp.shared.down))

@@ -104,11 +104,10 @@ def layer_ms(made: Rank[Counted], prompt: Prompt, kind: str) -> float:
     states = cuda_glm.views(made.memory.bytes, made.layout, config, NAMES)
     batch, index = prompt.batch(), KINDS[kind]
     inputs = cuda_glm.on_device(batch, PAGE_SIZE, decoder.device)
-    tokens, rows = cuda_glm.rows_of(inputs, batch.num_tokens, decoder.frequencies)
+    x, rows = cuda_glm.begun(inputs, batch.num_tokens, decoder.ends, decoder.frequencies, made.group)
     selected = triton_index.empty(batch.num_tokens, config.index_topk, decoder.device)
     together = cuda_glm.spans(batch, rows.page_ids, len(states[0].latents), config)
     step = Step(config, made.group, rows, selected, prompt.context, latent=decoder.latent, spans=together)
-    x = cuda_glm.embed(tokens, decoder.ends, made.group)
     x, delta = cuda_glm_layer.forward(x, None, made.layers[0], states[0], step)  # selects
 
     def work() -> object:

@@ -83,8 +83,8 @@ class Counted:
         return added(self.sum(part), stream, gain)
 
     def join(self, part: torch.Tensor) -> torch.Tensor:
-        """The part."""
-        return part
+        """As if all ranks had the same part."""
+        return part.repeat(*[1] * (part.dim() - 1), self.num_ranks)
 
 
 class RandomLayers:

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from shared.engine.api import EngineRequest, SampledToken, SamplingParams, TokensSampled
+from shared.engine.api import BatchItem, EngineRequest, Executor, SampledToken, SamplingParams, TokensSampled
 from shared.engine.engine import Engine
 from shared.engine.executor import load_executor
 from shared.engine.kv.store import KvStore
@@ -31,7 +31,7 @@ from shared.engine.parallel.distributed import DistributedGroup, host_store, joi
 from shared.engine.parallel.executor import ParallelExecutor
 from shared.engine.parallel.group import added, ordered_sum
 from shared.worker.ranks import Ranks
-from tests.oracle import random_glm, test_cuda_overlap
+from tests.oracle import quantized, random_glm, test_cuda_overlap
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
@@ -41,6 +41,7 @@ ABOUT_EQUAL = 0.1  # between two log probabilities
 # Kernels are compiled for every number of rows that a graph has, in every process anew, which takes most of the time of
 # these tests. So there are three kinds of steps: prompts, beside which others generate, and one and two that generate.
 NUM_PROMPTS, NUM_TOKENS, NUM_AT_ONCE, STEP_TOKENS = 12, 8, 2, 64
+NUM_DRAFTS, NUM_DRAFTED, ALIKE = 3, 24, 0.7  # steps that draft; of the drafts of two ranks
 
 
 def on_each(num_ranks: int, work: Any, logs: Path) -> None:
@@ -125,9 +126,9 @@ def settings(path: Path, **changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def two_ranks(path: Path) -> Iterator[ParallelExecutor]:
+def two_ranks(path: Path, **changes: Any) -> Iterator[ParallelExecutor]:
     """The other one says where it is, and ends, if all takes too long."""
-    ranks = Ranks(settings(path), 2, "matrices", PATIENCE_S, ("test", "WARNING"))
+    ranks = Ranks(settings(path, **changes), 2, "matrices", PATIENCE_S, ("test", "WARNING"))
     late = threading.Timer(LATE_S, os.kill, (ranks.others[0].pid, signal.SIGABRT))
     late.start()
     try:
@@ -202,3 +203,38 @@ def test_a_model_on_two_gpus_says_what_it_says_on_one(
     for name, tokens in ours.items():
         agreement.compare(tokens, twin[name])
     assert agreement.num_compared > NUM_PROMPTS * NUM_TOKENS / 4
+
+
+def write_glm_in_e4m3(path: Path) -> None:
+    (path / "plain").mkdir()
+    write_glm(path / "plain")
+    quantized.write(path / "plain", "fp8", path / "e4m3", path / "meant")
+    for file in (path / "e4m3").iterdir():
+        file.rename(path / file.name)
+
+
+def drafts(executor: Executor) -> list[int]:
+    """Behind a prompt, and behind tokens that come one by one, whatever was chosen."""
+    tokens, found = random.Random(1).choices(range(3, 500), k=40 + NUM_DRAFTED), list[int]()
+    for end in range(40, len(tokens)):
+        start = 0 if end == 40 else end - 1
+        item = BatchItem("r", tokens[start:end], start, range(16), True, SamplingParams(), 40, (), 0, NUM_DRAFTS)
+        (chosen,) = executor.launch([item]).chosen()
+        assert chosen is not None
+        assert len(chosen.drafts) == NUM_DRAFTS
+        found += chosen.drafts
+    return found
+
+
+@pytest.mark.timeout(LATE_S + 60, method="thread")
+@pytest.mark.parametrize("write", [write_glm, write_glm_in_e4m3])
+def test_a_layer_on_two_gpus_drafts_what_it_drafts_on_one(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for drafts in doubt, behind which all differ."""
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
+    write(tmp_path)
+    twin = drafts(load_executor(**settings(tmp_path, mtp=True)))
+    with two_ranks(tmp_path, mtp=True) as executor:
+        ours = drafts(executor)
+    assert sum(own == other for own, other in zip(ours, twin, strict=True)) > ALIKE * len(twin)

@@ -123,7 +123,7 @@ import random, torch
 from dataclasses import replace
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import build
-from shared.engine.kernels.triton_moved import copy, move, owners
+from shared.engine.kernels.triton_moved import move, owners, taken
 from shared.engine.layers.cuda_glm import NOBODY, on_device
 
 chance, size = random.Random(1), 4
@@ -152,9 +152,15 @@ for num_rows in (least.num_tokens, least.num_tokens + 5):
 
 sources = torch.randn(3, 1000).bfloat16(), torch.arange(5), torch.arange(2100, dtype=torch.int32)
 for number in (1, 2, 3):
-    targets = [torch.zeros_like(source) for source in sources[:number]]
-    copy([*zip(sources, targets)])
-    assert all(torch.equal(*pair) for pair in zip(sources, targets))
+    for by in (None, torch.zeros_like(moved)):
+        targets = [torch.zeros_like(source) for source in sources[:number]]
+        move(inputs, num_rows, replace(least, moved=by), size, copied=[*zip(sources, targets)])
+        assert all(torch.equal(*pair) for pair in zip(sources, targets))
+        assert torch.equal(inputs, expected)
+
+sources = torch.randn(5, 2788), torch.randn(5, 3000).bfloat16(), torch.arange(5, dtype=torch.int32)
+for rows in (torch.tensor([3]), torch.tensor([4, 0])):
+    assert all(torch.equal(own, of[rows]) for own, of in zip(taken(rows, sources), sources))
 print("alike")
 """
 

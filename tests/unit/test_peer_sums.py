@@ -15,8 +15,9 @@ from tests.unit.interpreted import needs_triton
 pytestmark = needs_triton
 
 # Rows, columns: whole pieces, several in a row, and rows that end amid one.
-SHAPES = ((1, 1024), (2, 2048), (3, 1500))
-JOINED = ((2, 1500), (1, 5000))
+SHAPES = ((1, 128), (2, 256), (3, 180))
+JOINED = ((2, 700), (1, 512))
+MOST_BYTES = 1 << 16
 
 
 def bytes_of(memory: SharedMemory) -> memoryview:
@@ -27,14 +28,14 @@ def bytes_of(memory: SharedMemory) -> memoryview:
 def add_up(rank: int, names: list[str]) -> None:
     """Several calls of several sizes: what is kept in turns is written over."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from shared.engine.kernels.triton_peers import JOIN_BYTES, SUM_BYTES, Exchange, buffer_bytes, flag_bytes
+    from shared.engine.kernels.triton_peers import JOIN_BYTES, SUM_BYTES, Exchange, buffer_bytes
 
     memories = [SharedMemory(name) for name in names]
     views = [ctypes.c_char.from_buffer(bytes_of(memory)) for memory in memories]
-    buffers = torch.tensor([ctypes.addressof(view) for view in views])
-    exchange = Exchange(buffers, buffers + buffer_bytes(SUM_BYTES), rank, SUM_BYTES)
-    buffers = buffers + buffer_bytes(SUM_BYTES) + flag_bytes(len(names))
-    joins = Exchange(buffers, buffers + buffer_bytes(JOIN_BYTES), rank, JOIN_BYTES)
+    places = [ctypes.addressof(view) for view in views]
+    exchange = Exchange(places, rank, SUM_BYTES, MOST_BYTES, torch.device("cpu"))
+    behind = [place + buffer_bytes(MOST_BYTES, len(names)) for place in places]
+    joins = Exchange(behind, rank, JOIN_BYTES, MOST_BYTES, torch.device("cpu"))
     for call in range(5):
         for shape in SHAPES:
             chance = torch.Generator().manual_seed(call)
@@ -51,16 +52,20 @@ def add_up(rank: int, names: list[str]) -> None:
             assert torch.equal(joins.join(parts[rank]), torch.cat(parts, dim=1))
         narrow = [part[0].bfloat16() for part in parts]
         assert torch.equal(joins.join(narrow[rank]), torch.cat(narrow))
-    assert not exchange.takes(torch.empty(300, 2048))
+    for dtype in (torch.float32, torch.bfloat16):  # among them the one that stands for what is not there yet
+        parts[rank] = torch.full((1, 1024), -1, dtype=torch.int8).view(dtype)
+        assert exchange.sum(parts[rank]).isnan().all()
+        assert joins.join(parts[rank]).isnan().all()
+    assert exchange.takes(torch.empty(16, 1024))
+    assert not exchange.takes(torch.empty(17, 1024))
     os._exit(0)  # views of the memory are left
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_sums_and_joins_equal_their_twins_call_after_call(num_ranks: int) -> None:
-    from shared.engine.kernels.triton_peers import JOIN_BYTES, SUM_BYTES, buffer_bytes, flag_bytes
+    from shared.engine.kernels.triton_peers import buffer_bytes
 
-    size = sum(buffer_bytes(each) + flag_bytes(num_ranks) for each in (SUM_BYTES, JOIN_BYTES))
-    memories = [SharedMemory(create=True, size=size) for _ in range(num_ranks)]
+    memories = [SharedMemory(create=True, size=2 * buffer_bytes(MOST_BYTES, num_ranks)) for _ in range(num_ranks)]
     try:
         for memory in memories:
             bytes_of(memory)[:] = bytes(memory.size)

@@ -14,6 +14,7 @@ from shared.engine.kernels.cuda_call import call, opened
 from shared.engine.kernels.inputs import Norm, Rows, State
 from shared.engine.kernels.w8a16 import Weight
 
+TALL = 16_384  # rows that fill a GPU with blocks of their own
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 MAX_ROWS = 32  # more read a matrix in bfloat16, made anew for them
 LONG, FULL = 4096, 3000  # columns, and rows of which a cluster of eight blocks leaves none without a place
@@ -162,6 +163,8 @@ class Fp8Matrix:
 def plan(num_rows: int, num_columns: int, num_tokens: int) -> Cut:
     """The cut that was fastest (docs/LOG.md): a warp asks at once for most of what it reads, as far as all blocks then
     find a place at once. More registers go to more tokens, and fewer blocks do."""
+    if num_rows > TALL:
+        return _cut(num_columns, 2, 3)
     if num_columns > LONG:
         return _cut(num_columns, 8, 4 if num_tokens <= 4 and num_rows <= FULL else 3)
     if num_rows <= FULL:

@@ -171,7 +171,7 @@ def gate_up(
     shared: SharedExpert,
     *,
     block: int = 0,
-    warps: int = 2,
+    warps: int = 0,
     pdl: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """silu(gate) * up of every choice [T, k, I], in the dtype of `activations`, and of the shared expert, bfloat16
@@ -182,7 +182,7 @@ def gate_up(
     shared_inner = shared.down.shape[1]
     own = torch.empty(num_rows, shared_inner, dtype=torch.bfloat16, device=x.device)
     num_units = hidden // (2 * UNIT_BYTES if packed else UNIT_BYTES // 2)
-    warps = min(warps, max(1, (num_units & -num_units) // 32))
+    warps = min(warps or (2 if packed else 4), max(1, (num_units & -num_units) // 32))
     fetches = num_rows == 1 and hidden > 32 * warps * (UNIT_BYTES // 2)  # of more rows it takes from what they read
     _gate_up[(num_rows * top_k + num_rows, max(experts.inner, shared_inner) // block)](
         x, chosen, experts.gate_up, _or(experts.gate_up_scale, x), _or(experts.factors, x), shared.gate_up,
@@ -209,8 +209,8 @@ def down(
     """From `gate_up`'s results on; see `mixture`. `chosen` must be older than the kernel in front."""
     num_rows, top_k = chosen.shape
     hidden, packed = experts.down.shape[1], experts.factors is not None
-    alone = (16, 8, 4) if packed and num_rows == 1 else (32, 2, 8)
-    block, at_once, warps = block or alone[0], at_once or alone[1], warps or alone[2]
+    cut = (8, 2, 4) if not packed else (16, 8, 4) if num_rows == 1 else (32, 2, 8)
+    block, at_once, warps = block or cut[0], at_once or cut[1], warps or cut[2]
     out = torch.empty(num_rows, hidden, dtype=torch.bfloat16, device=inner.device)
     num_units = experts.inner // (2 * UNIT_BYTES if packed else UNIT_BYTES // 2)
     _down[(triton.cdiv(hidden, block), num_rows)](

@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from shared.engine.kernels.inputs import Norm
 
 MAX_ROWS = 4  # from there on multiplying takes longer than reading
-SMALL, LONG = 6 << 20, 4096  # elements of a matrix, and of a row
+SMALL, LONG, LONGER = 6 << 20, 4096, 8192  # elements of a matrix, and of a row
 VECTOR = 8  # values of 16 bits that a thread loads at once
 WARP = 32
 
@@ -192,6 +192,8 @@ def tiling(num_rows: int, n: int, k: int) -> Tiling:
     """How a product is cut up: enough programs for every multiprocessor, wide enough loads for each (docs/LOG.md)."""
     most = (k & -k) // (WARP * VECTOR)
     small, long = n * k < SMALL, k > LONG
+    if k > LONGER and most >= 8:
+        return Tiling(4, 4, 2)
     if small and long:
         return Tiling(4, min(8, most))
     if num_rows == 1 and small:

@@ -34,11 +34,6 @@ class Rows:
         positions, own_slots, starts = (part[rows] for part in (self.positions, self.own_slots, self.starts))
         return Rows(positions, own_slots, starts, self.page_ids, self.cos[rows], self.sin[rows])
 
-    def some(self, rows: torch.Tensor) -> "Rows":
-        """Those of `rows`, int64 [S]."""
-        positions, own_slots, starts = (part[rows] for part in (self.positions, self.own_slots, self.starts))
-        return Rows(positions, own_slots, starts, self.page_ids, self.cos[rows], self.sin[rows])
-
 
 @dataclass(frozen=True, slots=True)
 class Queries:

@@ -16,13 +16,18 @@ FEW_ROWS, MANY_HEADS = 64, 16
 
 
 @triton.jit
-def _add_rms_norm(x, delta, weight, out, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rms_norm(x, delta, weight, out, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64) * size
     at = tl.arange(0, BLOCK)
     inside = at < size
-    value = tl.load(x + row + at, inside, 0.0)
+    # Not from L1, which may hold what was there before: this kernel starts while others still run.
+    value = tl.load(x + row + at, inside, 0.0, cache_modifier=".cg")
     if ADD:
-        added = value.to(tl.float32) + tl.load(delta + row + at, inside, 0.0).to(tl.float32)
+        other = tl.load(delta + row + at, inside, 0.0, cache_modifier=".cg")
+        added = value.to(tl.float32) + other.to(tl.float32)
         value = added.to(value.dtype)
         tl.store(x + row + at, value, inside)
     wide = value.to(tl.float32)
@@ -93,10 +98,11 @@ def add_rms_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tens
     """Add `delta` to the residual `x`, in place, and return the RMSNorm of the sum. All [T, N] but weight [N]."""
     out = torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
-    warps = min(16, max(1, block // 512))
+    warps, (pdl, options) = min(16, max(1, block // 512)), launch_options(x.device)
     _add_rms_norm[(x.shape[0],)](
-        x, x if delta is None else delta, weight, out, x.shape[1], eps, delta is not None, block, num_warps=warps
-    )
+        x, x if delta is None else delta, weight, out, x.shape[1], eps, delta is not None, block, pdl,
+        num_warps=warps, **options,
+    )  # fmt: skip
     return out
 
 

@@ -12,12 +12,11 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
-from shared.engine.kernels import triton_dense, triton_index, triton_moved, triton_prompt
+from shared.engine.kernels import triton_begin, triton_dense, triton_index, triton_moved, triton_prompt
 from shared.engine.kernels.cuda_latent import CudaLatent
 from shared.engine.kernels.inputs import Rows, Span
 from shared.engine.kv import view
@@ -138,10 +137,10 @@ class CudaGlm:
         together: tuple[Span, ...] = (),
     ) -> torch.Tensor:
         """The last norm's output [T, hidden]."""
-        token_ids, rows = rows_of(inputs, num_rows, self.frequencies)
+        x, rows = begun(inputs, num_rows, self.ends, self.frequencies, self.group)
         selected = triton_index.empty(num_rows, self.config.index_topk, self.device)
         step = Step(self.config, self.group, rows, selected, capacity, self.pdl, self.latent, together)
-        x, delta = embed(token_ids, self.ends, self.group), None
+        delta = None
         for layer, state in zip(self._layers, states, strict=True):
             x, delta = cuda_glm_layer.forward(x, delta, layer, state, step)
         return triton_dense.add_rms_norm(x, delta, self.ends.norm, self.config.rms_norm_eps)
@@ -152,15 +151,6 @@ def _sampled(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
     if len(batch.sampled_rows) == batch.num_tokens:
         return rows
     return rows[put(batch.sampled_rows, torch.int32, rows.device)]
-
-
-def embed(token_ids: torch.Tensor, ends: Ends, group: Group) -> torch.Tensor:
-    """[T, hidden], as `vocabulary.Embedding`, but with no shape that depends on the tokens."""
-    if group.num_ranks == 1:
-        return F.embedding(token_ids, ends.embedding)
-    rows = token_ids - ends.first_token
-    ours = (rows >= 0) & (rows < len(ends.embedding))
-    return group.sum(F.embedding(rows.clamp(0, len(ends.embedding) - 1), ends.embedding) * ours[:, None])
 
 
 def spans(batch: Batch, page_ids: torch.Tensor, num_pages: int, config: GlmConfig) -> tuple[Span, ...]:
@@ -210,10 +200,13 @@ def room(context: int) -> int:
     return found
 
 
-def rows_of(inputs: torch.Tensor, num_rows: int, frequencies: torch.Tensor) -> tuple[torch.Tensor, Rows]:
-    """Token ids int32 [T], and the rest, of inputs laid out as `Graph` says."""
+def begun(
+    inputs: torch.Tensor, num_rows: int, ends: Ends, frequencies: torch.Tensor, group: Group
+) -> tuple[torch.Tensor, Rows]:
+    """The tokens of inputs that are laid out as `Graph` says, embedded [T, hidden], and their rows."""
     token_ids, positions, slots, starts = inputs[: 4 * num_rows].view(4, num_rows)
-    return token_ids, Rows(positions, slots, starts, inputs[4 * num_rows :], *rope.table(frequencies, positions))
+    part, cos, sin = triton_begin.begin(token_ids, positions, ends.embedding, ends.first_token, frequencies)
+    return group.sum(part), Rows(positions, slots, starts, inputs[4 * num_rows :], cos, sin)
 
 
 def on_device(batch: Batch, page_size: int, device: torch.device) -> torch.Tensor:
@@ -237,9 +230,9 @@ def nobodys(num_rows: int, device: torch.device) -> torch.Tensor:
     return inputs
 
 
-def stage(batch: Batch, num_rows: int, page_size: int, inputs: torch.Tensor) -> None:
+def stage(batch: Batch, num_rows: int, page_size: int, inputs: torch.Tensor, copied: triton_moved.Copies = ()) -> None:
     """Copy a step of at most `num_rows` rows to where a graph finds it, by pinned memory of its own: a step before may
-    still wait to be copied. In numpy, whose small operations take a fifth of torch's time.
+    still wait to be copied. In numpy, whose small operations take a fifth of torch's time. `copied` is copied besides.
 
     Rows that fill the step up write nothing, and attend to some token without anybody reading what they find.
     """
@@ -256,10 +249,10 @@ def stage(batch: Batch, num_rows: int, page_size: int, inputs: torch.Tensor) -> 
     values[4 * num_rows + num_pages :] = owners
     inputs[: len(staging)].copy_(staging, non_blocking=True)
     chosen = batch.token_ids if batch.token_ids.is_cuda else None  # by a step that the host has not heard of yet
-    if batch.moved is not None:
-        triton_moved.move(inputs, num_rows, batch, page_size, chosen)
-    elif chosen is not None:
+    if chosen is not None and batch.moved is None:
         inputs[: batch.num_tokens].copy_(chosen)
+    if copied or batch.moved is not None:
+        triton_moved.move(inputs, num_rows, batch, page_size, chosen, copied)
 
 
 def _places(batch: Batch, page_size: int) -> NDArray[np.int32]:

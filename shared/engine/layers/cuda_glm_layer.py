@@ -19,6 +19,7 @@ from shared.engine.kernels import (
     triton_dense,
     triton_index,
     triton_latent,
+    triton_moved,
     triton_prompt,
     triton_queries,
     triton_route,
@@ -91,17 +92,20 @@ def forward(
     low, x = _normed(x, layer.attention.down, Norm(layer.input_norm, step.config.rms_norm_eps, delta), step)
     q = _queries(low, layer.attention, state, step)
     if going_on is not None:
-        low, q, x = low[going_on], q[going_on], x[going_on]
-        if not len(x):
-            return x, x
-        step = replace(step, rows=step.rows.some(going_on), spans=())
+        if not len(going_on):
+            return x[:0], x[:0]
+        rows = step.rows
+        low, q, x, positions, slots, starts, cos, sin = triton_moved.taken(
+            going_on, (low, q, x, rows.positions, rows.own_slots, rows.starts, rows.cos, rows.sin)
+        )
+        step = replace(step, rows=Rows(positions, slots, starts, rows.page_ids, cos, sin), spans=())
     delta = step.group.sum(_attend(low, q, layer.attention, state, step, early=going_on is None))
     norm = Norm(layer.post_norm, step.config.rms_norm_eps, delta)
     if isinstance(layer.mlp, Mixture):
         logits, x, normed = _kept(x, layer.mlp.router, norm, step, layer.mlp.activations(len(x)))
         return x, step.group.sum(_mix(logits, normed, layer.mlp, step))
     inner, x = _normed(x, layer.mlp.gate_up, norm, step)
-    return x, step.group.sum(_plain(triton_dense.silu_mul(inner), layer.mlp.down, pdl=step.pdl))
+    return x, step.group.sum(plain(triton_dense.silu_mul(inner), layer.mlp.down, pdl=step.pdl))
 
 
 def _normed(x: torch.Tensor, weight: Matrix, norm: Norm, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,21 +132,18 @@ def _kept(
     return product, x, normed.to(kept)
 
 
-def logits(x: torch.Tensor, head: torch.Tensor, *, pdl: bool) -> torch.Tensor:
+def logits(x: torch.Tensor, head: Matrix, *, pdl: bool) -> torch.Tensor:
     """x [T, hidden] times head' [V, hidden], float32."""
+    if isinstance(head, Fp8Matrix):
+        if 0 < len(x) <= cuda_fp8.MAX_ROWS:
+            return head.kernels.linear(x, head.weight, pdl=pdl)
+        head = _in_bfloat16(head, pdl=pdl)
     if 0 < len(x) <= MAX_ROWS:
         return gluon_rows.linear(x, head, pdl=pdl)
     return F.linear(x, head).float()
 
 
-def behind_norm(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, step: Step) -> torch.Tensor:
-    """x [T, K] behind its norm, times weight' [N, K], bfloat16."""
-    if len(x) <= MAX_ROWS:
-        return gluon_rows.linear(x, weight, Norm(gain, step.config.rms_norm_eps), weight.dtype, pdl=step.pdl)
-    return F.linear(triton_dense.add_rms_norm(x, None, gain, step.config.rms_norm_eps), weight)
-
-
-def _plain(x: torch.Tensor, weight: Matrix, *, pdl: bool) -> torch.Tensor:
+def plain(x: torch.Tensor, weight: Matrix, *, pdl: bool) -> torch.Tensor:
     """x [T, K] times weight' [N, K], bfloat16."""
     if isinstance(weight, Fp8Matrix):
         if len(x) <= cuda_fp8.MAX_ROWS:
@@ -184,7 +185,7 @@ def _attend(
             for rows, span in step.parts(len(low))
         ]  # fmt: skip
         attended = torch.cat(found) if len(found) > 1 else found[0]
-    return _plain(attended, weights.output, pdl=step.pdl)
+    return plain(attended, weights.output, pdl=step.pdl)
 
 
 def _attended(
@@ -243,8 +244,8 @@ def _mix(logits: torch.Tensor, normed: torch.Tensor, weights: Mixture, step: Ste
     chosen, factors = triton_route.route(logits, bias, top_k, factor, normalize=normalize, pdl=pdl)
     if isinstance(weights.experts, Fp4Experts):
         own, shared = weights.experts, weights.shared
-        inner = triton_dense.silu_mul(_plain(normed, shared.gate_up, pdl=pdl))
-        return own.products.experts(normed, own.experts, chosen, factors) + _plain(inner, shared.down, pdl=pdl)
+        inner = triton_dense.silu_mul(plain(normed, shared.gate_up, pdl=pdl))
+        return own.products.experts(normed, own.experts, chosen, factors) + plain(inner, shared.down, pdl=pdl)
     if len(normed) <= MIXED_ROWS:
         return gluon_experts.mixture(normed, chosen, factors, weights.experts, weights.shared, pdl=pdl)
     return gluon_experts.large_mixture(normed, chosen, factors, weights.experts, weights.shared)

@@ -2,7 +2,7 @@
 
 Process groups are made and held here; torch's global one is not touched, so that a process may be in several. What few
 tokens need on GPUs goes by kernels of our own through the memory of the others (`kernels.triton_peers`) where the
-hardware has that; by NCCL it takes half as long again, and more (docs/LOG.md).
+hardware has that; by NCCL it takes several times as long (docs/LOG.md).
 """
 
 import ctypes
@@ -124,15 +124,13 @@ class DistributedGroup:
         """For sums and for joins, in memory of their own: each turns by its own calls."""
         from shared.engine.kernels import triton_peers
 
-        kinds = triton_peers.SUM_BYTES, triton_peers.JOIN_BYTES
-        sizes = [triton_peers.buffer_bytes(each) + triton_peers.flag_bytes(self.num_ranks) for each in kinds]
+        kinds = (triton_peers.SUM_BYTES, triton_peers.MOST_SUMMED), (triton_peers.JOIN_BYTES, triton_peers.MOST_JOINED)
+        sizes = [triton_peers.buffer_bytes(most, self.num_ranks) for _, most in kinds]
         store, memory = PrefixStore("memory", self._store), peer_memory.CudaMemory()
-        addresses = peer_memory.share(sum(sizes), memory, store, self.rank, self.num_ranks)
-        at, made = torch.tensor(addresses, dtype=torch.int64, device="cuda"), []
-        for piece_bytes, size in zip(kinds, sizes, strict=True):
-            flags = at + triton_peers.buffer_bytes(piece_bytes)
-            made.append(triton_peers.Exchange(at, flags, self.rank, piece_bytes))
-            at = at + size
+        at, made = peer_memory.share(sum(sizes), memory, store, self.rank, self.num_ranks), []
+        for (piece, most), size in zip(kinds, sizes, strict=True):
+            made.append(triton_peers.Exchange(at, self.rank, piece, most, torch.device("cuda", memory.device)))
+            at = [address + size for address in at]
         return made
 
 

@@ -10,7 +10,6 @@ from shared.errors import Unsupported
 
 HANDLE_BYTES = 64
 ENABLE_PEER_ACCESS = 1
-NATIVE_ATOMICS = 2  # an attribute of a pair of GPUs: between them, atomic operations are whole
 
 
 class Memory(Protocol):
@@ -81,10 +80,9 @@ class CudaMemory:
 
     def open(self, handle: bytes, owner: int) -> int:
         """See `Memory.open`."""
-        reaches, whole, address = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
+        reaches, address = ctypes.c_int(), ctypes.c_void_p()
         self._call("cudaDeviceCanAccessPeer", ctypes.byref(reaches), self.device, owner)
-        self._call("cudaDeviceGetP2PAttribute", ctypes.byref(whole), NATIVE_ATOMICS, self.device, owner)
-        if not reaches.value or not whole.value:
+        if not reaches.value:
             raise Unsupported(f"GPU {self.device} cannot reach into the memory of GPU {owner}")
         self._call("cudaIpcOpenMemHandle", ctypes.byref(address), _Handle.from_buffer_copy(handle), ENABLE_PEER_ACCESS)
         return address.value or 0

@@ -6,6 +6,7 @@ What `Sampler` does row by row, and its twin: both choose the same tokens (see `
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -95,6 +96,7 @@ class BatchedSampler(Sampler):
     def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], kernel: CudaChoice | None = None) -> None:
         super().__init__(vocab_size, eos_token_ids)
         self._kernel = kernel
+        self._on_gpu: Any = None
 
     def __call__(self, rows: torch.Tensor, items: Sequence[BatchItem], /) -> list[tuple[SampledToken, ...]]:
         """As of `Sampler`."""
@@ -141,13 +143,24 @@ class BatchedSampler(Sampler):
         if self._kernel is not None and drawing:
             in_doubt = None if moved is None else (draws.candidates(asked, in_doubt=True), moved)
             return self._kernel(logits, [_drawn(item) for item in asked], in_doubt)
-        tokens = logits.argmax(dim=-1)  # of equals the first, which has the lowest id
+        tokens = self._likeliest(logits)
         if drawing and len(drawing) == len(asked):
             tokens = _draw(logits, tokens, asked, moved)
         elif drawing:
             chosen, of = put(drawing, torch.int64, tokens.device), [asked[row] for row in drawing]
             tokens[chosen] = _draw(logits[chosen], tokens[chosen], of, None if moved is None else moved[chosen])
         return tokens
+
+    def _likeliest(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of equals the first, which has the lowest id."""
+        if logits.is_cuda and self._on_gpu is None:
+            from shared.engine.kernels.triton_likeliest import Likeliest  # without Triton there is no GPU to choose on
+
+            self._on_gpu = Likeliest(logits.device)
+        if self._on_gpu is None or not self._on_gpu.takes(logits):
+            return logits.argmax(dim=-1)
+        found: torch.Tensor = self._on_gpu(logits)
+        return found
 
 
 def _asked(items: Sequence[BatchItem]) -> list[BatchItem]:
