@@ -93,44 +93,54 @@ __device__ __forceinline__ void choose_for(const Few& p, const Room<S, R>& m, in
     if (threadIdx.x % 32 == 0) signal_arrive(m.of_choice + token);
 }
 
-// The warp that asks for weights, and chooses for the first token.
+// Where what a fill brings is in memory; without scales it is of the shared expert.
+struct Source {
+    const void *codes, *scales;
+};
+
+// The warp that asks for weights, and chooses for the first token. A lane asks for a fill, as many at once as are multiplied at once.
 template <int S, int R>
 __device__ __forceinline__ void ask_for_weights(const Few& p, const Room<S, R>& m) {
     using Room = Room<S, R>;
-    constexpr int K = Room::K;
+    constexpr int K = Room::K, INNER = Room::INNER, AT_ONCE = Room::FILLS;
     const int lane = threadIdx.x % 32, block = blockIdx.x;
-    int fill = 0;
-    const auto next = [&](const void* codes, const void* scales) {
-        const Place at(p, fill++);
-        char* const to = m.ring + at.slot * Room::SLOT;
-        if (at.use) signal_wait(m.empty + at.slot, (at.use - 1) % 2);
-        signal_expect(m.full + at.slot, scales != nullptr ? Room::SLOT : Room::CODES);
-        copy_ahead(to, codes, Room::CODES, m.full + at.slot);
-        if (scales != nullptr) copy_ahead(to + Room::CODES, scales, Room::SCALES, m.full + at.slot);
+    int first = 0;
+    const auto ask = [&](int count, const auto& source) {
+        for (int i = lane; i < count; i += AT_ONCE) {
+            if (lane >= AT_ONCE) break;
+            const Source from = source(i);
+            const Place at(p, first + i);
+            char* const to = m.ring + at.slot * Room::SLOT;
+            uint64_t* const full = m.full + at.slot;
+            if (at.use) signal_wait(m.empty + at.slot, (at.use - 1) % 2);
+            signal_expect(full, from.scales != nullptr ? Room::SLOT : Room::CODES);
+            copy_ahead(to, from.codes, Room::CODES, full);
+            if (from.scales != nullptr) copy_ahead(to + Room::CODES, from.scales, Room::SCALES, full);
+        }
+        first += count;
     };
-    const auto next_shared = [&](const __nv_bfloat16* from, int count) {
-        for (int i = 0; i < count; i++) next(from + i * (Room::CODES / 2), nullptr);
-    };
-    if (lane == 0)
-        for (int side = 0; side < 2; side++)
-            next_shared(p.shared_gate_up + static_cast<int64_t>(side * Room::INNER + R * block) * K, SHARED_UP / 2);
+    ask(SHARED_UP, [&](int i) {
+        const int64_t row = i / (SHARED_UP / 2) * INNER + R * block;
+        return Source{p.shared_gate_up + row * K + i % (SHARED_UP / 2) * (Room::CODES / 2), nullptr};
+    });
     float bias[MAX_EXPERTS / 32];
     bring_bias(p, bias);
     wait_for_kernel();
     choose_for(p, m, 0, bias);
-    if (lane) return;
     for (int t = 0; t < p.num_tokens; t++) {
         signal_wait(m.of_choice + t, 0);
-        for (int i = 0; i < Room::TOKEN_FILLS; i++) {
-            const int64_t row = static_cast<int64_t>(m.chosen[t * MAX_CHOSEN + i / 2]) * 2 * Room::INNER + i % 2 * Room::INNER + R * block;
-            next(p.gate_up + row * (K / 2), p.gate_up_scale + row * (K / 16));
-        }
+        ask(Room::TOKEN_FILLS, [&](int i) {
+            const int64_t row = static_cast<int64_t>(m.chosen[t * MAX_CHOSEN + i / 2]) * 2 * INNER + i % 2 * INNER + R * block;
+            return Source{p.gate_up + row * (K / 2), p.gate_up_scale + row * (K / 16)};
+        });
     }
-    next_shared(p.shared_down + static_cast<int64_t>(block) * Room::DOWN_ROWS * Room::INNER, SHARED_DOWN);
-    for (int i = 0; i < p.num_tokens * MAX_CHOSEN; i++) {
+    ask(SHARED_DOWN, [&](int i) {
+        return Source{p.shared_down + static_cast<int64_t>(block) * Room::DOWN_ROWS * INNER + i * (Room::CODES / 2), nullptr};
+    });
+    ask(p.num_tokens * MAX_CHOSEN, [&](int i) {
         const int64_t row = static_cast<int64_t>(m.chosen[i]) * K + block * Room::DOWN_ROWS;
-        next(p.down + row * (Room::INNER / 2), p.down_scale + row * (Room::INNER / 16));
-    }
+        return Source{p.down + row * (INNER / 2), p.down_scale + row * (INNER / 16)};
+    });
 }
 
 // What all warps have found of a row.
