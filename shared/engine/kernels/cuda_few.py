@@ -16,7 +16,8 @@ Pointer, Int = ctypes.c_void_p, ctypes.c_int
 MAX_TOKENS, CHOSEN = 4, cuda_experts.MAX_CHOSEN
 HIDDEN = (2048, 6144)
 NUM_BLOCKS = 128  # all of them at once
-SLOTS = {256: 16, 512: 8}  # of the ring, by inner values; with more, kernels beside it find less room (docs/LOG.md)
+INNER = (256, 512)
+BATCHES = 2  # of the ring; with more, kernels beside it find less room (docs/LOG.md)
 
 
 class Scoring(ctypes.Structure):
@@ -32,7 +33,7 @@ class Arguments(ctypes.Structure):
         *((name, Pointer) for name in ("x", "logits", "bias", "gate_up", "gate_up_scale", "down", "down_scale")),
         *((name, Pointer) for name in ("factors", "shared_gate_up", "shared_down", "state", "out")),
         ("scoring", Scoring),
-        *((name, Int) for name in ("num_tokens", "hidden", "inner", "row_stride", "num_slots")),
+        *((name, Int) for name in ("num_tokens", "hidden", "inner", "row_stride", "num_batches")),
     )
 
 
@@ -41,7 +42,7 @@ class CudaFew:
 
     def __init__(self, library: ctypes.CDLL, device: torch.device) -> None:
         self._library = library
-        words = {inner: MAX_TOKENS * (CHOSEN + 1) * inner // 2 for inner in SLOTS}
+        words = {inner: MAX_TOKENS * (CHOSEN + 1) * inner // 2 for inner in INNER}
         self._states = {inner: torch.full((4 + 2 * n,), -1, dtype=torch.int32, device=device)
                         for inner, n in words.items()}  # fmt: skip
 
@@ -71,7 +72,7 @@ class CudaFew:
             shared.gate_up, shared.down, self._states[experts.inner], out,
         )  # fmt: skip
         scoring = Scoring(len(bias), CHOSEN, int(normalize), factor)
-        sizes = num_tokens, hidden, experts.inner, logits.stride(0), SLOTS[experts.inner]
+        sizes = num_tokens, hidden, experts.inner, logits.stride(0), BATCHES
         arguments = Arguments(*(part.data_ptr() for part in parts), scoring, *sizes)
         call(self._library, "forebay_few", x.device, ctypes.byref(arguments), int(pdl))
         return out
@@ -82,7 +83,7 @@ def suits(experts: Experts, shared: SharedExpert, top_k: int) -> bool:
     num_experts, hidden, _ = experts.down.shape
     return (
         experts.factors is not None
-        and experts.inner in SLOTS
+        and experts.inner in INNER
         and shared.down.shape == (hidden, experts.inner)
         and hidden in HIDDEN
         and num_experts <= cuda_experts.MAX_EXPERTS

@@ -4,13 +4,15 @@
 
 namespace forebay {
 
-// A word of codes to operands: of the four elements that come first, and of those half a row on.
+// A scale's bits, twice, as an fp16's: the value times 2^-8. And what codes as they are decoded, times 2^-14, are multiplied by.
+__device__ __forceinline__ uint32_t scale_for_codes(uint32_t bits) { return times_half(bits, 0x7400'7400u); }
+
+// A word of codes to operands: of the four elements that come first, and of those half a row on. Times 2^-14 the bits of a code are those
+// of an fp16; to bring a magnitude and a sign apart into place is one product, of which other bits are of no use.
 __device__ __forceinline__ void decode(uint32_t word, uint32_t low_scale, uint32_t high_scale, uint32_t (&first)[2], uint32_t (&second)[2]) {
-    const uint32_t magnitudes = word & 0x77777777u;
-    const uint32_t a = __byte_perm(0x3E3C3800u, 0x46444240u, magnitudes) | (word & 0x80808080u);
-    const uint32_t b = __byte_perm(0x3E3C3800u, 0x46444240u, magnitudes >> 16) | ((word << 4) & 0x80808080u);
-    first[0] = times_half(__byte_perm(a, 0, 0x1404), low_scale), first[1] = times_half(__byte_perm(a, 0, 0x3424), low_scale);
-    second[0] = times_half(__byte_perm(b, 0, 0x1404), high_scale), second[1] = times_half(__byte_perm(b, 0, 0x3424), high_scale);
+    constexpr uint32_t CODES = 0x8E00'8E00u;
+    first[0] = times_half(word & CODES, low_scale), first[1] = times_half(word << 3 & CODES, low_scale);
+    second[0] = times_half((word & 0x4038'4038u) * 66 & CODES, high_scale), second[1] = times_half((word & 0x2007'2007u) * 516 & CODES, high_scale);
 }
 
 // Units of rows g and g + 8 times the lane's 32 values `b` of a column. `scales` of both halves of g, and of g + 8.

@@ -2,8 +2,8 @@
 //
 // Tokens that chose the same expert are one group. A group's weights, codes of NVFP4, are read once, and tensor cores multiply
 // them by eight tokens at the price of one: a warp takes 16 rows, tokens are the second operand's columns, and columns for which
-// there is no token repeat the first. A code becomes an fp16 by a permutation of bytes (`experts.Experts` says how they lie) and
-// is multiplied by its scale, exactly. Each thread asks at once for all weights that it will multiply. The shared expert, bfloat16, goes along: its weights are asked for
+// there is no token repeat the first. A code's bits are put where those of an fp16 are (`experts.Experts` says how they lie) and
+// it is multiplied by its scale, exactly. Each thread asks at once for all weights that it will multiply. The shared expert, bfloat16, goes along: its weights are asked for
 // before its input is there.
 #pragma once
 #include "codes.cuh"
@@ -30,8 +30,8 @@ struct Experts {
     int num_tokens, hidden, tiles_each;  // a block's tiles of an expert
 };
 
-// The scale of a lane's unit: byte q of a word, e4m3, to two equal fp16, the value times 2^-8.
-__device__ __forceinline__ uint32_t scale_of(uint32_t word, int q) { return __byte_perm(word, 0, 0x4040 | q | q << 8) << 7; }
+// The scale of a lane's unit: byte q of a word, e4m3, to two equal fp16, as `decode` wants them.
+__device__ __forceinline__ uint32_t scale_of(uint32_t word, int q) { return scale_for_codes(__byte_perm(word, 0, 0x4040 | q | q << 8) << 7); }
 
 // PAIRS inner values of the shared expert for all tokens. Its rows are asked for before the kernel in front has ended.
 template <int S>

@@ -1,7 +1,7 @@
 // A mixture of NVFP4 experts of a few tokens in one kernel behind the router: the choice, gate and up, the way down, the weighted sum.
 //
 // A block has two or four inner values of each expert and some rows of each one's way down, and all blocks are side by side. Weights
-// come by bulk copies through a ring, in the order in which they are multiplied, asked for by a warp that does little else: the
+// come by bulk copies through a ring, a batch after the other that all multiply together, asked for by a warp that does little else: the
 // shared expert's before the router has ended, a token's chosen ones' as soon as that token has chosen. Sixteen warps compute. Each has
 // the same sixteenth of the columns of whatever comes, for all tokens, whose values it keeps in registers: tensor cores multiply
 // sixteen rows by eight columns, which are the tokens, and what is wanted of them is the column of the token that chose. A last
@@ -16,7 +16,7 @@ constexpr int FEW_TOKENS = 4, FEW_BLOCKS = 128;
 constexpr int FEW_WARPS = 16, COMPUTING = FEW_WARPS * 32, FEW_THREADS = COMPUTING + 64;  // and who asks, and who tells
 constexpr int EXPERTS = MAX_CHOSEN + 1;       // of a token, the shared one last
 constexpr int SHARED_UP = 8, SHARED_DOWN = 4;  // fills of the shared expert
-constexpr int MOST_SLOTS = 24;                // of the ring
+constexpr int MOST_BATCHES = 3;                // in the ring
 constexpr float LARGEST = 65'504.0f;          // of inner values times SMALLER
 
 struct Few {
@@ -29,17 +29,18 @@ struct Few {
     uint32_t* state;     // how many mixtures there have been, and from the fourth word on twice WORDS, in turns: NOTHING before a mixture
     __nv_bfloat16* out;  // [tokens, hidden]
     Scoring scoring;
-    int num_tokens, hidden, inner, row_stride, num_slots;
+    int num_tokens, hidden, inner, row_stride, num_batches;
 };
 
 // Sizes, and where things lie in shared memory. S: 2048s of hidden; R: a block's inner values of an expert. A fill is R rows of gate or of
-// up, or all of a block's rows down, codes and then scales; or as many bytes of the shared expert as there are codes.
+// up, or all of a block's rows down, codes and then scales; or as many bytes of the shared expert as there are codes. A batch is sixteen
+// rows of gates and ups, or what sixteen warps multiply at once on the way down.
 template <int S, int R>
 struct Room {
     static constexpr int K = 2048 * S, INNER = FEW_BLOCKS * R, CODES = R * K / 2, SCALES = R * K / 16, SLOT = CODES + SCALES;
     static constexpr int DOWN_ROWS = 16 * S, WORDS = INNER / 2;          // of a block; of an expert, pairs of inner values
-    static constexpr int FILLS = 16 / R, TOKEN_FILLS = 2 * MAX_CHOSEN;  // of sixteen rows of gates and ups, and of a token's
-    static constexpr int BESIDE = FEW_WARPS / R, ROUNDS = MAX_CHOSEN / BESIDE;  // ways down that are multiplied at once
+    static constexpr int FILLS = 16 / R, BATCH = FILLS * SLOT;                                    // of a batch
+    static constexpr int SHARED_BATCHES = SHARED_UP / FILLS, ROUNDS = MAX_CHOSEN / FILLS;        // and of batches; of a token's ways down
     char* ring;
     float *parts, *shared_parts, *down_parts;  // [tokens][R][warps][16 rows], [tokens][warps][8 rows], [tokens][warps][DOWN_ROWS]
     float *factors, *weights;                  // of a choice, for inner values and for sums
@@ -48,31 +49,41 @@ struct Room {
     uint64_t *full, *empty, *of_choice, *of_weights, *of_shared_parts, *of_parts;
     char* end;
 
-    __host__ __device__ Room(char* at, int num_slots, int num_tokens) {
+    __host__ __device__ Room(char* at, int num_batches, int num_tokens) {
         const auto take = [&](auto*& part, size_t count) {
             part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(at);
             at += count * sizeof(*part);
         };
-        take(ring, num_slots * SLOT);
+        take(ring, num_batches * BATCH);
         take(parts, num_tokens * R * FEW_WARPS * 16), take(shared_parts, num_tokens * FEW_WARPS * 8);
         take(down_parts, num_tokens * FEW_WARPS * DOWN_ROWS);
         take(factors, FEW_TOKENS * MAX_CHOSEN), take(weights, FEW_TOKENS * MAX_CHOSEN), take(chosen, FEW_TOKENS * MAX_CHOSEN), take(turn, 4);
-        take(full, MOST_SLOTS), take(empty, MOST_SLOTS), take(of_choice, FEW_TOKENS), take(of_weights, 1);
+        take(full, MOST_BATCHES), take(empty, MOST_BATCHES), take(of_choice, FEW_TOKENS), take(of_weights, 1);
         take(of_shared_parts, 1), take(of_parts, FEW_TOKENS);
         end = at;
     }
 };
 
-// Where a fill is in the ring, and which time that slot is used.
+// Where a batch is in the ring, and for the how manieth time that place is used.
 struct Place {
-    int slot, use;
-    __device__ __forceinline__ Place(const Few& p, int fill) : slot(fill % p.num_slots), use(fill / p.num_slots) {}
+    int at = 0, use = 0;
+    __device__ __forceinline__ void next(const Few& p) {
+        if (++at == p.num_batches) at = 0, use++;
+    }
 };
 
 template <int S, int R>
-__device__ __forceinline__ const char* await(const Room<S, R>& m, int slot, int use) {
-    signal_wait(m.full + slot, use % 2);
-    return m.ring + slot * Room<S, R>::SLOT;
+__device__ __forceinline__ const char* await(const Room<S, R>& m, const Place& place) {
+    signal_wait(m.full + place.at, place.use % 2);
+    return m.ring + place.at * Room<S, R>::BATCH;
+}
+
+// A warp has done with a batch.
+template <int S, int R>
+__device__ __forceinline__ void leave(const Few& p, const Room<S, R>& m, Place& place) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) signal_arrive(m.empty + place.at);
+    place.next(p);
 }
 
 // Pairs of inner values of a token and an expert.
@@ -98,49 +109,44 @@ struct Source {
     const void *codes, *scales;
 };
 
-// The warp that asks for weights, and chooses for the first token. A lane asks for a fill, as many at once as are multiplied at once.
+// The warp that asks for weights, and chooses for the first token. A lane asks for a fill.
 template <int S, int R>
 __device__ __forceinline__ void ask_for_weights(const Few& p, const Room<S, R>& m) {
     using Room = Room<S, R>;
-    constexpr int K = Room::K, INNER = Room::INNER, AT_ONCE = Room::FILLS;
+    constexpr int K = Room::K, INNER = Room::INNER, FILLS = Room::FILLS;
     const int lane = threadIdx.x % 32, block = blockIdx.x;
-    int first = 0;
-    const auto ask = [&](int count, const auto& source) {
-        for (int i = lane; i < count; i += AT_ONCE) {
-            if (lane >= AT_ONCE) break;
-            const Source from = source(i);
-            const Place at(p, first + i);
-            char* const to = m.ring + at.slot * Room::SLOT;
-            uint64_t* const full = m.full + at.slot;
-            if (at.use) signal_wait(m.empty + at.slot, (at.use - 1) % 2);
-            signal_expect(full, from.scales != nullptr ? Room::SLOT : Room::CODES);
-            copy_ahead(to, from.codes, Room::CODES, full);
-            if (from.scales != nullptr) copy_ahead(to + Room::CODES, from.scales, Room::SCALES, full);
+    Place place;
+    const auto ask = [&](int count, int bytes, const Source& from) {
+        if (place.use) signal_wait(m.empty + place.at, (place.use - 1) % 2);
+        if (lane == 0) signal_expect(m.full + place.at, count * bytes);
+        __syncwarp();
+        if (lane < count) {
+            char* const to = m.ring + place.at * Room::BATCH + lane * Room::SLOT;
+            copy_ahead(to, from.codes, Room::CODES, m.full + place.at);
+            if (from.scales != nullptr) copy_ahead(to + Room::CODES, from.scales, Room::SCALES, m.full + place.at);
         }
-        first += count;
+        place.next(p);
     };
-    ask(SHARED_UP, [&](int i) {
-        const int64_t row = i / (SHARED_UP / 2) * INNER + R * block;
-        return Source{p.shared_gate_up + row * K + i % (SHARED_UP / 2) * (Room::CODES / 2), nullptr};
-    });
+    for (int batch = 0; batch < Room::SHARED_BATCHES; batch++) {
+        const int fill = batch * FILLS + lane % FILLS;
+        const int64_t row = fill / (SHARED_UP / 2) * INNER + R * block;
+        ask(FILLS, Room::CODES, {p.shared_gate_up + row * K + fill % (SHARED_UP / 2) * (Room::CODES / 2), nullptr});
+    }
     float bias[MAX_EXPERTS / 32];
     bring_bias(p, bias);
     wait_for_kernel();
     choose_for(p, m, 0, bias);
-    for (int t = 0; t < p.num_tokens; t++) {
-        signal_wait(m.of_choice + t, 0);
-        ask(Room::TOKEN_FILLS, [&](int i) {
-            const int64_t row = static_cast<int64_t>(m.chosen[t * MAX_CHOSEN + i / 2]) * 2 * INNER + i % 2 * INNER + R * block;
-            return Source{p.gate_up + row * (K / 2), p.gate_up_scale + row * (K / 16)};
-        });
+    for (int batch = 0; batch < R * p.num_tokens; batch++) {
+        if (batch % R == 0) signal_wait(m.of_choice + batch / R, 0);
+        const int fill = batch * FILLS + lane % FILLS;
+        const int64_t row = static_cast<int64_t>(m.chosen[fill / 2]) * 2 * INNER + fill % 2 * INNER + R * block;
+        ask(FILLS, Room::SLOT, {p.gate_up + row * (K / 2), p.gate_up_scale + row * (K / 16)});
     }
-    ask(SHARED_DOWN, [&](int i) {
-        return Source{p.shared_down + static_cast<int64_t>(block) * Room::DOWN_ROWS * INNER + i * (Room::CODES / 2), nullptr};
-    });
-    ask(p.num_tokens * MAX_CHOSEN, [&](int i) {
-        const int64_t row = static_cast<int64_t>(m.chosen[i]) * K + block * Room::DOWN_ROWS;
-        return Source{p.down + row * (INNER / 2), p.down_scale + row * (INNER / 16)};
-    });
+    ask(SHARED_DOWN, Room::CODES, {p.shared_down + static_cast<int64_t>(block) * Room::DOWN_ROWS * INNER + lane % SHARED_DOWN * (Room::CODES / 2), nullptr});
+    for (int batch = 0; batch < Room::ROUNDS * p.num_tokens; batch++) {
+        const int64_t row = static_cast<int64_t>(m.chosen[batch * FILLS + lane % FILLS]) * K + block * Room::DOWN_ROWS;
+        ask(FILLS, Room::SLOT, {p.down + row * (INNER / 2), p.down_scale + row * (INNER / 16)});
+    }
 }
 
 // What all warps have found of a row.
@@ -202,8 +208,8 @@ __device__ __forceinline__ void tell_values(const Few& p, const Room<S, R>& m) {
     }
 }
 
-// A scale's bits, e4m3 without a sign, as two equal fp16: the value times 2^-8.
-__device__ __forceinline__ uint32_t twice(uint8_t bits) { return bits * 0x0080'0080u; }
+// A scale's bits, e4m3 without a sign, as two equal fp16, as `decode` wants them.
+__device__ __forceinline__ uint32_t twice(uint8_t bits) { return scale_for_codes(bits * 0x0080'0080u); }
 
 // Rows g and g + 8 of sixteen, whose codes and scales are in shared memory, times the lane's values of a unit.
 __device__ __forceinline__ void multiply_rows(float (&low)[4], float (&high)[4], const char* codes, const char* codes_8, const uint8_t* scales,
@@ -215,11 +221,12 @@ __device__ __forceinline__ void multiply_rows(float (&low)[4], float (&high)[4],
 
 // Inner values of the shared expert. What has been kept of tokens is fp16, and this is a bf16 and another one, exactly: columns four to seven.
 template <int S, int R>
-__device__ __forceinline__ void shared_gate_and_up(const Few& p, const Room<S, R>& m, const uint4 (&x)[S][4]) {
+__device__ __forceinline__ void shared_gate_and_up(const Few& p, const Room<S, R>& m, const uint4 (&x)[S][4], Place& place) {
     using Room = Room<S, R>;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-#pragma unroll
-    for (int f = 0; f < SHARED_UP; f++) await(m, f, 0);
+    const char* const fills = await(m, place);  // in as many batches, which lie side by side
+    Place last = place;
+    for (int batch = 1; batch < Room::SHARED_BATCHES; batch++) last.next(p), await(m, last);
     float sum[4] = {};
 #pragma unroll
     for (int i = 0; i < S; i++)
@@ -227,7 +234,7 @@ __device__ __forceinline__ void shared_gate_and_up(const Few& p, const Room<S, R
         for (int j = 0; j < 4; j++) {  // eight columns of the first half of a row, eight more, and the same of its second half
             const int at = g % R * 2 * Room::K + j / 2 * Room::K + ((warp * S + i) * 4 + q) * 32 + j % 2 * 16;
             uint4 w = make_uint4(0, 0, 0, 0);
-            if (g < 2 * R) w = *reinterpret_cast<const uint4*>(m.ring + (g / R * (SHARED_UP / 2) + at / Room::CODES) * Room::SLOT + at % Room::CODES);
+            if (g < 2 * R) w = *reinterpret_cast<const uint4*>(fills + (g / R * (SHARED_UP / 2) + at / Room::CODES) * Room::SLOT + at % Room::CODES);
             uint32_t b[4];
 #pragma unroll
             for (int k = 0; k < 4; k++) {
@@ -240,8 +247,7 @@ __device__ __forceinline__ void shared_gate_and_up(const Few& p, const Room<S, R
             multiply(sum, {w.x, 0, w.y, 0}, b[0], b[1]);
             multiply(sum, {w.z, 0, w.w, 0}, b[2], b[3]);
         }
-    __syncwarp();
-    if (lane < SHARED_UP) signal_arrive(m.empty + lane);
+    for (int batch = 0; batch < Room::SHARED_BATCHES; batch++) leave(p, m, place);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const float both = sum[i] + __shfl_xor_sync(~0u, sum[i], 2);
@@ -253,7 +259,7 @@ __device__ __forceinline__ void shared_gate_and_up(const Few& p, const Room<S, R
 
 // Inner values of all choices: this block's of each, from this warp's columns.
 template <int S, int R>
-__device__ __forceinline__ void gate_and_up(const Few& p, const Room<S, R>& m) {
+__device__ __forceinline__ void gate_and_up(const Few& p, const Room<S, R>& m, Place& place) {
     using Room = Room<S, R>;
     constexpr int K = Room::K;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -263,24 +269,19 @@ __device__ __forceinline__ void gate_and_up(const Few& p, const Room<S, R>& m) {
     for (int i = 0; i < S; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) x[i][j] = fresh(static_cast<const void*>(own + j / 2 * (K / 2) + ((warp * S + i) * 4 + q) * 16 + j % 2 * 8));
-    shared_gate_and_up(p, m, x);
-    Place at(p, SHARED_UP);
+    shared_gate_and_up(p, m, x, place);
 #pragma unroll 1
     for (int t = 0; t < p.num_tokens; t++) {
 #pragma unroll 1
         for (int group = 0; group < R; group++) {
-            const char* const fill = await(m, at.slot + g / R, at.use);
-            const char* const fill_8 = await(m, at.slot + 8 / R + g / R, at.use);
+            const char *const fill = await(m, place) + g / R * Room::SLOT, *const fill_8 = fill + 8 / R * Room::SLOT;
             const auto *scales = reinterpret_cast<const uint8_t*>(fill) + Room::CODES + g % R * (K / 16),
                        *scales_8 = reinterpret_cast<const uint8_t*>(fill_8) + Room::CODES + g % R * (K / 16);
             float low[4] = {}, high[4] = {};
 #pragma unroll
             for (int i = 0; i < S; i++)
                 multiply_rows(low, high, fill + g % R * (K / 2), fill_8 + g % R * (K / 2), scales, scales_8, (warp * S + i) * 4 + q, K / 32, x[i]);
-            __syncwarp();
-            if (lane < Room::FILLS) signal_arrive(m.empty + at.slot + lane);
-            at.slot += Room::FILLS;
-            if (at.slot == p.num_slots) at.slot = 0, at.use++;
+            leave(p, m, place);
             float* const part = m.parts + ((t * R + group) * FEW_WARPS + warp) * 16 + g;
             if (q == t / 2) part[0] = t % 2 ? low[1] + high[1] : low[0] + high[0], part[8] = t % 2 ? low[3] + high[3] : low[2] + high[2];
         }
@@ -291,23 +292,19 @@ __device__ __forceinline__ void gate_and_up(const Few& p, const Room<S, R>& m) {
 
 // The shared expert's way down, of a warp's columns, into `down_parts`.
 template <int S, int R>
-__device__ __forceinline__ void shared_way_down(const Few& p, const Room<S, R>& m, uint32_t turn) {
+__device__ __forceinline__ void shared_way_down(const Few& p, const Room<S, R>& m, uint32_t turn, Place& place) {
     using Room = Room<S, R>;
     constexpr int ROW = Room::INNER * 2, ROWS_OF_FILL = Room::DOWN_ROWS / SHARED_DOWN;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const int first = SHARED_UP + p.num_tokens * Room::TOKEN_FILLS, word = (warp * 4 + q) * R;
+    const int word = (warp * 4 + q) * R;
     const uint32_t* const heard[1] = {words_of<S, R>(p, turn, min(g % FEW_TOKENS, p.num_tokens - 1), MAX_CHOSEN) + word / 4 * 4};
     uint4 v[1];
     hear(heard, v);
-#pragma unroll
-    for (int f = 0; f < SHARED_DOWN; f++) {
-        const Place at(p, first + f);
-        await(m, at.slot, at.use);
-    }
+    const char* const fills = await(m, place);
     hear_all(heard, v);
     const uint32_t b[4] = {R == 4 || q % 2 == 0 ? v[0].x : v[0].z, R == 4 || q % 2 == 0 ? v[0].y : v[0].w, v[0].z, v[0].w};
     const auto row_at = [&](int row) {
-        return reinterpret_cast<const uint32_t*>(m.ring + Place(p, first + row / ROWS_OF_FILL).slot * Room::SLOT + row % ROWS_OF_FILL * ROW + word * 4);
+        return reinterpret_cast<const uint32_t*>(fills + row / ROWS_OF_FILL * Room::SLOT + row % ROWS_OF_FILL * ROW + word * 4);
     };
 #pragma unroll
     for (int i = 0; i < S; i++) {
@@ -321,19 +318,17 @@ __device__ __forceinline__ void shared_way_down(const Few& p, const Room<S, R>& 
             if (t < p.num_tokens) m.down_parts[(t * FEW_WARPS + warp) * Room::DOWN_ROWS + 16 * i + g + k / 2 * 8] = sum[k];
         }
     }
-    __syncwarp();
-    if (lane < SHARED_DOWN) signal_arrive(m.empty + Place(p, first + lane).slot);
+    leave(p, m, place);
 }
 
 // This block's rows of the way down: each warp an R-th of the columns of some of a token's choices.
 template <int S, int R>
-__device__ __forceinline__ void way_down(const Few& p, const Room<S, R>& m, uint32_t turn) {
+__device__ __forceinline__ void way_down(const Few& p, const Room<S, R>& m, uint32_t turn, Place& place) {
     using Room = Room<S, R>;
     constexpr int INNER = Room::INNER;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, unit = warp % R * 4 + lane % 4;
-    const int first = SHARED_UP + p.num_tokens * Room::TOKEN_FILLS + SHARED_DOWN;
     const auto places = [&](int item, const uint32_t* (&at)[4]) {
-        const uint32_t* const from = words_of<S, R>(p, turn, item / Room::ROUNDS, item % Room::ROUNDS * Room::BESIDE + warp / R) + unit * 8;
+        const uint32_t* const from = words_of<S, R>(p, turn, item / Room::ROUNDS, item % Room::ROUNDS * Room::FILLS + warp / R) + unit * 8;
         at[0] = from, at[1] = from + 4, at[2] = from + INNER / 4, at[3] = from + INNER / 4 + 4;
     };
     const uint32_t* at[4];
@@ -343,14 +338,13 @@ __device__ __forceinline__ void way_down(const Few& p, const Room<S, R>& m, uint
     float totals[S][2] = {};
 #pragma unroll 1
     for (int item = 0; item < p.num_tokens * Room::ROUNDS; item++) {
-        const int t = item / Room::ROUNDS, choice = t * MAX_CHOSEN + item % Room::ROUNDS * Room::BESIDE + warp / R;
+        const int t = item / Room::ROUNDS;
         hear_all(at, ahead);
         const uint4 b[4] = {ahead[0], ahead[1], ahead[2], ahead[3]};
         if (item + 1 < p.num_tokens * Room::ROUNDS) places(item + 1, at), hear(at, ahead);
-        const Place from(p, first + choice);
-        const char* const fill = await(m, from.slot, from.use);
+        const char* const fill = await(m, place) + warp / R * Room::SLOT;
         const auto* const scales = reinterpret_cast<const uint8_t*>(fill) + Room::CODES;
-        const float weight = m.weights[choice];
+        const float weight = m.weights[item * Room::FILLS + warp / R];
 #pragma unroll
         for (int i = 0; i < S; i++) {
             const int row = 16 * i + g, row_8 = row + 8;
@@ -359,8 +353,7 @@ __device__ __forceinline__ void way_down(const Few& p, const Room<S, R>& m, uint
                           unit, INNER / 32, b);
             totals[i][0] += weight * (low[0] + high[0]), totals[i][1] += weight * (low[2] + high[2]);
         }
-        __syncwarp();
-        if (lane < Room::BESIDE) signal_arrive(m.empty + from.slot);
+        leave(p, m, place);
         if (item % Room::ROUNDS < Room::ROUNDS - 1) continue;
 #pragma unroll
         for (int i = 0; i < S; i++)
@@ -375,9 +368,9 @@ __device__ __forceinline__ void way_down(const Few& p, const Room<S, R>& m, uint
 template <int S, int R>
 __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Few p) {
     using Room = Room<S, R>;
-    const Room m(reinterpret_cast<char*>(aligned_shared()), p.num_slots, p.num_tokens);
+    const Room m(reinterpret_cast<char*>(aligned_shared()), p.num_batches, p.num_tokens);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < p.num_slots; i++) signal_init(m.full + i, 1), signal_init(m.empty + i, FEW_WARPS);
+        for (int i = 0; i < p.num_batches; i++) signal_init(m.full + i, 1), signal_init(m.empty + i, FEW_WARPS);
         for (int t = 0; t < FEW_TOKENS; t++) signal_init(m.of_choice + t, 1), signal_init(m.of_parts + t, FEW_WARPS);
         signal_init(m.of_weights, 1), signal_init(m.of_shared_parts, FEW_WARPS);
         signals_ready();
@@ -385,12 +378,13 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
     __syncthreads();
     if (threadIdx.x >= COMPUTING) return threadIdx.x < COMPUTING + 32 ? ask_for_weights(p, m) : tell_values(p, m);
     wait_for_kernel();
-    gate_and_up(p, m);
+    Place place;
+    gate_and_up(p, m, place);
     let_dependents_start();
     signal_wait(m.of_weights, 0);
     const uint32_t turn = *m.turn;
-    shared_way_down(p, m, turn);
-    way_down(p, m, turn);
+    shared_way_down(p, m, turn, place);
+    way_down(p, m, turn, place);
     meet<COMPUTING>();
     for (int i = threadIdx.x; i < p.num_tokens * Room::DOWN_ROWS; i += COMPUTING) {
         const int t = i / Room::DOWN_ROWS, row = i % Room::DOWN_ROWS;
