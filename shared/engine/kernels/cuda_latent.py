@@ -16,7 +16,7 @@ from shared.engine.kernels.splits import Parts
 Pointer, Int = ctypes.c_void_p, ctypes.c_int
 LATENT, ROPE, VALUE, MAX_SPLITS = 512, 64, 256, 64
 MOST_ROWS = 4  # that are attended to so
-BLOCKS, HEADS = 8, 16  # of a cluster, and those that one cluster serves at most
+BLOCKS, HEADS = 8, 8  # of a cluster, and those that are multiplied at once
 MOST_TOKENS = 128  # that a block attends to
 MAX_CONTEXT = 1 << 24  # tokens that can be told apart
 MOST_HELD = 48 << 10  # scores that a block keeps in its shared memory
