@@ -17,7 +17,7 @@ MAX_TOKENS, CHOSEN = 4, cuda_experts.MAX_CHOSEN
 HIDDEN = (2048, 6144)
 NUM_BLOCKS = 128  # all of them at once
 INNER = (256, 512)
-BATCHES = 2  # of the ring; with more, kernels beside it find less room (docs/LOG.md)
+BATCHES = 3  # in the ring (docs/LOG.md)
 
 
 class Scoring(ctypes.Structure):

@@ -17,9 +17,9 @@ class Experts:
     """E experts' gate and up joined [E, 2 I, hidden], and down [E, hidden, I]. Without scales these are bfloat16.
 
     With scales they are codes in words of eight, as uint8: word j of a row of K holds elements 4 j to 4 j + 3 and the
-    four that are K / 2 behind them. Each 16 bits of it are those of an fp16 with the first (the second) of two
-    neighbours where a code that is 2^14 times as large has its bits, magnitude from bit 9 on and sign at 15, and
-    between these the next three of two: see PLACES. Scales are e4m3 as uint8, one for 16 elements in their order; `factors` float32 [E, 2] are
+    four that are K / 2 behind them. An fp16 with a code's magnitude at bit 9 and its sign at bit 15 is 2^-14 of what
+    the code stands for; so lie the first two elements, and the others where few instructions bring them there: see
+    PLACES. Scales are e4m3 as uint8, one for 16 elements in their order; `factors` float32 [E, 2] are
     the scales of the matrices times FACTOR.
     """
 
