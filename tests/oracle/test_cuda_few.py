@@ -28,12 +28,17 @@ def require(layer: Layer, kernels: CudaFew, num_tokens: int, seed: int, scale: f
         assert torch.equal(found, kernels(x, wide, layer.bias, FACTOR, layer.experts, layer.shared, normalize=True))
 
 
-@pytest.mark.parametrize("inner", [256, 512])
-def test_mixtures_one_after_the_other_are_those_of_torch(emulated: CudaFew, inner: int) -> None:
-    layer = Layer(33, 8, 2048, inner=inner)
+def test_mixtures_one_after_the_other_are_those_of_torch(emulated: CudaFew) -> None:
+    layer = Layer(33, 8, 2048)
     assert cuda_few.suits(layer.experts, layer.shared, 8)
     require(layer, emulated, 2, 0)
     require(layer, emulated, 1, 2)
+
+
+def test_a_mixture_of_wider_experts_is_that_of_torch(emulated: CudaFew) -> None:
+    layer = Layer(33, 8, 2048, inner=512)
+    assert cuda_few.suits(layer.experts, layer.shared, 8)
+    require(layer, emulated, 2, 4)
 
 
 @pytest.mark.gpu
