@@ -132,6 +132,7 @@ def test_a_block_merges_a_head_of_two_tokens(emulated: CudaLatent, monkeypatch: 
 def test_rows_attend_to_what_they_have_selected(emulated: CudaLatent) -> None:
     require_attended(emulated, [300, 1], 8, 512, 1, CPU)
     require_attended(emulated, [90], 11, 96, 2, CPU)
+    require_attended(emulated, [90, 17], 11, 96, 1, CPU)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -209,9 +209,10 @@ int forebay_select(const forebay::Select* p, int num_rows, int early, void* stre
     return launch_beside(select, dim3(num_rows * SELECTORS), SELECT_THREADS, shared, SELECTORS, early, stream, *p);
 }
 
+// Sixteen heads of a row are taken together where clusters for eight each would not all find a place.
 int forebay_attend(const forebay::Attend* p, int num_rows, int early, void* stream) {
     using namespace forebay;
-    return p->num_heads > HEADS ? run<2>(*p, num_rows, early, stream) : run<1>(*p, num_rows, early, stream);
+    return p->num_heads > HEADS && num_rows > 1 ? run<2>(*p, num_rows, early, stream) : run<1>(*p, num_rows, early, stream);
 }
 
 int forebay_merge(const forebay::Merge* p, int early, void* stream) {
