@@ -31,7 +31,7 @@ def require(layer: Layer, kernels: CudaFew, num_tokens: int, seed: int, scale: f
 def test_mixtures_one_after_the_other_are_those_of_torch(emulated: CudaFew) -> None:
     layer = Layer(33, 8, 2048)
     assert cuda_few.suits(layer.experts, layer.shared, 8)
-    require(layer, emulated, 2, 0)
+    require(layer, emulated, 1, 0)
     require(layer, emulated, 1, 2)
 
 
