@@ -1,11 +1,12 @@
-"""A mixture of GLM-5.2's rank, tokens of the same expert together and each choice by itself, in one run.
+"""A mixture of GLM-5.2's rank in each way that suits it, in one run: tokens of the same expert together, all of it in
+one kernel, each choice by itself.
 
-    python -m bench.mixtures [--tokens 1 2 4 8 32]
+    python -m bench.mixtures [--ranks 8] [--tokens 1 2 4 8 32]
 
 From the residual's sum to the experts'. Random weights as in `bench.glm_random`; microseconds of a mixture in a graph
 of many, one behind the other, each of weights that the ones before have driven from the cache; median of groups of
 replays (least to most). The floor is the time to read the router, the shared expert and the experts that were chosen
-at the bandwidth of a plain sum. Both ways are compared with each other first: one less the cosine of their results.
+at the bandwidth of a plain sum. The first ways are compared with the last one: one less the cosine of their results.
 """
 
 import argparse
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from bench import provenance
 from bench.bandwidth import read_bandwidth
 from bench.glm_random import FIELDS, RandomLayers, compiled
-from shared.engine.kernels import gluon_experts, gluon_rows, triton_dense, triton_route
+from shared.engine.kernels import cuda_experts, cuda_few, gluon_experts, gluon_rows, triton_dense, triton_route
 from shared.engine.kernels.cuda_experts import CudaExperts
+from shared.engine.kernels.cuda_few import CudaFew
 from shared.engine.kernels.experts import Experts
 from shared.engine.kernels.gluon_rows import MAX_ROWS
 from shared.engine.kernels.inputs import Norm
@@ -39,9 +41,9 @@ def mixed(
     weights: Mixture,
     gain: torch.Tensor,
     config: GlmConfig,
-    kernels: CudaExperts | None,
+    kernels: CudaExperts | CudaFew | None,
 ) -> Pair:
-    """x + delta and the mixture of its norm, as a layer computes it; with `kernels`, by groups."""
+    """x + delta and the mixture of its norm, as a layer computes it by `kernels`."""
     norm, dtype = Norm(gain, config.rms_norm_eps, delta), torch.float16
     if len(x) <= MAX_ROWS:
         logits, total, normed = gluon_rows.linear_keeping(x, weights.router, norm, kept=dtype)
@@ -51,6 +53,12 @@ def mixed(
         logits, normed = torch.mm(rounded, weights.router.T, out_dtype=torch.float32), rounded.to(dtype)
     assert isinstance(weights.experts, Experts), "made so"
     how = weights.correction_bias, config.num_experts_per_token, config.routed_scaling_factor
+    if isinstance(kernels, CudaFew):
+        bias, _, factor = how
+        found = kernels(
+            normed, logits, bias, factor, weights.experts, weights.shared, normalize=config.normalize_top_k
+        )  # fmt: skip
+        return total, found
     if kernels is not None:
         choice = kernels.route(logits, *how, normalize=config.normalize_top_k)
         return total, kernels(normed, choice, weights.experts, weights.shared)
@@ -95,29 +103,50 @@ def floor_us(x: torch.Tensor, weights: Mixture, gain: torch.Tensor, config: GlmC
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 16, 32, 64])
     args = parser.parse_args()
     print(provenance.banner("bench.mixtures"))
     device, config = torch.device("cuda", 0), parse(FIELDS)
     rate = read_bandwidth(device)
-    made = RandomLayers(config, 8, device)
+    made = RandomLayers(config, args.ranks, device)
     layers = [made.layer(config.num_layers - 1) for _ in range(SETS)]
     sets = [layer.mlp for layer in layers if isinstance(layer.mlp, Mixture)]
-    print("\n| tokens | by groups, us | by choices, us | to read, us | 1 - cosine |\n|---|---|---|---|---|")
-    by_groups, by_choices = (
-        partial(mixed, gain=layers[0].post_norm, config=config, kernels=kernels)
-        for kernels in (compiled(device)[0], None)
-    )
+    groups, _, _, few = compiled(device)
+    ways: dict[str, tuple[Compute, int]] = {
+        name: (partial(mixed, gain=layers[0].post_norm, config=config, kernels=kernels), most)
+        for name, kernels, most in (
+            ("by groups", groups, cuda_experts.MAX_TOKENS), ("in one kernel", few, cuda_few.MAX_TOKENS),
+            ("by choices", None, gluon_experts.MAX_TOKENS),
+        )
+        if kernels is None or suits(kernels, sets[0], config)
+    }  # fmt: skip
+    *others, last = ways
+    print(f"{torch.cuda.get_device_name(0)}; plain reads {rate / 1e12:.2f} TB/s")
+    print(f"\n| tokens | {', us | '.join(ways)}, us | to read, us | 1 - cosine |\n|{'---|' * (3 + len(ways))}")
     with torch.inference_mode():
         for tokens in args.tokens:
             x, delta = (torch.randn(tokens, config.hidden_size, dtype=torch.bfloat16, device=device) for _ in range(2))
-            (total, ours), (other_total, theirs) = by_groups(x, delta, sets[0]), by_choices(x, delta, sets[0])
-            assert torch.equal(total, other_total)
-            apart = float(1 - F.cosine_similarity(ours.float(), theirs.float(), dim=1).min())
-            row = [f"{statistics.median(t):.2f} ({min(t):.2f} to {max(t):.2f})" for t in
-                   (microseconds(compute, x, delta, sets) for compute in (by_groups, by_choices))]  # fmt: skip
+            total, theirs = ways[last][0](x, delta, sets[0])
+            able = [name for name in ways if tokens <= ways[name][1]]
+            found = {name: ways[name][0](x, delta, sets[0]) for name in others if name in able}
+            assert all(torch.equal(total, own) for own, _ in found.values())
+            apart = [
+                float(1 - F.cosine_similarity(own.float(), theirs.float(), dim=1).min()) for _, own in found.values()
+            ]
+            times = {name: microseconds(ways[name][0], x, delta, sets) for name in able}
+            row = [f"{statistics.median(t):.2f} ({min(t):.2f} to {max(t):.2f})" for t in times.values()]
+            row = [row[able.index(name)] if name in able else "" for name in ways]
             floor = floor_us(x + delta, sets[0], layers[0].post_norm, config, rate)
-            print(f"| {tokens} | {row[0]} | {row[1]} | {floor:.2f} | {apart:.6f} |", flush=True)
+            print(f"| {tokens} | {' | '.join(row)} | {floor:.2f} | {max(apart, default=0):.6f} |", flush=True)
+
+
+def suits(kernels: CudaExperts | CudaFew, weights: Mixture, config: GlmConfig) -> bool:
+    """Whether they are made for such a mixture."""
+    assert isinstance(weights.experts, Experts), "made so"
+    if isinstance(kernels, CudaFew):
+        return cuda_few.suits(weights.experts, weights.shared, config.num_experts_per_token)
+    return cuda_experts.suits(weights.experts, weights.shared, config.num_experts_per_token)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,15 @@ def seeded(seed: int, *shape: int, scale: float = 1.0, device: torch.device = CP
 class Layer:
     """Random weights, of rows as different in size as quantizing to FP4 must bear."""
 
-    def __init__(self, num_experts: int, num_chosen: int, hidden: int, device: torch.device = CPU) -> None:
+    def __init__(
+        self, num_experts: int, num_chosen: int, hidden: int, device: torch.device = CPU, inner: int = INNER
+    ) -> None:
         random = partial(seeded, device=device)
-        spread = torch.logspace(-2, 0, 2 * INNER, device=device)[:, None]
-        gate_up = random(1, num_experts, 2 * INNER, hidden, scale=hidden**-0.5) * spread
-        down = random(2, num_experts, hidden, INNER, scale=INNER**-0.5)
+        spread = torch.logspace(-2, 0, 2 * inner, device=device)[:, None]
+        gate_up = random(1, num_experts, 2 * inner, hidden, scale=hidden**-0.5) * spread
+        down = random(2, num_experts, hidden, inner, scale=inner**-0.5)
         self.experts = packed(*([nvfp4.quantize(one.bfloat16()) for one in part] for part in (gate_up, down)))
-        gate_up, down = random(3, 2 * INNER, hidden, scale=hidden**-0.5), random(4, hidden, INNER, scale=INNER**-0.5)
+        gate_up, down = random(3, 2 * inner, hidden, scale=hidden**-0.5), random(4, hidden, inner, scale=inner**-0.5)
         self.shared = SharedExpert(gate_up, down)
         self.bias = random(5, num_experts, scale=0.1).float()
         self.num_chosen, self.hidden, self.device = num_chosen, hidden, device

@@ -124,9 +124,15 @@ def test_splits_are_merged_as_torch_merges_them(emulated: CudaLatent) -> None:
         require_merged(emulated, num_tokens, heads, splits, CPU)
 
 
+def test_a_block_merges_a_head_of_two_tokens(emulated: CudaLatent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_latent, "MOST_MERGING", 0)
+    require_merged(emulated, 3, 2, 2, CPU)
+
+
 def test_rows_attend_to_what_they_have_selected(emulated: CudaLatent) -> None:
     require_attended(emulated, [300, 1], 8, 512, 1, CPU)
     require_attended(emulated, [90], 11, 96, 2, CPU)
+    require_attended(emulated, [90, 17], 11, 96, 1, CPU)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,7 +154,10 @@ def test_scores_that_fit_nowhere_are_read_again(emulated: CudaLatent, monkeypatc
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_splits_are_merged_as_torch_merges_them(on_gpu: CudaLatent) -> None:
-    for num_tokens, heads, splits in ((1, 8, 64), (4, 8, 64), (16, 8, 16), (3, 64, 1), (1, 8, 4), (4, 8, 2), (2, 8, 8)):
+    for num_tokens, heads, splits in (
+        *((1, 8, 64), (4, 8, 64), (16, 8, 16), (3, 64, 1)),
+        *((1, 8, 4), (4, 8, 2), (2, 8, 8), (4, 16, 4), (3, 16, 2)),
+    ):
         require_merged(on_gpu, num_tokens, heads, splits, GPU)
 
 
@@ -158,6 +167,7 @@ def test_on_a_gpu_splits_are_merged_as_torch_merges_them(on_gpu: CudaLatent) -> 
 def test_on_a_gpu_rows_attend_to_what_they_have_selected(on_gpu: CudaLatent, splits: int) -> None:
     require_attended(on_gpu, [2048], 8, 2048, splits, GPU)
     require_attended(on_gpu, [2048, 1, 700, 129], 8, 2048, splits, GPU)
+    require_attended(on_gpu, [2048, 2047, 1, 1100], 16, 2048, splits, GPU)
     require_attended(on_gpu, [100 * n + 1 for n in range(16)], 64, 2048, splits, GPU)
 
 

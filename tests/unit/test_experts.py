@@ -8,8 +8,7 @@ from shared.engine.quantization import nvfp4
 from shared.engine.quantization.packed_experts import packed
 from shared.errors import Unsupported
 
-# By the index of a code's magnitude, the upper byte of the fp16 that has its value: what the kernels look up.
-UPPER_BYTES = (0x00, 0x38, 0x3C, 0x3E, 0x40, 0x42, 0x44, 0x46)
+CODES = 0x8E00_8E00  # the bits that two fp16 have of codes
 
 
 def quantized(rows: int, columns: int) -> nvfp4.Nvfp4Tensor:
@@ -24,19 +23,17 @@ def test_words_stand_for_the_same_values_as_the_codes_of_a_checkpoint() -> None:
 
 
 def test_a_word_is_what_the_kernels_decode() -> None:
-    """Their instructions, one by one: a table looked up by the lower and the upper four magnitudes, then the signs."""
+    """Their instructions, one by one: bits brought into place, two codes at a time, and what is 2^14 times as much."""
     stored = quantized(2, 64)
     words = experts.words(stored.codes).view(torch.int32)
     expected = experts.values(experts.words(stored.codes))
     for row in range(2):
         for place, word in enumerate(words[row].tolist()):
-            decoded = [
-                [UPPER_BYTES[(word >> start + 4 * k) & 7] | ((word >> sign + 8 * k) & 1) << 7 for k in range(4)]
-                for start, sign in ((0, 7), (16, 3))
-            ]
-            halves = (torch.tensor(decoded) << 8).to(torch.uint16).view(torch.float16).float()
-            assert torch.equal(halves[0], expected[row, 4 * place : 4 * place + 4])
-            assert torch.equal(halves[1], expected[row, 32 + 4 * place : 32 + 4 * place + 4])
+            pairs = (word, word << 3, (word & 0x4038_4038) * 66, (word & 0x2007_2007) * 516)
+            bits = torch.tensor([(pair & CODES) >> 16 * i & 0xFFFF for pair in pairs for i in range(2)])
+            found = bits.to(torch.uint16).view(torch.float16).float() * 2.0**14
+            assert torch.equal(found[:4], expected[row, 4 * place : 4 * place + 4])
+            assert torch.equal(found[4:], expected[row, 32 + 4 * place : 32 + 4 * place + 4])
 
 
 def test_experts_dequantize_to_what_was_packed() -> None:

@@ -13,11 +13,11 @@ from shared.engine.kernels.cuda_call import call, opened
 from shared.engine.kernels.experts import Experts, SharedExpert
 
 Pointer, Int = ctypes.c_void_p, ctypes.c_int
-MAX_TOKENS, CHOSEN = 8, cuda_experts.MAX_CHOSEN
+MAX_TOKENS, CHOSEN = 4, cuda_experts.MAX_CHOSEN
 HIDDEN = (2048, 6144)
 NUM_BLOCKS = 128  # all of them at once
-STATE_WORDS = 4 + 2 * MAX_TOKENS * (CHOSEN + 1) * NUM_BLOCKS
-SLOTS = 16  # of the ring; with more, kernels beside it find less room (docs/LOG.md)
+INNER = (256, 512)
+BATCHES = 3  # in the ring (docs/LOG.md)
 
 
 class Scoring(ctypes.Structure):
@@ -33,7 +33,7 @@ class Arguments(ctypes.Structure):
         *((name, Pointer) for name in ("x", "logits", "bias", "gate_up", "gate_up_scale", "down", "down_scale")),
         *((name, Pointer) for name in ("factors", "shared_gate_up", "shared_down", "state", "out")),
         ("scoring", Scoring),
-        *((name, Int) for name in ("num_tokens", "hidden", "row_stride", "num_slots")),
+        *((name, Int) for name in ("num_tokens", "hidden", "inner", "row_stride", "num_batches")),
     )
 
 
@@ -42,7 +42,9 @@ class CudaFew:
 
     def __init__(self, library: ctypes.CDLL, device: torch.device) -> None:
         self._library = library
-        self._state = torch.full((STATE_WORDS,), -1, dtype=torch.int32, device=device)
+        words = {inner: MAX_TOKENS * (CHOSEN + 1) * inner // 2 for inner in INNER}
+        self._states = {inner: torch.full((4 + 2 * n,), -1, dtype=torch.int32, device=device)
+                        for inner, n in words.items()}  # fmt: skip
 
     def __call__(
         self,
@@ -67,10 +69,10 @@ class CudaFew:
         out = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=x.device)
         parts = (
             x, logits, bias, experts.gate_up, experts.gate_up_scale, experts.down, experts.down_scale, experts.factors,
-            shared.gate_up, shared.down, self._state, out,
+            shared.gate_up, shared.down, self._states[experts.inner], out,
         )  # fmt: skip
         scoring = Scoring(len(bias), CHOSEN, int(normalize), factor)
-        sizes = num_tokens, hidden, logits.stride(0), SLOTS
+        sizes = num_tokens, hidden, experts.inner, logits.stride(0), BATCHES
         arguments = Arguments(*(part.data_ptr() for part in parts), scoring, *sizes)
         call(self._library, "forebay_few", x.device, ctypes.byref(arguments), int(pdl))
         return out
@@ -78,9 +80,13 @@ class CudaFew:
 
 def suits(experts: Experts, shared: SharedExpert, top_k: int) -> bool:
     """Whether the kernel is made for such a mixture, and all its blocks find a place at once."""
+    num_experts, hidden, _ = experts.down.shape
     return (
-        cuda_experts.suits(experts, shared, top_k)
-        and experts.down.shape[1] in HIDDEN
+        experts.factors is not None
+        and experts.inner in INNER
+        and shared.down.shape == (hidden, experts.inner)
+        and hidden in HIDDEN
+        and num_experts <= cuda_experts.MAX_EXPERTS
         and top_k == CHOSEN
         and _num_processors(experts.down.device) >= NUM_BLOCKS
     )

@@ -17,7 +17,8 @@ from shared.engine.kernels.w8a16 import Weight
 TALL = 16_384  # rows that fill a GPU with blocks of their own
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 MAX_ROWS = 32  # more read a matrix in bfloat16, made anew for them
-LONG, FULL = 4096, 3000  # columns, and rows of which a cluster of eight blocks leaves none without a place
+SHORT, LONG = 2048, 4096  # columns
+FULL, WIDE = 3000, 7000  # rows up to which clusters of eight blocks leave none without a place, and clusters of four
 
 
 class Product(ctypes.Structure):
@@ -169,7 +170,10 @@ def plan(num_rows: int, num_columns: int, num_tokens: int) -> Cut:
         return _cut(num_columns, 8, 4 if num_tokens <= 4 and num_rows <= FULL else 3)
     if num_rows <= FULL:
         return _cut(num_columns, 8, 3)
-    return _cut(num_columns, 4, 3) if 1 < num_tokens <= 4 else _cut(num_columns, 2, 6)
+    if num_tokens == 1 and num_columns > SHORT:
+        return _cut(num_columns, 4, 4)
+    by_four = num_tokens in (3, 4) or (num_tokens == 2 and num_rows <= WIDE) or (num_tokens == 1 and num_rows > WIDE)
+    return _cut(num_columns, 4, 3) if by_four else _cut(num_columns, 2, 6)
 
 
 def _cut(num_columns: int, cluster: int, depth: int) -> Cut:

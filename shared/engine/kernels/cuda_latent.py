@@ -21,6 +21,7 @@ MOST_TOKENS = 128  # that a block attends to
 MAX_CONTEXT = 1 << 24  # tokens that can be told apart
 MOST_HELD = 48 << 10  # scores that a block keeps in its shared memory
 MOST_FAST, FILLING = 4, 16  # splits, of a row and of all
+MOST_MERGING = 256  # blocks that merge a token's head each; where that were more, two tokens'
 LOG2_E = 1.4426950408889634
 
 
@@ -49,7 +50,7 @@ class Merge(ctypes.Structure):
 
     _fields_ = (
         *((name, Pointer) for name in ("parts", "maxima", "sums", "up_value", "out")),
-        *((name, Int) for name in ("num_heads", "num_splits", "late")),
+        *((name, Int) for name in ("num_tokens", "num_heads", "num_splits", "each", "late")),
     )
 
 
@@ -114,8 +115,10 @@ class CudaLatent:
         num_tokens, heads, splits, _ = parts.means.shape
         out = up_value.new_empty(num_tokens, heads * VALUE)
         tensors = (parts.means, parts.maxima, parts.sums, up_value, out)
-        arguments = Merge(*(tensor.data_ptr() for tensor in tensors), heads, splits, int(late))
-        call(self._library, "forebay_merge", out.device, ctypes.byref(arguments), num_tokens, int(pdl))
+        each = 2 if num_tokens * heads * BLOCKS > MOST_MERGING else 1
+        sizes = num_tokens, heads, splits, each, int(late)
+        arguments = Merge(*(tensor.data_ptr() for tensor in tensors), *sizes)
+        call(self._library, "forebay_merge", out.device, ctypes.byref(arguments), int(pdl))
         return out
 
 
@@ -136,5 +139,9 @@ def suits(queries: Queries, latents: torch.Tensor, up_value: torch.Tensor) -> bo
 
 def load(path: Path) -> ctypes.CDLL:
     """The library that `build.cuda_library` makes."""
-    takes = {"forebay_select": Select, "forebay_attend": Attend, "forebay_merge": Merge}
-    return opened(path, {name: (ctypes.POINTER(what), Int, Int, Pointer) for name, what in takes.items()})
+    signatures = {
+        "forebay_select": (ctypes.POINTER(Select), Int, Int, Pointer),
+        "forebay_attend": (ctypes.POINTER(Attend), Int, Int, Pointer),
+        "forebay_merge": (ctypes.POINTER(Merge), Int, Pointer),
+    }
+    return opened(path, signatures)

@@ -6,6 +6,9 @@ import torch
 
 FACTOR = 2.0**8  # the bits of a scale (e4m3) as those of an fp16 are its value / FACTOR
 GROUP = 16  # elements that share a scale
+# Of the first two and the next two elements of a word, and of those half a row on: where the magnitude of the first of
+# two begins, and its sign; those of the second are 16 further.
+PLACES = ((9, 15), (6, 12), (3, 14), (0, 13))
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; bit 3 of a code is the sign
 
 
@@ -14,8 +17,9 @@ class Experts:
     """E experts' gate and up joined [E, 2 I, hidden], and down [E, hidden, I]. Without scales these are bfloat16.
 
     With scales they are codes in words of eight, as uint8: word j of a row of K holds elements 4 j to 4 j + 3 and the
-    four that are K / 2 behind them. Magnitude k of the first is at bits 4 k, of the second at 16 + 4 k; their signs are
-    at 8 k + 7 and 8 k + 3. Scales are e4m3 as uint8, one for 16 elements in their order; `factors` float32 [E, 2] are
+    four that are K / 2 behind them. An fp16 with a code's magnitude at bit 9 and its sign at bit 15 is 2^-14 of what
+    the code stands for; so lie the first two elements, and the others where few instructions bring them there: see
+    PLACES. Scales are e4m3 as uint8, one for 16 elements in their order; `factors` float32 [E, 2] are
     the scales of the matrices times FACTOR.
     """
 
@@ -34,22 +38,25 @@ class Experts:
 def words(codes: torch.Tensor) -> torch.Tensor:
     """ModelOpt's order (neighbours in a byte) uint8 [..., K/2] to that of `Experts`, int32 [..., K/8] as uint8."""
     nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()
-    first, second = (half.unflatten(-1, (-1, 4)) for half in nibbles.chunk(2, dim=-1))
-    place = torch.arange(4, device=codes.device)
-    magnitudes = ((first & 7) << 4 * place) | ((second & 7) << 16 + 4 * place)
-    signs = ((first >> 3) << 8 * place + 7) | ((second >> 3) << 8 * place + 3)
-    joined: torch.Tensor = (magnitudes | signs).sum(-1).int()
+    pairs = torch.cat([half.unflatten(-1, (-1, 2, 2)) for half in nibbles.chunk(2, dim=-1)], dim=-2)  # [.., K/8, 4, 2]
+    magnitude, sign = _places(codes.device)
+    joined: torch.Tensor = (((pairs & 7) << magnitude) | ((pairs >> 3) << sign)).sum((-1, -2)).int()
     return joined.view(torch.uint8)
 
 
 def values(packed_codes: torch.Tensor) -> torch.Tensor:
     """The other way, and what the codes stand for: float32 [..., K]."""
-    word, place = packed_codes.view(torch.int32)[..., None], torch.arange(4, device=packed_codes.device)
-    halves = []
-    for magnitudes, sign in ((4 * place, 8 * place + 7), (16 + 4 * place, 8 * place + 3)):
-        halves.append(((word >> magnitudes) & 7) | (((word >> sign) & 1) << 3))
+    word, (magnitude, sign) = packed_codes.view(torch.int32)[..., None, None], _places(packed_codes.device)
+    pairs = ((word >> magnitude) & 7) | (((word >> sign) & 1) << 3)
     table = torch.tensor(MAGNITUDES + tuple(-m for m in MAGNITUDES), device=packed_codes.device)
-    return table[torch.cat([half.flatten(-2) for half in halves], dim=-1)]
+    return table[torch.cat([pairs[..., :2, :].flatten(-3), pairs[..., 2:, :].flatten(-3)], dim=-1)]
+
+
+def _places(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of magnitudes and of signs, int32 [4, 2]."""
+    of_first = torch.tensor(PLACES, dtype=torch.int32, device=device)
+    magnitude, sign = torch.stack((of_first, of_first + 16), dim=-1).unbind(1)
+    return magnitude, sign
 
 
 @dataclass(frozen=True, slots=True)

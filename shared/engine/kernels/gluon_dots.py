@@ -1,7 +1,6 @@
 """Rows of weights, in NVFP4 or bfloat16, times activations, in Gluon; a thread has whole units of them at a time.
 
-What an FP4 code stands for has a mantissa of one bit, so the upper byte of an fp16 holds it, and a permutation of bytes
-looks four of them up at once.
+An FP4 code's bits are those of an fp16, but for 2^14; `experts.Experts` says how they lie, two at a time.
 """
 
 from triton.experimental import gluon
@@ -16,18 +15,21 @@ def decode(codes):
     return gl.inline_asm_elementwise(
         """
         {
-        .reg .b32 m, a, b, s;
-        and.b32 m, $4, 0x77777777;
-        prmt.b32 a, 0x2E2C2800, 0x36343230, m;
-        shr.b32 m, m, 16;
-        prmt.b32 b, 0x2E2C2800, 0x36343230, m;
-        lop3.b32 a, $4, 0x80808080, a, 0xEA;
-        shl.b32 s, $4, 4;
-        lop3.b32 b, s, 0x80808080, b, 0xEA;
-        prmt.b32 $0, a, 0, 0x1404;
-        prmt.b32 $1, a, 0, 0x3424;
-        prmt.b32 $2, b, 0, 0x1404;
-        prmt.b32 $3, b, 0, 0x3424;
+        .reg .b32 a, b, c, d, larger;
+        and.b32 a, $4, 0x8E008E00;
+        shl.b32 b, $4, 3;
+        and.b32 b, b, 0x8E008E00;
+        and.b32 c, $4, 0x40384038;
+        mul.lo.u32 c, c, 66;
+        and.b32 c, c, 0x8E008E00;
+        and.b32 d, $4, 0x20072007;
+        mul.lo.u32 d, d, 516;
+        and.b32 d, d, 0x8E008E00;
+        mov.b32 larger, 0x64006400;
+        mul.rn.f16x2 $0, a, larger;
+        mul.rn.f16x2 $1, b, larger;
+        mul.rn.f16x2 $2, c, larger;
+        mul.rn.f16x2 $3, d, larger;
         }
         """,
         "=r,=r,=r,=r,r",

@@ -46,28 +46,29 @@ def _decoded(words, scales, to, PLAIN: tl.constexpr):
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 m, a, b, s, p, q, x;
-            and.b32 m, $8, 0x77777777;
-            prmt.b32 a, 0x3E3C3800, 0x46444240, m;
-            shr.b32 m, m, 16;
-            prmt.b32 b, 0x3E3C3800, 0x46444240, m;
-            lop3.b32 a, $8, 0x80808080, a, 0xEA;
-            shl.b32 s, $8, 4;
-            lop3.b32 b, s, 0x80808080, b, 0xEA;
+            .reg .b32 p, q, x, larger;
+            mov.b32 larger, 0x74007400;
             prmt.b32 p, $9, 0, $11;
             prmt.b32 q, $10, 0, $11;
             shl.b32 p, p, 7;
             shl.b32 q, q, 7;
-            prmt.b32 x, a, 0, 0x1404;
+            mul.rn.f16x2 p, p, larger;
+            mul.rn.f16x2 q, q, larger;
+            and.b32 x, $8, 0x8E008E00;
             mul.rn.f16x2 x, x, p;
             mov.b32 {$0, $1}, x;
-            prmt.b32 x, a, 0, 0x3424;
+            shl.b32 x, $8, 3;
+            and.b32 x, x, 0x8E008E00;
             mul.rn.f16x2 x, x, p;
             mov.b32 {$2, $3}, x;
-            prmt.b32 x, b, 0, 0x1404;
+            and.b32 x, $8, 0x40384038;
+            mul.lo.u32 x, x, 66;
+            and.b32 x, x, 0x8E008E00;
             mul.rn.f16x2 x, x, q;
             mov.b32 {$4, $5}, x;
-            prmt.b32 x, b, 0, 0x3424;
+            and.b32 x, $8, 0x20072007;
+            mul.lo.u32 x, x, 516;
+            and.b32 x, x, 0x8E008E00;
             mul.rn.f16x2 x, x, q;
             mov.b32 {$6, $7}, x;
             }
@@ -85,10 +86,10 @@ def _decoded(words, scales, to, PLAIN: tl.constexpr):
 def _in_triton(word, low, high):
     """The same without assembler: bits of fp16 of the eight codes of each word, times their scales."""
     return (
-        _product(word, word << 8, low), _product(word >> 4, word, low),
-        _product(word >> 8, word >> 8, low), _product(word >> 12, word >> 16, low),
-        _product(word >> 16, word << 12, high), _product(word >> 20, word << 4, high),
-        _product(word >> 24, word >> 4, high), _product(word >> 28, word >> 12, high),
+        _product(word >> 9, word, low), _product(word >> 25, word >> 16, low),
+        _product(word >> 6, word << 3, low), _product(word >> 22, word >> 13, low),
+        _product(word >> 3, word << 1, high), _product(word >> 19, word >> 15, high),
+        _product(word, word << 2, high), _product(word >> 16, word >> 14, high),
     )  # fmt: skip
 
 

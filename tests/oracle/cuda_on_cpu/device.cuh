@@ -79,7 +79,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the lane that runs
 struct Lane {
     ucontext_t state;
     int rank;
-    unsigned thread;
+    unsigned thread, products = 0;
 };
 // All lanes that are side by side, and those of them that can go on. The host's thread runs them, one at a time.
 struct Lanes {
@@ -149,7 +149,8 @@ struct Barrier {
 };
 struct Warp {
     Barrier meet;
-    uint32_t words[32][6];
+    uint32_t words[32][2];
+    float values[2][32][12];  // of two products in turns, so that lanes meet once for each
 };
 struct Block {
     Barrier meet, some_meet;
@@ -262,16 +263,16 @@ void multiply_by(Wide half, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0
     Warp& warp = my_warp();
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
-    memcpy(warp.words[lane], words, sizeof(words));
+    auto& values = warp.values[lanes->running->products++ % 2];
+    for (int i = 0; i < 12; i++) values[lane][i] = half(words[i / 2], i % 2);
     warp.meet.arrive_and_wait();
     for (int i = 0; i < 4; i++) {
         const int column = q * 2 + i % 2, side = i / 2;
         for (int k = 0; k < 16; k++) {
             const int owner = k % 8 / 2, late = k / 8;
-            sum[i] += half(warp.words[g * 4 + owner][late * 2 + side], k % 2) * half(warp.words[column * 4 + owner][4 + late], k % 2);
+            sum[i] += values[g * 4 + owner][late * 4 + side * 2 + k % 2] * values[column * 4 + owner][8 + late * 2 + k % 2];
         }
     }
-    warp.meet.arrive_and_wait();
 }
 inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     multiply_by([](uint32_t word, int i) { return __uint_as_float(i ? word & 0xFFFF0000u : word << 16); }, sum, a, b0, b1);

@@ -2,10 +2,11 @@
 //
 // Tokens that chose the same expert are one group. A group's weights, codes of NVFP4, are read once, and tensor cores multiply
 // them by eight tokens at the price of one: a warp takes 16 rows, tokens are the second operand's columns, and columns for which
-// there is no token repeat the first. A code becomes an fp16 by a permutation of bytes (`experts.Experts` says how they lie) and
-// is multiplied by its scale, exactly. Each thread asks at once for all weights that it will multiply. The shared expert, bfloat16, goes along: its weights are asked for
+// there is no token repeat the first. A code's bits are put where those of an fp16 are (`experts.Experts` says how they lie) and
+// it is multiplied by its scale, exactly. Each thread asks at once for all weights that it will multiply. The shared expert, bfloat16, goes along: its weights are asked for
 // before its input is there.
 #pragma once
+#include "codes.cuh"
 #include "groups.cuh"
 
 namespace forebay {
@@ -29,38 +30,8 @@ struct Experts {
     int num_tokens, hidden, tiles_each;  // a block's tiles of an expert
 };
 
-// A word of codes to operands: of the four elements that come first, and of those half a row on.
-__device__ __forceinline__ void decode(uint32_t word, uint32_t low_scale, uint32_t high_scale, uint32_t (&first)[2], uint32_t (&second)[2]) {
-    const uint32_t magnitudes = word & 0x77777777u;
-    const uint32_t a = __byte_perm(0x3E3C3800u, 0x46444240u, magnitudes) | (word & 0x80808080u);
-    const uint32_t b = __byte_perm(0x3E3C3800u, 0x46444240u, magnitudes >> 16) | ((word << 4) & 0x80808080u);
-    first[0] = times_half(__byte_perm(a, 0, 0x1404), low_scale), first[1] = times_half(__byte_perm(a, 0, 0x3424), low_scale);
-    second[0] = times_half(__byte_perm(b, 0, 0x1404), high_scale), second[1] = times_half(__byte_perm(b, 0, 0x3424), high_scale);
-}
-
-// The scale of a lane's unit: byte q of a word, e4m3, to two equal fp16, the value times 2^-8.
-__device__ __forceinline__ uint32_t scale_of(uint32_t word, int q) { return __byte_perm(word, 0, 0x4040 | q | q << 8) << 7; }
-
-// Units of rows g and g + 8 times the lane's 32 values `b` of a column. `scales` of both halves of g, and of g + 8.
-__device__ __forceinline__ void multiply_units(float (&low)[4], float (&high)[4], const uint4& row, const uint4& row_8,
-                                               const uint32_t (&scales)[4], const uint4 (&b)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        uint32_t one[2], one_high[2], other[2], other_high[2];
-        decode(word_of(row, i), scales[0], scales[1], one, one_high);
-        decode(word_of(row_8, i), scales[2], scales[3], other, other_high);
-        const uint32_t a[4] = {one[0], other[0], one[1], other[1]}, c[4] = {one_high[0], other_high[0], one_high[1], other_high[1]};
-        multiply_half(low, a, word_of(b[i / 2], i % 2 * 2), word_of(b[i / 2], i % 2 * 2 + 1));
-        multiply_half(high, c, word_of(b[2 + i / 2], i % 2 * 2), word_of(b[2 + i / 2], i % 2 * 2 + 1));
-    }
-}
-
-// A column's values for `unit`, of a row whose second half begins `half` values on.
-__device__ __forceinline__ void values_of(uint4 (&b)[4], const __half* row, int unit, int half) {
-    const auto* low = reinterpret_cast<const uint4*>(row + unit * 16);
-    const auto* high = reinterpret_cast<const uint4*>(row + half + unit * 16);
-    b[0] = low[0], b[1] = low[1], b[2] = high[0], b[3] = high[1];
-}
+// The scale of a lane's unit: byte q of a word, e4m3, to two equal fp16, as `decode` wants them.
+__device__ __forceinline__ uint32_t scale_of(uint32_t word, int q) { return scale_for_codes(__byte_perm(word, 0, 0x4040 | q | q << 8) << 7); }
 
 // PAIRS inner values of the shared expert for all tokens. Its rows are asked for before the kernel in front has ended.
 template <int S>

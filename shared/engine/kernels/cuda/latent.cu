@@ -19,7 +19,8 @@ struct Merge {
     const float *parts, *maxima, *sums;  // [tokens, heads, splits, LATENT], and [tokens, heads, splits] of base 2
     const __nv_bfloat16* up_value;       // [heads, VALUE, LATENT]
     __nv_bfloat16* out;                  // [tokens, heads, VALUE]
-    int num_heads, num_splits, late;  // `late`: what comes next starts when this kernel may read
+    int num_tokens, num_heads, num_splits;
+    int each, late;  // of few splits, tokens of a block; and what comes next starts when this kernel may read
 };
 
 __device__ __forceinline__ float half_of(uint32_t pair, int i) { return __uint_as_float(i ? pair & 0xFFFF0000u : pair << 16); }
@@ -122,43 +123,79 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge(const __grid_constant__ M
     Cluster::sync();  // nobody leaves while others still read its share
 }
 
-// The same of so many splits, without a cluster.
+// What a lane has of a head's few splits: sixteen values of each, and what they weigh.
 template <int SPLITS>
-__global__ void __launch_bounds__(MERGE_THREADS) merge_few(const __grid_constant__ Merge p) {
-    const int rank = blockIdx.x % MERGERS, place = blockIdx.x / MERGERS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+struct FewSplits {
+    float maxima[SPLITS], sums[SPLITS];
+    float4 values[SPLITS][4];
+
+    __device__ __forceinline__ void load(const Merge& p, int64_t place) {
+        const int64_t first = place * SPLITS;
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++) {
+            maxima[s] = p.maxima[first + s], sums[s] = p.sums[first + s];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                values[s][i] = *reinterpret_cast<const float4*>(p.parts + (first + s) * LATENT + i / 2 * (LATENT / 2) + threadIdx.x % 32 * 8 + i % 2 * 4);
+        }
+    }
+    __device__ __forceinline__ void average(float (&mean)[16]) const {
+        float best = -INFINITY, total = 0;
+#pragma unroll
+        for (int i = 0; i < 16; i++) mean[i] = 0;
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++) best = fmaxf(best, maxima[s]);
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++) {
+            if (maxima[s] == -INFINITY) continue;  // a split that nothing fell to has no part
+            const float weight = exp2f(maxima[s] - best);
+            total += weight * sums[s];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                mean[4 * i] += weight * values[s][i].x, mean[4 * i + 1] += weight * values[s][i].y;
+                mean[4 * i + 2] += weight * values[s][i].z, mean[4 * i + 3] += weight * values[s][i].w;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 16; i++) mean[i] = __bfloat162float(__float2bfloat16(mean[i] / total));
+    }
+};
+
+// The same of so many splits, without a cluster. A block has a head of `p.each` tokens.
+template <int SPLITS>
+__global__ void __launch_bounds__(MERGE_THREADS, 2) merge_few(const __grid_constant__ Merge p) {
+    const int rank = blockIdx.x % MERGERS, head = blockIdx.x / MERGERS % p.num_heads, warp = threadIdx.x / 32;
+    const int begin = blockIdx.x / MERGERS / p.num_heads * p.each, end = min(begin + p.each, p.num_tokens);
     const int value = rank * (VALUE / MERGERS) + warp * ROWS_OF_WARP;
     Rows rows;
-    rows.load(p.up_value + (static_cast<int64_t>(place % p.num_heads) * VALUE + value) * LATENT);
+    rows.load(p.up_value + (static_cast<int64_t>(head) * VALUE + value) * LATENT);
     if (!p.late) let_dependents_start();
     wait_for_inputs(p.parts);
     if (p.late) let_dependents_start();
 
-    const int64_t first = static_cast<int64_t>(place) * SPLITS;
-    float maxima[SPLITS], sums[SPLITS], best = -INFINITY, total = 0, mean[16] = {};
-    float4 found[SPLITS][4];
-#pragma unroll
-    for (int s = 0; s < SPLITS; s++) {
-        maxima[s] = p.maxima[first + s], sums[s] = p.sums[first + s];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            found[s][i] = *reinterpret_cast<const float4*>(p.parts + (first + s) * LATENT + i / 2 * (LATENT / 2) + lane * 8 + i % 2 * 4);
+    FewSplits<SPLITS> found;
+    found.load(p, static_cast<int64_t>(begin) * p.num_heads + head);
+    for (int token = begin; token < end; token++) {
+        const int64_t place = static_cast<int64_t>(token) * p.num_heads + head;
+        float mean[16];
+        found.average(mean);
+        if (token + 1 < end) found.load(p, place + p.num_heads);  // comes while this token's is multiplied
+        rows.multiply(mean, mean + 8, p.out + place * VALUE + value);
     }
-#pragma unroll
-    for (int s = 0; s < SPLITS; s++) best = fmaxf(best, maxima[s]);
-#pragma unroll
-    for (int s = 0; s < SPLITS; s++) {
-        if (maxima[s] == -INFINITY) continue;  // a split that nothing fell to has no part
-        const float weight = exp2f(maxima[s] - best);
-        total += weight * sums[s];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            mean[4 * i] += weight * found[s][i].x, mean[4 * i + 1] += weight * found[s][i].y;
-            mean[4 * i + 2] += weight * found[s][i].z, mean[4 * i + 3] += weight * found[s][i].w;
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 16; i++) mean[i] = __bfloat162float(__float2bfloat16(mean[i] / total));
-    rows.multiply(mean, mean + 8, p.out + static_cast<int64_t>(place) * VALUE + value);
+}
+
+template <int SPLITS>
+cudaError_t run_few(const Merge& p, bool early, void* stream) {
+    const dim3 blocks((p.num_tokens + p.each - 1) / p.each * p.num_heads * MERGERS);
+    return launch_beside(merge_few<SPLITS>, blocks, MERGE_THREADS, 0, 1, early, stream, p);
+}
+
+template <int EIGHTS>
+cudaError_t run(const Attend& p, int num_rows, bool early, void* stream) {
+    const int blocks = p.num_splits * ATTENDERS, most = ((p.top_k + blocks - 1) / blocks + TILE - 1) / TILE * TILE;
+    if (most > MOST_TOKENS) return cudaErrorInvalidValue;
+    const int groups = (p.num_heads + EIGHTS * HEADS - 1) / (EIGHTS * HEADS), behind = max(most * ROW_BYTES, AttendMemory<EIGHTS>::MEANS_BYTES);
+    return launch_beside(attend<EIGHTS>, dim3(num_rows * groups * blocks), ATTEND_THREADS, sizeof(AttendMemory<EIGHTS>) + behind, ATTENDERS, early, stream, p);
 }
 
 }  // namespace forebay
@@ -172,24 +209,21 @@ int forebay_select(const forebay::Select* p, int num_rows, int early, void* stre
     return launch_beside(select, dim3(num_rows * SELECTORS), SELECT_THREADS, shared, SELECTORS, early, stream, *p);
 }
 
+// Sixteen heads of a row are taken together where clusters for eight each would not all find a place.
 int forebay_attend(const forebay::Attend* p, int num_rows, int early, void* stream) {
     using namespace forebay;
-    const int blocks = p->num_splits * ATTENDERS, most = ((p->top_k + blocks - 1) / blocks + TILE - 1) / TILE * TILE;
-    if (most > MOST_TOKENS) return cudaErrorInvalidValue;
-    const int groups = (p->num_heads + HEADS - 1) / HEADS;
-    return launch_beside(attend, dim3(num_rows * groups * blocks), ATTEND_THREADS, sizeof(AttendMemory) + most * ROW_BYTES, ATTENDERS, early, stream, *p);
+    return p->num_heads > HEADS && num_rows > 1 ? run<2>(*p, num_rows, early, stream) : run<1>(*p, num_rows, early, stream);
 }
 
-int forebay_merge(const forebay::Merge* p, int num_tokens, int early, void* stream) {
+int forebay_merge(const forebay::Merge* p, int early, void* stream) {
     using namespace forebay;
-    const dim3 blocks(num_tokens * p->num_heads * MERGERS);
     switch (p->num_splits) {
-        case 1: return launch_beside(merge_few<1>, blocks, MERGE_THREADS, 0, 1, early, stream, *p);
-        case 2: return launch_beside(merge_few<2>, blocks, MERGE_THREADS, 0, 1, early, stream, *p);
-        case 4: return launch_beside(merge_few<4>, blocks, MERGE_THREADS, 0, 1, early, stream, *p);
+        case 1: return run_few<1>(*p, early, stream);
+        case 2: return run_few<2>(*p, early, stream);
+        case 4: return run_few<4>(*p, early, stream);
     }
     if (p->num_splits > MAX_SPLITS) return cudaErrorInvalidValue;
     const size_t shared = sizeof(float) * (MERGE_WARPS * MAX_SPLITS + (BESIDE + 1) * SHARE + LATENT);
-    return launch_beside(merge, blocks, MERGE_THREADS, shared, MERGERS, early, stream, *p);
+    return launch_beside(merge, dim3(p->num_tokens * p->num_heads * MERGERS), MERGE_THREADS, shared, MERGERS, early, stream, *p);
 }
 }
