@@ -69,7 +69,7 @@ class Trial:
 
     def expected(self, num_tokens: int = 0) -> dict[tuple[int, ...], float]:
         """The probability of each output, or of its first tokens, from the definitions in float64."""
-        model, found = Markov(), {(): 1.0}
+        model, found = Markov(), dict[tuple[int, ...], float]({(): 1.0})
         for _ in range(num_tokens or self.sampling.max_tokens):
             rows = {output: self._next(model, output) for output in found}
             found = {(*output, n): found[output] * float(rows[output][n]) for output in found for n in range(VOCAB)}
