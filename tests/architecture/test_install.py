@@ -1,4 +1,5 @@
-"""Which build of torch `deploy/install` takes: the script as it is, with package indexes of this test's own."""
+"""What `deploy/install` installs, and which build of torch: the script as it is, with package indexes of this test's
+own."""
 
 import os
 import re
@@ -9,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from threading import Thread
 
@@ -19,7 +21,7 @@ from tests.architecture.tree import ROOT
 PINNED = re.search(r'^ *"torch==([0-9.]+)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 assert PINNED, "deploy/install finds torch's version on a line of its own"
 VERSION = PINNED.group(1)
-# A project with a worker extra and no dependency but torch, which builds itself: nothing else has to be on an index.
+# A project that builds itself, of which only the worker needs something: torch. Nothing else has to be on an index.
 PROJECT = f"""\
 [build-system]
 requires = []
@@ -27,6 +29,7 @@ build-backend = "backend"
 backend-path = ["."]
 
 [project.optional-dependencies]
+router = []
 worker = [
   "torch=={VERSION}",
 ]
@@ -37,6 +40,7 @@ import zipfile
 METADATA = '''Metadata-Version: 2.1
 Name: forebay
 Version: 1
+Provides-Extra: router
 Provides-Extra: worker
 Provides-Extra: cuda
 Requires-Dist: torch=={VERSION}; extra == "worker"
@@ -58,8 +62,9 @@ build_wheel = build_editable
 class Machine:
     """A tree with `deploy/install`, and two package indexes: where pip looks by itself, and PyTorch's for CPUs."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, venv: Path) -> None:
         self.tree, self.indexes, self.bin = root / "tree", root / "indexes", root / "bin"
+        self.venv = venv
         self.asked: list[str] = []
         (self.tree / "deploy").mkdir(parents=True)
         shutil.copy(ROOT / "deploy" / "install", self.tree / "deploy")
@@ -90,8 +95,8 @@ class Machine:
             wheel.writestr(f"{about}/WHEEL", f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n{tag}\n")
             wheel.writestr(f"{about}/RECORD", "")
 
-    def install(self) -> str:
-        """The version of torch that a worker gets."""
+    def install(self, extra: str = "worker") -> str:
+        """The version of torch that this brings, or nothing."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
         environment |= {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
@@ -99,12 +104,24 @@ class Machine:
             "PIP_INDEX_URL": f"{self.url}/pip",
             "TORCH_CPU_INDEX": f"{self.url}/cpu",
         }
-        venv = self.tree / ".venv"
-        command = [str(self.tree / "deploy" / "install"), sys.executable, str(venv), "worker"]
+        command = [str(self.tree / "deploy" / "install"), sys.executable, str(self.venv), extra]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        code = "import torch; print(torch.__version__)"
-        return subprocess.check_output([venv / "bin" / "python", "-c", code], text=True).strip()
+        found = {each.name: each.version for each in self.installed()}
+        assert "forebay" in found
+        return found.get("torch", "")
+
+    def installed(self) -> list[Distribution]:
+        packages = [str(path) for path in self.venv.glob("lib/python*/site-packages")]
+        return [each for each in distributions(path=packages) if each.name in ("forebay", "torch")]
+
+    def leave(self) -> None:
+        """The environment is the next one's."""
+        self.server.shutdown()
+        self.server.server_close()
+        for each in self.installed():
+            for folder in {file.parts[0] for file in each.files or ()}:
+                shutil.rmtree(str(each.locate_file(folder)))
 
     def was_asked(self, index: str) -> bool:
         return any(path.startswith(f"/{index}/") for path in self.asked)
@@ -121,12 +138,17 @@ class _Handler(SimpleHTTPRequestHandler):
         self._asked.append(self.path)
 
 
+@pytest.fixture(scope="module")
+def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made by the first who installs into it: to make one takes longer than all else here."""
+    return tmp_path_factory.mktemp("install") / ".venv"
+
+
 @pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    machine = Machine(tmp_path)
+def machine(tmp_path: Path, venv: Path) -> Iterator[Machine]:
+    machine = Machine(tmp_path, venv)
     yield machine
-    machine.server.shutdown()
-    machine.server.server_close()
+    machine.leave()
 
 
 def test_without_a_gpu_torch_comes_from_pytorchs_index_for_cpus(machine: Machine) -> None:
@@ -150,6 +172,12 @@ def test_with_a_gpu_torch_is_the_build_for_it(machine: Machine) -> None:
     machine.offers("cpu", f"{VERSION}+cpu")
     assert machine.install() == VERSION
     assert not machine.was_asked("cpu")
+
+
+def test_nobody_but_a_worker_gets_torch(machine: Machine) -> None:
+    machine.offers("pip", f"{VERSION}+cpu")
+    assert machine.install("router") == ""
+    assert machine.asked == []
 
 
 def test_the_index_for_cpus_is_pytorchs_own_unless_another_is_named() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared.config import ServiceConfig
-from tests.architecture.tree import ROOT, functions, name, sources
+from tests.architecture.tree import ROOT, functions, name, parsed, sources
 
 VAGUE = re.compile(r"^(utils?|common|helpers?|misc)$")
 
@@ -26,7 +26,7 @@ def test_no_class_manages() -> None:
     classes = {
         f"{name(path)}: {node.name}"
         for path in sources("services", "shared", "cli", "bench")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.ClassDef) and re.search(r"(Manager|Helper|Utils?)$", node.name)
     }
     assert classes == set()
@@ -34,11 +34,7 @@ def test_no_class_manages() -> None:
 
 def test_packages_re_export_nothing() -> None:
     packages = [path for path in sources("services", "shared", "cli", "bench", "protos") if path.name == "__init__.py"]
-    exporting = {
-        name(path)
-        for path in packages
-        if any(not isinstance(node, ast.Expr) for node in ast.parse(path.read_text()).body)
-    }
+    exporting = {name(path) for path in packages if any(not isinstance(node, ast.Expr) for node in parsed(path).body)}
     assert exporting == set()
 
 

@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,12 +31,22 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """Once for all tests."""
+    return ast.parse(path.read_text())
+
+
 def functions() -> Iterator[Function]:
     """Every function of every room."""
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, FunctionNode):
-                yield Function(f"{name(path)}:{node.lineno} {node.name}", _num_lines(node))
+        yield from _functions(path)
+
+
+@cache
+def _functions(path: Path) -> tuple[Function, ...]:
+    nodes = [node for node in ast.walk(parsed(path)) if isinstance(node, FunctionNode)]
+    return tuple(Function(f"{name(path)}:{node.lineno} {node.name}", _num_lines(node)) for node in nodes)
 
 
 def _num_lines(node: FunctionNode) -> int:

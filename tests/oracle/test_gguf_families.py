@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from shared.errors import Unsupported
 from shared.models.gguf.convert import convert
@@ -104,7 +104,7 @@ def test_added_tokens_are_matched_whole_and_only_control_tokens_are_special(vari
 
 
 def test_qwen_words_are_cut_as_transformers_cuts_them() -> None:
-    assert QWEN2_WORDS == PRETOKENIZE_REGEX
+    assert QWEN2_WORDS == transformers.models.qwen2.tokenization_qwen2.PRETOKENIZE_REGEX
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers.masking_utils import create_causal_mask
-from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as modeling
 
 from tests.oracle import tiny_glm
 
@@ -20,6 +18,7 @@ class Mtp(torch.nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
+        modeling = _modeling()
         fields = {"num_hidden_layers": 2, "mlp_layer_types": ["sparse"] * 2, "layer_types": ["indexed_attention"] * 2}
         fields |= {"indexer_types": ["full", "shared"], "first_k_dense_replace": 0}
         own = transformers.GlmMoeDsaConfig(**(config.to_dict() | fields))
@@ -33,7 +32,7 @@ class Mtp(torch.nn.Module):
 
     def shared(self) -> Any:
         """The layer without its indexer: it takes a selection."""
-        layer = modeling.GlmMoeDsaDecoderLayer(self.config, 1).float().eval()
+        layer = _modeling().GlmMoeDsaDecoderLayer(self.config, 1).float().eval()
         layer.load_state_dict(self.layer.state_dict(), strict=False)
         return layer
 
@@ -91,7 +90,9 @@ def _run(model: Any, mtp: Mtp, u: torch.Tensor, topk: torch.Tensor | None) -> tu
     """The layer over all positions; a selection of fewer positions is kept, its last row for all that follow."""
     positions = torch.arange(u.shape[1])[None]
     # By place: transformers 5.24 renamed the fourth, the cache.
-    mask = create_causal_mask(mtp.config, u, None, None, positions, allow_is_causal_skip=False)
+    mask = transformers.masking_utils.create_causal_mask(
+        mtp.config, u, None, None, positions, allow_is_causal_skip=False
+    )
     if topk is not None:
         num_more = u.shape[1] - topk.shape[1]
         topk = torch.cat((topk, topk[:, -1:].expand(-1, num_more, *topk.shape[2:])), dim=1)
@@ -104,3 +105,8 @@ def _run(model: Any, mtp: Mtp, u: torch.Tensor, topk: torch.Tensor | None) -> tu
         prev_topk_indices=topk,
     )
     return z, chosen
+
+
+def _modeling() -> Any:
+    """transformers' module, which is imported when it is used."""
+    return transformers.models.glm_moe_dsa.modeling_glm_moe_dsa

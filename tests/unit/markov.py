@@ -3,7 +3,6 @@ position. It has a layer that proposes drafts, which is of a mind of its own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -70,12 +69,10 @@ class Trial:
 
     def expected(self, num_tokens: int = 0) -> dict[tuple[int, ...], float]:
         """The probability of each output, or of its first tokens, from the definitions in float64."""
-        model, found = Markov(), {}
-        for output in product(range(VOCAB), repeat=num_tokens or self.sampling.max_tokens):
-            likely = 1.0
-            for place, token in enumerate(output):
-                likely *= float(self._next(model, output[:place])[token])
-            found[output] = likely
+        model, found = Markov(), dict[tuple[int, ...], float]({(): 1.0})
+        for _ in range(num_tokens or self.sampling.max_tokens):
+            rows = {output: self._next(model, output) for output in found}
+            found = {(*output, n): found[output] * float(rows[output][n]) for output in found for n in range(VOCAB)}
         return found
 
     def _next(self, model: Markov, output: tuple[int, ...]) -> Any:

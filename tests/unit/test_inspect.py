@@ -85,6 +85,34 @@ def test_an_nvfp4_configuration_quantizes_what_its_list_does_not_ignore() -> Non
     assert round(total_bytes(model) / 1e9, 2) == 464.80
 
 
+@pytest.mark.parametrize(
+    ("ignored", "left"),
+    [
+        ([], set()),
+        (["model.layers.0.mlp.up_proj"], {"0.mlp.up"}),
+        (["model.layers.0.mlp.up", "layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight"], set()),
+        (["*.1.mlp.up_proj", "model.layers.?.self_attn.k_proj"], {"1.mlp.up", "0.self_attn.k", "1.self_attn.k"}),
+        ([r"re:.*1\.(mlp\.(gate|down)|self_attn\.o)"], {"1.mlp.gate", "1.mlp.down", "1.self_attn.o"}),
+        (["re:model", "nothing.*"], None),
+        (["lm_head", "model.layers.[!0].mlp.down_proj", r"re:.*0\.self_attn\.v"], {"1.mlp.down", "0.self_attn.v"}),
+    ],
+    ids=str,
+)
+def test_a_list_of_what_is_ignored_has_names_patterns_and_expressions(
+    ignored: list[str], left: set[str] | None
+) -> None:
+    """An expression says how a name begins."""
+    about = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ignored}
+    model = tensor_list.of_config(QWEN3 | {"quantization_config": about})
+    linears = {name: tensor.form for name, tensor in model.tensors.items() if tensor_list.LINEAR.search(name)}
+    plain = {
+        name.removeprefix("model.layers.").removesuffix("_proj.weight")
+        for name, form in linears.items()
+        if form != "nvfp4"
+    }
+    assert plain == left if left is not None else len(plain) == len(linears)
+
+
 def test_classes_of_modules_are_all_of_the_model(glm_52_fp8: ModelTensors) -> None:
     entries = accounting.module_classes(glm_52_fp8)
     assert sum(entry.num_bytes for entry in entries) == total_bytes(glm_52_fp8)

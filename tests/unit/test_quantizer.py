@@ -2,8 +2,8 @@
 
 import errno
 import json
-import subprocess
-import sys
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +16,11 @@ from typer.testing import CliRunner
 from cli.main import app
 from shared.engine.models import accounting, tensor_list, tiny
 from shared.engine.models.tensor_list import ModelTensors
-from shared.engine.quantizer import calibration, choice, description, job
+from shared.engine.quantizer import calibration, choice, crew, description, job
 from shared.engine.quantizer.calibration import read_prompts
 from shared.engine.quantizer.choice import Modules
 from shared.engine.quantizer.crew import Progress
 from shared.errors import Fault, InvalidRequest, Unsupported
-from tests.architecture.tree import ROOT
 from tests.unit.test_glm_shapes import GLM_52
 from tests.unit.test_inspect import GLM, QWEN3
 
@@ -176,24 +175,23 @@ def test_several_processes_write_the_same_bytes(source: Path, tmp_path: Path) ->
     assert read[-1] == sum(tensor.nbytes for tensor in load_file(source / "model.safetensors").values())
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.unit.test_quantizer import run, progress
+def killed(source: Path, directory: Path, point: int) -> None:
+    """A run whose process is killed when it has read so much."""
 
-def at(done):
-    if done > int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
+    def at(done: int) -> None:
+        if done > point:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-run(Path(sys.argv[1]), Path(sys.argv[2]), progress=progress(at))
-"""
+    run(source, directory, progress=progress(at))
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "whole")
-    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "made")]
-    for point in ("0", "2000000", "4000000"):
-        assert subprocess.run([*command, point], cwd=ROOT, check=False).returncode == -9
+    for point in (0, 2_000_000, 4_000_000):
+        process = crew.processes().Process(target=killed, args=(source, tmp_path / "made", point))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert not (tmp_path / "made" / "config.json").exists()
         for path in (tmp_path / "made").glob("*.safetensors"):
             assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()

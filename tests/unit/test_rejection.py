@@ -86,17 +86,18 @@ def run(
 # The distribution -----------------------------------------------------------------------------------------------------
 
 
-CASES = [(BY_LAYER, sampling) for sampling in SAMPLINGS]
-CASES += [(BY_TEXT, "temperature and cuts"), (BY_TEXT, "penalties")]
-
-
 ROW_BY_ROW, AHEAD = False, True  # as on a CPU, and batched and launched ahead, as on a GPU
-both_ways = pytest.mark.parametrize("behind", [ROW_BY_ROW, AHEAD], ids=["row by row", "ahead"])
+WAYS = {ROW_BY_ROW: "row by row", AHEAD: "ahead"}
+both_ways = pytest.mark.parametrize("behind", WAYS, ids=WAYS.values())
+# Row by row a draft of the layer has the tokens that it has ahead, whatever is asked: `test_batched_rejection`.
+CASES = [(BY_LAYER, sampling, AHEAD) for sampling in SAMPLINGS] + [(BY_LAYER, "temperature 1", ROW_BY_ROW)]
+CASES += [(BY_TEXT, sampling, way) for sampling in ("temperature and cuts", "penalties") for way in WAYS]
 
 
-@both_ways
 @pytest.mark.parametrize(
-    ("speculation", "sampling"), CASES, ids=lambda case: {BY_LAYER: "layer", BY_TEXT: "text"}.get(case, case)
+    ("speculation", "sampling", "behind"),
+    CASES,
+    ids=[f"{'layer' if case[0] is BY_LAYER else 'text'}-{case[1]}-{WAYS[case[2]]}" for case in CASES],
 )
 def test_whole_outputs_follow_the_models_distribution(speculation: Speculation, sampling: str, behind: bool) -> None:
     asked = trial(**SAMPLINGS[sampling])

@@ -6,11 +6,11 @@ leave alone: those of its `ignore` list (fnmatch patterns; "re:" begins a regula
 router, the indexer's head weights and what joins the MTP layer to the model (the published GLM-5 checkpoints).
 """
 
+import fnmatch
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ FLOAT_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 FORMAT_NAMES = {Format.FP8_BLOCK: "fp8", Format.NVFP4: "nvfp4", Format.NVFP4_RECIPROCAL: "nvfp4"}
 LINEAR = re.compile(r"\.layers\.\d+\..*proj(_with_mqa)?\.weight$|\.indexer\.w\w+\.weight$")
 EXPERT = re.compile(r"\.experts\.\d+\..*")
+WILD = re.compile(r"[*?[]|^re:")  # what makes a pattern more than a name
 NEVER_FP8 = re.compile(r"weights_proj|eh_proj")
 FP8_BLOCK, NVFP4_GROUP = 128, 16
 
@@ -133,8 +134,8 @@ def _quantization(fields: Mapping[str, Any]) -> Callable[[str], Format]:
     if layers := about.get("quantized_layers"):
         return lambda name: _listed(name, layers)
     stored = Format.NVFP4 if method == "modelopt" else Format.NVFP4_RECIPROCAL
-    ignored = [str(pattern) for pattern in about.get("ignore") or ()]
-    return lambda name: Format.PLAIN if _matches(name.removesuffix(".weight"), ignored) else stored
+    is_ignored = _matcher([str(pattern) for pattern in about.get("ignore") or ()])
+    return lambda name: Format.PLAIN if is_ignored(name.removesuffix(".weight")) else stored
 
 
 def _listed(name: str, layers: Mapping[str, Any]) -> Format:
@@ -147,11 +148,14 @@ def _listed(name: str, layers: Mapping[str, Any]) -> Format:
     return Format.NVFP4 if "NVFP4" in algorithm else Format.PLAIN
 
 
-def _matches(linear: str, patterns: list[str]) -> bool:
-    return any(
-        re.match(pattern[3:], linear) is not None if pattern.startswith("re:") else fnmatchcase(linear, pattern)
-        for pattern in patterns
-    )
+def _matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Whether one of the patterns matches a name. There are hundreds of them for tens of thousands of names, so all
+    that are fnmatch's make one expression, and those that are names themselves one set."""
+    names = {pattern for pattern in patterns if not WILD.search(pattern)}
+    globs = [fnmatch.translate(pattern) for pattern in patterns if pattern not in names and pattern[:3] != "re:"]
+    expressions = [pattern[3:] for pattern in patterns if pattern.startswith("re:")]
+    matches = [re.compile(each).match for each in (["|".join(globs)] if globs else []) + expressions]
+    return lambda name: name in names or any(match(name) for match in matches)
 
 
 def _sized(shape: tuple[int, ...], stored: Format, plain: str) -> Tensor:

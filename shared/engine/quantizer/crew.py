@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.context import ForkServerContext
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Protocol
@@ -59,7 +60,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _write_together(shards: Sequence[Shard], source: Path, directory: Path, num_processes: int, bar: Bar) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = processes()
     done: Synchronized[int] = context.Value("q", 0)
     with ProcessPoolExecutor(num_processes, context, _Member.begin, (source, directory, done)) as pool:
         try:
@@ -69,6 +70,13 @@ def _write_together(shards: Sequence[Shard], source: Path, directory: Path, num_
         finally:
             done.value = STOP
             pool.shutdown(cancel_futures=True)
+
+
+def processes() -> ForkServerContext:
+    """What begins processes that have imported this module: one that has, torch included, makes all the others."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _follow(futures: list[Future[None]], done: "Synchronized[int]", bar: Bar) -> None:
