@@ -1,17 +1,18 @@
 """The gateway and the router run without torch: shown where there is nothing but what their extras bring.
 
-Such an environment is made of links to what is installed here, chosen as pip chooses: by what each distribution says it
-requires. To install it all again would say nothing more for ten times as much computing; that deploy/install
-installs the extras it is told is for `test_install`.
+Both extras are really installed, once. Each service then runs in an environment of links to what is installed here,
+chosen as pip chooses: by what each distribution says it requires. To install each alone would say nothing more for ten
+times as much computing.
 """
 
 import asyncio
 import os
 import signal
 import subprocess
+import sys
 import venv
-from collections.abc import Iterator
-from importlib.metadata import Distribution, distribution
+from collections.abc import Iterable, Iterator
+from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,21 @@ def link(installed: Distribution, packages: Path) -> None:
             path = packages / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.symlink_to(Path(str(installed.locate_file(file))))
+
+
+def test_what_is_installed_is_what_is_linked_and_no_torch(tmp_path: Path) -> None:
+    install = [str(ROOT / "deploy" / "install"), sys.executable, str(tmp_path / "venv"), "gateway,router"]
+    not_compiled = os.environ | {"PIP_NO_COMPILE": "1"}
+    done = subprocess.run(install, env=not_compiled, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    installed = names(distributions(path=[str(packages)])) - {"pip", "setuptools"}
+    assert installed == names(brought("forebay", "gateway")) | names(brought("forebay", "router"))
+    assert not installed & {"torch", "nixl-cu13", "safetensors"}
+
+
+def names(found: Iterable[Distribution]) -> set[str]:
+    return {canonicalize_name(each.name) for each in found}
 
 
 def test_the_environment_of_a_service_holds_no_torch(service: tuple[str, Path]) -> None:
