@@ -2,7 +2,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -37,7 +37,7 @@ def behind(executor: Executor) -> Executor:
     return TorchExecutor(executor.model, executor.spec, executor.memory, behind=True)
 
 
-def tiny_model(variant: str, path: Path, *, rejection: bool = False, **changes: int) -> MakeExecutor:
+def tiny_model(variant: str, path: Path, *, rejection: bool = False, **changes: Any) -> MakeExecutor:
     from shared.engine.executor import load_executor
     from tests.oracle import tiny_glm, tiny_models, tiny_mtp
 
