@@ -2,7 +2,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -37,17 +37,18 @@ def behind(executor: Executor) -> Executor:
     return TorchExecutor(executor.model, executor.spec, executor.memory, behind=True)
 
 
-def tiny_model(variant: str, path: Path, *, rejection: bool = False) -> MakeExecutor:
+def tiny_model(variant: str, path: Path, *, rejection: bool = False, **changes: Any) -> MakeExecutor:
     from shared.engine.executor import load_executor
     from tests.oracle import tiny_glm, tiny_models, tiny_mtp
 
     name, _, kv_dtype = variant.partition(" ")
+    few = {**tiny_glm.FEW_LAYERS, "vocab_size": 211, "eos_token_id": [2], "pad_token_id": 2}
     if name == "glm":  # attends to 8 of the visible tokens, so that every choice of theirs is felt
-        tiny_glm.write(path, vocab_size=211, eos_token_id=[2], pad_token_id=2)
+        tiny_glm.write(path, **few)
     elif name == "glm-mtp":
-        tiny_mtp.write(path, vocab_size=211, eos_token_id=[2], pad_token_id=2)
+        tiny_mtp.write(path, **few)
     else:
-        tiny_models.write(name, path)
+        tiny_models.write(name, path, **changes)
     loaded = load_executor(
         path,
         model_name="tiny",

@@ -98,7 +98,7 @@ def test_preempted_amid_a_prompt_and_behind_it(law: Law) -> None:
     worker = law.worker(num_pages=10, max_step_tokens=20)
     prompts = {f"r{length}": law.prompt(length) for length in (30, 31, 47, 44)}
     for name, prompt in prompts.items():
-        worker.submit(asked(law, prompt, name, max_tokens=24))
+        worker.submit(asked(law, prompt, name, max_tokens=law.sampling.max_tokens))
     worker.finish()
     assert worker.engine.load().num_preemptions > 0
     for name, prompt in prompts.items():

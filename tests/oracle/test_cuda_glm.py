@@ -222,10 +222,8 @@ def test_the_selection_equals_the_reference(top_k: int, tile: int) -> None:
     batch = build(items, PAGE_SIZE)
     q, weights = torch.randn(6, 32, 128).bfloat16(), torch.randn(6, 32)
     keys = torch.randn(num_pages, PAGE_SIZE, 128).bfloat16()
-    expected = torch.cat(
-        [F.pad(rows, (0, top_k - rows.shape[1]), value=-1) for rows in
-         sparse_reference.select(q, weights, FloatRows(keys), batch, top_k)]
-    )  # fmt: skip
+    step = sparse_reference.Placed.of(batch, PAGE_SIZE)
+    expected = sparse_reference.select(q, weights, FloatRows(keys), step, top_k)
     selected = triton_index.empty(6, top_k, torch.device("cuda"))
     rows = rows_of(batch)
     triton_index.select(q.cuda(), weights.cuda(), keys.cuda(), rows, selected, 20480, first=True, tile=tile)

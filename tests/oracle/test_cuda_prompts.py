@@ -61,7 +61,8 @@ def test_rows_of_one_sequence_select_as_the_reference(num_rows: int, behind: int
     batch = build([BatchItem("one", [0] * num_rows, behind, order, True, SamplingParams(), 0)], PAGE_SIZE)
     q, weights = torch.randn(num_rows, 32, 128).bfloat16(), torch.randn(num_rows, 40)[:, :32]
     keys = torch.randn(num_pages, PAGE_SIZE, 128).bfloat16()
-    (expected,) = sparse_reference.select(q, weights, FloatRows(keys), batch, top_k)
+    step = sparse_reference.Placed.of(batch, PAGE_SIZE)
+    expected = sparse_reference.select(q, weights, FloatRows(keys), step, top_k)
     positions, starts, nothing = batch.positions.cuda(), torch.zeros_like(batch.positions).cuda(), torch.empty(0).cuda()
     rows = Rows(positions, positions, starts, batch.page_ids.cuda(), nothing, nothing)
     selected = triton_index.empty(num_rows, top_k, torch.device("cuda"))

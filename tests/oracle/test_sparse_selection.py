@@ -6,7 +6,7 @@ import torch
 from shared.engine.api import BatchItem, SamplingParams
 from shared.engine.batch import build
 from shared.engine.kernels import sparse_reference
-from shared.engine.kernels.sparse_reference import BLOCK_KEYS
+from shared.engine.kernels.sparse_reference import BLOCK_KEYS, Placed
 from shared.engine.quantization.rows import FloatRows
 
 PAGE_SIZE, NUM_HEADS, DIM = 16, 4, 4
@@ -43,13 +43,13 @@ def test_the_selection_is_that_of_all_scores(parts: list[tuple[int, int]], top_k
     keys = integers(sum(sizes), PAGE_SIZE, DIM, seed=1)
     num_rows = sum(num for _, num in parts)
     q, head_weights = integers(num_rows, NUM_HEADS, DIM, seed=2), integers(num_rows, NUM_HEADS, seed=3, most=1)
-    batch = build(items, PAGE_SIZE)
-    found, row = sparse_reference.select(q, head_weights, FloatRows(keys), batch, top_k), 0
-    for item, own in zip(items, found, strict=True):
+    step = Placed.of(build(items, PAGE_SIZE), PAGE_SIZE)
+    found, row = sparse_reference.select(q, head_weights, FloatRows(keys), step, top_k), 0
+    for item in items:
         end, rows = item.start + len(item.token_ids), slice(row, row := row + len(item.token_ids))
         own_keys = keys[item.page_ids].flatten(0, 1)[:end]
         expected = whole(q[rows], head_weights[rows], own_keys, item.start, top_k)
-        assert torch.equal(own, expected[:, -own.shape[1] :])
+        assert torch.equal(found[rows], expected)
 
 
 def test_a_score_that_is_no_number_is_not_chosen() -> None:
@@ -57,5 +57,5 @@ def test_a_score_that_is_no_number_is_not_chosen() -> None:
     keys[1, 3] = torch.nan
     q, head_weights = integers(1, NUM_HEADS, DIM, seed=2), integers(1, NUM_HEADS, seed=3, most=1)
     batch = build([BatchItem("r", [0], 63, [0, 1, 2, 3], True, SamplingParams(), 0)], PAGE_SIZE)
-    (found,) = sparse_reference.select(q, head_weights, FloatRows(keys), batch, 63)
+    found = sparse_reference.select(q, head_weights, FloatRows(keys), Placed.of(batch, PAGE_SIZE), 63)
     assert found.tolist() == [[at for at in range(64) if at != PAGE_SIZE + 3]]

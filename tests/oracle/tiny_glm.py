@@ -44,6 +44,13 @@ FIELDS: dict[str, Any] = {
     "eos_token_id": [500, 507, 509],
     "pad_token_id": 500,
 }
+# A layer of each kind: dense and selecting, a mixture that shares the selection, a mixture that selects for itself.
+FEW_LAYERS: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "index_topk_freq": 2,
+    "index_skip_topk_offset": 1,
+}
 
 
 def make(seed: int = 1, **changes: Any) -> Any:

@@ -42,9 +42,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def write(variant: str, model_dir: Path, max_shard_size: str = "1GB") -> Any:
+def write(variant: str, model_dir: Path, max_shard_size: str = "1GB", **changes: Any) -> Any:
     """Save the variant to `model_dir` and return the transformers model, float32, for use as the oracle."""
-    fields = SIZES | VARIANTS[variant]
+    fields = SIZES | VARIANTS[variant] | changes
     family = fields.pop("architecture", "Llama")
     torch.manual_seed(sum(map(ord, variant)))
     config = getattr(transformers, f"{family}Config")(**fields)

@@ -10,11 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.oracle import tiny_glm
 
-NUM_LAYERS = tiny_glm.FIELDS["num_hidden_layers"]
-
 
 class Mtp(torch.nn.Module):
-    """Layer `NUM_LAYERS` of a checkpoint, under the names of its tensors there."""
+    """The layer behind a checkpoint's last one, under the names of its tensors there."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -24,7 +22,7 @@ class Mtp(torch.nn.Module):
         own = transformers.GlmMoeDsaConfig(**(config.to_dict() | fields))
         own._attn_implementation = own._experts_implementation = "eager"
         norm, hidden = modeling.GlmMoeDsaRMSNorm, own.hidden_size
-        self.config = own
+        self.config, self.number = own, config.num_hidden_layers
         self.layer = modeling.GlmMoeDsaDecoderLayer(own, 0)
         self.enorm, self.hnorm, self.head_norm = (norm(hidden, own.rms_norm_eps) for _ in range(3))
         self.eh_proj = torch.nn.Linear(2 * hidden, hidden, bias=False)
@@ -55,7 +53,7 @@ def write(model_dir: Path, seed: int = 1, **changes: Any) -> tuple[Any, Mtp]:
 
 def tensors(mtp: Mtp) -> dict[str, torch.Tensor]:
     """By their names in a checkpoint, experts apart."""
-    prefix, found = f"model.layers.{NUM_LAYERS}.", {}
+    prefix, found = f"model.layers.{mtp.number}.", {}
     for full_name, tensor in mtp.state_dict().items():
         name = full_name.removeprefix("layer.").replace("head_norm", "shared_head.norm")
         if name == "mlp.experts.gate_up_proj":

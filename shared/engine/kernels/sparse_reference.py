@@ -1,11 +1,12 @@
 """Latent attention over a sparse selection (MLA with DSA), in plain torch: the twin of faster kernels, and CPU path.
 
-A selection says for each token of the step which tokens of its sequence it attends to: one int64 tensor [rows, K] per
-sequence, holding positions in rising order, -1 where fewer than K are visible. Work goes over blocks of rows, so that
-what is needed besides the pages grows with the step and not with the context.
+A selection says for each token of the step which tokens of its sequence it attends to: int64 [T, K], positions in
+rising order, -1 in front of them where fewer than K are visible. Work goes over blocks of rows, so that what is needed
+besides the pages grows with the step and not with the context.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 from shared.engine.batch import Batch
 
-Selection = list[torch.Tensor]
+Selection = torch.Tensor
 BLOCK_VALUES = 1 << 22
 # Keys that are scored at a time, and the first ones. Independent of the step, so that it makes no difference how a
 # prompt is cut.
@@ -27,8 +28,6 @@ class Rows(Protocol):
     """What is cached of one layer, one row [D] per token, in pages. What is read of a row may differ from what was
     written, but depends on that alone."""
 
-    page_size: int
-
     def write(self, pages: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> None:
         """Keep rows [T, D], any float, at `offsets` [T] of `pages` [T], both int64."""
 
@@ -36,53 +35,101 @@ class Rows(Protocol):
         """Rows [..., D], a float that depends on how they are kept, at `offsets` [...] of `pages` [...]."""
 
 
-def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, neighbours paired (Su et al. 2021, equation 34). x [T, H, D]; cos, sin [T, D/2] float32."""
-    even, odd = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A step's rows and where they are, worked out once for all layers. int64: `positions` [T], `page_ids` as a Batch
+    has them, for each row which of those is the first of its sequence, `first_pages` [T], and its own page and offset.
+    Sequence s has the rows from starts[s] to starts[s + 1], and contexts[s] tokens."""
+
+    starts: list[int]
+    contexts: list[int]
+    positions: torch.Tensor
+    page_ids: torch.Tensor
+    first_pages: torch.Tensor
+    own: tuple[torch.Tensor, torch.Tensor]
+    page_size: int
+
+    @classmethod
+    def of(cls, batch: Batch, page_size: int) -> "Placed":
+        """The rows of a batch whose pages have so many tokens."""
+        sequence = torch.repeat_interleave(batch.query_starts.diff())
+        first_pages = batch.page_starts[sequence].long()
+        positions, page_ids = batch.positions.long(), batch.page_ids.long()
+        own = page_ids[first_pages + positions // page_size], positions % page_size
+        starts, contexts = batch.query_starts.tolist(), batch.context_lens.tolist()
+        return cls(starts, contexts, positions, page_ids, first_pages, own, page_size)
+
+    def find(self, rows: slice | torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages and offsets of the positions `at` int64 [r, n] in the sequences of so many rows; or [n] in one's."""
+        first_pages = self.first_pages[rows]
+        first = first_pages[:, None] if at.dim() > 1 else first_pages
+        return self.page_ids[first + at // self.page_size], at % self.page_size
 
 
-def append_state(state: Rows, values: torch.Tensor, batch: Batch) -> None:
-    """Write one row per token of the step into its page. values [T, D]."""
-    sequence = torch.repeat_interleave(batch.query_starts.diff())
-    pages = batch.page_ids[batch.page_starts[sequence] + batch.positions // state.page_size].long()
-    state.write(pages, (batch.positions % state.page_size).long(), values)
+def rotate_interleaved(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding, neighbours paired (Su et al. 2021, equation 34). x [T, H, D]; turns complex64 [T, D/2]."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns[:, None]).flatten(-2).to(x.dtype)
 
 
-def select(q: torch.Tensor, head_weights: torch.Tensor, keys: Rows, batch: Batch, top_k: int) -> Selection:
+def select(q: torch.Tensor, head_weights: torch.Tensor, keys: Rows, step: Placed, top_k: int) -> Selection:
     """The `top_k` visible tokens with the highest index scores (DeepSeek-V3.2 report, equation 1):
 
         I[s, t] = sum over heads h of w[s, h] * relu(q[s, h] . k[t]) * D^-0.5,  t <= position of s, in float32
 
     Of equal scores the earlier token is taken; one that is not a number is none. q [T, H, D], head_weights [T, H]
-    float32; `keys` are this layer's, with this step's in them.
+    float32; `keys` are this layer's, with this step's in them. A sequence that is no longer than `top_k` has all.
     """
-    queries, pages, selection = batch.query_starts.tolist(), batch.page_starts.tolist(), []
-    for s, context in enumerate(batch.context_lens.tolist()):
-        rows = slice(queries[s], queries[s + 1])
-        positions = batch.positions[rows].long()
-        if context <= top_k:
-            visible = torch.arange(context).expand(len(positions), -1)
-            selection.append(torch.where(visible > positions[:, None], -1, visible).sort(dim=-1).values)
-        else:
-            own = batch.page_ids[pages[s] : pages[s + 1]].long()
-            selection.append(_highest_scored(q[rows], head_weights[rows], positions, keys, own, top_k))
-    return selection
+    width = min(top_k, max(step.contexts))
+    chosen = (step.positions[:, None] - torch.arange(width - 1, -1, -1)).clamp_min_(-1)
+    short = [s for s, context in enumerate(step.contexts) if top_k < context <= FIRST_KEYS]
+    if short:
+        _choose_in_short(chosen, q, head_weights, keys, step, short)
+    for s, context in enumerate(step.contexts):
+        if context > max(top_k, FIRST_KEYS):
+            _choose_in_long(chosen, q, head_weights, keys, step, s)
+    return chosen
 
 
-def _highest_scored(
-    q: torch.Tensor, head_weights: torch.Tensor, positions: torch.Tensor, keys: Rows, own: torch.Tensor, top_k: int
-) -> torch.Tensor:
-    """The selection [T, top_k] of a sequence in the pages `own`: q [T, H, D], head_weights [T, H], positions [T] in
-    rising order. Each block of keys is read once, and scored for one block of rows after another."""
-    head_weights = head_weights * q.shape[2] ** -0.5
-    best = torch.full((len(q), top_k), -torch.inf)
-    chosen = torch.full((len(q), top_k), -1)
+def _choose_in_short(
+    chosen: torch.Tensor, q: torch.Tensor, head_weights: torch.Tensor, keys: Rows, step: Placed, short: Sequence[int]
+) -> None:
+    """Choose for the rows of sequences whose scores are few enough to be sorted, all at once."""
+    contexts = [step.contexts[s] for s in short]
+    rows = [row for s in short for row in range(step.starts[s], step.starts[s + 1])]
+    firsts = torch.tensor([step.starts[s] for s in short])
+    at = torch.arange(max(contexts)).expand(len(short), -1).minimum(torch.tensor(contexts)[:, None] - 1)
+    k = keys.read(*step.find(firsts, at)).float()
+    q, head_weights = q.float(), head_weights * q.shape[2] ** -0.5
+    if len(rows) == len(short):
+        scores = _scores(q[rows], head_weights[rows], k)
+    else:
+        scores, row = torch.zeros(len(rows), k.shape[1]), 0
+        for s, context, own in zip(short, contexts, k, strict=True):
+            its = slice(step.starts[s], step.starts[s + 1])
+            num = its.stop - its.start
+            scores[row : row + num, :context] = _scores(q[its], head_weights[its], own[:context])
+            row += num
+    scores.masked_fill_(torch.arange(k.shape[1]) > step.positions[rows, None], -torch.inf)
+    falling, order = scores.nan_to_num_(-torch.inf, torch.inf, -torch.inf).sort(dim=1, descending=True, stable=True)
+    top_k = chosen.shape[1]
+    found = order[:, :top_k].masked_fill_(falling[:, :top_k] == -torch.inf, -1)
+    chosen[rows] = found.sort(dim=1).values
+
+
+def _choose_in_long(
+    chosen: torch.Tensor, q: torch.Tensor, head_weights: torch.Tensor, keys: Rows, step: Placed, s: int
+) -> None:
+    """Choose for the rows of sequence s. Each block of keys is read once, and scored for one block of rows after
+    another."""
+    own = slice(step.starts[s], step.starts[s + 1])
+    positions, chosen = step.positions[own], chosen[own].fill_(-1)
+    q, head_weights = q[own], head_weights[own] * q.shape[2] ** -0.5
+    best = torch.full(chosen.shape, -torch.inf)
     size = max(1, BLOCK_SCORES // (q.shape[1] * BLOCK_KEYS))
     for start, end in _blocks(int(positions[-1]) + 1):
         at = torch.arange(start, end)
-        k = keys.read(own[at // keys.page_size], at % keys.page_size).float()
+        k = keys.read(*step.find(slice(own.start, own.start + 1), at)).float()
         first = int(torch.searchsorted(positions, start))  # rows before it see nothing of this block
         for row in range(first, len(q), size):
             rows = slice(row, row + size)
@@ -90,7 +137,6 @@ def _highest_scored(
             if at[-1] > positions[row]:
                 scores.masked_fill_(at > positions[rows, None], -torch.inf)
             _keep_highest(best[rows], chosen[rows], scores, start)
-    return chosen
 
 
 def _blocks(num_keys: int) -> Iterator[tuple[int, int]]:
@@ -104,8 +150,8 @@ def _blocks(num_keys: int) -> Iterator[tuple[int, int]]:
 
 
 def _scores(q: torch.Tensor, head_weights: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Index scores [r, n] of q [r, H, D] and k [n, D], with head_weights [r, H] that are scaled."""
-    products = (q.flatten(0, 1) @ k.T).relu_().view(len(q), -1, len(k))
+    """Index scores [r, n] of q [r, H, D] and k [n, D], or [r, n, D], with head_weights [r, H] that are scaled."""
+    products = (q @ k.transpose(-1, -2)).relu_()
     return torch.bmm(head_weights[:, None], products)[:, 0]
 
 
@@ -137,27 +183,24 @@ def _highest(scores: torch.Tensor, num: int) -> torch.Tensor:
 
 
 def sparse_attention(
-    q: torch.Tensor, latents: Rows, selection: Selection, batch: Batch, value_dim: int, scale: float
+    q: torch.Tensor, latents: Rows, selection: Selection, step: Placed, value_dim: int, scale: float
 ) -> torch.Tensor:
     """Absorbed latent attention: every head of a token attends to the same selected latents.
 
     q [T, H, D] -> [T, H, value_dim]; values are the first `value_dim` of a latent. Softmax in float32.
     """
-    queries, pages, out = batch.query_starts.tolist(), batch.page_starts.tolist(), []
-    for s, chosen in enumerate(selection):
-        own = batch.page_ids[pages[s] : pages[s + 1]].long()
-        size = max(1, BLOCK_VALUES // (chosen.shape[1] * q.shape[2]))
-        for at in range(0, len(chosen), size):
-            rows = q[queries[s] + at : min(queries[s] + at + size, queries[s + 1])]
-            out.append(_attend(rows, latents, own, chosen[at : at + size], value_dim, scale))
-    return torch.cat(out)
+    size = max(1, BLOCK_VALUES // (selection.shape[1] * q.shape[2]))
+    if len(q) <= size:
+        return _attend(q, latents, selection, step, slice(None), value_dim, scale)
+    blocks = (slice(at, at + size) for at in range(0, len(q), size))
+    return torch.cat([_attend(q, latents, selection, step, rows, value_dim, scale) for rows in blocks])
 
 
 def _attend(
-    q: torch.Tensor, latents: Rows, own: torch.Tensor, chosen: torch.Tensor, value_dim: int, scale: float
+    q: torch.Tensor, latents: Rows, selection: Selection, step: Placed, rows: slice, value_dim: int, scale: float
 ) -> torch.Tensor:
-    at = chosen.clamp_min(0)
-    k = latents.read(own[at // latents.page_size], at % latents.page_size).to(q.dtype)
-    scores = (q @ k.transpose(1, 2)).float() * scale
+    chosen = selection[rows]
+    k = latents.read(*step.find(rows, chosen.clamp_min(0))).to(q.dtype)
+    scores = (q[rows] @ k.transpose(1, 2)).float() * scale
     scores.masked_fill_((chosen < 0)[:, None], -torch.inf)
     return scores.softmax(dim=-1).to(q.dtype) @ k[..., :value_dim]

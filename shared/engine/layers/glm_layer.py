@@ -2,9 +2,8 @@
 
 import torch
 
-from shared.engine.batch import Batch
 from shared.engine.kernels import reference
-from shared.engine.kernels.sparse_reference import Rows, Selection
+from shared.engine.kernels.sparse_reference import Placed, Rows, Selection
 from shared.engine.layers.mla import LatentAttention
 from shared.engine.layers.moe import Mlp, Moe
 from shared.engine.models.glm_weights import GlmWeights, MlpWeights
@@ -26,14 +25,14 @@ class GlmLayer:
     def __call__(
         self,
         x: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        batch: Batch,
+        turns: torch.Tensor,
+        step: Placed,
         latents: Rows,
         index_keys: Rows | None,
         selection: Selection,
     ) -> tuple[torch.Tensor, Selection]:
-        """`latents`, `index_keys` and `selection` as in LatentAttention."""
+        """What is not x as in LatentAttention."""
         normed = reference.rms_norm(x, self.input_norm, self.eps)
-        attended, selection = self.attention(normed, angles, batch, latents, index_keys, selection)
+        attended, selection = self.attention(normed, turns, step, latents, index_keys, selection)
         x = x + attended
         return x + self.mlp(reference.rms_norm(x, self.post_norm, self.eps)), selection

@@ -3,15 +3,13 @@
 import torch
 import torch.nn.functional as F
 
-from shared.engine.batch import Batch
 from shared.engine.kernels import reference, sparse_reference
-from shared.engine.kernels.sparse_reference import Rows, Selection
+from shared.engine.kernels.sparse_reference import Placed, Rows, Selection
 from shared.engine.layers.linear import Linear, RowLinear
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_weights import AttentionWeights, IndexerWeights
 from shared.engine.parallel.group import Group
 
-Rope = tuple[torch.Tensor, torch.Tensor]
 KEY_NORM_EPS = 1e-6
 
 
@@ -34,8 +32,8 @@ class LatentAttention:
     def __call__(
         self,
         x: torch.Tensor,
-        angles: Rope,
-        batch: Batch,
+        turns: torch.Tensor,
+        step: Placed,
         latents: Rows,
         index_keys: Rows | None,
         selection: Selection,
@@ -48,22 +46,23 @@ class LatentAttention:
         q_low, latent, key_rope = self.down(x).split(self.parts, dim=1)
         q_low = reference.rms_norm(q_low, self.query_norm, config.latent_norm_eps)
         latent = reference.rms_norm(latent, self.latent_norm, config.latent_norm_eps)
-        key_rope = sparse_reference.rotate_interleaved(key_rope[:, None], *angles)[:, 0]
-        sparse_reference.append_state(latents, torch.cat((latent, key_rope), dim=1), batch)
+        key_rope = sparse_reference.rotate_interleaved(key_rope[:, None], turns)[:, 0]
+        latents.write(*step.own, torch.cat((latent, key_rope), dim=1))
         if self.indexer is not None and index_keys is not None:
-            selection = self.indexer(x, q_low, angles, batch, index_keys)
+            selection = self.indexer(x, q_low, turns, step, index_keys)
         scale = config.qk_head_dim**-0.5
-        q = self._absorbed_query(q_low, angles)
-        attended = sparse_reference.sparse_attention(q, latents, selection, batch, config.kv_lora_rank, scale)
-        return self.output(torch.einsum("thc,hvc->thv", attended, self.up_value).flatten(1)), selection
+        q = self._absorbed_query(q_low, turns)
+        attended = sparse_reference.sparse_attention(q, latents, selection, step, config.kv_lora_rank, scale)
+        values = torch.bmm(attended.transpose(0, 1), self.up_value.transpose(1, 2)).transpose(0, 1)
+        return self.output(values.flatten(1)), selection
 
-    def _absorbed_query(self, q_low: torch.Tensor, angles: Rope) -> torch.Tensor:
+    def _absorbed_query(self, q_low: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         """[T, H, latent_dim]: the part without position taken into latent space, the rotary part as it is."""
         config = self.config
         q = self.query(q_low).view(-1, config.num_heads, config.qk_head_dim)
         q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        absorbed = torch.einsum("thn,hnc->thc", q_nope, self.up_key)
-        return torch.cat((absorbed, sparse_reference.rotate_interleaved(q_rope, *angles)), dim=-1)
+        absorbed = torch.bmm(q_nope.transpose(0, 1), self.up_key).transpose(0, 1)
+        return torch.cat((absorbed, sparse_reference.rotate_interleaved(q_rope, turns)), dim=-1)
 
 
 class Indexer:
@@ -76,16 +75,18 @@ class Indexer:
         self.key_norm_weight, self.key_norm_bias = (part.float() for part in weights.key_norm)
         self.head_weights = Linear(weights.head_weights)
 
-    def __call__(self, x: torch.Tensor, q_low: torch.Tensor, angles: Rope, batch: Batch, keys: Rows) -> Selection:
+    def __call__(
+        self, x: torch.Tensor, q_low: torch.Tensor, turns: torch.Tensor, step: Placed, keys: Rows
+    ) -> Selection:
         """Select for each token of the step, after writing its index key. x [T, hidden], q_low [T, q_lora]."""
         key = self.key(x).float()
         key = F.layer_norm(key, (self.head_dim,), self.key_norm_weight, self.key_norm_bias, KEY_NORM_EPS).to(x.dtype)
-        sparse_reference.append_state(keys, self._rotate(key[:, None], angles)[:, 0], batch)
-        q = self._rotate(self.query(q_low).view(-1, self.num_heads, self.head_dim), angles)
+        keys.write(*step.own, self._rotate(key[:, None], turns)[:, 0])
+        q = self._rotate(self.query(q_low).view(-1, self.num_heads, self.head_dim), turns)
         head_weights = self.head_weights(x).float() * self.num_heads**-0.5
-        return sparse_reference.select(q, head_weights, keys, batch, self.top_k)
+        return sparse_reference.select(q, head_weights, keys, step, self.top_k)
 
-    def _rotate(self, x: torch.Tensor, angles: Rope) -> torch.Tensor:
+    def _rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         """Only the first dimensions carry position. x [T, H, D]."""
-        rotated = sparse_reference.rotate_interleaved(x[..., : self.rope_dim], *angles)
+        rotated = sparse_reference.rotate_interleaved(x[..., : self.rope_dim], turns)
         return torch.cat((rotated, x[..., self.rope_dim :]), dim=-1)

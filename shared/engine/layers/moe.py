@@ -56,11 +56,23 @@ class PlainExperts:
 
     def add(self, out: torch.Tensor, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> None:
         """To out float32 [T, hidden] what the experts `chosen` [T, k] make of x, weighted."""
-        for expert in sorted(set(chosen.flatten().tolist()).intersection(self._ids)):
-            rows, place = (chosen == expert).nonzero(as_tuple=True)
-            own = expert - self._ids.start
-            part = reference.silu_mul(F.linear(x[rows], self._gate_up[own]))
-            out[rows] += F.linear(part, self._down[own]).float() * weights[rows, place, None]
+        chosen, places = chosen.sort(dim=1)
+        flat, weights = chosen.flatten(), weights.gather(1, places)
+        counts = torch.bincount(flat, minlength=self._ids.stop).tolist()
+        first, own = sum(counts[: self._ids.start]), counts[self._ids.start : self._ids.stop]
+        order = flat.argsort(stable=True)[first : first + sum(own)]  # rows that go through one expert lie together
+        if not len(order):
+            return
+        rows, experts = x[order // chosen.shape[1]].split(own), zip(self._gate_up, self._down, strict=True)
+        made = [
+            F.linear(reference.silu_mul(F.linear(each, gate_up)), down)
+            for each, (gate_up, down) in zip(rows, experts, strict=True)
+            if len(each)
+        ]
+        parts = out.new_zeros(len(flat), out.shape[1])
+        parts[order] = torch.cat(made).float() * weights.flatten()[order, None]
+        for part in parts.view(*chosen.shape, -1).unbind(1):
+            out += part
 
 
 class TwinExperts:

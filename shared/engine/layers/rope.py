@@ -33,3 +33,8 @@ def table(frequencies: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Ten
     """cos and sin, float32 [T, D/2], for positions [T]."""
     angles = positions.float()[:, None] * frequencies[None]
     return angles.cos(), angles.sin()
+
+
+def turns(frequencies: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The same as numbers to multiply pairs with: complex64 [T, D/2]."""
+    return torch.complex(*table(frequencies, positions))

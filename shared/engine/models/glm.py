@@ -11,7 +11,7 @@ from shared.engine.api import Recorded
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference
 from shared.engine.kernels.registry import Candidate, choose
-from shared.engine.kernels.sparse_reference import Selection
+from shared.engine.kernels.sparse_reference import Placed
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import rope
 from shared.engine.layers.glm_layer import GlmLayer
@@ -68,10 +68,11 @@ class Glm:
         latents = rows.latents(pool, layout, LATENTS, self._config.kv_lora_rank)
         keys = iter(rows.index_keys(pool, layout, INDEX_KEYS, self._config.index_head_dim))
         x = self.embedding(batch.token_ids)
-        angles, selection = rope.table(self.frequencies, batch.positions), Selection()
+        turns, step = rope.turns(self.frequencies, batch.positions), Placed.of(batch, layout.page_size)
+        selection = step.positions[:, None]  # the first layer makes its own
         for index, (layer, full) in enumerate(zip(self._layers, self._config.full_layers, strict=True)):
             own_keys = next(keys) if full else None
-            x, selection = layer(x, angles, batch, latents[index], own_keys, selection)
+            x, selection = layer(x, turns, step, latents[index], own_keys, selection)
         return x
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:

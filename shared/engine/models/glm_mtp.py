@@ -15,7 +15,7 @@ import torch
 
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference
-from shared.engine.kernels.sparse_reference import Selection
+from shared.engine.kernels.sparse_reference import Placed, Selection
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import rope
 from shared.engine.layers.glm_layer import GlmLayer
@@ -59,19 +59,16 @@ class GlmMtp:
     def extend(self, batch: Batch, states: torch.Tensor, pool: torch.Tensor, layout: KvLayout) -> DraftStep:
         """Follow the model; see `models.api.DraftLayer`."""
         m, selection = self._run(batch, states, pool, layout, None)
-        rows = batch.sampled_rows.int()
-        owners = torch.searchsorted(batch.query_starts, rows, right=True) - 1
-        places = (rows - batch.query_starts[owners]).tolist()
-        kept = [selection[s][place : place + 1] for s, place in zip(owners.tolist(), places, strict=True)]
-        return self._step(m[batch.sampled_rows], kept)
+        return self._step(m[batch.sampled_rows], selection[batch.sampled_rows])
 
     def advance(
         self, batch: Batch, last: DraftStep, going_on: Sequence[int], pool: torch.Tensor, layout: KvLayout
     ) -> DraftStep:
         """Go on alone; see `models.api.DraftLayer`."""
-        kept = [last.carried[place] for place in going_on]
+        rows, (carried,) = list(going_on), last.carried
+        kept = carried[rows]
         shared = kept if self._config.share_mtp_selection else None
-        m, _ = self._run(batch, last.states[list(going_on)], pool, layout, shared)
+        m, _ = self._run(batch, last.states[rows], pool, layout, shared)
         return self._step(m, kept)
 
     def _run(
@@ -83,9 +80,10 @@ class GlmMtp:
         u = self._join(torch.cat((embedded, norm(states, self._state_norm, config.rms_norm_eps)), dim=1))
         latents = rows.latents(pool, layout, MTP_LATENTS, config.kv_lora_rank)[0]
         keys = rows.index_keys(pool, layout, MTP_INDEX_KEYS, config.index_head_dim)[0] if shared is None else None
-        angles = rope.table(self._trunk.frequencies, batch.positions)
-        z, selection = self._layer(u, angles, batch, latents, keys, shared or Selection())
+        turns, step = rope.turns(self._trunk.frequencies, batch.positions), Placed.of(batch, layout.page_size)
+        selection = step.positions[:, None] if shared is None else shared
+        z, selection = self._layer(u, turns, step, latents, keys, selection)
         return norm(z, self._output_norm, config.rms_norm_eps), selection
 
     def _step(self, m: torch.Tensor, kept: Selection) -> DraftStep:
-        return DraftStep(self._trunk.head(m), m, kept)
+        return DraftStep(self._trunk.head(m), m, [kept])

@@ -7,6 +7,7 @@ it. A token that is still awaited has its place filled in by the device.
 from collections.abc import Sequence
 from itertools import chain
 
+import numpy as np
 import torch
 
 from shared.engine.api import BatchItem, awaited
@@ -87,11 +88,9 @@ def _places(
     """Indexes into the flattened rows: tokens of each row as far as it has a logit for them, and those that `late` says
     are chosen at some place of `before`."""
     num_columns, device = rows.shape[1], rows.device
-    known = [torch.tensor(ids, dtype=torch.int64) for ids in token_ids.values()]
-    shifted = [
-        ids[(ids >= 0) & (ids < num_columns)] + row * num_columns for row, ids in zip(token_ids, known, strict=True)
-    ]
-    places = put(torch.cat(shifted), torch.int64, device)
+    ids = np.fromiter(chain.from_iterable(token_ids.values()), np.int64)
+    starts = np.repeat(np.array(list(token_ids)) * num_columns, [len(own) for own in token_ids.values()])
+    places = put(torch.from_numpy((starts + ids)[(ids >= 0) & (ids < num_columns)]), torch.int64, device)
     if not late:
         return places
     assert before is not None

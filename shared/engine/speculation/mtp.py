@@ -68,6 +68,7 @@ class _Run:
         self.drafts: list[int] = []
         self._item = followed
         self._end = followed.start + len(followed.token_ids)
+        self._sampling = replace(followed.sampling, num_logprobs=None)
         # Copying a long history is for those who need it.
         self._history = list(followed.history) if followed.sampling.has_penalties else []
         self._history += [token.token_id for token in chosen] if self._history else []
@@ -80,10 +81,9 @@ class _Run:
     def view(self) -> BatchItem:
         """What the sampler has to know: the next draft is behind the chosen tokens and the drafts so far."""
         position = self._end + 1 + len(self.drafts)
-        sampling = replace(self._item.sampling, num_logprobs=None)
-        history = self._history + self.drafts if self._history else ()
-        item = replace(self._item, token_ids=(0,), start=position - 1, sampling=sampling, history=history)
-        return replace(item, allowed=())  # a draft that a grammar forbids is refused when it is verified
+        sampling, history = self._sampling, self._history + self.drafts if self._history else ()
+        # A draft that a grammar forbids is refused when it is verified.
+        return replace(self._item, token_ids=(0,), start=position - 1, sampling=sampling, history=history, allowed=())
 
     def item(self) -> BatchItem:
         """The layer's next token, one position on: the last draft."""

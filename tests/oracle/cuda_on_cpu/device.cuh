@@ -3,6 +3,7 @@
 // no order may be relied on that no barrier makes. It is exact, and says nothing of speed or of races within a warp.
 #pragma once
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -77,7 +78,9 @@ using std::min;
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the lane that runs
 
 struct Lane {
-    ucontext_t state;
+    ucontext_t begin;
+    jmp_buf left;  // where it goes on, once it has begun: unlike swapcontext, longjmp asks nothing of the kernel
+    bool has_begun;
     int rank;
     unsigned thread, products = 0;
 };
@@ -97,28 +100,35 @@ struct Lanes {
             mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
         if (stacks == MAP_FAILED) abort();
         for (size_t i = 0; i < all.size(); i++) {
-            getcontext(&all[i].state);
-            all[i].state.uc_stack = {stacks + i * STACK_BYTES, 0, STACK_BYTES};
-            all[i].state.uc_link = &host;
-            makecontext(&all[i].state, begin, 0);
+            getcontext(&all[i].begin);
+            all[i].begin.uc_stack = {stacks + i * STACK_BYTES, 0, STACK_BYTES};
+            all[i].begin.uc_link = &host;
+            makecontext(&all[i].begin, begin, 0);
+            all[i].has_begun = false;
             ready.push_back(&all[i]);
         }
-        for (size_t i = 0; i < all.size(); i++) leave(&host);  // back when a lane has ended
+        volatile size_t num_ended = 0;
+        getcontext(&host);  // here again when a lane has ended
+        if (num_ended < all.size()) num_ended = num_ended + 1, go_on();
         munmap(stacks, bytes);
     }
-    void wait() { leave(&running->state); }
+    void wait() {
+        if (!_setjmp(running->left)) go_on();
+    }
     void look_again_later() {
         ready.push_back(running);
         wait();
     }
 
   private:
-    void leave(ucontext_t* from) {
+    void go_on() {
         if (ready.empty()) fprintf(stderr, "all lanes wait for each other\n"), abort();
         std::swap(ready[lot() % ready.size()], ready.back());
         running = ready.back(), ready.pop_back();
         threadIdx.x = running->thread, blockIdx.x = first_block + running->rank;
-        swapcontext(from, &running->state);
+        if (running->has_begun) _longjmp(running->left, 1);
+        running->has_begun = true;
+        setcontext(&running->begin);
     }
 };
 inline Lanes* lanes;
@@ -249,7 +259,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
             Blocks cluster(threads * size);
             Lanes beside;
             for (int rank = 0; rank < size; rank++) cluster.blocks.emplace_back(threads, config->dynamicSmemBytes);
-            for (int i = 0; i < threads * size; i++) beside.all.push_back({{}, i / threads, static_cast<unsigned>(i % threads)});
+            for (int i = 0; i < threads * size; i++) beside.all.push_back({{}, {}, false, i / threads, static_cast<unsigned>(i % threads)});
             my_cluster = &cluster, lanes = &beside, beside.first_block = x;
             beside.run([] { lane(); });
         }
