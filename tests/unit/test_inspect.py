@@ -96,7 +96,6 @@ def test_an_nvfp4_configuration_quantizes_what_its_list_does_not_ignore() -> Non
         (["re:model", "nothing.*"], None),
         (["lm_head", "model.layers.[!0].mlp.down_proj", r"re:.*0\.self_attn\.v"], {"1.mlp.down", "0.self_attn.v"}),
     ],
-    ids=str,
 )
 def test_a_list_of_what_is_ignored_has_names_patterns_and_expressions(
     ignored: list[str], left: set[str] | None
