@@ -71,7 +71,7 @@ async def test_status_names_every_process_with_its_facts(sim_cluster: RunningClu
             status = json.loads(done.stdout)
             rows = {row["name"]: row for row in status["processes"]}
     assert set(rows) == {"blackboard", "gateway-0", "router-0", "decode-0", "prefill-0"}
-    assert all(row["pid"] and row["address"] and row["num_restarts"] == 0 for row in rows.values())
+    assert all(row["pid"] and row["address"] for row in rows.values())
     assert all(row["epoch"] for name, row in rows.items() if name != "blackboard")
     pages = rows["decode-0"]["pages"]
     assert pages["total"] == pages["free"] + pages["cached"] + pages["leased"] + pages["held"] > 0

@@ -25,7 +25,9 @@ def test_the_next_turn_of_a_conversation_finds_prompt_and_output_cached(law: Law
     prompt, worker = law.prompt(40), law.worker()
     turn = prompt + worker.run(law.request(prompt)) + law.prompt(10, seed=1)
     assert worker.run(law.request(turn, "next")) == law.tokens(turn)
-    assert worker.num_cached["next"] == (40 + NUM_TOKENS - 1) // 16 * 16
+    before_last = 40 + NUM_TOKENS - 1  # the last token is not computed, unless it was a draft that was right
+    most = before_last + (law.speculation is not None)
+    assert before_last // 16 * 16 <= worker.num_cached["next"] <= most // 16 * 16
 
 
 def test_batched_with_others_that_come_and_go(law: Law) -> None:
