@@ -61,6 +61,14 @@ def test_continued_on_another_worker(num_emitted: int, law: Law) -> None:
     assert tokens[:num_emitted] + rest == tokens
 
 
+def test_what_was_said_counts_once_where_it_is_computed_again(law: Law) -> None:
+    """Few tokens may come, so that each comes often, and what it has been said is weighed again and again."""
+    few = tuple((token_id, 100.0) for token_id in range(20, 32))
+    counting = replace(law, sampling=replace(law.sampling, logit_bias=few, frequency_penalty=0.5))
+    test_continued_on_another_worker(9, counting)
+    test_preempted(counting)
+
+
 @pytest.mark.parametrize("length", [1, 16, 47, 48, 49, 100])
 def test_prefilled_elsewhere(length: int, law: Law) -> None:
     prompt, prefill, decode = law.prompt(length), law.worker(max_step_tokens=19), law.worker()
