@@ -100,7 +100,7 @@ async def run(plan: Plan, cluster: RunningCluster, clients: Clients, twin: Twin)
     seconds = time.monotonic() - began
     faults.enough.set()
     await hitting
-    await cluster.until(lambda rows: all(row["state"] == "serving" for row in rows.values()), START_S)
+    await cluster.until_all_serve(START_S)
     began = time.monotonic()
     await cluster.until_pages_are_free(LEASE_S + 5)
     reclaim_s = {"after the last request": time.monotonic() - began}

@@ -130,9 +130,9 @@ class RunningCluster:
             await asyncio.sleep(0.05)
         return rows
 
-    async def until_all_serve(self) -> None:
+    async def until_all_serve(self, deadline_s: float = DEADLINE_S) -> None:
         """Wait until every process serves, whatever a test has done to it."""
-        await self.until(lambda rows: all(row["state"] == "serving" for row in rows.values()))
+        await self.until(lambda rows: all(row["state"] == "serving" for row in rows.values()), deadline_s)
 
     async def until_restarted(self, name: str, old_pid: int, deadline_s: float = DEADLINE_S) -> None:
         """Wait until a process serves again after it was killed."""

@@ -3,6 +3,7 @@ who needs other flags, or processes that know nothing of requests before, takes 
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,16 @@ def model_cluster() -> Iterator[RunningCluster]:
     """One prefill and one decode worker that compute the default model in float32."""
     with running("--dtype", "float32", "--worker-flags=--kv-cache-mb 512", HAND_OVER) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GLM-5.2, which selects 8 of the visible tokens, and drafts."""
+    from shared.engine.models import tiny
+
+    path = tmp_path_factory.mktemp("model") / "glm"
+    tiny.write("glm-5.2", path)
+    return path
 
 
 @pytest.fixture

@@ -204,6 +204,7 @@ async def test_a_redis_of_the_users_is_used_and_left_running_and_sockets_are_not
         rows = await cluster.status()
         assert "blackboard" not in rows
         assert rows["decode-0"]["state"] == "serving"
+        assert all(row["num_restarts"] == 0 for row in rows.values())
         assert await _answers_over_sockets(cluster) == {False}
     assert _listens(valkey.url.removeprefix("redis://").split("/")[0])
 

@@ -12,7 +12,6 @@ import pytest
 from openai.types.responses import Response, ResponseFunctionToolCall
 
 from shared.engine.executor import TorchExecutor
-from shared.engine.models import tiny
 from tests.e2e import scripted_glm
 from tests.e2e.client import client_of
 from tests.e2e.cluster import HAND_OVER, Row, RunningCluster, running
@@ -29,20 +28,13 @@ def kv_dtype(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "glm"
-    tiny.write("glm-5.2", path)
-    return path
+def bare(glm: Path, kv_dtype: str) -> TorchExecutor:
+    return driver.load(glm, kv_dtype=kv_dtype)
 
 
 @pytest.fixture(scope="module")
-def bare(model: Path, kv_dtype: str) -> TorchExecutor:
-    return driver.load(model, kv_dtype=kv_dtype)
-
-
-@pytest.fixture(scope="module")
-def cluster(model: Path, kv_dtype: str) -> Iterator[RunningCluster]:
-    flags = ["--model", str(model), "--dtype", "float32", "--kv-dtype", kv_dtype, "--decode", "2"]
+def cluster(glm: Path, kv_dtype: str) -> Iterator[RunningCluster]:
+    flags = ["--model", str(glm), "--dtype", "float32", "--kv-dtype", kv_dtype, "--decode", "2"]
     with running(*flags, HAND_OVER) as cluster:
         yield cluster
 

@@ -11,7 +11,6 @@ import httpx
 import pytest
 
 from shared.engine.api import SamplingParams
-from shared.engine.models import tiny
 from tests.e2e.cluster import HAND_OVER, RunningCluster, running
 from tests.oracle import driver
 
@@ -42,31 +41,23 @@ async def stream(cluster: RunningCluster, amid: Callable[[], None] | None = None
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GLM that selects 8 of the visible tokens, and drafts."""
-    path = tmp_path_factory.mktemp("model") / "glm"
-    tiny.write("glm-5.2", path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> list[int]:
+def expected(glm: Path) -> list[int]:
     """What the bare model says, greedily."""
-    return driver.generate(driver.load(model), PROMPT, NUM_TOKENS)
+    return driver.generate(driver.load(glm), PROMPT, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module")
-def cluster(model: Path) -> Iterator[RunningCluster]:
+def cluster(glm: Path) -> Iterator[RunningCluster]:
     """A worker of each kind of two ranks; one that is lost is waited for, however slowly its ranks start."""
     patient = f"--gateway-flags=--recovery-wait-ms {int(DEADLINE_S * 1000)}"
-    flags = ["--model", str(model), "--dtype", "float32", "--tp", "2", "--deadline", str(DEADLINE_S)]
+    flags = ["--model", str(glm), "--dtype", "float32", "--tp", "2", "--deadline", str(DEADLINE_S)]
     drafting = "--worker-flags=--num-pages 64 --num-draft-tokens 2 --no-adaptive-drafts"
     with running(*flags, drafting, HAND_OVER, patient) as cluster:
         yield cluster
 
 
 async def test_a_prompt_handed_over_in_a_cluster_of_ranks_gets_the_tokens_of_the_bare_model(
-    cluster: RunningCluster, model: Path, expected: list[int]
+    cluster: RunningCluster, glm: Path, expected: list[int]
 ) -> None:
     assert await stream(cluster) == expected
     drawn = await stream(cluster, temperature=0.9, seed=7, logit_bias=FEW)
@@ -75,7 +66,7 @@ async def test_a_prompt_handed_over_in_a_cluster_of_ranks_gets_the_tokens_of_the
     rows = await cluster.status()
     assert [len(rows[name]["rank_pids"]) for name in ("decode-0", "prefill-0")] == [1, 1]
     sampling = SamplingParams(temperature=0.9, seed=7, logit_bias=tuple(FEW.items()))
-    assert drawn == driver.generate(driver.load(model), PROMPT, NUM_TOKENS, sampling=sampling)
+    assert drawn == driver.generate(driver.load(glm), PROMPT, NUM_TOKENS, sampling=sampling)
 
 
 async def test_a_rank_killed_amid_an_output_costs_no_token(cluster: RunningCluster, expected: list[int]) -> None:

@@ -154,7 +154,7 @@ def test_a_person_by_the_default_model(default: Model) -> None:
 
 @pytest.mark.parametrize("style", ["hermes", "glm"])
 def test_calls_that_are_demanded_are_read_as_calls(style: Literal["hermes", "glm"], default: Model) -> None:
-    """Its tags are text to this default."""
+    """Its tags are text to the default model."""
     city = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
     tools = {"weather": {"parameters": city}}
     grammar = Grammar(Kind.LARK, demanded.grammar(style, tools, {}, single=True))

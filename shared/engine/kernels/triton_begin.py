@@ -50,9 +50,7 @@ def begin(
 
 
 @triton.jit
-def _norms(
-    x, y, x_gain, y_gain, out, size, x_stride, y_stride, eps, BLOCK: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
+def _norms(x, y, x_gain, y_gain, out, size, x_stride, y_stride, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         gdc_launch_dependents()
     row, is_second, at = tl.program_id(0).to(tl.int64), tl.program_id(1) == 1, tl.arange(0, BLOCK)
@@ -67,9 +65,7 @@ def _norms(
     tl.store(out + (2 * row + tl.program_id(1)) * size + at, value.to(gain.dtype), inside)
 
 
-def norms(
-    x: torch.Tensor, y: torch.Tensor, gains: tuple[torch.Tensor, torch.Tensor], eps: float
-) -> torch.Tensor:  # fmt: skip
+def norms(x: torch.Tensor, y: torch.Tensor, gains: tuple[torch.Tensor, torch.Tensor], eps: float) -> torch.Tensor:
     """The RMSNorms of x and y [T, N] beside each other [T, 2 N], each with its own gain [N]."""
     num_rows, size = x.shape
     out = x.new_empty(num_rows, 2 * size)
