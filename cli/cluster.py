@@ -10,6 +10,7 @@ from urllib.parse import quote
 import httpx
 
 from cli import plan
+from cli.forks import ForkServers
 from cli.plan import ClusterOptions
 from cli.ports import Reserved, is_free
 from cli.process import ProcessSpec, Supervised
@@ -35,9 +36,14 @@ class Cluster:
     """The processes of one cluster. `start`, then `stop`, within one event loop."""
 
     def __init__(
-        self, options: ClusterOptions, directory: RunDirectory, echo: Callable[[str, str], None] | None = None
+        self,
+        options: ClusterOptions,
+        directory: RunDirectory,
+        fork_servers: ForkServers,
+        echo: Callable[[str, str], None] | None = None,
     ) -> None:
         self._options, self._directory, self._echo = options, directory, echo
+        self._fork_servers = fork_servers
         self._processes: list[Supervised] = []
         self._awaited: Sequence[str] = ()
         self._port = None if options.redis_url else Reserved(options.host)
@@ -73,6 +79,7 @@ class Cluster:
 
     async def stop(self, grace_s: float) -> None:
         """Stop all: gateways first, so that running requests end, the blackboard last."""
+        self._fork_servers.end()
         by_role: dict[str, list[Supervised]] = {}
         for process in self._processes:
             by_role.setdefault(process.spec.role, []).append(process)
@@ -88,7 +95,8 @@ class Cluster:
             process.signal(signal.SIGKILL)
 
     async def _start(self, spec: ProcessSpec) -> None:
-        process = Supervised(spec, self._directory.path, on_change=self._write, echo=self._echo)
+        launch = self._fork_servers.launch
+        process = Supervised(spec, self._directory.path, on_change=self._write, echo=self._echo, launch=launch)
         self._processes.append(process)
         await process.start()
 

@@ -1,15 +1,20 @@
 """Which processes a cluster consists of, and with which flags: a pure function of what the user asked for."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cli import valkey
+from cli.fork_server import Preload
 from cli.process import ProcessSpec
 
 BLACKBOARD = "blackboard"
 WORKERS = ("prefill", "decode")
+# Fork servers. Who needs no torch is not forked of what has it.
+LIGHT, TORCH = "light", "torch"
+# A thread that waits must not keep another worker's thread from its core.
+WORKERS_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
@@ -70,18 +75,29 @@ def services(options: ClusterOptions, redis_url: str, local_sockets: str = "") -
     return gateways + routers + _workers(options, common)
 
 
+def preloads(options: ClusterOptions) -> dict[str, Preload]:
+    """What fork servers have, by name."""
+    front, workers = _mains("gateway", "router"), _mains("decode", "prefill")
+    if options.engine == "sim":
+        return {LIGHT: Preload((*front, *workers, "shared.engine.sim"))}
+    return {LIGHT: Preload(front), TORCH: Preload((*workers, "shared.engine.executor"), WORKERS_ENVIRONMENT)}
+
+
+def _mains(*roles: str) -> tuple[str, ...]:
+    return tuple(f"services.{role}.__main__" for role in roles)
+
+
 def _workers(options: ClusterOptions, common: list[str]) -> list[ProcessSpec]:
     threads = threads_per_worker(options.num_cores, options.num_prefill + options.num_decode)
     flags = [*common, "--model", options.model, "--served-model-name", options.served_model_name]
     flags += ["--engine", options.engine, "--dtype", options.dtype, "--kv-dtype", options.kv_dtype]
     flags += ["--num-threads", str(threads), "--tensor-parallel", str(options.tensor_parallel)]
     flags += options.worker_flags
-    # A thread that waits must not keep another worker's thread from its core.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+    fork_server = LIGHT if options.engine == "sim" else TORCH
     names = [("decode", number) for number in range(options.num_decode)]
     names += [("prefill", number) for number in range(options.num_prefill)]
     return [
-        _service(role, number, [*flags, *_device(options, place)], environment)
+        _service(role, number, [*flags, *_device(options, place)], WORKERS_ENVIRONMENT, fork_server)
         for place, (role, number) in enumerate(names)
     ]
 
@@ -96,7 +112,9 @@ def _http_port(options: ClusterOptions, number: int) -> int:
     return options.port + number if options.port else 0
 
 
-def _service(role: str, number: int, flags: list[str], environment: dict[str, str] | None = None) -> ProcessSpec:
+def _service(
+    role: str, number: int, flags: list[str], environment: Mapping[str, str] | None = None, fork_server: str = LIGHT
+) -> ProcessSpec:
     name = f"{role}-{number}"
     command = (sys.executable, "-m", f"services.{role}", "--name", name, *flags)
-    return ProcessSpec(role, name, command, environment or {}, starts_gently=True)
+    return ProcessSpec(role, name, command, environment or {}, starts_gently=True, fork_server=fork_server)

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from shared import gentle_start
 
@@ -46,13 +47,47 @@ NUM_OLD_LOGS = 4
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """What to run. `name` is unique in a cluster. One that `starts_gently` ends that itself (`shared.gentle_start`)."""
+    """What to run. `name` is unique in a cluster. One that `starts_gently` ends that itself (`shared.gentle_start`). What
+    names a `fork_server` is Python's `-m MODULE`, and may be forked of that one instead (`cli.forks`)."""
 
     role: str
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     starts_gently: bool = False
+    fork_server: str = ""
+
+
+class Running(Protocol):
+    """A child of this process. `returncode` is None while it runs; then its exit status or, negative, a signal."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    @property
+    def returncode(self) -> int | None:
+        """See above."""
+
+    async def wait(self) -> int:
+        """Its `returncode`, when it has ended."""
+
+
+# Starts a process whose output goes to a file; raises OSError.
+Launch = Callable[[ProcessSpec, int], Awaitable[Running]]
+
+
+async def execute(spec: ProcessSpec, output: int) -> Running:
+    """Start a process whose output goes to the file `output`. Raises OSError if the command cannot be run."""
+    return await asyncio.create_subprocess_exec(
+        *bound_to_me(spec.command, gentle_start.NICE if spec.starts_gently else 0),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=os.environ | spec.environment,
+        cwd=ROOT,
+        start_new_session=True,  # Ctrl-C reaches the supervisor alone, which then stops all in order
+    )
 
 
 class Supervised:
@@ -69,6 +104,7 @@ class Supervised:
         on_change: Callable[[], None] = lambda: None,
         echo: Callable[[str, str], None] | None = None,
         first_backoff_s: float = FIRST_BACKOFF_S,
+        launch: Launch = execute,
     ) -> None:
         self.spec = spec
         self.num_starts = 0
@@ -76,8 +112,8 @@ class Supervised:
         self.died = asyncio.Event()
         """Set when the process has ended without being told to, at least once."""
         self._folder, self._on_change, self._echo = folder, on_change, echo
-        self._first_backoff_s = first_backoff_s
-        self._process: asyncio.subprocess.Process | None = None
+        self._first_backoff_s, self._launch = first_backoff_s, launch
+        self._process: Running | None = None
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -98,8 +134,9 @@ class Supervised:
 
     async def start(self) -> None:
         """Start it, and keep it running from now on. Raises OSError if the command cannot be run."""
-        ended = await self._spawn()
-        self._task = asyncio.create_task(self._keep_running(ended))
+        starting = asyncio.create_task(self._spawn())
+        self._task = asyncio.create_task(self._keep_running(starting))
+        await asyncio.shield(starting)  # what has been started has to be known, if only to be stopped
 
     def signal(self, number: int) -> None:
         """Send a signal to it and, except for SIGTERM, to whatever it started."""
@@ -123,10 +160,16 @@ class Supervised:
             return self.log_path.read_text(errors="replace").splitlines()[-number:]
         return []
 
-    async def _keep_running(self, ended: asyncio.Task[int]) -> None:
+    async def _keep_running(self, starting: asyncio.Task[asyncio.Task[int]]) -> None:
+        try:
+            ended = await starting
+        except OSError:  # which `start` tells
+            return
         backoff_s = 0.0
         while True:
             started = time.monotonic()
+            if self._stopping.is_set():  # while it was being started
+                self.signal(signal.SIGTERM)
             self.last_exit = _describe(code := await ended)
             self._on_change()
             if self._stopping.is_set():
@@ -141,25 +184,18 @@ class Supervised:
 
     async def _spawn(self) -> asyncio.Task[int]:
         rotate(self.log_path, NUM_OLD_LOGS)
-        with self.log_path.open("wb") as log:
-            process = await asyncio.create_subprocess_exec(
-                *bound_to_me(self.spec.command, gentle_start.NICE if self.spec.starts_gently else 0),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if self._echo else log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | self.spec.environment,
-                cwd=ROOT,
-                start_new_session=True,  # Ctrl-C reaches the supervisor alone, which then stops all in order
-            )
-        self._process = process
+        with ExitStack() as stack:
+            log = stack.enter_context(self.log_path.open("wb"))
+            lines, output = await _pipe(stack) if self._echo else (None, log.fileno())
+            process = self._process = await self._launch(self.spec, output)
         self.num_starts += 1
         self._on_change()
-        return asyncio.create_task(self._watch(process))
+        return asyncio.create_task(self._watch(process, lines))
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> int:
-        if process.stdout is not None and self._echo is not None:
+    async def _watch(self, process: Running, lines: asyncio.StreamReader | None) -> int:
+        if lines is not None and self._echo is not None:
             with self.log_path.open("ab") as log:
-                async for line in process.stdout:
+                async for line in lines:
                     log.write(line)
                     log.flush()
                     self._echo(self.spec.name, line.decode(errors="replace").rstrip())
@@ -167,6 +203,16 @@ class Supervised:
         with suppress(ProcessLookupError, PermissionError):  # what it may have started and left
             os.killpg(process.pid, signal.SIGKILL)
         return code
+
+
+async def _pipe(stack: ExitStack) -> tuple[asyncio.StreamReader, int]:
+    """What reads lines from a pipe, and the end to write to, which is closed with `stack`."""
+    read_end, write_end = os.pipe()
+    stack.callback(os.close, write_end)
+    reader = asyncio.StreamReader()
+    pipe = os.fdopen(read_end, "rb", 0)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+    return reader, write_end
 
 
 def next_backoff(last_s: float, first_s: float, lived_s: float, code: int) -> float:

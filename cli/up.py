@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from cli import plan
 from cli.cluster import START_DEADLINE_S, Cluster, StartFailed
+from cli.forks import ForkServers
 from cli.plan import ClusterOptions
 from cli.state import RunDirectory
 from cli.target import as_redis
@@ -78,17 +80,18 @@ def up(  # noqa: PLR0913, PLR0917 - one argument a flag
         router_flags=shlex.split(router_flags),
         worker_flags=shlex.split(worker_flags),
     )
-    try:
-        asyncio.run(run(_with_model(options), deadline, verbose))
-    except (Fault, StartFailed, OSError) as error:
-        typer.secho(f"Forebay did not start: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
+    with ForkServers(plan.preloads(options)) as fork_servers:
+        try:
+            asyncio.run(run(_with_model(options), fork_servers, deadline, verbose))
+        except (Fault, StartFailed, OSError) as error:
+            typer.secho(f"Forebay did not start: {error}", fg="red", err=True)
+            raise typer.Exit(1) from None
 
 
-async def run(options: ClusterOptions, deadline_s: float, verbose: bool) -> None:
+async def run(options: ClusterOptions, fork_servers: ForkServers, deadline_s: float, verbose: bool) -> None:
     """Run a cluster until SIGINT or SIGTERM; a second one ends it at once. Raises StartFailed."""
     directory = RunDirectory.create(store.default_cache())
-    cluster = Cluster(options, directory, _echo if verbose else None)
+    cluster = Cluster(options, directory, fork_servers, _echo if verbose else None)
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:

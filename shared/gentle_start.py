@@ -18,6 +18,12 @@ RETRY_S = 0.11
 NUM_TRIES = 50
 
 
+def begin() -> None:
+    """Lower the share of this process's session, which it leads."""
+    with suppress(OSError):
+        AUTOGROUP.write_text(str(NICE))
+
+
 async def over() -> None:
     """This process serves: give it its full share, if it leads a session whose share was lowered."""
     if os.getsid(0) != os.getpid():

@@ -1,0 +1,142 @@
+"""The fork servers of a supervisor, and the processes that they fork for it.
+
+They are forks themselves, of a supervisor that has neither a thread nor an event loop yet, so what it has imported they
+need not. One that ends, or does not answer, is not missed: what it would have forked is executed from then on.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+from cli import fork_server, kin
+from cli.fork_server import PID_BYTES, TASKS, Order, Preload
+from cli.process import ROOT, ProcessSpec, Running, execute
+
+# What a fork server may take to answer. Its first answer comes when it has imported everything.
+FIRST_ANSWER_S = 60.0
+ANSWER_S = 5.0
+
+
+class ForkServers:
+    """Starts processes: forks them where it can. Made before the event loop within which it `launch`es."""
+
+    def __init__(self, preloads: Mapping[str, Preload]) -> None:
+        """Start a fork server for each, if they can be here. Does not return in what these fork, which ends by
+        SystemExit."""
+        self._adoption = kin.Adoption()
+        self._servers: dict[str, ForkServer] = {}
+        for name, preload in preloads.items() if _can_fork() else ():
+            self._servers[name] = ForkServer(preload, list(self._servers.values()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Of those that are left."""
+        return {name: server.pid for name, server in self._servers.items()}
+
+    async def launch(self, spec: ProcessSpec, output: int) -> Running:
+        """Start a process whose output goes to the file `output`. Raises OSError."""
+        if server := self._servers.get(spec.fork_server):
+            with self._adoption:
+                pid = await server.fork(spec, output)
+            if pid:
+                return Forked(pid)
+            self._servers.pop(spec.fork_server, server).end()
+        return await execute(spec, output)
+
+    def end(self) -> None:
+        """End them. What they forked lives on."""
+        while self._servers:
+            self._servers.popitem()[1].end()
+
+
+class ForkServer:
+    """One fork server, forked of this process."""
+
+    def __init__(self, preload: Preload, others: Sequence["ForkServer"]) -> None:
+        self._patience_s, self._has_ended = FIRST_ANSWER_S, False
+        self._turn = asyncio.Lock()
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        supervisor = os.getpid()
+        self.pid = os.fork()
+        if not self.pid:
+            for each in (self, *others):
+                each._channel.close()
+            fork_server.serve(theirs, preload, ROOT, supervisor)
+        theirs.close()
+        self._channel.setblocking(False)
+
+    async def fork(self, spec: ProcessSpec, output: int) -> int:
+        """The id of a process that runs what `spec` says and is now a child of this one; 0 if there is none. Must not be
+        cancelled: there may be one."""
+        _, _, module, *arguments = spec.command
+        order = Order(module, arguments, os.environ | spec.environment, spec.starts_gently)
+        async with self._turn:
+            try:
+                socket.send_fds(self._channel, [order.encode()], [output])
+                return int.from_bytes(await self._answer(), sys.byteorder)
+            except OSError:  # it is gone, or the order is too long
+                return 0
+
+    async def _answer(self) -> bytes:
+        answer = asyncio.create_task(asyncio.get_running_loop().sock_recv(self._channel, PID_BYTES))
+        _, late = await asyncio.wait([answer], timeout=self._patience_s)
+        if late:
+            os.kill(self.pid, signal.SIGKILL)  # what it has forked and not told of ends then
+        self._patience_s = ANSWER_S
+        return await answer
+
+    def end(self) -> None:
+        """End it. An order that it has not answered is not followed."""
+        if not self._has_ended:
+            self._has_ended = True
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        if not self._turn.locked():
+            self._channel.close()
+
+
+class Forked:
+    """A child of this process that a fork server made."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        """Its exit status, or the signal that ended it as a negative number, once somebody has waited for it."""
+        self._handle = os.pidfd_open(pid)
+
+    async def wait(self) -> int:
+        """Its `returncode`. To be called once."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._handle, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._handle)
+            os.close(self._handle)
+        _, status = os.waitpid(self.pid, 0)
+        self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+def _can_fork() -> bool:
+    """Whether this process may be forked as it is, and children can be waited for whoever made them."""
+    if sys.platform != "linux" or not hasattr(os, "pidfd_open") or len(list(TASKS.iterdir())) > 1:
+        return False
+    try:
+        with kin.Adoption():
+            os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
