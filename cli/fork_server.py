@@ -74,14 +74,14 @@ def serve(channel: socket.socket, preload: Preload, root: Path, supervisor: int)
     os.environ.update(preload.environment)
     os.chdir(root)
     sys.path.insert(0, str(root))
-    if not _prepare(preload.modules):
+    if not prepare(preload.modules):
         os._exit(1)
     order, output = _next_order(channel, supervisor)
     _become(order, output)
 
 
-def _prepare(modules: Sequence[str]) -> bool:
-    """Import them; whether this process may be forked then."""
+def prepare(modules: Sequence[str]) -> bool:
+    """Import them; whether this process can be forked then."""
     gc.disable()  # what is imported stays
     try:
         for name in modules:
@@ -97,7 +97,7 @@ def _prepare(modules: Sequence[str]) -> bool:
 
 
 def _has_one_thread() -> bool:
-    """Whether this process has one thread when it has forked. numpy's BLAS begins with some, and ends them at a fork."""
+    """Whether this process has one thread once it has forked: numpy's BLAS begins with some, and ends them then."""
     if not (child := os.fork()):
         os._exit(0)
     os.waitpid(child, 0)

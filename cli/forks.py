@@ -24,13 +24,13 @@ ANSWER_S = 5.0
 class ForkServers:
     """Starts processes: forks them where it can. Made before the event loop within which it `launch`es."""
 
-    def __init__(self, preloads: Mapping[str, Preload]) -> None:
-        """Start a fork server for each, if they can be here. Does not return in what these fork, which ends by
-        SystemExit."""
+    def __init__(self, preloads: Mapping[str, Preload], answer_s: float = ANSWER_S) -> None:
+        """Start a fork server for each, if there can be any here; `answer_s` is what one may take that has answered
+        before. Does not return in what they fork, which ends by SystemExit."""
         self._adoption = kin.Adoption()
         self._servers: dict[str, ForkServer] = {}
         for name, preload in preloads.items() if _can_fork() else ():
-            self._servers[name] = ForkServer(preload, list(self._servers.values()))
+            self._servers[name] = ForkServer(preload, list(self._servers.values()), answer_s)
 
     def __enter__(self) -> Self:
         return self
@@ -62,8 +62,8 @@ class ForkServers:
 class ForkServer:
     """One fork server, forked of this process."""
 
-    def __init__(self, preload: Preload, others: Sequence["ForkServer"]) -> None:
-        self._patience_s, self._has_ended = FIRST_ANSWER_S, False
+    def __init__(self, preload: Preload, others: Sequence["ForkServer"], answer_s: float) -> None:
+        self._patience_s, self._answer_s, self._has_ended = FIRST_ANSWER_S, answer_s, False
         self._turn = asyncio.Lock()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sys.stdout.flush()
@@ -78,7 +78,7 @@ class ForkServer:
         self._channel.setblocking(False)
 
     async def fork(self, spec: ProcessSpec, output: int) -> int:
-        """The id of a process that runs what `spec` says and is now a child of this one; 0 if there is none. Must not be
+        """The id of a process that runs what `spec` says and is now a child of this one; 0 if there is none. Not to be
         cancelled: there may be one."""
         _, _, module, *arguments = spec.command
         order = Order(module, arguments, os.environ | spec.environment, spec.starts_gently)
@@ -94,7 +94,7 @@ class ForkServer:
         _, late = await asyncio.wait([answer], timeout=self._patience_s)
         if late:
             os.kill(self.pid, signal.SIGKILL)  # what it has forked and not told of ends then
-        self._patience_s = ANSWER_S
+        self._patience_s = self._answer_s
         return await answer
 
     def end(self) -> None:
@@ -125,7 +125,7 @@ class Forked:
         finally:
             loop.remove_reader(self._handle)
             os.close(self._handle)
-        _, status = os.waitpid(self.pid, 0)
+        _, status = os.waitpid(self.pid, 0)  # noqa: ASYNC222 - it has ended
         self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 

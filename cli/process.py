@@ -47,8 +47,8 @@ NUM_OLD_LOGS = 4
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """What to run. `name` is unique in a cluster. One that `starts_gently` ends that itself (`shared.gentle_start`). What
-    names a `fork_server` is Python's `-m MODULE`, and may be forked of that one instead (`cli.forks`)."""
+    """What to run. `name` is unique in a cluster. One that `starts_gently` ends that itself (`shared.gentle_start`).
+    With a `fork_server` the command is that of a module (`python -m`), and that one forks it where it can."""
 
     role: str
     name: str

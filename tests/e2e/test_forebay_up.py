@@ -112,19 +112,27 @@ async def test_processes_of_one_host_talk_over_its_sockets(sim_cluster: RunningC
     assert await _answers_over_sockets(sim_cluster) == {True}
 
 
-async def _kill_the_supervisor(killed: list[int]) -> None:
+def _children(pid: int) -> list[int]:
+    """Processes that are a process's children, blackboard, services and fork servers in its case."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def _kill_the_supervisor(killed: list[int], forking: list[int]) -> None:
     with background.cluster(*SIM) as started:
         killed += _pids(started.run)
+        forking += set(_children(started.supervisor.pid)) - set(killed)
         started.supervisor.kill()
         await asyncio.to_thread(started.supervisor.wait, DEADLINE_S)
 
 
 async def test_nothing_outlives_a_supervisor_that_is_killed() -> None:
     pids: list[int] = []
+    forking: list[int] = []
     with pytest.raises(RuntimeError, match="ended with -9"):
-        await _kill_the_supervisor(pids)
+        await _kill_the_supervisor(pids, forking)
     assert len(pids) == 5
-    await _until_gone(pids)
+    assert len(forking) == 1
+    await _until_gone(pids + forking)
 
 
 async def test_ctrl_c_finishes_what_runs_and_leaves_no_process_no_port_and_no_file() -> None:
@@ -132,6 +140,8 @@ async def test_ctrl_c_finishes_what_runs_and_leaves_no_process_no_port_and_no_fi
         directory = default_cache() / "run" / str(started.supervisor.pid)
         rows = (await RunningCluster(started.supervisor, started.run).status()).values()
         addresses = [row[kind] for row in rows for kind in ("address", "http_address", "metrics_address") if row[kind]]
+        children = _children(started.supervisor.pid)
+        assert set(_pids(started.run)) < set(children)
         assert directory.is_dir()
         assert all(map(_listens, addresses))
         async with (
@@ -144,7 +154,7 @@ async def test_ctrl_c_finishes_what_runs_and_leaves_no_process_no_port_and_no_fi
             rest = [line async for line in lines]
         assert rest[-2:] == ["data: [DONE]", ""]
         assert await asyncio.to_thread(started.supervisor.wait, DEADLINE_S) == 0
-    assert not any(map(_lives, _pids(started.run)))
+    assert not any(map(_lives, children))
     assert not any(map(_listens, addresses))
     assert not directory.exists()
 

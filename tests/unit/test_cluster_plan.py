@@ -74,3 +74,15 @@ def test_extra_flags_go_to_the_role_they_are_meant_for() -> None:
         assert ("--page-size" in spec.command) == (spec.role in plan.WORKERS)
         assert ("--r" in spec.command) == (spec.role == "router")
         assert ("--g" in spec.command) == (spec.role == "gateway")
+
+
+@pytest.mark.parametrize("engine", ["sim", "torch"])
+def test_every_service_is_forked_of_what_has_imported_it(engine: str) -> None:
+    options = ClusterOptions(model="m", engine=engine)
+    preloads = plan.preloads(options)
+    for spec in plan.services(options, URL):
+        preload = preloads[spec.fork_server]
+        assert spec.command[1:3] == ("-m", f"services.{spec.role}")
+        assert f"services.{spec.role}.__main__" in preload.modules
+        assert preload.environment.items() <= spec.environment.items()
+        assert ("OMP_WAIT_POLICY" in spec.environment) == (spec.role in plan.WORKERS)
