@@ -117,4 +117,4 @@ def _service(
 ) -> ProcessSpec:
     name = f"{role}-{number}"
     command = (sys.executable, "-m", f"services.{role}", "--name", name, *flags)
-    return ProcessSpec(role, name, command, environment or {}, starts_gently=True, fork_server=fork_server)
+    return ProcessSpec(role, name, command, environment or {}, starts_gently=role in WORKERS, fork_server=fork_server)

@@ -28,7 +28,7 @@ async def supervise(servers: ForkServers, folder: Path, arguments: list[str]) ->
     processes: list[Supervised] = []
     for number, argument in enumerate(arguments):
         command = (sys.executable, "-m", "tests.unit.probe", argument)
-        spec = ProcessSpec("probe", f"probe-{number}", command, {"MARK": str(number)}, fork_server="rig")
+        spec = ProcessSpec("probe", f"probe-{number}", command, {"MARK": str(number)}, True, "rig")
         processes.append(Supervised(spec, folder, on_change=say, first_backoff_s=0.01, launch=servers.launch))
         await processes[-1].start()
     await asyncio.sleep(1000)

@@ -10,6 +10,7 @@ import time
 import uuid
 from pathlib import Path
 
+from shared import gentle_start
 from tests.unit.preloaded import IMPORTED_BY
 
 
@@ -31,6 +32,7 @@ def _facts() -> dict[str, object]:
         "ignored": Path("/proc/self/status").read_text().split("SigIgn:")[1].split()[0],
         "num_files": len(list(Path("/proc/self/fd").iterdir())),
         "input": str(Path("/proc/self/fd/0").readlink()),
+        "share": gentle_start.AUTOGROUP.read_text().rpartition("nice ")[2] if gentle_start.AUTOGROUP.exists() else "",
         "title": Path("/proc/self/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode(),
     }
 
