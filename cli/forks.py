@@ -17,8 +17,8 @@ from cli.fork_server import PID_BYTES, TASKS, Order, Preload
 from cli.process import ROOT, ProcessSpec, Running, execute
 
 # What a fork server may take to answer. Its first answer comes when it has imported everything.
-FIRST_ANSWER_S = 60.0
-ANSWER_S = 5.0
+FIRST_ANSWER_S = 120.0
+ANSWER_S = 10.0
 
 
 class ForkServers:

@@ -1,9 +1,9 @@
 """A supervisor of its own process, since one that forks must have no thread:
 
-    python -m tests.unit.fork_rig FOLDER PRELOAD [ARGUMENT ...]
+    python -m tests.unit.fork_rig FOLDER PRELOAD PATIENCE_S [ARGUMENT ...]
 
-It supervises one probe for each argument, with logs in the folder. It says which process its fork server is (0: none is
-left) whenever a probe starts or ends, and what ends.
+It supervises one probe for each argument, with logs in the folder, and waits so long for its fork server. It says
+which process that is (0: none is left) whenever a probe starts or ends, and what ended the first one last.
 """
 
 import asyncio
@@ -14,8 +14,6 @@ from pathlib import Path
 from cli.fork_server import Preload
 from cli.forks import ForkServers
 from cli.process import ProcessSpec, Supervised
-
-ANSWER_S = 0.5
 
 
 async def supervise(servers: ForkServers, folder: Path, arguments: list[str]) -> None:
@@ -36,5 +34,5 @@ async def supervise(servers: ForkServers, folder: Path, arguments: list[str]) ->
 
 if __name__ == "__main__":
     os.environ["GONE"] = "taken away before anything is started"
-    with ForkServers({"rig": Preload((sys.argv[2],))}, ANSWER_S) as fork_servers:
-        asyncio.run(supervise(fork_servers, Path(sys.argv[1]), sys.argv[3:]))
+    with ForkServers({"rig": Preload((sys.argv[2],))}, float(sys.argv[3])) as fork_servers:
+        asyncio.run(supervise(fork_servers, Path(sys.argv[1]), sys.argv[4:]))
