@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.process import LONGEST_BACKOFF_S, ProcessSpec, Supervised, next_backoff, rotate
+from cli.process import LONGEST_BACKOFF_S, ProcessSpec, Running, Supervised, execute, next_backoff, rotate
 from shared import gentle_start
 
 DEADLINE_S = 20.0
@@ -95,6 +95,27 @@ async def test_stopping_between_two_starts_starts_nothing(tmp_path: Path) -> Non
     await asyncio.wait_for(process.died.wait(), DEADLINE_S)
     await asyncio.wait_for(process.stop(1), DEADLINE_S)
     assert process.num_starts == 1
+
+
+async def test_a_start_that_is_given_up_leaves_no_process(tmp_path: Path) -> None:
+    asked, go_on, started = asyncio.Event(), asyncio.Event(), list[Running]()
+
+    async def slowly(spec: ProcessSpec, output: int) -> Running:
+        asked.set()
+        await go_on.wait()
+        started.append(await execute(spec, output))
+        return started[-1]
+
+    spec = ProcessSpec("test", "test-0", (sys.executable, "-c", WAIT_FOR_EVER))
+    process = Supervised(spec, tmp_path, launch=slowly)
+    starting = asyncio.create_task(process.start())
+    await asked.wait()
+    starting.cancel()
+    stopping = asyncio.create_task(process.stop(DEADLINE_S))
+    await asyncio.gather(starting, return_exceptions=True)
+    go_on.set()
+    await asyncio.wait_for(stopping, 2 * DEADLINE_S)
+    assert [each.returncode for each in started] == [-signal.SIGTERM]
 
 
 def test_who_fails_again_and_again_is_started_ever_more_slowly() -> None:
