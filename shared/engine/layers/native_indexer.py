@@ -23,9 +23,7 @@ class Chooser:
         weakref.finalize(self, self._library.forebay_team_destroy, self._team)
         self._workspace = torch.empty(0, dtype=torch.uint8)
 
-    def __call__(
-        self, q: torch.Tensor, head_weights: torch.Tensor, keys: Rows, step: Placed, top_k: int
-    ) -> Selection:
+    def __call__(self, q: torch.Tensor, head_weights: torch.Tensor, keys: Rows, step: Placed, top_k: int) -> Selection:
         """As `sparse_reference.select`; `keys` are one of `quantization.rows`."""
         width = min(top_k, max(step.contexts))
         chosen = (step.positions[:, None] - torch.arange(width - 1, -1, -1)).clamp_min_(-1)

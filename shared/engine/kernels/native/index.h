@@ -10,7 +10,6 @@
 namespace forebay {
 
 constexpr int SCORED_ROWS = TILE_ROWS / 2 > 0 ? TILE_ROWS / 2 : 1;  // half of the registers hold what heads add up to
-constexpr int CHOOSING_ROWS = 60;                                   // rows that share one pass over the keys
 
 // A layer's index keys, one row per token, page_size of them per page. In E4M3 values have a scale for each token.
 struct IndexKeys {
@@ -89,12 +88,12 @@ __attribute__((noinline)) void score_tile(const uint32_t* q, const float* weight
             for (int half = 0; half < 2; half++)
                 scores[row][half] += splat(weights[row * num_heads + head]) * rectified(products[row][half]);
     }
+#pragma GCC unroll 8
     for (int row = 0; row < ROWS; row++) {
-        above[row] = 0;
-        for (int half = 0; half < 2; half++) {
-            store(out + row * SPAN + half * LANES, scores[row][half]);
-            above[row] |= which_above(scores[row][half], splat(least[row])) << half * LANES;
-        }
+        const f32x16 low = scores[row][0], high = scores[row][1], bound = splat(least[row]);
+        store(out + row * SPAN, low);
+        store(out + row * SPAN + LANES, high);
+        above[row] = which_above(low, bound) | which_above(high, bound) << LANES;
     }
 }
 

@@ -1,7 +1,7 @@
 // The choice of tokens of sparse attention (DSA): index scores of a step's rows against the keys in their pages, and the
 // best of each row. Twin of `select` in kernels/sparse_reference.py.
 //
-// A unit of work is (up to 60 successive rows of a sequence, a range of its keys). It walks its keys in spans of 32, each
+// A unit of work is (up to 240 successive rows of a sequence, a range of its keys). It walks its keys in spans of 32, each
 // packed once, and of a row keeps only what may yet be chosen, which are the scores above the K-th best so far: few,
 // behind the first keys. The order of additions depends on nothing but the model's shape, and a choice is that of all
 // scores however rows and keys are shared out. Structures and signatures are mirrored in kernels/native.py.
@@ -13,6 +13,8 @@
 namespace forebay {
 
 constexpr long LEAST_KEYS = 4096;  // of a range: each finds the best of its own
+// Rows that share a pass over the keys: as many as what is found for them lets stay in a core's cache, or nearly.
+constexpr long MOST_ROWS = 240, LEAST_ROWS = 60, FOUND_BYTES = 1 << 20;
 
 struct IndexStep {
     int64_t num_rows, num_parts, num_heads, top_k, q_is_bf16;
@@ -32,21 +34,12 @@ struct Block {
     long first, last;
 };
 
-inline long blocks_of(const IndexStep& s, long part) {
-    return (s.parts[2 * part + 1] - s.parts[2 * part] + CHOOSING_ROWS - 1) / CHOOSING_ROWS;
-}
-
-inline Block block_of(const IndexStep& s, long index) {
-    long part = 0;
-    for (; index >= blocks_of(s, part); part++) index -= blocks_of(s, part);
-    const long first = s.parts[2 * part] + index * CHOOSING_ROWS;
-    return {first, std::min<long>(s.parts[2 * part + 1], first + CHOOSING_ROWS)};
-}
-
 // How a step is divided, and where its intermediate results are.
 struct Choosing {
     const IndexStep& s;
-    long num_blocks = 0, num_ranges = 1, capacity = 2 * s.top_k + 2 * SPAN;
+    const long capacity = 2 * s.top_k + 2 * SPAN;  // of what is found for a row
+    const long most_rows = std::clamp<long>(FOUND_BYTES / (capacity * sizeof(uint64_t)), LEAST_ROWS, MOST_ROWS);
+    long num_blocks = 0, num_ranges = 1;
     int64_t thread_bytes, num_bytes;
     Phase* phases;
     char* scratch;
@@ -56,12 +49,12 @@ struct Choosing {
     Choosing(const IndexStep& s, int num_threads) : s(s) {
         long most_keys = 0;
         for (long part = 0; part < s.num_parts; part++) {
-            num_blocks += blocks_of(s, part);
+            num_blocks += blocks_of(part);
             most_keys = std::max<long>(most_keys, s.positions[s.parts[2 * part + 1] - 1] + 1);
         }
-        if (num_threads > 1) num_ranges = std::clamp(2 * num_threads / num_blocks, 1L, most_keys / LEAST_KEYS + 1);
+        if (num_threads > 1) num_ranges = std::clamp(4 * num_threads / num_blocks, 1L, most_keys / LEAST_KEYS + 1);
         thread_bytes = align(s.keys.dim * (2 * SPAN + 1) * sizeof(float)) +
-                       align((CHOOSING_ROWS + 1) * capacity * sizeof(uint64_t));
+                       align((most_rows + 1) * capacity * sizeof(uint64_t));
         const int64_t lists = num_ranges > 1 ? s.num_rows * num_ranges : 0;
         int64_t at = 0;
         place(phases, at, 2);
@@ -77,6 +70,17 @@ struct Choosing {
     }
 
     long num_units() const { return num_blocks * num_ranges; }
+
+    long blocks_of(long part) const {
+        return (s.parts[2 * part + 1] - s.parts[2 * part] + most_rows - 1) / most_rows;
+    }
+
+    Block block_of(long index) const {
+        long part = 0;
+        for (; index >= blocks_of(part); part++) index -= blocks_of(part);
+        const long first = s.parts[2 * part] + index * most_rows;
+        return {first, std::min<long>(s.parts[2 * part + 1], first + most_rows)};
+    }
 };
 
 // The best of one row of `num` found, in rising order behind as many -1 as are missing.
@@ -92,9 +96,9 @@ template <class T> struct Chooser {
     const Choosing& c;
     uint32_t* panel;
     T *room, *zeros;
-    uint64_t *found, *spare;  // [CHOOSING_ROWS, capacity], [capacity]
-    long num_found[CHOOSING_ROWS];
-    float least[CHOOSING_ROWS];
+    uint64_t *found, *spare;  // [rows of a block, capacity], [capacity]
+    long num_found[MOST_ROWS];
+    float least[MOST_ROWS];
 
     Chooser(const Choosing& c, int thread) : s(c.s), c(c) {
         float* values = (float*)(c.scratch + thread * c.thread_bytes);
@@ -103,21 +107,21 @@ template <class T> struct Chooser {
         zeros = (T*)(values + 2 * s.keys.dim * SPAN);
         std::fill(zeros, zeros + s.keys.dim, T{});
         found = (uint64_t*)(c.scratch + thread * c.thread_bytes + align(s.keys.dim * (2 * SPAN + 1) * sizeof(float)));
-        spare = found + CHOOSING_ROWS * c.capacity;
+        spare = found + c.most_rows * c.capacity;
     }
 
     void run() {
         share(c.phases[0], (int)c.num_units(), 1, [&](int unit, int) { search(unit); });
         if (c.num_ranges == 1) return;
         share(c.phases[1], (int)c.num_blocks, 1, [&](int index, int) {
-            const Block block = block_of(s, index);
+            const Block block = c.block_of(index);
             for (long row = block.first; row < block.last; row++) merge(row);
         });
     }
 
     // The best of a block of rows in one range of keys.
     void search(long unit) {
-        const Block block = block_of(s, unit / c.num_ranges);
+        const Block block = c.block_of(unit / c.num_ranges);
         const long end = s.positions[block.last - 1] + 1, num_rows = block.last - block.first;
         const long spans = ((end + SPAN - 1) / SPAN + c.num_ranges - 1) / c.num_ranges, range = unit % c.num_ranges;
         std::fill(num_found, num_found + num_rows, 0);

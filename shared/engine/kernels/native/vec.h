@@ -32,7 +32,8 @@ template <class V> inline V load(const void* from) {
     return v;
 }
 template <class V> inline void store(void* to, V v) { memcpy(to, &v, sizeof v); }
-inline f32x16 splat(float x) { return f32x16{} + x; }
+// Not {} + x, which is an addition more wherever it is done: -0 + 0 is not -0.
+inline f32x16 splat(float x) { return f32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 inline u32x16 splat(uint32_t x) { return u32x16{} + x; }
 
 template <class T> inline f32x16 mac(f32x16 acc, u32x16 w, uint32_t a);
@@ -87,7 +88,13 @@ template <class T> inline void put_some(T* to, f32x16 v, int count) {
 
 inline f32x16 greater(f32x16 a, f32x16 b) { return a > b ? a : b; }
 // What is no number stays none.
-inline f32x16 rectified(f32x16 v) { return f32x16{} > v ? f32x16{} : v; }
+inline f32x16 rectified(f32x16 v) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_max_ps(__m512{}, (__m512)v);
+#else
+    return f32x16{} > v ? f32x16{} : v;
+#endif
+}
 
 // In which lanes a > b, a bit each.
 inline uint32_t which_above(f32x16 a, f32x16 b) {
