@@ -120,6 +120,21 @@ def test_keys_are_chosen_in_whatever_form_they_are_kept(form: str, dtype: torch.
         assert torch.equal(found[own], expected)
 
 
+@needs_compiler
+@pytest.mark.parametrize("top_k", [1, 50, 127, 200])
+def test_every_code_of_an_fp8_key_is_what_it_is_to_torch(top_k: int) -> None:
+    """Those of what is no number included; pages have scales of their own."""
+    pool = torch.zeros(256 // PAGE_SIZE, PAGE_SIZE * 5, dtype=torch.uint8)
+    rows = Fp8IndexKeys(pool, PAGE_SIZE, 1)
+    rows.values[:] = torch.arange(256, dtype=torch.uint8).view(rows.values.shape)
+    rows.scales[:] = (2.0 ** (torch.arange(256.0) % 3)).view(-1, PAGE_SIZE, 1).view(torch.uint8)
+    q, head_weights = torch.tensor([[[1.0], [-1.0]]]), torch.tensor([[1.0, -1.0]])
+    item = BatchItem("r", [0], 255, list(range(len(pool))), True, SamplingParams(), 0)
+    placed = Placed.of(build([item], PAGE_SIZE), PAGE_SIZE)
+    expected = sparse_reference.select(q, head_weights, rows, placed, top_k)
+    assert torch.equal(native_select(1)(q, head_weights, rows, placed, top_k), expected)
+
+
 def kept(form: str, num_pages: int, dim: int) -> Rows:
     """An empty layer's keys in pages that have as much of another in front of them."""
     if form == "fp8":
