@@ -3,6 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,7 +13,7 @@ import httpx
 from cli import plan
 from cli.forks import ForkServers
 from cli.plan import ClusterOptions
-from cli.ports import Reserved, is_free
+from cli.ports import Reserved, in_a_row, is_free
 from cli.process import ProcessSpec, Supervised
 from cli.state import ProcessState, RunDirectory, RunState, now_ms
 from shared import healthcheck, local_sockets
@@ -47,6 +48,11 @@ class Cluster:
         self._processes: list[Supervised] = []
         self._awaited: Sequence[str] = ()
         self._port = None if options.redis_url else Reserved(options.host)
+        self._reserved = [self._port] if self._port else []
+        if not options.port:  # a gateway that is started again is where clients know it to be
+            gateways = in_a_row(options.host, options.num_gateways)
+            self._options = replace(options, port=gateways[0].number)
+            self._reserved += gateways
         self._sockets = directory.sockets if options.local_sockets else None
         self._socket = self._socket_of_blackboard()
         self._embedded = plan.blackboard(options.host, self._port.number, self._socket) if self._port else None
@@ -86,8 +92,8 @@ class Cluster:
         blackboard = by_role.pop(plan.BLACKBOARD, [])
         for group in [*by_role.values(), blackboard]:
             await asyncio.gather(*(process.stop(grace_s + CLOSE_S) for process in group))
-        if self._port:
-            self._port.close()
+        for port in self._reserved:
+            port.close()
 
     def kill(self) -> None:
         """End all at once; `stop` then returns soon."""
@@ -181,7 +187,7 @@ class Cluster:
 
 
 def _refuse_taken_ports(options: ClusterOptions) -> None:
-    for port in range(options.port, options.port + options.num_gateways) if options.port else ():
+    for port in range(options.port, options.port + options.num_gateways):
         if not is_free(options.host, port):
             raise StartFailed(f"port {port} is taken; choose another with --port, or --port 0 for any")
 

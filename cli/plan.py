@@ -68,7 +68,7 @@ def services(options: ClusterOptions, redis_url: str, local_sockets: str = "") -
         *("--drain-grace-ms", str(options.grace_ms), "--log-level", options.log_level),
     ]
     gateways = [
-        _service("gateway", number, [*common, "--http-port", str(_http_port(options, number)), *options.gateway_flags])
+        _service("gateway", number, [*common, "--http-port", str(options.port + number), *options.gateway_flags])
         for number in range(options.num_gateways)
     ]
     routers = [_service("router", number, [*common, *options.router_flags]) for number in range(options.num_routers)]
@@ -106,10 +106,6 @@ def _device(options: ClusterOptions, place: int) -> list[str]:
     """The GPUs of a worker, of which it is told the first."""
     num_shares = options.num_gpus // options.tensor_parallel
     return ["--device", f"cuda:{place % num_shares * options.tensor_parallel}"] if num_shares else []
-
-
-def _http_port(options: ClusterOptions, number: int) -> int:
-    return options.port + number if options.port else 0
 
 
 def _service(

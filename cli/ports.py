@@ -28,6 +28,20 @@ class Reserved:
         self._socket.close()
 
 
+def in_a_row(host: str, count: int) -> list[Reserved]:
+    """So many neighbours, one at least, wherever there are as many. Raises OSError if `host` is not this machine's."""
+    while True:
+        ports = [Reserved(host)]
+        try:
+            while len(ports) < count:
+                ports.append(Reserved(host, ports[-1].number + 1))
+        except (OSError, OverflowError):  # taken, or behind the last of all
+            for port in ports:
+                port.close()
+        else:
+            return ports
+
+
 def is_free(host: str, port: int) -> bool:
     """Whether a server could listen on the port."""
     with socket.socket() as probe:

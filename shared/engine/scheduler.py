@@ -285,8 +285,11 @@ class Scheduler:
         if sequence.table.page_ids:
             return self._kv.extend(sequence.table, sequence.num_pages_missing)
         # Who runs may soon need a page more: without room for that, the newcomer would be the first to be preempted.
-        num_spare = sum(not each.request.prefill_only for each in self.running)
-        table = self._kv.reserve(sequence.reusable_hashes, sequence.num_pages_missing, num_spare)
+        hashes, num_missing = sequence.reusable_hashes, sequence.num_pages_missing
+        table = self._kv.reserve(hashes, num_missing, len(self.running))
+        if table is None:  # only then does it matter who of them will: all are looked at, for each newcomer
+            num_spare = sum(not each.request.prefill_only for each in self.running)
+            table = self._kv.reserve(hashes, num_missing, num_spare)
         if table is not None:
             sequence.table = table
         return table is not None

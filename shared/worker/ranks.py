@@ -3,6 +3,7 @@
 from typing import Any
 
 from shared.engine.executor import TorchExecutor, load_executor
+from shared.engine.models import registry
 from shared.engine.parallel import distributed
 from shared.engine.parallel.partition import ExpertSplit, Shard
 from shared.errors import Internal
@@ -22,6 +23,7 @@ class Ranks:
     ) -> None:
         """Load a model, with the arguments `settings` of `load_executor`, on `num_ranks` ranks that wait `timeout_s`
         for each other; `log` is their name and level there. Raises a Fault if that is not possible."""
+        registry.require_shares(settings["model_dir"], Shard(0, num_ranks, split))
         self.others = [RankProcess(rank) for rank in range(1, num_ranks)]
         try:
             self.executor = self._load(settings, Shard(0, num_ranks, split), timeout_s, log)

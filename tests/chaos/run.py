@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 
 from tests.chaos.faults import END, KILL, STOP, Faults
 from tests.chaos.load import Clients
-from tests.chaos.ports import two_ports
 from tests.chaos.reclaim import clients_leave, readers_die
 from tests.chaos.report import Report
 from tests.chaos.requests import MODEL, asks, repeated
@@ -23,6 +22,7 @@ from tests.e2e.cluster import RunningCluster, running
 
 LEASE_S = 10.0
 START_S = 60.0
+NUM_GATEWAYS = 2
 # What the default model is asked, again and again: each answer has to be computed once before, while nothing is wrong.
 NUM_RECORDED = 40
 
@@ -45,10 +45,10 @@ class Plan:
     decode_ms: float = 25.0
     only: tuple[str, str] | None = None
 
-    def flags(self, port: int) -> list[str]:
+    def flags(self) -> list[str]:
         """Of `forebay up`."""
         workers = [*("--prefill", str(self.num_prefill)), *("--decode", str(self.num_decode))]
-        return [*workers, *("--gateways", "2", "--routers", "2"), *("--port", str(port))]
+        return [*workers, *("--gateways", str(NUM_GATEWAYS)), *("--routers", "2")]
 
 
 async def sim(plan: Plan) -> Report:
@@ -57,10 +57,10 @@ async def sim(plan: Plan) -> Report:
         f"--sim-prefill-ms-per-token {plan.prefill_ms_per_token} --sim-decode-ms {plan.decode_ms} --kv-cache-mb 64"
     )
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        port, text = stack.enter_context(two_ports()), write_tokenizer(Path(folder))
+        text = write_tokenizer(Path(folder))
         engine = ["--engine", "sim", f"--worker-flags={worker_flags}", f"--gateway-flags=--tokenizer sim={text}"]
-        cluster = stack.enter_context(running(*engine, *plan.flags(port)))
-        clients = Clients(_urls(port), cluster.model, asks(plan.seed), plan.client_pause_s)
+        cluster = stack.enter_context(running(*engine, *plan.flags()))
+        clients = Clients(cluster.urls(NUM_GATEWAYS), cluster.model, asks(plan.seed), plan.client_pause_s)
         report, faults = await run(plan, cluster, clients, SimTwin())
         report.reclaim_s["after clients left"] = await clients_leave(cluster, clients.urls[0], LEASE_S + 5)
         killed = await readers_die(cluster, clients.urls[0], faults, LEASE_S + 5)
@@ -71,19 +71,14 @@ async def sim(plan: Plan) -> Report:
 async def model(plan: Plan) -> Report:
     """The run on the default model in float32. What an answer must be is asked first, while nothing is wrong."""
     with ExitStack() as stack:
-        port = stack.enter_context(two_ports())
-        flags = ["--dtype", "float32", "--worker-flags=--kv-cache-mb 256", *plan.flags(port)]
+        flags = ["--dtype", "float32", "--worker-flags=--kv-cache-mb 256", *plan.flags()]
         cluster = stack.enter_context(running(*flags))
         todo = list(islice(asks(plan.seed, MODEL), NUM_RECORDED))
         patient = iter([ask.patient(deadline_s=300.0) for ask in todo])
-        before = Clients(_urls(port), cluster.model, patient)
+        before = Clients(cluster.urls(NUM_GATEWAYS), cluster.model, patient)
         await asyncio.gather(*(before.run(number, lambda: True) for number in range(plan.num_clients)))
-        clients = Clients(_urls(port), cluster.model, repeated(todo), plan.client_pause_s)
+        clients = Clients(cluster.urls(NUM_GATEWAYS), cluster.model, repeated(todo), plan.client_pause_s)
         return (await run(plan, cluster, clients, RecordedTwin(before.answers)))[0]
-
-
-def _urls(port: int) -> list[str]:
-    return [f"http://127.0.0.1:{port + i}" for i in range(2)]
 
 
 async def run(plan: Plan, cluster: RunningCluster, clients: Clients, twin: Twin) -> tuple[Report, Faults]:

@@ -42,6 +42,11 @@ class RunningCluster:
         """Of the first gateway's REST interface."""
         return self.run.url
 
+    def urls(self, number: int) -> list[str]:
+        """Of the first so many gateways' REST interfaces, whose ports are neighbours."""
+        host, _, port = self.url.rpartition(":")
+        return [f"{host}:{int(port) + offset}" for offset in range(number)]
+
     @property
     def model(self) -> str:
         """Name of the served model."""

@@ -3,15 +3,14 @@
 import asyncio
 import json
 import signal
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import pytest
+import httpx
 
 from tests.chaos.answers import COMPLETE, NOT_TAKEN, Answer
 from tests.chaos.load import Clients
-from tests.chaos.ports import two_ports
 from tests.chaos.requests import asks
 from tests.chaos.twin import SimTwin, write_tokenizer, wrong
 from tests.e2e.client import SLOW, Start, client_of
@@ -23,10 +22,10 @@ START_DEADLINE_S = 60.0  # of four processes at once, beside load
 
 
 @asynccontextmanager
-async def load(cluster: RunningCluster, port: int) -> AsyncGenerator[list[Answer], None]:
+async def load(cluster: RunningCluster) -> AsyncGenerator[list[Answer], None]:
     """Clients that stay to the end of their answers; all answers are there once it is left."""
     patient = (ask.patient(deadline_s=30.0) for ask in asks(seed=1))
-    clients = Clients([f"http://127.0.0.1:{port + i}" for i in range(2)], cluster.model, patient, pause_s=0.1)
+    clients = Clients(cluster.urls(2), cluster.model, patient, pause_s=0.1)
     stop = asyncio.Event()
     running = [asyncio.create_task(clients.run(number, lambda: not stop.is_set())) for number in range(NUM_CLIENTS)]
     try:
@@ -46,24 +45,19 @@ async def restart(cluster: RunningCluster, number: int) -> None:
     )
 
 
-@pytest.fixture
-def port() -> Iterator[int]:
-    with two_ports() as first:
-        yield first
-
-
-async def test_a_fleet_restarted_under_load_costs_no_client_an_error(
-    port: int, start_cluster: Start, tmp_path: Path
-) -> None:
+async def test_a_fleet_restarted_under_load_costs_no_client_an_error(start_cluster: Start, tmp_path: Path) -> None:
     text = write_tokenizer(tmp_path)
     both = (argument for role in ROLES for argument in (f"--{role}s" if role in ROLES[:2] else f"--{role}", "2"))
-    cluster = start_cluster("--engine", "sim", *both, "--port", str(port), f"--gateway-flags=--tokenizer sim={text}")
-    async with load(cluster, port) as answers:
+    cluster = start_cluster("--engine", "sim", *both, f"--gateway-flags=--tokenizer sim={text}")
+    async with load(cluster) as answers:
         for number in range(2):
             await restart(cluster, number)
     assert {answer.end for answer in answers} <= {COMPLETE, NOT_TAKEN}
     assert wrong(answers, SimTwin()) == []
     assert sum(answer.end == COMPLETE for answer in answers) > NUM_CLIENTS
+    async with httpx.AsyncClient() as client:
+        for url in cluster.urls(2):  # where they were
+            assert (await client.get(f"{url}/health")).is_success
     await cluster.until_pages_are_free()
 
 

@@ -1,4 +1,5 @@
 import random
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 MakeExecutor = Callable[[int], Executor]
 NUM_TOKENS = 24
-BEHIND = "behind"
+BEHIND, REJECTION = "behind", "rejection"
 
 
 def sim(num_pages: int) -> Executor:
@@ -37,11 +38,10 @@ def behind(executor: Executor) -> Executor:
     return TorchExecutor(executor.model, executor.spec, executor.memory, behind=True)
 
 
-def tiny_model(variant: str, path: Path, *, rejection: bool = False, **changes: Any) -> MakeExecutor:
-    from shared.engine.executor import load_executor
+def write_tiny(name: str, path: Path, **changes: Any) -> None:
+    """A small random model."""
     from tests.oracle import tiny_glm, tiny_models, tiny_mtp
 
-    name, _, kv_dtype = variant.partition(" ")
     few = {**tiny_glm.FEW_LAYERS, "vocab_size": 211, "eos_token_id": [2], "pad_token_id": 2}
     if name == "glm":  # attends to 8 of the visible tokens, so that every choice of theirs is felt
         tiny_glm.write(path, **few)
@@ -49,20 +49,81 @@ def tiny_model(variant: str, path: Path, *, rejection: bool = False, **changes: 
         tiny_mtp.write(path, **few)
     else:
         tiny_models.write(name, path, **changes)
-    loaded = load_executor(
+
+
+def load_tiny(path: Path, kv_dtype: str = "auto", **ranks: Any) -> "TorchExecutor":
+    """One of them, with a pool of no use: see `another`."""
+    from shared.engine.executor import load_executor
+
+    return load_executor(
         path,
         model_name="tiny",
         dtype="float32",
-        kv_dtype=kv_dtype or "auto",
+        kv_dtype=kv_dtype,
         page_size=16,
         num_threads=1,
         num_pages=1,
         mtp=True,
+        **ranks,
     )
-    return lambda num_pages: another(loaded, num_pages, rejection=rejection)
 
 
-def another(executor: "TorchExecutor", num_pages: int, *, rejection: bool = False) -> Executor:
+def tiny_model(name: str, path: Path, **changes: Any) -> MakeExecutor:
+    """One that is written here."""
+    write_tiny(name, path, **changes)
+    loaded = load_tiny(path)
+    return lambda num_pages: another(loaded, num_pages)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model says, by how and what it was asked."""
+
+    tokens: dict[tuple[object, ...], list[int]] = field(default_factory=dict)
+    told: dict[tuple[object, ...], list[TokenLogprobs]] = field(default_factory=dict)
+
+
+@dataclass
+class TinyModels:
+    """Small models, each of which is written once, loaded once, and asked once for what is right, by all laws."""
+
+    root: Path
+    loaded: dict[str, "TorchExecutor"] = field(default_factory=dict)
+    answers: dict[str, "Answers"] = field(default_factory=lambda: defaultdict(Answers))
+
+    def path(self, name: str) -> Path:
+        """The directory of one."""
+        if not (path := self.root / name).exists():
+            write_tiny(name, path)
+        return path
+
+    def make_executor(self, variant: str, *, rejection: bool = False) -> MakeExecutor:
+        """Executors of one, all with the same weights; behind its name `variant` may say how pages are kept."""
+        if variant == "sim":
+            return sim
+        if variant not in self.loaded:
+            name, _, kv_dtype = variant.partition(" ")
+            self.loaded[variant] = load_tiny(self.path(name), kv_dtype or "auto")
+        return lambda num_pages: another(self.loaded[variant], num_pages, rejection=rejection)
+
+    def law(self, variant: str, how: str, sampling: SamplingParams) -> "Law":
+        """`how` steps are computed and drafts verified: nothing, BEHIND or REJECTION."""
+        in_order = self.make_executor(variant)
+        ways: dict[str, MakeExecutor] = {
+            "": in_order,
+            BEHIND: lambda num_pages: behind(in_order(num_pages)),
+            REJECTION: self.make_executor(variant, rejection=True),
+        }
+        is_exact = not variant.startswith("glm")
+        return Law(ways[how], sampling, in_order=in_order, known=self.answers[variant], is_exact=is_exact)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    return TinyModels(tmp_path_factory.mktemp("models"))
+
+
+def another(executor: "TorchExecutor", num_pages: int, *, rejection: bool = False) -> "TorchExecutor":
     """One with the same weights and a pool of its own."""
     from shared.engine.executor import TorchExecutor
     from shared.engine.kv.memory import HostMemory
@@ -72,11 +133,12 @@ def another(executor: "TorchExecutor", num_pages: int, *, rejection: bool = Fals
 
 
 def default_model() -> tuple[Path, MakeExecutor]:
-    """Its directory, and executors in float32 that share the weights."""
+    """Its directory, and executors that share the weights, in bfloat16 as it is served: native kernels add in an order
+    that depends on positions alone, in either dtype."""
     from shared.engine.executor import load_executor
 
     path = store.resolve(DEFAULT_MODEL)
-    loaded = load_executor(path, model_name="smollm2", dtype="float32", page_size=16, num_threads=1, num_pages=1)
+    loaded = load_executor(path, model_name="smollm2", dtype="bfloat16", page_size=16, num_threads=1, num_pages=1)
     return path, lambda num_pages: another(loaded, num_pages)
 
 
@@ -90,8 +152,7 @@ class Law:
     speculation: Speculation | None = field(default=None, kw_only=True)
     in_order: MakeExecutor | None = field(default=None, kw_only=True)
     is_exact: bool = field(default=True, kw_only=True)
-    known: dict[tuple[object, ...], list[int]] = field(default_factory=dict, kw_only=True)
-    known_told: dict[tuple[object, ...], list[TokenLogprobs]] = field(default_factory=dict, kw_only=True)
+    known: Answers = field(default_factory=Answers, kw_only=True)
 
     def worker(self, num_pages: int = 64, max_step_tokens: int = 512) -> Worker:
         return Worker(self.make_executor(num_pages), max_step_tokens, self.speculation)
@@ -104,30 +165,27 @@ class Law:
 
     def tokens(self, prompt: list[int]) -> list[int]:
         """The output of a prompt that has an engine to itself and is computed whole, without drafts, step by step."""
-        asked = (self.sampling, *prompt)
-        if asked not in self.known:
-            self.known[asked] = Worker((self.in_order or self.make_executor)(64)).run(self.request(prompt))
-        return self.known[asked]
+        asked, known = (self.sampling, *prompt), self.known.tokens
+        if asked not in known:
+            known[asked] = Worker((self.in_order or self.make_executor)(64)).run(self.request(prompt))
+        return known[asked]
 
 
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=0.9, top_p=0.95, seed=7)
 SAMPLED = replace(DRAWN, presence_penalty=0.4, frequency_penalty=0.3, repetition_penalty=1.1)
 PENALIZED = replace(SAMPLED, top_k=50, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1)
-CASES = [(model, sampling) for model in ("sim", "llama", "qwen3", "glm") for sampling in (GREEDY, SAMPLED)]
-CASES += [(f"{model} {BEHIND}", sampling) for model in ("sim", "llama") for sampling in (GREEDY, SAMPLED)]
-CASES += [(f"glm {BEHIND}", SAMPLED)]
+CASES = [(model, "", sampling) for model in ("sim", "llama", "qwen3", "glm") for sampling in (GREEDY, SAMPLED)]
+CASES += [("glm fp8", "", GREEDY)]
+CASES += [(model, BEHIND, sampling) for model in ("sim", "llama") for sampling in (GREEDY, SAMPLED)]
+CASES += [("glm", BEHIND, SAMPLED)]
 
 
-@pytest.fixture(
-    scope="session", params=CASES, ids=lambda case: f"{case[0]}-{'sampled' if case[1] is SAMPLED else 'greedy'}"
-)
-def law(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Law:
-    model, sampling = request.param
-    name, _, how = model.partition(" ")
-    is_exact = name != "glm"
-    if how != BEHIND:
-        make_executor = sim if name == "sim" else tiny_model(model, tmp_path_factory.mktemp("law"))
-        return Law(make_executor, sampling, is_exact=is_exact)
-    in_order = sim if name == "sim" else tiny_model(name, tmp_path_factory.mktemp("law"))
-    return Law(lambda num_pages: behind(in_order(num_pages)), sampling, in_order=in_order, is_exact=is_exact)
+def _name(case: tuple[str, str, SamplingParams]) -> str:
+    model, how, sampling = case
+    return f"{' '.join(filter(None, (model, how)))}-{'sampled' if sampling is SAMPLED else 'greedy'}"
+
+
+@pytest.fixture(scope="session", params=CASES, ids=_name)
+def law(request: pytest.FixtureRequest, tiny_models: TinyModels) -> Law:
+    return tiny_models.law(*request.param)

@@ -9,7 +9,7 @@ from shared.engine.api import SamplingParams
 from shared.engine.speculation.speculator import Speculation
 from tests.law import test_prompt_logprobs as told
 from tests.law import test_same_tokens as laws
-from tests.law.conftest import BEHIND, DRAWN, GREEDY, NUM_TOKENS, SAMPLED, Law, behind, sim, tiny_model
+from tests.law.conftest import BEHIND, DRAWN, GREEDY, NUM_TOKENS, REJECTION, SAMPLED, Law, TinyModels
 
 NUM_DRAFTS = 4
 
@@ -28,37 +28,29 @@ class Prophet:
 
 
 BY_A_PROPHET, BY_ITSELF = "drafted by a prophet", "drafted by itself"
-REJECTION = "rejection"
 CASES = [
-    (model, drafts, sampling)
+    (model, "", drafts, sampling)
     for model, drafts in (("sim", BY_A_PROPHET), ("sim", BY_ITSELF), ("llama", BY_A_PROPHET))
     for sampling in (GREEDY, SAMPLED)
 ]
-CASES += [("glm-mtp", BY_ITSELF, sampling) for sampling in (GREEDY, SAMPLED)]
-CASES += [(f"glm-mtp {REJECTION}", BY_ITSELF, GREEDY)]
-CASES += [(f"sim {BEHIND}", drafts, SAMPLED) for drafts in (BY_A_PROPHET, BY_ITSELF)]
-CASES += [(f"glm-mtp {BEHIND}", BY_ITSELF, sampling) for sampling in (GREEDY, DRAWN, SAMPLED)]
+CASES += [("glm-mtp", "", BY_ITSELF, sampling) for sampling in (GREEDY, SAMPLED)]
+CASES += [("glm-mtp", REJECTION, BY_ITSELF, GREEDY)]
+CASES += [("sim", BEHIND, drafts, SAMPLED) for drafts in (BY_A_PROPHET, BY_ITSELF)]
+CASES += [("glm-mtp", BEHIND, BY_ITSELF, sampling) for sampling in (GREEDY, DRAWN, SAMPLED)]
 # A random layer is never right about a random model, unless few tokens are left to choose from.
 FEW_TOKENS = tuple((token_id, 200.0) for token_id in (5, 6, 7))
 
 
-def _way(sampling: SamplingParams) -> str:
-    return f"{sampling.temperature}{' and penalties' if sampling.has_penalties else ''}"
+def _name(case: tuple[str, str, str, SamplingParams]) -> str:
+    model, how, drafts, sampling = case
+    way = f"{sampling.temperature}{' and penalties' if sampling.has_penalties else ''}"
+    return f"{' '.join(filter(None, (model, how)))}, {drafts}, {way}"
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {case[1]}, {_way(case[2])}")
-def drafted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Law:
-    model, drafts, sampling = request.param
-    name, _, how = model.partition(" ")
-    if name == "glm-mtp":
-        sampling = replace(sampling, logit_bias=FEW_TOKENS)
-    path = tmp_path_factory.mktemp("law")
-    in_order = make_executor = sim if name == "sim" else tiny_model(name, path)
-    if how == BEHIND:
-        make_executor = lambda num_pages: behind(in_order(num_pages))  # noqa: E731
-    elif how == REJECTION:
-        make_executor = tiny_model(name, path, rejection=True)
-    law = Law(make_executor, sampling, in_order=in_order, is_exact=name != "glm-mtp")
+@pytest.fixture(scope="module", params=CASES, ids=_name)
+def drafted(request: pytest.FixtureRequest, tiny_models: TinyModels) -> Law:
+    model, how, drafts, sampling = request.param
+    law = tiny_models.law(model, how, replace(sampling, logit_bias=FEW_TOKENS) if model == "glm-mtp" else sampling)
     make_proposer = (lambda: Prophet(law)) if drafts == BY_A_PROPHET else None
     return replace(law, speculation=Speculation(NUM_DRAFTS, adaptive=False, make_proposer=make_proposer))
 

@@ -5,12 +5,12 @@ float32, may fall on the other side between two values of FP8, and then a token 
 import pytest
 
 from tests.law import test_same_tokens as laws
-from tests.law.conftest import GREEDY, Law, tiny_model
+from tests.law.conftest import GREEDY, Law, TinyModels
 
 
 @pytest.fixture(scope="module")
-def law(tmp_path_factory: pytest.TempPathFactory) -> Law:
-    return Law(tiny_model("glm fp8", tmp_path_factory.mktemp("law")), GREEDY, is_exact=False)
+def law(tiny_models: TinyModels) -> Law:
+    return tiny_models.law("glm fp8", "", GREEDY)
 
 
 def test_chunked_at_an_odd_size(law: Law) -> None:

@@ -22,13 +22,13 @@ def asked(law: Law, prompt: list[int], name: str = "r", **fields: int) -> Engine
 
 def told(law: Law, prompt: list[int]) -> list[TokenLogprobs]:
     """What is right: computed whole, by an engine of its own."""
-    key = (law.sampling, *prompt)
-    if key not in law.known_told:
+    key, known = (law.sampling, *prompt), law.known.told
+    if key not in known:
         worker = Worker((law.in_order or law.make_executor)(64))
         worker.run(asked(law, prompt))
         assert len(worker.told["r"]) == len(prompt) - 1
-        law.known_told[key] = worker.told["r"]
-    return law.known_told[key]
+        known[key] = worker.told["r"]
+    return known[key]
 
 
 def same(law: Law, found: list[TokenLogprobs], expected: list[TokenLogprobs]) -> None:

@@ -4,7 +4,6 @@ same model gives every output. Seeds are fixed."""
 from collections import Counter
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from shared.engine import stream
 from shared.engine.api import EngineRequest, SamplingParams
 from shared.engine.executor import TorchExecutor
 from shared.engine.speculation.speculator import Speculation
-from tests.law.conftest import tiny_model
+from tests.law.conftest import TinyModels
 from tests.law.test_drafted import FEW_TOKENS
 from tests.law.worker import Worker
 from tests.unit.drawing import chi_square_bound, plain_distribution
@@ -36,8 +35,8 @@ def expected(executor: TorchExecutor) -> dict[tuple[int, ...], float]:
     return {output: float(np.prod([known[output[:place]][output[place]] for place in range(3)])) for output in OUTPUTS}
 
 
-def test_outputs_that_an_mtp_layer_drafted_follow_the_models_distribution(tmp_path: Path) -> None:
-    executor = tiny_model("glm-mtp", tmp_path, rejection=True)(200)
+def test_outputs_that_an_mtp_layer_drafted_follow_the_models_distribution(tiny_models: TinyModels) -> None:
+    executor = tiny_models.make_executor("glm-mtp", rejection=True)(200)
     assert isinstance(executor, TorchExecutor)
     assert not executor.runs_behind
     worker = Worker(executor, speculation=Speculation(2, adaptive=False))

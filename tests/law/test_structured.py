@@ -21,7 +21,7 @@ from shared.errors import InvalidRequest, Unsupported
 from shared.grammar import Grammar, Kind
 from shared.models import store
 from shared.models.catalogue import DEFAULT_MODEL
-from tests.law.conftest import MakeExecutor, behind, default_model, sim, tiny_model
+from tests.law.conftest import MakeExecutor, TinyModels, behind, default_model, sim, tiny_model
 from tests.law.worker import Worker
 
 SCHEMA: dict[str, Any] = {
@@ -41,17 +41,13 @@ SAMPLED = replace(GREEDY, temperature=1.0, seed=11, repetition_penalty=1.1)
 
 @dataclass(frozen=True)
 class Model:
-    """`path` has its tokenizer."""
-
-    path: Path
     make_executor: MakeExecutor
     tokenizer: Tokenizer
+    grammars: Grammars
 
     def worker(self, *, ahead: bool = False, speculation: Speculation | None = None, num_pages: int = 64) -> Worker:
         executor = self.make_executor(num_pages)
-        spec = executor.spec
-        grammars = Grammars(self.path / "tokenizer.json", spec.vocab_size, spec.eos_token_ids)
-        return Worker(behind(executor) if ahead else executor, speculation=speculation, grammars=grammars)
+        return Worker(behind(executor) if ahead else executor, speculation=speculation, grammars=self.grammars)
 
     def request(
         self, sampling: SamplingParams, text: str = "Describe a person as JSON.", name: str = "r"
@@ -63,7 +59,9 @@ class Model:
 
 
 def with_tokenizer_of(path: Path, make_executor: MakeExecutor) -> Model:
-    return Model(path, make_executor, Tokenizer.from_file(str(path / "tokenizer.json")))
+    file, spec = path / "tokenizer.json", make_executor(1).spec
+    grammars = Grammars(file, spec.vocab_size, spec.eos_token_ids)
+    return Model(make_executor, Tokenizer.from_file(str(file)), grammars)
 
 
 @pytest.fixture(scope="module")
@@ -235,9 +233,11 @@ class Alternation:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_drafted_by_a_layer_of_the_model_beside_one_that_is_free(sampling: SamplingParams, tmp_path: Path) -> None:
+def test_drafted_by_a_layer_of_the_model_beside_one_that_is_free(
+    sampling: SamplingParams, tiny_models: TinyModels
+) -> None:
     """On the host, where steps are launched ahead, and where drafts are refused by the grammar alone."""
-    make_executor, speculation = tiny_model("glm-mtp", tmp_path), Speculation(3, adaptive=False)
+    make_executor, speculation = tiny_models.make_executor("glm-mtp"), Speculation(3, adaptive=False)
     free = replace(sampling, grammar=None, max_tokens=30, repetition_penalty=1.0)
     held = EngineRequest("held", tuple(range(20, 60)), replace(sampling, max_tokens=40))
     beside = EngineRequest("free", tuple(range(60, 110)), free)

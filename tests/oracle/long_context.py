@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from shared.engine.api import EngineRequest, SamplingParams
 from tests.memory import Memory
-from tests.oracle import tiny_glm
 
 CHUNK, NUM_OUTPUT, PAGE_SIZE, TOP_K = 1024, 5, 16, 16
 CHANGES = {
@@ -41,6 +40,8 @@ CHANGES = {
 
 def write(model_dir: Path) -> None:
     """Save the model. The second layer shares the first one's selection, so a row depends on few others."""
+    from tests.oracle import tiny_glm  # imports transformers, which the process of `main` does without
+
     tiny_glm.write(model_dir, seed=3, **CHANGES)
 
 

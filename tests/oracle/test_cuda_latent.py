@@ -119,6 +119,15 @@ def scores_of(num_rows: int, capacity: int, device: torch.device, kind: str) -> 
 KINDS = ("different", "ties", "equal", "nonsense")
 
 
+@pytest.mark.parametrize("heads", [8, 16, 64])
+@pytest.mark.parametrize("top_k", [64, 2048])
+def test_splits_are_small_enough_for_their_blocks(heads: int, top_k: int) -> None:
+    for num_rows in range(1, cuda_latent.MOST_ROWS + 1):
+        splits = cuda_latent.num_splits(num_rows, heads, top_k)
+        assert splits & (splits - 1) == 0
+        assert -(-top_k // (splits * cuda_latent.BLOCKS)) <= cuda_latent.MOST_TOKENS
+
+
 def test_splits_are_merged_as_torch_merges_them(emulated: CudaLatent) -> None:
     for num_tokens, heads, splits in ((1, 2, 64), (2, 1, 8), (2, 1, 4), (1, 2, 2), (1, 1, 1)):
         require_merged(emulated, num_tokens, heads, splits, CPU)

@@ -34,8 +34,9 @@ def oracle_logits(model: Any, prompt: list[int]) -> torch.Tensor:
     return answer
 
 
-def test_the_golden_tokens_are_reproduced(oracle_dir: Path) -> None:
-    assert driver.generate(driver.load(oracle_dir), GOLDEN_PROMPT, len(GOLDEN)) == GOLDEN
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_the_golden_tokens_are_reproduced(kernels: str, oracle_dir: Path) -> None:
+    assert driver.generate(driver.load(oracle_dir, kernels=kernels), GOLDEN_PROMPT, len(GOLDEN)) == GOLDEN
     first = logits(oracle_dir, GOLDEN_PROMPT)[-1, :4]
     assert first.tolist() == pytest.approx([1.33392, -1.13537, -0.32356, -1.18977], abs=1e-4)
 
@@ -114,4 +115,15 @@ def test_what_cannot_be_honoured_is_named(
 def test_greedy_tokens_equal_transformers_far_beyond_the_selection(tmp_path: Path) -> None:
     model = tiny_glm.write(tmp_path, seed=5)
     prompt = [token * 17 % 499 for token in range(400)]
-    assert driver.generate(driver.load(tmp_path), prompt, 8, chunk=100) == tiny_models.greedy_tokens(model, prompt, 8)
+    expected = tiny_models.greedy_tokens(model, prompt, 8)
+    for kernels in ("auto", "torch"):
+        assert driver.generate(driver.load(tmp_path, kernels=kernels), prompt, 8, chunk=100) == expected
+
+
+def test_without_a_compiler_torch_chooses_the_tokens(
+    oracle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert driver.generate(driver.load(oracle_dir), GOLDEN_PROMPT, len(GOLDEN)) == GOLDEN
+    with pytest.raises(Unsupported, match=r"native: no g\+\+"):
+        driver.load(oracle_dir, kernels="native")

@@ -4,7 +4,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -16,28 +17,30 @@ from tests.services.worker_pair import FLAGS, PATIENCE_S, Pair, comes_true
 from tests.services.workers import KEY
 from tests.valkey import ValkeyProcess
 
+SLOW = ("--sim-prefill-ms-per-token", "2")  # amid a prompt for as long as a test needs it
 
-@pytest.fixture
-async def pair() -> AsyncGenerator[Pair, None]:
+
+@asynccontextmanager
+async def started(flags: Mapping[str, Sequence[str]]) -> AsyncGenerator[Pair, None]:
+    """The workers that are named, with flags of their own."""
     valkey = ValkeyProcess()
     valkey.start()
-    pair = Pair(valkey)
+    made = Pair(valkey)
     try:
-        pair.launch("prefill")
-        pair.launch("decode")
-        await pair.registered()
-        yield pair
+        for name, own in flags.items():
+            made.launch(name, *own)
+        await made.registered()
+        yield made
     finally:
-        await pair.close()
+        await made.close()
         valkey.stop()
 
 
-async def replace_prefill(pair: Pair, *flags: str) -> None:
-    """Kill the prefill worker and start another one; a slow one is amid a prompt for as long as a test needs it."""
-    pair.processes["prefill"].kill()
-    pair.processes["prefill"].wait()
-    pair.launch("prefill", *flags)
-    await pair.registered()
+@pytest.fixture
+async def pair(request: pytest.FixtureRequest) -> AsyncGenerator[Pair, None]:
+    """A prefill worker with a test's flags, if it has any, and a decode worker."""
+    async with started({"prefill": getattr(request, "param", ()), "decode": ()}) as made:
+        yield made
 
 
 async def test_pages_go_from_process_to_process(pair: Pair) -> None:
@@ -51,8 +54,8 @@ async def test_pages_go_from_process_to_process(pair: Pair) -> None:
     assert pair.measure("prefill", "forebay_live_leases") == 0
 
 
+@pytest.mark.parametrize("pair", [SLOW], ids=["slow"], indirect=True)
 async def test_a_prefill_worker_that_is_stopped_or_killed_costs_no_token(pair: Pair) -> None:
-    await replace_prefill(pair, "--sim-prefill-ms-per-token", "2")
     await pair.generate(pair.request(100, first=9_000))
     stopped = pair.request(500)
     standstill.stop(pair.processes["prefill"].pid)
@@ -75,7 +78,10 @@ async def test_a_prefill_worker_that_is_stopped_or_killed_costs_no_token(pair: P
 async def test_a_restarted_prefill_worker_takes_its_place_with_a_higher_epoch(pair: Pair) -> None:
     await pair.generate(pair.request(100))
     before = pair.found["prefill"].epoch
-    await replace_prefill(pair)
+    pair.processes["prefill"].kill()
+    pair.processes["prefill"].wait()
+    pair.launch("prefill")
+    await pair.registered()
     assert pair.found["prefill"].epoch > before
     message = pair.request(500, first=700)
     assert await pair.generate(message) == await pair.aggregated(message)
@@ -130,8 +136,8 @@ async def test_a_worker_that_waits_for_redis_ends_when_it_is_told_to() -> None:
             await worker.communicate()
 
 
+@pytest.mark.parametrize("pair", [("--checksums", *SLOW)], ids=["slow"], indirect=True)
 async def test_what_a_killed_worker_handed_over_with_checksums_is_kept(pair: Pair) -> None:
-    await replace_prefill(pair, "--checksums", "--sim-prefill-ms-per-token", "2")
     message = pair.request(4_000)
     running = asyncio.ensure_future(pair.generate(message))
 
@@ -146,16 +152,7 @@ async def test_what_a_killed_worker_handed_over_with_checksums_is_kept(pair: Pai
 
 
 async def test_a_worker_whose_step_does_not_end_fails_its_streams_and_leaves() -> None:
-    valkey = ValkeyProcess()
-    valkey.start()
-    pair = Pair(valkey)
-    try:
-        pair.launch("prefill")
-        pair.launch("decode", "--sim-decode-ms", "600000", "--step-timeout-ms", "500")
-        await pair.registered()
+    async with started({"decode": ("--sim-decode-ms", "600000", "--step-timeout-ms", "500")}) as alone:
         with pytest.raises(WorkerLost, match="the engine stands still"):
-            await pair.aggregated(pair.request(20))
-        assert await asyncio.to_thread(pair.processes["decode"].wait, PATIENCE_S) == 1
-    finally:
-        await pair.close()
-        valkey.stop()
+            await alone.aggregated(alone.request(20))
+        assert await asyncio.to_thread(alone.processes["decode"].wait, PATIENCE_S) == 1

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from protos.forebay.v1.decode_pb2 import GenerateRequest as Request
-from shared.engine.models import tiny
-from shared.errors import WorkerLost
+from shared.engine.models import registry, tiny
+from shared.engine.parallel.partition import Shard
+from shared.errors import Unsupported, WorkerLost
 from tests import standstill
 from tests.oracle import driver, tiny_models
 from tests.services.worker_pair import PATIENCE_S, Pair
@@ -37,22 +38,24 @@ def llama(path: Path) -> None:
 
 
 @asynccontextmanager
-async def pair(path: Path, valkey: ValkeyProcess, prefill: int, decode: int, *more: str) -> AsyncGenerator[Pair, None]:
-    """Workers of so many ranks each."""
+async def started(
+    path: Path, valkey: ValkeyProcess, ranks: Mapping[str, int], *more: str
+) -> AsyncGenerator[Pair, None]:
+    """Workers, or one of them, of so many ranks each."""
     flags = ["--model", str(path), "--served-model-name", "tiny", "--dtype", "float32", "--num-pages", "64"]
     made = Pair(valkey, [*flags, "--num-threads", "1", "--max-step-tokens", "64", *more], "tiny")
     try:
-        made.launch("prefill", "--tensor-parallel", str(prefill))
-        made.launch("decode", "--tensor-parallel", str(decode))
+        for name, num_ranks in ranks.items():
+            made.launch(name, "--tensor-parallel", str(num_ranks))
         await made.registered(START_S)
         yield made
     finally:
         await made.close()
 
 
-async def status_with_rank(workers: Pair, rank: int) -> int:
-    """With which the decode worker ends, and that process of another rank with it."""
-    status = await asyncio.to_thread(workers.processes["decode"].wait, PATIENCE_S)
+async def status_with_rank(workers: Pair, name: str, rank: int) -> int:
+    """With which a worker ends, and that process of another rank with it."""
+    status = await asyncio.to_thread(workers.processes[name].wait, PATIENCE_S)
     with pytest.raises(ProcessLookupError):
         os.kill(rank, 0)
     return status
@@ -70,27 +73,12 @@ async def test_a_rank_that_stands_still_ends_its_worker_within_its_time(
     flags: Sequence[str], tmp_path: Path, valkey: ValkeyProcess
 ) -> None:
     llama(tmp_path)
-    async with pair(tmp_path, valkey, 1, 2, *flags) as workers:
+    async with started(tmp_path, valkey, {"decode": 2}, *flags) as workers:
         (rank,) = workers.found["decode"].rank_pids
         standstill.stop(rank)
         with pytest.raises(WorkerLost):
             await workers.aggregated(workers.request(20, NUM_TOKENS))
-        assert await status_with_rank(workers, rank) == 1
-
-
-@pytest.mark.parametrize(
-    "flags", [pytest.param(("--device", "cpu"), id="cpu"), pytest.param(ON_GPUS, marks=TWO_GPUS, id="gpus")]
-)
-async def test_a_worker_of_two_ranks_that_is_told_to_end_ends_with_them(
-    flags: Sequence[str], tmp_path: Path, valkey: ValkeyProcess
-) -> None:
-    """NCCL's good-bye would wait for graphs, and for a rank that has ended."""
-    llama(tmp_path)
-    async with pair(tmp_path, valkey, 1, 2, *flags) as workers:
-        (rank,) = workers.found["decode"].rank_pids
-        assert len(await workers.aggregated(workers.request(20, NUM_TOKENS))) == NUM_TOKENS
-        workers.processes["decode"].send_signal(signal.SIGTERM)
-        assert await status_with_rank(workers, rank) == 0
+        assert await status_with_rank(workers, "decode", rank) == 1
 
 
 def test_a_model_that_so_many_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
@@ -98,7 +86,10 @@ def test_a_model_that_so_many_ranks_cannot_share_is_refused(tmp_path: Path) -> N
     command = [sys.executable, "-m", "services.decode", "--model", str(tmp_path), "--tensor-parallel", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
     assert done.returncode != 0
-    assert "8 attention heads cannot be shared out evenly to 3 ranks" in done.stderr
+    message = "8 attention heads cannot be shared out evenly to 3 ranks"
+    assert message in done.stderr
+    with pytest.raises(Unsupported, match=message):  # which is said before any of them is started
+        registry.require_shares(tmp_path, Shard(0, 3))
 
 
 async def conversation(workers: Pair, num_tokens: int) -> tuple[Request, list[int], Request, list[int]]:
@@ -111,33 +102,45 @@ async def conversation(workers: Pair, num_tokens: int) -> tuple[Request, list[in
     return message, first, turn, await workers.generate(turn)
 
 
+async def rank_is_lost(workers: Pair, name: str, rank: int) -> None:
+    """Its worker ends with it."""
+    os.kill(rank, signal.SIGKILL)
+    assert await asyncio.to_thread(workers.processes[name].wait, PATIENCE_S) == 1
+
+
+async def told_to_end(workers: Pair, name: str, rank: int) -> None:
+    """A worker ends with its other rank. NCCL's good-bye would wait for graphs, and for a rank that has ended."""
+    workers.processes[name].send_signal(signal.SIGTERM)
+    assert await status_with_rank(workers, name, rank) == 0
+
+
 @pytest.mark.parametrize(
-    ("write", "prefill", "decode", "flags"),
+    ("write", "num_ranks", "end", "flags"),
     [
-        (llama, 1, 2, ()),
-        (llama, 1, 2, ("--checksums",)),
-        (glm, 2, 1, ("--checksums",)),
-        pytest.param(llama, 1, 2, ON_GPUS, marks=TWO_GPUS),
-        pytest.param(llama, 2, 1, ON_GPUS, marks=TWO_GPUS),
+        (llama, {"prefill": 1, "decode": 2}, told_to_end, ()),
+        (llama, {"prefill": 1, "decode": 2}, rank_is_lost, ("--checksums",)),
+        (glm, {"prefill": 2, "decode": 1}, rank_is_lost, ("--checksums",)),
+        pytest.param(llama, {"prefill": 1, "decode": 2}, told_to_end, ON_GPUS, marks=TWO_GPUS),
+        pytest.param(llama, {"prefill": 2, "decode": 1}, rank_is_lost, ON_GPUS, marks=TWO_GPUS),
     ],
     ids=["llama", "llama-checksums", "glm-checksums", "llama-gpus-1-2", "llama-gpus-2-1"],
 )
-async def test_pages_go_back_and_forth_between_workers_of_one_and_of_two_ranks_and_a_lost_rank_ends_its_worker(
+async def test_pages_go_back_and_forth_between_workers_of_one_and_of_two_ranks_which_end_together(
     write: Callable[[Path], None],
-    prefill: int,
-    decode: int,
+    num_ranks: Mapping[str, int],
+    end: Callable[[Pair, str, int], Awaitable[None]],
     flags: Sequence[str],
     tmp_path: Path,
     valkey: ValkeyProcess,
 ) -> None:
     write(tmp_path)
-    async with pair(tmp_path, valkey, prefill, decode, *flags) as workers:
+    async with started(tmp_path, valkey, num_ranks, *flags) as workers:
         for worker in workers.found.values():  # warmed up, with no trace in the books
             assert worker.load.prefill_ms_per_token > 0
             assert worker.load.num_steps == 0
             assert worker.pages.free == worker.pages.total
-        ranks = {name: workers.found[name].rank_pids for name in ("prefill", "decode")}
-        assert {name: len(pids) + 1 for name, pids in ranks.items()} == {"prefill": prefill, "decode": decode}
+        ranks = {name: found.rank_pids for name, found in workers.found.items()}
+        assert {name: len(pids) + 1 for name, pids in ranks.items()} == num_ranks
         # There and back: what the decode worker computed behind the first prompt, the prefill worker pulls, once it is
         # connected: before, such a short prefix is sooner computed.
         for num_tokens in range(90, 90 + MAX_CONVERSATIONS):
@@ -149,10 +152,8 @@ async def test_pages_go_back_and_forth_between_workers_of_one_and_of_two_ranks_a
         assert all(workers.measure(name, "forebay_transfer_bytes_total") > 0 for name in ranks)
         right = 'forebay_checked_pages_total{outcome="right"}'
         assert all((workers.measure(name, right) > 0) is ("--checksums" in flags) for name in ranks)
-        (lost,) = (*ranks["prefill"], *ranks["decode"])
-        os.kill(lost, signal.SIGKILL)
-        ended = workers.processes["prefill" if ranks["prefill"] else "decode"]
-        assert await asyncio.to_thread(ended.wait, PATIENCE_S) == 1
+        ((name, rank),) = ((name, rank) for name, others in ranks.items() for rank in others)
+        await end(workers, name, rank)
     executor = driver.load(tmp_path)
     assert first == driver.generate(executor, list(message.prompt_token_ids), 24)
     assert second == driver.generate(executor, list(turn.prompt_token_ids), NUM_TOKENS)

@@ -1,4 +1,4 @@
-"""A prefill and a decode worker, each a process of its own as they are deployed, and a client of theirs."""
+"""A prefill and a decode worker, or one of them, in processes of their own as they are deployed, and their client."""
 
 import asyncio
 import subprocess
@@ -35,21 +35,21 @@ class Pair:
         self.processes[name] = subprocess.Popen([*command, *self.flags, *flags], stderr=subprocess.DEVNULL)
 
     async def registered(self, patience_s: float = PATIENCE_S) -> None:
-        """Wait until both are registered by their present processes."""
+        """Wait until those that were launched are registered by their present processes."""
 
-        async def both() -> bool:
+        async def all_are() -> bool:
             listed = await self.board.processes(Role.PREFILL, Role.DECODE)
             self.found = {each.name: each for each in listed if each.pid == self.processes[each.name].pid}
-            return len(self.found) == 2
+            return self.found.keys() == self.processes.keys()
 
-        await comes_true(both, patience_s)
+        await comes_true(all_are, patience_s)
 
     def request(self, num_tokens: int, max_tokens: int = 8, first: int = 100) -> decode_pb2.GenerateRequest:
-        """A prompt for the prefill worker, to be continued on the decode worker."""
-        decode, prefill = (
-            kv_pb2.WorkerRef(worker_id=each.name, epoch=each.epoch, address=each.address)
-            for each in (self.found["decode"], self.found["prefill"])
-        )
+        """A prompt for the prefill worker, if there is one, to be continued on the decode worker."""
+        refs = {
+            name: kv_pb2.WorkerRef(worker_id=name, epoch=each.epoch, address=each.address)
+            for name, each in self.found.items()
+        }
         sampling = generation_pb2.SamplingParams(max_tokens=max_tokens, top_p=1, repetition_penalty=1, ignore_eos=True)
         return decode_pb2.GenerateRequest(
             request_id="r",
@@ -57,7 +57,7 @@ class Pair:
             prompt_token_ids=prompt(num_tokens, first),
             sampling=sampling,
             hash_key=KEY,
-            placement=decode_pb2.Placement(decode=decode, prefill=prefill),
+            placement=decode_pb2.Placement(decode=refs["decode"], prefill=refs.get("prefill")),
         )
 
     async def generate(self, message: decode_pb2.GenerateRequest, started: asyncio.Event | None = None) -> list[int]:

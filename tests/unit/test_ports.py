@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cli.ports import Reserved, is_free
+from cli.ports import Reserved, in_a_row, is_free
 
 HOST = "127.0.0.1"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a port is not kept")
@@ -40,6 +40,34 @@ def test_a_server_that_sets_so_reuseaddr_finds_it_free(port: Reserved) -> None:
 def test_it_is_left_to_whoever_comes(port: Reserved) -> None:
     port.close()
     Reserved(HOST, port.number).close()
+
+
+def test_neighbours_are_kept_like_one() -> None:
+    ports = in_a_row(HOST, 3)
+    assert [port.number - ports[0].number for port in ports] == [0, 1, 2]
+    for port in ports:
+        with pytest.raises(OSError, match="cannot listen"):
+            Reserved(HOST, port.number)
+    for port in ports:
+        port.close()
+
+
+def test_neighbours_are_looked_for_elsewhere_when_the_next_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    class Crowded(Reserved):
+        def __init__(self, host: str, number: int = 0) -> None:
+            tried.append(number)
+            if len(tried) == 2:
+                raise OSError("taken")
+            super().__init__(host, number)
+
+    monkeypatch.setattr("cli.ports.Reserved", Crowded)
+    first, second = in_a_row(HOST, 2)
+    assert second.number == first.number + 1
+    assert tried == [0, tried[1], 0, second.number]
+    for port in (first, second):
+        port.close()
 
 
 def test_an_address_of_another_machine_is_refused_by_its_name() -> None:

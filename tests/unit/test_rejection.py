@@ -129,8 +129,8 @@ def test_the_distribution_holds_while_the_number_of_drafts_adapts(behind: bool) 
 def test_the_distribution_holds_where_sequences_are_preempted(behind: bool) -> None:
     """What is left of their drafts then is verified without what those were drawn from."""
     asked = replace(trial(max_tokens=6), prompt=PROMPT[:3])
-    serving = engine(executor(1, rejection=True, behind=behind), BY_LAYER, num_pages=20)
-    found = outputs(serving, asked.requests(COUNT), together=4)
+    serving = engine(executor(1, rejection=True, behind=behind), BY_LAYER, num_pages=60)
+    found = outputs(serving, asked.requests(COUNT), together=12)
     assert serving.load().num_preemptions > COUNT / 10
     assert serving.draft_counts().verified[0] > COUNT
     assert excess(found, asked.expected()) < 1

@@ -37,9 +37,9 @@ def library(cache_dir: Path, gxx: str | None) -> Path:
     """The kernels as the compiler `gxx` makes them, taken from `cache_dir` if they are there. Raises BuildError."""
     if gxx is None:
         raise BuildError("no g++ found")
-    path = cache_dir / f"decoder-{_key(gxx, FLAGS, SOURCES, _processor())}.so"
+    path = cache_dir / f"native-{_key(gxx, FLAGS, SOURCES, _processor())}.so"
     if not path.exists():
-        _compile((gxx, *FLAGS, str(SOURCES / "decoder.cpp")), path)
+        _compile((gxx, *FLAGS, *(str(source) for source in sorted(SOURCES.glob("*.cpp")))), path)
     return path
 
 

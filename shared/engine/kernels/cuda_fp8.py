@@ -172,6 +172,8 @@ def plan(num_rows: int, num_columns: int, num_tokens: int) -> Cut:
         return _cut(num_columns, 8, 3)
     if num_tokens == 1 and num_columns > SHORT:
         return _cut(num_columns, 4, 4)
+    if num_tokens in (3, 4) and num_rows > WIDE:
+        return _cut(num_columns, 2, 4)
     by_four = num_tokens in (3, 4) or (num_tokens == 2 and num_rows <= WIDE) or (num_tokens == 1 and num_rows > WIDE)
     return _cut(num_columns, 4, 3) if by_four else _cut(num_columns, 2, 6)
 

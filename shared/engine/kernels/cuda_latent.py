@@ -20,7 +20,7 @@ BLOCKS, HEADS = 8, 8  # of a cluster, and those that are multiplied at once
 MOST_TOKENS = 128  # that a block attends to
 MAX_CONTEXT = 1 << 24  # tokens that can be told apart
 MOST_HELD = 48 << 10  # scores that a block keeps in its shared memory
-MOST_FAST, FILLING = 4, 16  # splits, of a row and of all
+FILLING = 4  # splits of all rows and heads
 MOST_MERGING = 256  # blocks that merge a token's head each; where that were more, two tokens'
 LOG2_E = 1.4426950408889634
 
@@ -123,9 +123,9 @@ class CudaLatent:
 
 
 def num_splits(num_rows: int, heads: int, top_k: int) -> int:
-    """How many splits fill the GPU (docs/LOG.md): a power of two, whose blocks are given no more than they can take."""
+    """How many splits are fastest (docs/LOG.md): a power of two, whose blocks are given no more than they can take."""
     splits, groups = 1, -(-heads // HEADS)
-    while splits * BLOCKS * MOST_TOKENS < top_k or splits < min(MOST_FAST, FILLING // (num_rows * groups)):
+    while splits * BLOCKS * MOST_TOKENS < top_k or splits < FILLING // (num_rows * groups):
         splits *= 2
     return splits
 

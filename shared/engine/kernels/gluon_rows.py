@@ -7,7 +7,7 @@ the way, by every program for itself: x is small and in the cache. Programs star
 multiplies what it loaded; Triton's own choice moved it through shared memory. Twins: `reference.rms_norm`, `F.linear`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -20,15 +20,18 @@ MAX_ROWS = 4  # from there on multiplying takes longer than reading
 SMALL, LONG, LONGER = 6 << 20, 4096, 8192  # elements of a matrix, and of a row
 VECTOR = 8  # values of 16 bits that a thread loads at once
 WARP = 32
+HELD = 3  # steps whose weights and activations find a place in registers, all at once
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a program reads: rows of the matrix, warps beside each other along a row, vectors of a thread at a time."""
+    """How a program reads: rows of the matrix, warps beside each other along a row, vectors of a thread at a time; and
+    how many such steps it asks for at once."""
 
     rows: int
     warps: int
     vectors: int = 1
+    at_once: int = 1
 
     @property
     def step(self) -> int:
@@ -82,34 +85,28 @@ def _added(x, delta):
 
 
 @gluon.jit
-def _keep(
-    x, delta, gain, total, normed, num_rows, x_stride, delta_stride, at_row, scale,
-    K: gl.constexpr, SLICE: gl.constexpr, ADD: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Write what was normed, and what came of it; each program some columns."""
-    at = gl.program_id(0) * SLICE + gl.arange(0, SLICE, gl.SliceLayout(0, layout))[None, :]
-    own = (at_row < num_rows) & (at < K)
-    value = gl.load(x + at_row * x_stride + at, own, 0.0).to(gl.float32)
-    if ADD:
-        value += gl.load(delta + at_row * delta_stride + at, own, 0.0).to(gl.float32)
-        value = value.to(gl.bfloat16).to(gl.float32)
-    gl.store(total + at_row * K + at, value.to(gl.bfloat16), own)
-    value = value * scale * gl.load(gain + at, at < K, 0.0).to(gl.float32)
-    gl.store(normed + at_row * K + at, value.to(normed.dtype.element_ty), own)
+def _steps(at, inside, STEP: gl.constexpr, AT_ONCE: gl.constexpr):
+    """What lies at `at` and so many steps on, all asked for before any has come."""
+    loaded = ()
+    for i in gl.static_range(AT_ONCE):  # Gluon compiles no starred tuple
+        loaded = loaded + (gl.load(at + i * STEP, inside, 0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    return loaded
 
 
 @gluon.jit
 def product(
     x, delta, gain, weight, out, total, normed, num_rows, x_stride, delta_stride, N, eps,
-    K: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, STEP: gl.constexpr, SLICE: gl.constexpr,
-    NORM: gl.constexpr, ADD: gl.constexpr, KEEP: gl.constexpr, PDL: gl.constexpr, WARPS: gl.constexpr,
+    K: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, STEP: gl.constexpr, AT_ONCE: gl.constexpr,
+    SLICE: gl.constexpr, NORM: gl.constexpr, ADD: gl.constexpr, KEEP: gl.constexpr, PDL: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
-    """The kernel of `launch`, and a part of others."""
+    """The kernel of `launch`, and a part of others. AT_ONCE steps of K // STEP are asked for at once."""
     # [rows of x, rows of the matrix, vectors, values of a vector]
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 8], [1, 1, 32, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
     of_w: gl.constexpr = gl.SliceLayout(0, layout)
     of_x: gl.constexpr = gl.SliceLayout(1, layout)
     of_gain: gl.constexpr = gl.SliceLayout(0, of_x)
+    flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])
     VECTORS: gl.constexpr = STEP // 8
 
     n = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, gl.SliceLayout(2, of_w)))
@@ -128,33 +125,48 @@ def product(
         gl.arange(0, VECTORS, gl.SliceLayout(1, of_gain))[:, None] * 8
         + gl.arange(0, 8, gl.SliceLayout(0, of_gain))[None, :]
     )
+    at_row = gl.arange(0, ROWS, gl.SliceLayout(1, flat))[:, None]
+    at = gl.program_id(0) * SLICE + gl.arange(0, SLICE, gl.SliceLayout(0, flat))[None, :]  # that are kept
+    own = (at_row < num_rows) & (at < K)
 
-    ahead = gl.load(place, inside, 0.0)
+    ahead = _steps(place, inside, STEP, AT_ONCE)
     begin(x, PDL)
+    if KEEP:
+        kept = gl.load(x + at_row * x_stride + at, own, 0.0).to(gl.float32)
+        if ADD:
+            kept += gl.load(delta + at_row * delta_stride + at, own, 0.0).to(gl.float32)
+        kept = kept.to(gl.bfloat16)
+        kept_gain = gl.load(gain + at, at < K, 0.0)
     sums = gl.zeros([ROWS, BLOCK, VECTORS], gl.float32, gl.SliceLayout(3, layout))
     squares = gl.zeros([ROWS, VECTORS], gl.float32, gl.SliceLayout(2, of_x))
-    for start in gl.static_range(0, K, STEP):
-        w = ahead.to(gl.float32)
-        if start + STEP < K:
-            ahead = gl.load(place + (start + STEP), inside, 0.0)
-        value = gl.load(source + start, used, 0.0)
+    for start in gl.static_range(0, K, STEP * AT_ONCE):
+        ws = ahead
+        if start + STEP * AT_ONCE < K:
+            ahead = _steps(place + (start + STEP * AT_ONCE), inside, STEP, AT_ONCE)
+        values = _steps(source + start, used, STEP, AT_ONCE)
         if ADD:
-            value = _added(value, gl.load(other + start, used, 0.0))
-        value = value.to(gl.float32)
+            others = _steps(other + start, used, STEP, AT_ONCE)
         if NORM:
-            squares += gl.sum(value * value, 2)
-            value = value * gl.expand_dims(gl.load(gain + (g + start)).to(gl.float32), 0)
-        sums += gl.sum(gl.expand_dims(w, 0) * gl.expand_dims(value, 1), 3)
-    flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])
+            gains = _steps(gain + (g + start), g >= 0, STEP, AT_ONCE)
+        for i in gl.static_range(AT_ONCE):
+            value = values[i]
+            if ADD:
+                value = _added(value, others[i])
+            value = value.to(gl.float32)
+            if NORM:
+                squares += gl.sum(value * value, 2)
+                value = value * gl.expand_dims(gains[i].to(gl.float32), 0)
+            sums += gl.sum(gl.expand_dims(ws[i].to(gl.float32), 0) * gl.expand_dims(value, 1), 3)
     result = gl.convert_layout(gl.sum(sums, 2), flat)
-    at_row = gl.arange(0, ROWS, gl.SliceLayout(1, flat))[:, None]
     at_n = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, flat))[None, :]
     if NORM:
         scale = gl.rsqrt(gl.sum(squares, 1) / K + eps)
         scale = gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, flat)), 1)
         result = result * scale
         if KEEP:
-            _keep(x, delta, gain, total, normed, num_rows, x_stride, delta_stride, at_row, scale, K, SLICE, ADD, flat)
+            gl.store(total + at_row * K + at, kept, own)
+            value = kept.to(gl.float32) * scale * kept_gain.to(gl.float32)
+            gl.store(normed + at_row * K + at, value.to(normed.dtype.element_ty), own)
     gl.store(out + at_row * N + at_n, result.to(out.dtype.element_ty), (at_row < num_rows) & (at_n < N))
 
 
@@ -195,7 +207,8 @@ def tiling(num_rows: int, n: int, k: int) -> Tiling:
     if k > LONGER and most >= 8:
         return Tiling(4, 4, 2)
     if small and long:
-        return Tiling(4, min(8, most))
+        cut = Tiling(4, min(8, most))
+        return replace(cut, at_once=k // cut.step if k <= HELD * cut.step else 1)
     if num_rows == 1 and small:
         return Tiling(2, min(4, most))
     return Tiling(8 if long and num_rows <= 2 else 4, min(4, most))
@@ -220,7 +233,8 @@ def launch(
     product[(num_programs,)](
         x, x if delta is None else delta, norm.gain if norm else x, weight, out, total, normed,
         num_rows, x.stride(0), 0 if delta is None else delta.stride(0), n, norm.eps if norm else 0.0,
-        k, triton.next_power_of_2(num_rows), cut.rows, cut.step, triton.next_power_of_2(triton.cdiv(k, num_programs)),
+        k, triton.next_power_of_2(num_rows), cut.rows, cut.step, cut.at_once,
+        triton.next_power_of_2(triton.cdiv(k, num_programs)),
         norm is not None, delta is not None, kept is not None, pdl, cut.warps, num_warps=cut.warps, launch_pdl=pdl,
     )  # fmt: skip
     return out

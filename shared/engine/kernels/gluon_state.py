@@ -106,7 +106,7 @@ def _product_and_append(
     if gl.program_id(0) < num_tiles:
         product(
             low, low, gain, weight, out, out, out, num_rows, low_stride, 0, N, eps,
-            Q_LORA, ROWS, BLOCK, STEP, 1, True, False, False, PDL, WARPS,
+            Q_LORA, ROWS, BLOCK, STEP, 1, 1, True, False, False, PDL, WARPS,
         )  # fmt: skip
     else:
         begin(low, PDL)

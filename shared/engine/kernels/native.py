@@ -1,4 +1,4 @@
-"""The C side of the CPU kernels: structures as native/decoder.cpp declares them, and weights as it wants them."""
+"""The C side of the CPU kernels: structures as native/*.cpp declare them, and weights as they want them."""
 
 import ctypes
 from collections.abc import Sequence
@@ -57,10 +57,33 @@ class Step(ctypes.Structure):
     )
 
 
+class IndexKeys(ctypes.Structure):
+    """A layer's index keys in the pool; `form` is a place in INDEX_KEY_FORMS."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("values", "scales")),
+        *((name, Int) for name in ("page_bytes", "page_size", "row_bytes", "dim", "form")),
+    )
+
+
+INDEX_KEY_FORMS = (torch.float32, torch.bfloat16, torch.uint8)
+
+
+class IndexStep(ctypes.Structure):
+    """What of a step's sequences tokens are chosen for, among which, and where the choice goes."""
+
+    _fields_ = (
+        *((name, Int) for name in ("num_rows", "num_parts", "num_heads", "top_k", "q_is_bf16")),
+        *((name, Pointer) for name in ("q", "head_weights", "positions", "first_pages", "page_ids", "parts")),
+        ("keys", IndexKeys),
+        *((name, Pointer) for name in ("chosen", "workspace")),
+    )
+
+
 def load(path: Path) -> ctypes.CDLL:
     """The compiled kernels. Calls release the GIL. Raises OSError."""
     library = ctypes.CDLL(str(path))
-    model = ctypes.POINTER(Model)
+    model, index_step = ctypes.POINTER(Model), ctypes.POINTER(IndexStep)
     library.forebay_team_create.argtypes = (ctypes.c_int,)
     library.forebay_team_create.restype = Pointer
     library.forebay_team_destroy.argtypes = (Pointer,)
@@ -69,6 +92,10 @@ def load(path: Path) -> ctypes.CDLL:
     library.forebay_workspace_bytes.restype = Int
     library.forebay_forward.argtypes = (model, Pointer, ctypes.c_int, ctypes.POINTER(Step))
     library.forebay_forward.restype = None
+    library.forebay_index_workspace_bytes.argtypes = (index_step, Pointer)
+    library.forebay_index_workspace_bytes.restype = Int
+    library.forebay_index_choose.argtypes = (index_step, Pointer)
+    library.forebay_index_choose.restype = None
     return library
 
 

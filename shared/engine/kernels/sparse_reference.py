@@ -5,7 +5,7 @@ rising order, -1 in front of them where fewer than K are visible. Work goes over
 besides the pages grows with the step and not with the context.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,6 +64,10 @@ class Placed:
         first_pages = self.first_pages[rows]
         first = first_pages[:, None] if at.dim() > 1 else first_pages
         return self.page_ids[first + at // self.page_size], at % self.page_size
+
+
+# As `select`: (q, head_weights, keys, step, top_k) -> selection.
+Select = Callable[[torch.Tensor, torch.Tensor, Rows, Placed, int], Selection]
 
 
 def rotate_interleaved(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Queries on their way to latent attention, in Triton: rotated, and their other part taken into latent space.
 
-For few rows both are one kernel, whose programs have roles. It waits for the kernel before it and only then lets the
-next one start, so that this may read what that one wrote before it waits itself. The twins are in `layers.mla` and
-`sparse_reference.rotate_interleaved`.
+For few rows both are one kernel, whose programs have roles. It asks for all its weights, waits for the kernel before
+it and only then lets the next one start, so that this may read what that one wrote before it waits itself. The twins
+are in `layers.mla` and `sparse_reference.rotate_interleaved`.
 """
 
 from dataclasses import dataclass
@@ -41,24 +41,19 @@ class Dims:
 def _absorb(
     q, up_key, q_latent, q_stride, num_rows, place,
     LATENT: tl.constexpr, NOPE: tl.constexpr, HEAD: tl.constexpr, NUM_HEADS: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some latent dimensions of one head: the part of its queries without position, times its matrix."""
+    """Some latent dimensions of one head: the part of its queries without position, NOPE of ROOM values, times its
+    matrix."""
     head, c = place // (LATENT // TILE), (place % (LATENT // TILE)) * TILE + tl.arange(0, TILE)
-    n, row = tl.arange(0, CHUNK), tl.arange(0, ROWS)
-    used = (row < num_rows)[:, None]
-    matrix = up_key + head * NOPE * LATENT + n[:, None] * LATENT + c[None]
-    ahead = tl.load(matrix)
+    n, row = tl.arange(0, ROOM), tl.arange(0, ROWS)
+    used, within = (row < num_rows)[:, None], n < NOPE
+    matrix = tl.load(up_key + head * NOPE * LATENT + n[:, None] * LATENT + c[None], within[:, None], 0.0)
     if PDL:
         wait(q)
         gdc_launch_dependents()
-    total = tl.zeros([ROWS, TILE], tl.float32)
-    for start in tl.static_range(0, NOPE, CHUNK):
-        w = ahead
-        if start + CHUNK < NOPE:
-            ahead = tl.load(matrix + (start + CHUNK) * LATENT)
-        values = tl.load(q + row[:, None] * q_stride + head * HEAD + start + n[None], used, 0.0).to(w.dtype)
-        total += tl.dot(values, w)
+    values = tl.load(q + row[:, None] * q_stride + head * HEAD + n[None], used & within[None], 0.0)
+    total = tl.dot(values.to(matrix.dtype), matrix)
     target = q_latent + (row[:, None] * NUM_HEADS + head) * LATENT + c[None]
     tl.store(target, total.to(q_latent.dtype.element_ty), used)
 
@@ -81,14 +76,14 @@ def _prepare(
     q, up_key, cos, sin, q_latent, q_rope, q_index, q_stride, num_rows,
     LATENT: tl.constexpr, NOPE: tl.constexpr, HALF: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS: tl.constexpr,
     INDEX_HEADS: tl.constexpr, INDEX_DIM: tl.constexpr, NUM_ROLES: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    ROOM: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     HEAD: tl.constexpr = NOPE + 2 * HALF
     SOME_HEADS: tl.constexpr = INDEX_HEADS // (NUM_ROLES - 1) if INDEX_HEADS > 0 else 1
     if program >= num_rows * NUM_ROLES:
         place = program - num_rows * NUM_ROLES
-        _absorb(q, up_key, q_latent, q_stride, num_rows, place, LATENT, NOPE, HEAD, NUM_HEADS, ROWS, CHUNK, TILE, PDL)
+        _absorb(q, up_key, q_latent, q_stride, num_rows, place, LATENT, NOPE, HEAD, NUM_HEADS, ROWS, ROOM, TILE, PDL)
     else:
         if PDL:
             wait(q)
@@ -138,7 +133,7 @@ def prepare(
         q.stride(0), num_rows,
         dims.latent, dims.nope, dims.rope // 2, heads, triton.next_power_of_2(heads),
         dims.index_heads if full else 0, dims.index_dim if full else 2, roles,
-        ABSORB_ROWS, min(64, dims.nope & -dims.nope), tile, pdl, num_warps=4, launch_pdl=pdl,
+        ABSORB_ROWS, triton.next_power_of_2(dims.nope), tile, pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     if absorbed and not absorbing:
         nope = q[:, : heads * dims.head].view(num_rows, heads, dims.head)[..., : dims.nope]

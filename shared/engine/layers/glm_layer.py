@@ -3,7 +3,7 @@
 import torch
 
 from shared.engine.kernels import reference
-from shared.engine.kernels.sparse_reference import Placed, Rows, Selection
+from shared.engine.kernels.sparse_reference import Placed, Rows, Select, Selection
 from shared.engine.layers.mla import LatentAttention
 from shared.engine.layers.moe import Mlp, Moe
 from shared.engine.models.glm_weights import GlmWeights, MlpWeights
@@ -12,13 +12,13 @@ from shared.engine.parallel.group import Group
 
 class GlmLayer:
     """x [T, hidden] -> [T, hidden]: attention and MLP, each behind a norm and beside a residual. With `fp4` routed
-    experts multiply in FP4, if they are stored for it."""
+    experts multiply in FP4, if they are stored for it. `select` is the kernel of its indexer, if it has one."""
 
-    def __init__(self, weights: GlmWeights, layer: int, group: Group, *, fp4: bool = False) -> None:
+    def __init__(self, weights: GlmWeights, layer: int, group: Group, select: Select, *, fp4: bool = False) -> None:
         config = weights.config
         self.eps = config.rms_norm_eps
         self.input_norm, self.post_norm = weights.norms(layer)
-        self.attention = LatentAttention(config, weights.attention(layer), group)
+        self.attention = LatentAttention(config, weights.attention(layer), group, select)
         mlp = (weights.fp4_mlp(layer) if fp4 else None) or weights.mlp(layer)
         self.mlp = Mlp(mlp, group) if isinstance(mlp, MlpWeights) else Moe(config, mlp, group)
 

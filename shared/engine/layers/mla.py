@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from shared.engine.kernels import reference, sparse_reference
-from shared.engine.kernels.sparse_reference import Placed, Rows, Selection
+from shared.engine.kernels.sparse_reference import Placed, Rows, Select, Selection
 from shared.engine.layers.linear import Linear, RowLinear
 from shared.engine.models.glm_config import GlmConfig
 from shared.engine.models.glm_weights import AttentionWeights, IndexerWeights
@@ -20,14 +20,14 @@ class LatentAttention:
     A layer with an indexer selects; one without uses the selection it is given, of the nearest earlier layer.
     """
 
-    def __init__(self, config: GlmConfig, weights: AttentionWeights, group: Group) -> None:
+    def __init__(self, config: GlmConfig, weights: AttentionWeights, group: Group, select: Select) -> None:
         self.config = config
         self.parts = [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim]
         self.down, self.query = Linear(weights.down), Linear(weights.query)
         self.query_norm, self.latent_norm = weights.query_norm, weights.latent_norm
         self.up_key, self.up_value = weights.up_key, weights.up_value
         self.output = RowLinear(weights.output, None, group)
-        self.indexer = None if weights.indexer is None else Indexer(config, weights.indexer)
+        self.indexer = None if weights.indexer is None else Indexer(config, weights.indexer, select)
 
     def __call__(
         self,
@@ -66,14 +66,15 @@ class LatentAttention:
 
 
 class Indexer:
-    """Chooses the tokens that a layer, and those that share with it, attend to (DSA)."""
+    """Chooses the tokens that a layer, and those that share with it, attend to (DSA). `select` is the kernel."""
 
-    def __init__(self, config: GlmConfig, weights: IndexerWeights) -> None:
+    def __init__(self, config: GlmConfig, weights: IndexerWeights, select: Select) -> None:
         self.num_heads, self.head_dim = config.index_num_heads, config.index_head_dim
         self.rope_dim, self.top_k = config.qk_rope_head_dim, config.index_topk
         self.query, self.key = Linear(weights.query), Linear(weights.key)
         self.key_norm_weight, self.key_norm_bias = (part.float() for part in weights.key_norm)
         self.head_weights = Linear(weights.head_weights)
+        self.select = select
 
     def __call__(
         self, x: torch.Tensor, q_low: torch.Tensor, turns: torch.Tensor, step: Placed, keys: Rows
@@ -84,7 +85,7 @@ class Indexer:
         keys.write(*step.own, self._rotate(key[:, None], turns)[:, 0])
         q = self._rotate(self.query(q_low).view(-1, self.num_heads, self.head_dim), turns)
         head_weights = self.head_weights(x).float() * self.num_heads**-0.5
-        return sparse_reference.select(q, head_weights, keys, step, self.top_k)
+        return self.select(q, head_weights, keys, step, self.top_k)
 
     def _rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         """Only the first dimensions carry position. x [T, H, D]."""

@@ -52,27 +52,24 @@ class PlainExperts:
     """A rank's experts in the dtype of the model."""
 
     def __init__(self, weights: MoeWeights) -> None:
-        self._gate_up, self._down, self._ids = weights.experts.gate_up, weights.experts.down, weights.expert_ids
+        experts, self._ids = weights.experts, weights.expert_ids
+        self._gate_up, self._down = experts.gate_up.unbind(), experts.down.unbind()
 
     def add(self, out: torch.Tensor, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> None:
         """To out float32 [T, hidden] what the experts `chosen` [T, k] make of x, weighted."""
-        chosen, places = chosen.sort(dim=1)
-        flat, weights = chosen.flatten(), weights.gather(1, places)
+        flat, first = chosen.flatten(), self._ids.start
         counts = torch.bincount(flat, minlength=self._ids.stop).tolist()
-        first, own = sum(counts[: self._ids.start]), counts[self._ids.start : self._ids.stop]
-        order = flat.argsort(stable=True)[first : first + sum(own)]  # rows that go through one expert lie together
-        if not len(order):
+        before, own = sum(counts[:first]), counts[first : self._ids.stop]
+        used = [expert for expert, num_rows in enumerate(own) if num_rows]
+        if not used:
             return
-        rows, experts = x[order // chosen.shape[1]].split(own), zip(self._gate_up, self._down, strict=True)
-        made = [
-            F.linear(reference.silu_mul(F.linear(each, gate_up)), down)
-            for each, (gate_up, down) in zip(rows, experts, strict=True)
-            if len(each)
-        ]
-        parts = out.new_zeros(len(flat), out.shape[1])
-        parts[order] = torch.cat(made).float() * weights.flatten()[order, None]
-        for part in parts.view(*chosen.shape, -1).unbind(1):
-            out += part
+        order = flat.argsort(stable=True)[before : before + sum(own)]  # rows of one expert lie together
+        tokens, num_rows = order // chosen.shape[1], [own[expert] for expert in used]
+        rows = zip(used, x[tokens].split(num_rows), strict=True)
+        inner = reference.silu_mul(torch.cat([F.linear(each, self._gate_up[expert]) for expert, each in rows]))
+        rows = zip(used, inner.split(num_rows), strict=True)
+        made = torch.cat([F.linear(each, self._down[expert]) for expert, each in rows]).float()
+        out.index_add_(0, tokens, made * weights.flatten()[order, None])  # in the order of rows
 
 
 class TwinExperts:

@@ -9,11 +9,11 @@ from tqdm import tqdm
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
-from shared.engine.kernels import reference
+from shared.engine.kernels import build, native, reference, sparse_reference
 from shared.engine.kernels.registry import Candidate, choose
-from shared.engine.kernels.sparse_reference import Placed
+from shared.engine.kernels.sparse_reference import Placed, Select
 from shared.engine.kv.layout import KvLayout
-from shared.engine.layers import rope
+from shared.engine.layers import native_indexer, rope
 from shared.engine.layers.glm_layer import GlmLayer
 from shared.engine.layers.vocabulary import Embedding, Head
 from shared.engine.models import fp4
@@ -30,11 +30,17 @@ from shared.engine.quantization import rows
 class Glm:
     """Satisfies `models.api.Model`.
 
-    State classes: `glm_layout`, in the form that the placement asks for.
+    State classes: `glm_layout`, in the form that the placement asks for. `select` is the kernel of its indexers.
     """
 
     def __init__(
-        self, config: GlmConfig, placement: Placement, weights: GlmWeights, *, fp4_experts: bool = False
+        self,
+        config: GlmConfig,
+        placement: Placement,
+        weights: GlmWeights,
+        *,
+        select: Select = sparse_reference.select,
+        fp4_experts: bool = False,
     ) -> None:
         self.vocab_size = config.vocab_size
         self.max_position = config.max_position
@@ -47,9 +53,11 @@ class Glm:
         self.embedding = Embedding(weights.embedding(), config.vocab_size, placement.group)
         self._norm = weights.final_norm()
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
-        self._layers = [GlmLayer(weights, layer, placement.group, fp4=fp4_experts) for layer in layers]
+        self._layers = [GlmLayer(weights, layer, placement.group, select, fp4=fp4_experts) for layer in layers]
         self.head = Head(weights.head(), config.vocab_size, placement.group)
-        self.draft_layer: DraftLayer | None = GlmMtp(weights, placement.group, self) if weights.has_mtp else None
+        self.draft_layer: DraftLayer | None = None
+        if weights.has_mtp:
+            self.draft_layer = GlmMtp(weights, placement.group, self, select)
 
     def layout(self, page_size: int) -> KvLayout:
         """A page: latents of every layer, index keys of the full ones."""
@@ -89,7 +97,7 @@ def load(model_dir: Path, placement: Placement) -> Model:
     checkpoint = Checkpoint(model_dir, placement.dtype, placement.device)
     cuda, composed, in_fp4 = _cuda(config, placement), _torch(placement), _fp4(config, placement, checkpoint)
     # On the CPU their twin serves, slowly: behind "torch", which always can, only who asks for it gets it.
-    candidates = [composed, in_fp4] if placement.device == CPU else [in_fp4, cuda, composed]
+    candidates = [_native(placement), composed, in_fp4] if placement.device == CPU else [in_fp4, cuda, composed]
     chosen = choose(candidates, placement.kernels)
     return chosen.built(config, placement, GlmWeights(checkpoint, config, placement.shard, mtp=placement.mtp))
 
@@ -97,6 +105,15 @@ def load(model_dir: Path, placement: Placement) -> Model:
 def _torch(placement: Placement) -> Candidate[Build]:
     obstacle = None if placement.device == CPU else "in plain torch this architecture computes on the CPU alone"
     return Candidate("torch", obstacle, Glm)
+
+
+def _native(placement: Placement) -> Candidate[Build]:
+    """Layers of torch, but that tokens are chosen by our own C++."""
+    try:
+        library = native.load(build.library(placement.cache_dir / "kernels", build.compiler()))
+    except (build.BuildError, OSError) as error:
+        return Candidate("native", str(error), Glm)
+    return Candidate("native", None, partial(Glm, select=native_indexer.Chooser(library, placement.num_threads)))
 
 
 def _cuda(config: GlmConfig, placement: Placement) -> Candidate[Build]:

@@ -15,7 +15,7 @@ import torch
 
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference
-from shared.engine.kernels.sparse_reference import Placed, Selection
+from shared.engine.kernels.sparse_reference import Placed, Select, Selection
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import rope
 from shared.engine.layers.glm_layer import GlmLayer
@@ -45,9 +45,9 @@ class Trunk(Protocol):
 class GlmMtp:
     """Satisfies `models.api.DraftLayer`. What it carries from draft to draft are selections."""
 
-    def __init__(self, weights: GlmWeights, group: Group, trunk: Trunk) -> None:
+    def __init__(self, weights: GlmWeights, group: Group, trunk: Trunk, select: Select) -> None:
         self._config, self._trunk, own = weights.config, trunk, weights.mtp()
-        self._layer = GlmLayer(weights, weights.config.num_layers, group)
+        self._layer = GlmLayer(weights, weights.config.num_layers, group, select)
         self._embedding_norm, self._state_norm, self._output_norm = own.embedding_norm, own.state_norm, own.output_norm
         self._join = Linear(own.join)
 

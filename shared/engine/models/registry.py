@@ -4,8 +4,9 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from shared.engine.models import glm, llama
+from shared.engine.models import config, glm, glm_config, llama
 from shared.engine.models.api import Model, Placement
+from shared.engine.parallel.partition import Shard, of_dense, of_glm
 from shared.errors import Unsupported
 
 BUILDERS: Mapping[str, Callable[[Path, Placement], Model]] = {
@@ -13,14 +14,28 @@ BUILDERS: Mapping[str, Callable[[Path, Placement], Model]] = {
     "Qwen3ForCausalLM": llama.load,
     "GlmMoeDsaForCausalLM": glm.load,
 }
+SHARES: Mapping[str, Callable[[Path, Shard], object]] = {
+    "LlamaForCausalLM": lambda path, shard: of_dense(config.read(path), shard),
+    "Qwen3ForCausalLM": lambda path, shard: of_dense(config.read(path), shard),
+    "GlmMoeDsaForCausalLM": lambda path, shard: of_glm(glm_config.read(path), shard),
+}
 
 
 def load(model_dir: Path, placement: Placement) -> Model:
     """The model in a directory. Raises Unsupported, also for an architecture that nobody here can build."""
+    return BUILDERS[_supported(model_dir)](model_dir, placement)
+
+
+def require_shares(model_dir: Path, shard: Shard) -> None:
+    """Raises Unsupported for a model that cannot be shared out to so many ranks, before any of them is started."""
+    SHARES[_supported(model_dir)](model_dir, shard)
+
+
+def _supported(model_dir: Path) -> str:
     name = architecture(model_dir)
     if name not in BUILDERS:
         raise Unsupported(f"architecture {name!r} is not supported; supported are {', '.join(sorted(BUILDERS))}")
-    return BUILDERS[name](model_dir, placement)
+    return name
 
 
 def architecture(model_dir: Path) -> str:

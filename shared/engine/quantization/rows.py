@@ -14,15 +14,15 @@ class FloatRows:
 
     def __init__(self, state: torch.Tensor) -> None:
         self.page_size = state.shape[1]
-        self._state = state
+        self.state = state
 
     def write(self, pages: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> None:
         """As Rows."""
-        self._state[pages, offsets] = rows.to(self._state.dtype)
+        self.state[pages, offsets] = rows.to(self.state.dtype)
 
     def read(self, pages: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """As Rows."""
-        return self._state[pages, offsets]
+        return self.state[pages, offsets]
 
 
 class Fp8Latents:
@@ -47,19 +47,19 @@ class Fp8IndexKeys:
     def __init__(self, state: torch.Tensor, page_size: int, dim: int) -> None:
         self.page_size = page_size
         values, scales = state.split([page_size * dim, state.shape[1] - page_size * dim], dim=1)
-        self._values = values.unflatten(1, (page_size, dim))
-        self._scales = scales.unflatten(1, (page_size, -1))
+        self.values = values.unflatten(1, (page_size, dim))
+        self.scales = scales.unflatten(1, (page_size, -1))
 
     def write(self, pages: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> None:
         """As Rows."""
         values, scale = kv_fp8.quantize(rows)
-        self._values[pages, offsets] = values.view(torch.uint8)
-        self._scales[pages, offsets] = scale[:, None].view(torch.uint8)
+        self.values[pages, offsets] = values.view(torch.uint8)
+        self.scales[pages, offsets] = scale[:, None].view(torch.uint8)
 
     def read(self, pages: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """As Rows."""
-        scale = self._scales[pages, offsets].view(torch.float32)[..., 0]
-        return kv_fp8.dequantize(self._values[pages, offsets].view(torch.float8_e4m3fn), scale)
+        scale = self.scales[pages, offsets].view(torch.float32)[..., 0]
+        return kv_fp8.dequantize(self.values[pages, offsets].view(torch.float8_e4m3fn), scale)
 
 
 def latents(pool: torch.Tensor, layout: KvLayout, name: str, kv_lora_rank: int) -> list[Rows]:

@@ -339,7 +339,9 @@ inline float* dynamic_shared() { return my_block().memory; }
 inline char* aligned_shared() { return reinterpret_cast<char*>(my_block().memory); }
 struct Cluster {
     static void sync() { my_cluster->meet.arrive_and_wait(); }
+    static void sync_shared() { sync(); }
     static void arrive() {}
+    static void arrive_shared() {}
     static void wait() { sync(); }
     static int rank() { return lanes->running->rank; }
     static const float* of(float* mine, int rank) {

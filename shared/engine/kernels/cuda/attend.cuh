@@ -48,27 +48,34 @@ __device__ __forceinline__ float sum_of_tokens(float value) {
     return value;
 }
 
-// Ask for a block's tokens, by one warp.
+// Ask for a block's tokens: each warp for some, since a copy holds up the warp that asks for it (docs/LOG.md).
 __device__ __forceinline__ void ask(const Attend& p, const int* slots, int size, char* tokens, uint64_t* signal) {
-    const int lane = threadIdx.x % 32;
-    if (lane == 0) signal_expect(signal, size * TOKEN_BYTES);
-    __syncwarp();
-    for (int i = lane; i < size; i += 32) {
+    if (threadIdx.x == 0) signal_expect(signal, size * TOKEN_BYTES);
+    for (int i = threadIdx.x % 32 * ATTEND_WARPS + threadIdx.x / 32; i < size; i += ATTEND_THREADS) {
         const int slot = fresh(slots + i);
         const __nv_bfloat16* from = p.tokens + slot / p.page_size * p.page_stride + slot % p.page_size * WIDTH;
         copy_again(tokens + i * ROW_BYTES, from, TOKEN_BYTES, signal);
     }
 }
 
-// The queries of so many heads, from `first` on; heads that there are not are zeros.
+// The queries of so many heads, from `first` on, all asked for before any has come; heads that there are not are zeros.
 template <int COUNT>
 __device__ __forceinline__ void bring_queries(const Attend& p, int row, int first, char* queries) {
-    for (int i = threadIdx.x; i < COUNT * PIECES; i += ATTEND_THREADS) {
-        const int h = i / PIECES, piece = i % PIECES, head = first + h;
+    constexpr int EACH = (COUNT * PIECES + ATTEND_THREADS - 1) / ATTEND_THREADS;
+    uint4 words[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int at = min(static_cast<int>(threadIdx.x) + i * ATTEND_THREADS, COUNT * PIECES - 1), piece = at % PIECES;
+        const int head = min(first + at / PIECES, p.num_heads - 1);
         const __nv_bfloat16* const from = piece < LATENT / 8
             ? p.latent + row * p.latent_row + head * p.latent_head + piece * 8
             : p.turned + (static_cast<int64_t>(row) * p.num_heads + head) * TURNED + (piece - LATENT / 8) * 8;
-        *reinterpret_cast<uint4*>(queries + h * ROW_BYTES + piece * 16) = head < p.num_heads ? fresh(static_cast<const void*>(from)) : make_uint4(0, 0, 0, 0);
+        words[i] = fresh(static_cast<const void*>(from));
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int at = threadIdx.x + i * ATTEND_THREADS, h = at / PIECES;
+        if (at < COUNT * PIECES) *reinterpret_cast<uint4*>(queries + h * ROW_BYTES + at % PIECES * 16) = first + h < p.num_heads ? words[i] : make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -127,24 +134,32 @@ __device__ __forceinline__ void average(AttendMemory<EIGHTS>* memory, int num_ti
                 memory->means()[(e * HEADS + q * 2 + i % 2) * MEAN_STRIDE + warp * SHARE + m * 16 + g + i / 2 * 8] = sums[e][m][i];
 }
 
-// What all blocks of the cluster have found for a head, of which a thread has two values; a block without tokens has no part.
+// What all blocks of the cluster have found for heads `first`, eight more, and so on, of which a thread has two values; all of it is asked
+// for before any has come. A block without tokens has no part.
 template <int EIGHTS>
-__device__ __forceinline__ void gather(AttendMemory<EIGHTS>* memory, int head, float& best, float& total, float (&mean)[2]) {
-    float maxima[ATTENDERS], sums[ATTENDERS];
-    float2 theirs[ATTENDERS];
-    float* const own = memory->means() + head * MEAN_STRIDE + threadIdx.x * 2;
+__device__ __forceinline__ void gather(AttendMemory<EIGHTS>* memory, int first, float (&best)[EIGHTS], float (&total)[EIGHTS], float (&mean)[EIGHTS][2]) {
+    float maxima[EIGHTS][ATTENDERS], sums[EIGHTS][ATTENDERS];
+    float2 theirs[EIGHTS][ATTENDERS];
 #pragma unroll
-    for (int r = 0; r < ATTENDERS; r++) {
-        maxima[r] = *Cluster::of(memory->maxima + head, r), sums[r] = *Cluster::of(memory->sums + head, r);
-        theirs[r] = *reinterpret_cast<const float2*>(Cluster::of(own, r));
+    for (int e = 0; e < EIGHTS; e++) {
+        const int head = e * HEADS + first;
+        float* const own = memory->means() + head * MEAN_STRIDE + threadIdx.x * 2;
+#pragma unroll
+        for (int r = 0; r < ATTENDERS; r++) {
+            maxima[e][r] = *Cluster::of(memory->maxima + head, r), sums[e][r] = *Cluster::of(memory->sums + head, r);
+            theirs[e][r] = *reinterpret_cast<const float2*>(Cluster::of(own, r));
+        }
     }
 #pragma unroll
-    for (int r = 0; r < ATTENDERS; r++) best = fmaxf(best, maxima[r]);
+    for (int e = 0; e < EIGHTS; e++) {
 #pragma unroll
-    for (int r = 0; r < ATTENDERS; r++) {
-        if (maxima[r] == -INFINITY) continue;
-        const float weight = exp2f(maxima[r] - best);
-        total += weight * sums[r], mean[0] += weight * theirs[r].x, mean[1] += weight * theirs[r].y;
+        for (int r = 0; r < ATTENDERS; r++) best[e] = fmaxf(best[e], maxima[e][r]);
+#pragma unroll
+        for (int r = 0; r < ATTENDERS; r++) {
+            if (maxima[e][r] == -INFINITY) continue;
+            const float weight = exp2f(maxima[e][r] - best[e]);
+            total[e] += weight * sums[e][r], mean[e][0] += weight * theirs[e][r].x, mean[e][1] += weight * theirs[e][r].y;
+        }
     }
 }
 
@@ -162,10 +177,8 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__
     const int each = ((count + blocks - 1) / blocks + TILE - 1) / TILE * TILE, first = min((split * ATTENDERS + rank) * each, count);
     const int size = min(each, count - first), num_tiles = (size + TILE - 1) / TILE;
     __syncthreads();
-    if (warp == 0) {
-        copies_follow_inputs();
-        ask(p, p.slots + static_cast<int64_t>(row) * p.top_k + first, size, tokens, &memory->signal);
-    }
+    copies_follow_inputs();
+    ask(p, p.slots + static_cast<int64_t>(row) * p.top_k + first, size, tokens, &memory->signal);
     for (int i = threadIdx.x; i < (num_tiles * TILE - size) * PIECES; i += ATTEND_THREADS)
         *reinterpret_cast<uint4*>(tokens + (size + i / PIECES) * ROW_BYTES + i % PIECES * 16) = make_uint4(0, 0, 0, 0);
     if (p.early) wait_for_inputs(p.latent);
@@ -221,11 +234,12 @@ __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__
         for (int w = 0; w < num_tiles; w++) largest = fmaxf(largest, memory->of_warps[0][w][threadIdx.x]), sum += memory->of_warps[1][w][threadIdx.x];
         memory->maxima[threadIdx.x] = largest, memory->sums[threadIdx.x] = sum;
     }
-    Cluster::sync();
+    Cluster::sync_shared();
     float largest[EIGHTS], total[EIGHTS] = {}, mean[EIGHTS][2] = {};
 #pragma unroll
-    for (int e = 0; e < EIGHTS; e++) largest[e] = -INFINITY, gather(memory, e * HEADS + rank, largest[e], total[e], mean[e]);
-    Cluster::arrive();  // nobody leaves while others read what it has found
+    for (int e = 0; e < EIGHTS; e++) largest[e] = -INFINITY;
+    gather(memory, rank, largest, total, mean);
+    Cluster::arrive();  // nobody leaves while others read what it has found, though they may not need it
 #pragma unroll
     for (int e = 0; e < EIGHTS; e++) {
         const int head = group * COUNT + e * HEADS + rank;

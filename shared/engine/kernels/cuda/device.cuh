@@ -99,7 +99,9 @@ __device__ __forceinline__ void let_dependents_start() { asm volatile("griddepco
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 struct Cluster {
     __device__ static void sync() { __syncthreads(); }
+    __device__ static void sync_shared() { __syncthreads(); }
     __device__ static void arrive() {}
+    __device__ static void arrive_shared() {}
     __device__ static void wait() { __syncthreads(); }
     __device__ static int rank() { return 0; }
     __device__ static const float* of(float* mine, int) { return mine; }
@@ -110,6 +112,12 @@ struct Cluster {
     // The same in two: nobody is behind `wait` before all have arrived.
     __device__ static void arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
     __device__ static void wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+    // The same where only shared memory matters: nobody waits until all of the GPU sees what has been written elsewhere. Nor for what has
+    // been asked for and is not used: a block must not leave while others still read from it.
+    __device__ static void arrive_shared() {
+        asm volatile("fence.release.sync_restrict::shared::cta.cluster; barrier.cluster.arrive.relaxed;" ::: "memory");
+    }
+    __device__ static void sync_shared() { arrive_shared(), wait(); }
     __device__ static int rank() { return cooperative_groups::this_cluster().block_rank(); }
     __device__ static const float* of(float* mine, int rank) { return cooperative_groups::this_cluster().map_shared_rank(mine, rank); }
 };

@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Produ
             const int n = m * 8 + q * 2 + i % 2;
             if (n < TOKENS) parts[n * BLOCK_ROWS + warp * ROWS + g + i / 2 * 8] = sums[m][i];
         }
-    p.cluster > 1 ? Cluster::sync() : __syncthreads();
+    p.cluster > 1 ? Cluster::sync_shared() : __syncthreads();
     for (int i = rank * THREADS + threadIdx.x; i < TOKENS * BLOCK_ROWS; i += p.cluster * THREADS) {
         const int n = i / BLOCK_ROWS, token = first_token + n, own = group * WARPS + i % BLOCK_ROWS / ROWS;
         if (token >= p.num_tokens || own >= tiles) continue;
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Produ
 #pragma unroll
         for (int r = 0; r < MAX_CLUSTER; r++) {  // all asked for before any has come
             const float* const theirs = p.cluster > 1 ? Cluster::of(parts, min(r, p.cluster - 1)) : parts;
-            of_block[r] = theirs[i], squares_of_block[r] = theirs[TOKENS * BLOCK_ROWS + n];
+            if (r < p.cluster) of_block[r] = theirs[i], squares_of_block[r] = theirs[TOKENS * BLOCK_ROWS + n];
         }
 #pragma unroll
         for (int r = 0; r < MAX_CLUSTER; r++)
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(THREADS) product(const __grid_constant__ Produ
         if (p.wide_out) static_cast<float*>(p.out)[at] = sum;
         else static_cast<__nv_bfloat16*>(p.out)[at] = __float2bfloat16(sum);
     }
-    if (p.cluster > 1) Cluster::sync();  // nobody leaves while others read from it
+    if (p.cluster > 1) Cluster::sync_shared();  // nobody leaves while others read from it
 }
 
 // The matrix in bf16, without the others; a thread has sixteen codes.

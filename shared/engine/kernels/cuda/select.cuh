@@ -76,7 +76,7 @@ __device__ __forceinline__ Found turn(const Scores& own, uint64_t prefix, int sh
         }
         memory->of_block[parity][thread] = sum;
     }
-    Cluster::sync();
+    Cluster::sync_shared();
     uint32_t all = 0, before = 0, all_so_far = 0, before_so_far = 0;
     if (thread < BINS) {  // from the highest on
         float* const mine = reinterpret_cast<float*>(&memory->of_block[parity][BINS - 1 - thread]);
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(SELECT_THREADS) select(const __grid_constant__
             break;
         }
     }
-    Cluster::arrive();  // nobody leaves while others read what it has counted
+    Cluster::arrive_shared();  // nobody leaves while others read what it has counted
     keep(p, own, prefix << shift, before, table, slots, memory);
     if (rank == 0 && thread == 0) p.counts[row] = p.top_k;
     Cluster::wait();

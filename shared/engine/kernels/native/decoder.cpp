@@ -40,7 +40,6 @@ struct Step {
     char* workspace;
 };
 
-inline int64_t align(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 inline int64_t panels_of(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 inline int64_t num_phases(const Model& m) { return 8 * m.num_layers + 3; }

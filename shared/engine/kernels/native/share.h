@@ -4,8 +4,12 @@
 // by: a thread that was put aside between units holds nobody up, which barriers would (docs/LOG.md has the numbers).
 #pragma once
 #include <atomic>
+#include <cstdint>
 
 namespace forebay {
+
+// What threads write lies in lines of its own: as many bytes as whole pairs of them take.
+inline int64_t align(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 constexpr int SPINS = 4000;  // about 50 us: waking a sleeper takes as long
 

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -32,7 +32,8 @@ template <class V> inline V load(const void* from) {
     return v;
 }
 template <class V> inline void store(void* to, V v) { memcpy(to, &v, sizeof v); }
-inline f32x16 splat(float x) { return f32x16{} + x; }
+// Not {} + x, which is an addition more wherever it is done: -0 + 0 is not -0.
+inline f32x16 splat(float x) { return f32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 inline u32x16 splat(uint32_t x) { return u32x16{} + x; }
 
 template <class T> inline f32x16 mac(f32x16 acc, u32x16 w, uint32_t a);
@@ -86,6 +87,26 @@ template <class T> inline void put_some(T* to, f32x16 v, int count) {
 }
 
 inline f32x16 greater(f32x16 a, f32x16 b) { return a > b ? a : b; }
+// What is no number stays none.
+inline f32x16 rectified(f32x16 v) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_max_ps(__m512{}, (__m512)v);
+#else
+    return f32x16{} > v ? f32x16{} : v;
+#endif
+}
+
+// In which lanes a > b, a bit each.
+inline uint32_t which_above(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#else
+    const i32x16 above = a > b;
+    uint32_t bits = 0;
+    for (int lane = 0; lane < LANES; lane++) bits |= (uint32_t)(above[lane] & 1) << lane;
+    return bits;
+#endif
+}
 
 // Lanes folded in halves: four steps instead of sixteen.
 template <class Op> inline float fold(f32x16 v, Op op) {

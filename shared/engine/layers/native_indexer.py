@@ -1,0 +1,69 @@
+"""The choice of tokens of sparse attention in one native call: twin of `sparse_reference.select`, for the CPU.
+
+Every score is a sum in an order that depends on the model's shape alone, so a choice is the same however a sequence is
+chunked, batched or cached.
+"""
+
+import ctypes
+import weakref
+
+import torch
+
+from shared.engine.kernels import native
+from shared.engine.kernels.sparse_reference import Placed, Rows, Selection
+from shared.engine.quantization.rows import FloatRows, Fp8IndexKeys
+
+
+class Chooser:
+    """Satisfies `sparse_reference.Select`, on threads of its own."""
+
+    def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
+        self._library = library
+        self._team = self._library.forebay_team_create(num_threads)
+        weakref.finalize(self, self._library.forebay_team_destroy, self._team)
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, q: torch.Tensor, head_weights: torch.Tensor, keys: Rows, step: Placed, top_k: int) -> Selection:
+        """As `sparse_reference.select`; `keys` are one of `quantization.rows`."""
+        width = min(top_k, max(step.contexts))
+        chosen = (step.positions[:, None] - torch.arange(width - 1, -1, -1)).clamp_min_(-1)
+        parts = [part for part, context in zip(_parts(step), step.contexts, strict=True) if context > top_k]
+        if not parts:
+            return chosen
+        placed = _placed(keys)
+        if placed.form != native.INDEX_KEY_FORMS.index(torch.bfloat16) or placed.dim % 2:
+            q = q.float()
+        q, head_weights = q.contiguous(), (head_weights * q.shape[2] ** -0.5).contiguous()
+        ends = torch.tensor(parts)
+        tensors = (q, head_weights, step.positions, step.first_pages, step.page_ids, ends)
+        sizes = (len(q), len(parts), q.shape[1], width, q.dtype == torch.bfloat16)
+        addresses = (tensor.data_ptr() for tensor in tensors)
+        native_step = native.IndexStep(*sizes, *addresses, placed, chosen.data_ptr())
+        native_step.workspace = self._workspace_for(native_step)
+        self._library.forebay_index_choose(ctypes.byref(native_step), self._team)
+        return chosen
+
+    def _workspace_for(self, step: native.IndexStep) -> int:
+        """The address of enough memory for a step; it grows and is kept."""
+        size = self._library.forebay_index_workspace_bytes(ctypes.byref(step), self._team)
+        if len(self._workspace) < size:
+            self._workspace = torch.empty(size, dtype=torch.uint8)
+        return self._workspace.data_ptr()
+
+
+def _parts(step: Placed) -> list[tuple[int, int]]:
+    """Each sequence's first row, and the one behind its last."""
+    return list(zip(step.starts, step.starts[1:], strict=False))
+
+
+def _placed(keys: Rows) -> native.IndexKeys:
+    """Where keys are: views of the pool, whose pages all have them at the same place."""
+    if isinstance(keys, Fp8IndexKeys):
+        values, scales = keys.values, keys.scales
+    else:
+        assert isinstance(keys, FloatRows), "index keys are nothing else"
+        values = scales = keys.state
+    page_bytes, row_bytes = (stride * values.itemsize for stride in values.stride()[:2])
+    form = native.INDEX_KEY_FORMS.index(values.dtype)
+    shape = (page_bytes, values.shape[1], row_bytes, values.shape[2], form)
+    return native.IndexKeys(values.data_ptr(), scales.data_ptr(), *shape)
