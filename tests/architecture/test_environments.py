@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import venv
 from collections.abc import Iterable, Iterator
 from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
@@ -22,6 +21,7 @@ from packaging.utils import canonicalize_name
 from shared import healthcheck
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Registration, Role
+from tests.architecture import linked
 from tests.architecture.tree import ROOT
 
 DEADLINE_S = 60.0
@@ -32,10 +32,7 @@ HEALTH_TIMEOUT_MS = 10_000
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A service and the Python of an environment that has only its extra."""
     environment = tmp_path_factory.mktemp(request.param) / "venv"
-    venv.create(environment, symlinks=True)
-    (packages,) = environment.glob("lib/python*/site-packages")
-    for each in brought("forebay", request.param):
-        link(each, packages)
+    linked.make(environment, brought("forebay", request.param))
     return request.param, environment / "bin" / "python"
 
 
@@ -54,15 +51,6 @@ def brought(name: str, extra: str) -> Iterator[Distribution]:
         for required in map(Requirement, about.requires or ()):
             if required.marker is None or required.marker.evaluate({"extra": extra}):
                 waiting += [(canonicalize_name(required.name), more) for more in ("", *required.extras)]
-
-
-def link(installed: Distribution, packages: Path) -> None:
-    """Lay the files of a distribution, but for its scripts, into another folder of packages."""
-    for file in installed.files or ():
-        if ".." not in file.parts:
-            path = packages / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.symlink_to(Path(str(installed.locate_file(file))))
 
 
 def test_what_is_installed_is_what_is_linked_and_no_torch(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import zipfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from importlib.metadata import Distribution, distributions
+from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
+from tests.architecture import linked
 from tests.architecture.tree import ROOT
 
 PINNED = re.search(r'^ *"torch==([0-9.]+)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -140,8 +141,12 @@ class _Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made by the first who installs into it: to make one takes longer than all else here."""
-    return tmp_path_factory.mktemp("install") / ".venv"
+    """As the script finds it when it runs again, with the pip of this one: to make one with its own, as
+    test_environments has the script do, takes longer than all else here."""
+    path = tmp_path_factory.mktemp("install") / ".venv"
+    linked.make(path, [distribution("pip")])
+    (path / "bin" / "pip").touch(mode=0o755)  # by which the script knows
+    return path
 
 
 @pytest.fixture
