@@ -12,6 +12,8 @@ ROOMS = ("chaos", "e2e", "law", "oracle", "services", "conformance", "architectu
 # process' work, but for files whose clusters compute all the time, which are another's.
 CLUSTERS = ("chaos", "e2e")
 COMPUTING = ("e2e/test_long_context.py", "e2e/test_ranks.py")
+# What the default model and transformers say to its oracles is asked for once.
+DEFAULT_MODEL = ("oracle/test_smollm2.py", "oracle/test_prompt_logprobs.py", "oracle/test_gguf_import.py")
 MOST_PROCESSES = 8  # each imports torch and transformers for itself
 
 
@@ -24,6 +26,8 @@ def place(nodeid: str) -> tuple[int, bool]:
 def work(nodeid: str) -> str:
     """Tests of which this is the same are run by one process: those of a file, so that its fixtures are made once."""
     file = _file(nodeid)
+    if str(file) in DEFAULT_MODEL:
+        return "oracles of the default model"
     if file.parts[0] not in CLUSTERS:
         return str(file)
     return "clusters that compute" if str(file) in COMPUTING else "clusters"

@@ -48,6 +48,14 @@ def smollm2_answers(smollm2: Path, smollm2_prompts: dict[str, default_model.Prom
     return default_model.answered(smollm2, smollm2_prompts)
 
 
+@pytest.fixture(scope="session")
+def smollm2_expected(
+    smollm2_oracle: Any, smollm2_prompts: dict[str, default_model.Prompt], smollm2_answers: Worker
+) -> default_model.Expected:
+    """What transformers holds of it."""
+    return default_model.Expected(smollm2_oracle, smollm2_prompts, smollm2_answers.outputs)
+
+
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
     """For a test that has waits for a GPU raise (`torch.cuda.set_sync_debug_mode`): none raises behind it."""

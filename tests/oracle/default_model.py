@@ -1,8 +1,11 @@
-"""What the oracles of the default model ask it, all at once: greedy outputs and what is told of prompts."""
+"""What the oracles of the default model ask it and transformers, all at once: greedy outputs and what is told of
+prompts."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from shared.engine.api import EngineRequest, SamplingParams
 from shared.engine.executor import load_executor
@@ -66,3 +69,33 @@ def answered(model_dir: Path, asked: dict[str, Prompt]) -> Worker:
         worker.submit(EngineRequest(name, prompt.token_ids, sampling, hash_key=tenant_key(name)))
     worker.finish()
     return worker
+
+
+class Expected:
+    """transformers' logits of all prompts and their outputs, float32, from one forward: of the longest beginning of the
+    story, and behind it of everything else, which sees no more of it than the beginning that it follows."""
+
+    def __init__(self, model: Any, asked: dict[str, Prompt], outputs: dict[str, list[int]]) -> None:
+        story = asked[f"story {max(LENGTHS)}"].token_ids
+        ids, positions = list(story), list(range(len(story)))
+        self._rows: dict[str, list[int]] = {}
+        for name in CONTINUED:
+            whole = [*asked[name].token_ids, *outputs[name][:-1]]
+            num_shared = len(asked[name].token_ids) if name.startswith("story") else 0
+            self._rows[name] = [*range(num_shared), *range(len(ids), len(ids) + len(whole) - num_shared)]
+            ids += whole[num_shared:]
+            positions += range(num_shared, len(whole))
+        sees = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+        for rows in self._rows.values():
+            for i, row in enumerate(rows):
+                if row >= len(story):
+                    sees[row] = False
+                    sees[row, rows[: i + 1]] = True
+        with torch.inference_mode():
+            self._logits = model(
+                torch.tensor([ids]), attention_mask=sees[None, None], position_ids=torch.tensor([positions])
+            ).logits[0]
+
+    def logits(self, name: str) -> torch.Tensor:
+        """[T, vocabulary]: behind each token of a prompt, and of its output, or of what continues it, but the last."""
+        return self._logits[self._rows[name.replace("told", "text")]]

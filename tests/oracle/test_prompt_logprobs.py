@@ -1,12 +1,10 @@
 """Log-probabilities of prompts through the whole engine, float32: those of transformers, and the most likely tokens."""
 
-from typing import Any
-
 import pytest
 import torch
 
 from tests.law.worker import Worker
-from tests.oracle.default_model import NUM_TOP, TOLD, Prompt
+from tests.oracle.default_model import NUM_TOP, TOLD, Expected, Prompt
 
 # Two ways to add up float32 in a model of 30 layers; logits are some 20.
 BOUND = 2e-4
@@ -14,11 +12,10 @@ BOUND = 2e-4
 
 @pytest.mark.parametrize("name", TOLD)
 def test_log_probabilities_equal_transformers(
-    name: str, smollm2_prompts: dict[str, Prompt], smollm2_answers: Worker, smollm2_oracle: Any
+    name: str, smollm2_prompts: dict[str, Prompt], smollm2_answers: Worker, smollm2_expected: Expected
 ) -> None:
     prompt, found = smollm2_prompts[name].token_ids, smollm2_answers.told[name]
-    with torch.inference_mode():
-        rows = torch.log_softmax(smollm2_oracle(torch.tensor([prompt])).logits[0, :-1], dim=-1)
+    rows = torch.log_softmax(smollm2_expected.logits(name)[: len(prompt) - 1], dim=-1)
     following = torch.tensor(prompt[1:])[:, None]
     expected = rows.gather(1, following)
     assert len(found) == len(prompt) - 1

@@ -12,7 +12,7 @@ def test_every_room_has_its_place_in_the_order() -> None:
 
 
 def test_what_is_named_is_there() -> None:
-    assert [file for file in sharing.COMPUTING if not (TESTS / file).is_file()] == []
+    assert [file for file in sharing.COMPUTING + sharing.DEFAULT_MODEL if not (TESTS / file).is_file()] == []
 
 
 def test_clusters_are_the_work_of_two_processes_and_any_other_file_is_its_own() -> None:
@@ -21,6 +21,10 @@ def test_clusters_are_the_work_of_two_processes_and_any_other_file_is_its_own() 
     others = {sharing.work(f"tests/{file}::test_x") for file in ("law/a.py", "unit/a.py", "unit/gateway/a.py")}
     assert (len(clusters), len(computing), len(others)) == (1, 1, 3)
     assert len(clusters | computing | others) == 5
+
+
+def test_oracles_of_the_default_model_are_the_work_of_one_process() -> None:
+    assert len({sharing.work(f"tests/{file}::test_x") for file in sharing.DEFAULT_MODEL}) == 1
 
 
 def test_long_computations_begin_first() -> None:
