@@ -22,7 +22,9 @@ def ask(cluster: RunningCluster, trace_id: str, first: int, **headers: str) -> h
     return httpx.post(f"{cluster.url}/v1/completions", json=body, headers=trace | headers, timeout=60)
 
 
-def test_a_request_is_one_trace_that_continues_its_callers(collector: Collector, guarded_cluster: RunningCluster) -> None:
+def test_a_request_is_one_trace_that_continues_its_callers(
+    collector: Collector, guarded_cluster: RunningCluster
+) -> None:
     assert ask(guarded_cluster, ANSWERED, first=1, **{"X-Request-Id": "trace-me"}).status_code == 200
     spans = collector.until(ANSWERED, lambda found: {span.name for span in found} >= set(ONE_REQUEST))
     by_name = {span.name: span for span in spans}

@@ -10,7 +10,17 @@ from shared.models.store import default_cache
 EMULATION = Path(__file__).parent / "cuda_on_cpu"
 # The same numbers as without -march, which knows fp16: no product and sum as one. A fortified longjmp, as compilers of
 # some distributions make it, refuses to leave for another stack.
-FLAGS = ("-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-x", "c++")
+FLAGS = (
+    "-std=c++20",
+    "-O1",
+    "-march=native",
+    "-ffp-contract=off",
+    "-U_FORTIFY_SOURCE",
+    "-shared",
+    "-fPIC",
+    "-x",
+    "c++",
+)
 
 
 def compiled(source: str) -> Path:

@@ -42,8 +42,8 @@ CHAT = [
 
 @pytest.fixture(scope="module", autouse=True)
 def read_once() -> Iterator[None]:
-    """transformers has the same file read anew for each thing that it wants of it, and its names listed for each module;
-    that is most of what this takes."""
+    """transformers has the same file read anew for each thing that it wants of it, and its names listed anew for each
+    module; that is most of what this takes."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("GGUFReader", "get_tensor_name_map"):
             patch.setattr(gguf, name, cache(getattr(gguf, name)))
