@@ -33,9 +33,9 @@ STORY = "On day {0} the crew of the ship counted {0} gulls, {1} whales and wrote
 LENGTHS = {63: 8, 64: 8, 65: 8, 128: 8, 257: 6, 400: 6, 1100: 4}
 SHORT = 16
 NUM_TOP = 5
-# By name: of which greedy outputs are asked for, and of which the log-probabilities; one, longer than a step, for both.
+# By name: of which greedy outputs are asked for, and of which the log-probabilities; the longest is asked for both.
 CONTINUED = [*(f"text {i}" for i in range(len(TEXTS))), *(f"story {length}" for length in LENGTHS)]
-TOLD = [*(f"told {i}" for i in range(len(TEXTS))), "story 400"]
+TOLD = [*(f"told {i}" for i in range(len(TEXTS))), f"story {max(LENGTHS)}"]
 MAX_STEP_TOKENS = 200
 
 
@@ -92,7 +92,7 @@ class Expected:
                     sees[row] = False
                     sees[row, rows[: i + 1]] = True
         with torch.inference_mode():
-            self._logits = model(
+            self._logits: torch.Tensor = model(
                 torch.tensor([ids]), attention_mask=sees[None, None], position_ids=torch.tensor([positions])
             ).logits[0]
 
