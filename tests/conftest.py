@@ -28,6 +28,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     return sharing.Scheduling(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    if IS_SHARED_OUT:
+        from tests import sharing
+
+        sharing.import_tests(session.config.args, *sharing.place_among_processes(os.environ))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if IS_SHARED_OUT:
         from tests import sharing

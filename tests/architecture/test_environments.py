@@ -1,16 +1,15 @@
 """The gateway and the router run without torch: shown where there is nothing but what their extras bring.
 
-Both extras are really installed, once. Each service then runs in an environment of links to what is installed here,
-chosen as pip chooses: by what each distribution says it requires. To install each alone would say nothing more for ten
-times as much computing.
+Each service runs in an environment of links to what is installed here, chosen as pip chooses: by what each distribution
+says it requires. That pip does choose so is seen once, where `deploy/install` installs both extras from an index of
+distributions that say the same and hold nothing: the real ones would say nothing more for five times as much computing,
+and are what `make` has installed here.
 """
 
 import asyncio
 import os
 import signal
 import subprocess
-import sys
-import venv
 from collections.abc import Iterable, Iterator
 from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
@@ -22,6 +21,8 @@ from packaging.utils import canonicalize_name
 from shared import healthcheck
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Registration, Role
+from tests.architecture import linked, wheels
+from tests.architecture.machine import Machine
 from tests.architecture.tree import ROOT
 
 DEADLINE_S = 60.0
@@ -32,10 +33,7 @@ HEALTH_TIMEOUT_MS = 10_000
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A service and the Python of an environment that has only its extra."""
     environment = tmp_path_factory.mktemp(request.param) / "venv"
-    venv.create(environment, symlinks=True)
-    (packages,) = environment.glob("lib/python*/site-packages")
-    for each in brought("forebay", request.param):
-        link(each, packages)
+    linked.make(environment, brought("forebay", request.param))
     return request.param, environment / "bin" / "python"
 
 
@@ -56,22 +54,14 @@ def brought(name: str, extra: str) -> Iterator[Distribution]:
                 waiting += [(canonicalize_name(required.name), more) for more in ("", *required.extras)]
 
 
-def link(installed: Distribution, packages: Path) -> None:
-    """Lay the files of a distribution, but for its scripts, into another folder of packages."""
-    for file in installed.files or ():
-        if ".." not in file.parts:
-            path = packages / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.symlink_to(Path(str(installed.locate_file(file))))
-
-
 def test_what_is_installed_is_what_is_linked_and_no_torch(tmp_path: Path) -> None:
-    install = [str(ROOT / "deploy" / "install"), sys.executable, str(tmp_path / "venv"), "gateway,router"]
-    not_compiled = os.environ | {"PIP_NO_COMPILE": "1"}
-    done = subprocess.run(install, env=not_compiled, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    installed = names(distributions(path=[str(packages)])) - {"pip", "setuptools"}
+    own = distribution("forebay")
+    extras = own.metadata.get_all("Provides-Extra") or []
+    machine = Machine(tmp_path, tmp_path / "venv", wheels.metadata("forebay", "1", own.requires or (), extras))
+    for each in distributions():
+        machine.offers("pip", each.name, each.version, *(each.requires or ()))
+    installed = machine.install("gateway,router").keys()
+    machine.leave()
     assert installed == names(brought("forebay", "gateway")) | names(brought("forebay", "router"))
     assert not installed & {"torch", "nixl-cu13", "safetensors"}
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e.client import SLOW
 from tests.e2e.cluster import HAND_OVER, RunningCluster, running
+from tests.e2e.collector import Collector, collecting
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +34,31 @@ async def slow_cluster(_slow_cluster: RunningCluster) -> RunningCluster:
 
 @pytest.fixture(scope="session")
 def model_cluster() -> Iterator[RunningCluster]:
-    """One prefill and one decode worker that compute the default model in float32."""
-    with running("--dtype", "float32", "--worker-flags=--kv-cache-mb 512", HAND_OVER) as cluster:
+    """One prefill and one decode worker that compute the default model in float32, a long prompt in several steps."""
+    workers = "--worker-flags=--kv-cache-mb 512 --max-step-tokens 64"
+    with running("--dtype", "float32", workers, HAND_OVER) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    with collecting() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def guarded_cluster(collector: Collector) -> Iterator[RunningCluster]:
+    """Asks for API keys, "secret" or "other" (of tenant "team"), sends its spans to the collector, soon, and takes a
+    second for a prompt."""
+    gateway = "--gateway-flags=--api-key secret --api-key other=team --traces otlp"
+    router = "--router-flags=--remote-prefill-min-tokens 1 --traces otlp"
+    worker = "--worker-flags=--sim-prefill-ms-per-token 0.5 --traces otlp"
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("FOREBAY_API_KEY", raising=False)
+            patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.port}")
+            patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+            cluster = stack.enter_context(running("--engine", "sim", gateway, router, worker))
         yield cluster
 
 

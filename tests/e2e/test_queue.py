@@ -9,11 +9,11 @@ import httpx
 import pytest
 
 from shared.blackboard.board import Blackboard
-from tests.e2e.client import Start, client_of
+from tests.e2e.client import client_of
 from tests.e2e.cluster import RunningCluster, running
 
-NARROW = "--worker-flags=--max-num-sequences 2 --sim-decode-ms 20"
-NUM_REQUESTS = 10
+WORKERS = "--worker-flags=--max-num-sequences 2 --sim-decode-ms 20"
+NUM_REQUESTS, MAX_QUEUED = 10, 16
 
 
 async def ask_all(cluster: RunningCluster, num_tokens: int = 30) -> list[list[int]]:
@@ -34,7 +34,8 @@ async def until_queued(cluster: RunningCluster, num_requests: int, most: float =
 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[RunningCluster]:
-    with running("--engine", "sim", "--routers", "2", NARROW) as cluster:
+    routers = f"--router-flags=--max-queued {MAX_QUEUED}"
+    with running("--engine", "sim", "--routers", "2", WORKERS, routers) as cluster:
         yield cluster
 
 
@@ -66,17 +67,17 @@ async def test_requests_that_wait_at_a_router_that_dies_are_served(narrow: Runni
     assert await answers == expected
 
 
-async def test_a_full_queue_refuses_and_says_when_to_come_back(start_cluster: Start) -> None:
-    cluster = start_cluster("--engine", "sim", NARROW, "--router-flags=--max-queued 1")
-    async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
+async def test_a_full_queue_refuses_and_says_when_to_come_back(narrow: RunningCluster) -> None:
+    num_requests = 2 * MAX_QUEUED
+    async with httpx.AsyncClient(base_url=narrow.url, timeout=60) as http:
 
         async def ask(number: int) -> httpx.Response:
-            body: dict[str, Any] = {"model": cluster.model, "prompt": [number, 6, 7], "max_tokens": 100}
+            body: dict[str, Any] = {"model": narrow.model, "prompt": [number, 6, 7], "max_tokens": 30}
             return await http.post("/v1/completions", json=body | {"ignore_eos": True})
 
-        responses = await asyncio.gather(*(ask(number) for number in range(NUM_REQUESTS)))
+        responses = await asyncio.gather(*(ask(number) for number in range(num_requests)))
     refused = [response for response in responses if response.status_code != 200]
-    assert 0 < len(refused) < NUM_REQUESTS
+    assert 0 < len(refused) < num_requests
     for response in refused:
         assert response.status_code == 429, response.text
         assert int(response.headers["retry-after"]) >= 1

@@ -56,7 +56,7 @@ def test_a_stream_adds_up_to_the_whole_response(client: openai.OpenAI, model_clu
 def test_a_conversation_goes_on_and_finds_its_prefix_cached(
     client: openai.OpenAI, model_cluster: RunningCluster
 ) -> None:
-    conversation: list[Any] = [{"role": "user", "content": "Asked by a response. " + LONG[:1200]}]
+    conversation: list[Any] = [{"role": "user", "content": "Asked by a response. " + (2 * LONG)[:1200]}]
     asked: Any = {"model": model_cluster.model, "temperature": 0, "max_output_tokens": 8}
     first = client.responses.create(input=conversation, **asked)
     assert first.incomplete_details is not None

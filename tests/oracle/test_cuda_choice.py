@@ -21,8 +21,8 @@ WAYS = [*CUTS, {"temperature": 0.0}, {"top_k": 30, "top_p": 0.6}, {"min_p": 0.01
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> CudaChoice:
-    return CudaChoice(cuda_choice.load(compiled("choose.cu", tmp_path_factory.mktemp("cuda"))))
+def emulated() -> CudaChoice:
+    return CudaChoice(cuda_choice.load(compiled("choose.cu")))
 
 
 def asking(count: int, ways: Sequence[dict[str, Any]]) -> list[BatchItem]:

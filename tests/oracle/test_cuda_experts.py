@@ -8,24 +8,31 @@ import torch.nn.functional as F
 
 from shared.engine.kernels import build, cuda_experts, reference
 from shared.engine.kernels.cuda_experts import CudaExperts
-from shared.engine.kernels.experts import SharedExpert, plain_down, plain_gate_up
+from shared.engine.kernels.experts import Experts, SharedExpert, plain_down, plain_gate_up
 from shared.engine.quantization import nvfp4
 from shared.engine.quantization.packed_experts import packed
 from shared.models.store import default_cache
 from tests.oracle.emulated_cuda import compiled
 
 INNER, FACTOR = 256, 2.5
+PARTS = ("gate_up", "down", "gate_up_scale", "down_scale", "factors")
+QUANTIZED = 4  # experts
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> CudaExperts:
-    return CudaExperts(cuda_experts.load(compiled("experts.cu", tmp_path_factory.mktemp("cuda"))))
+def emulated() -> CudaExperts:
+    return CudaExperts(cuda_experts.load(compiled("experts.cu")))
 
 
 def seeded(seed: int, *shape: int, scale: float = 1.0, device: torch.device = CPU) -> torch.Tensor:
     chance = torch.Generator(device).manual_seed(seed)
     return (torch.randn(shape, generator=chance, device=device) * scale).bfloat16()
+
+
+def several(part: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """More experts, all different, of a few: their rows in another place, which takes less than to quantize others."""
+    return torch.stack([part[i % len(part)].roll(i // len(part), dims=0) for i in range(num_experts)])
 
 
 class Layer:
@@ -35,10 +42,11 @@ class Layer:
         self, num_experts: int, num_chosen: int, hidden: int, device: torch.device = CPU, inner: int = INNER
     ) -> None:
         random = partial(seeded, device=device)
-        spread = torch.logspace(-2, 0, 2 * inner, device=device)[:, None]
-        gate_up = random(1, num_experts, 2 * inner, hidden, scale=hidden**-0.5) * spread
-        down = random(2, num_experts, hidden, inner, scale=inner**-0.5)
-        self.experts = packed(*([nvfp4.quantize(one.bfloat16()) for one in part] for part in (gate_up, down)))
+        spread, made = torch.logspace(-2, 0, 2 * inner, device=device)[:, None], min(num_experts, QUANTIZED)
+        gate_up = random(1, made, 2 * inner, hidden, scale=hidden**-0.5) * spread
+        down = random(2, made, hidden, inner, scale=inner**-0.5)
+        some = packed(*([nvfp4.quantize(one.bfloat16()) for one in part] for part in (gate_up, down)))
+        self.experts = Experts(**{name: several(getattr(some, name), num_experts) for name in PARTS})
         gate_up, down = random(3, 2 * inner, hidden, scale=hidden**-0.5), random(4, hidden, inner, scale=inner**-0.5)
         self.shared = SharedExpert(gate_up, down)
         self.bias = random(5, num_experts, scale=0.1).float()
@@ -50,10 +58,12 @@ class Layer:
         chosen = (scores + self.bias).topk(self.num_chosen, dim=1).indices
         weights = scores.gather(1, chosen)
         weights = weights / weights.sum(1, keepdim=True) * FACTOR
-        gate_up, down = (part.float() for part in (plain_gate_up(self.experts), plain_down(self.experts)))
+        used, which = chosen.unique(return_inverse=True)
+        own = Experts(**{name: getattr(self.experts, name)[used] for name in PARTS})
+        gate_up, down = (part.float() for part in (plain_gate_up(own), plain_down(own)))
         inner = reference.silu_mul(F.linear(x, self.shared.gate_up.float()))
         found = F.linear(inner, self.shared.down.float())
-        for token, experts in enumerate(chosen.tolist()):
+        for token, experts in enumerate(which.tolist()):
             for place, expert in enumerate(experts):
                 inner = reference.silu_mul(F.linear(x[token], gate_up[expert]))
                 found[token] += weights[token, place] * F.linear(inner, down[expert])

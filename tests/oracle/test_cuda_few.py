@@ -11,8 +11,8 @@ from tests.oracle.test_cuda_experts import CPU, FACTOR, GPU, Layer, seeded
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> CudaFew:
-    return CudaFew(cuda_few.load(compiled("few.cu", tmp_path_factory.mktemp("cuda"))), CPU)
+def emulated() -> CudaFew:
+    return CudaFew(cuda_few.load(compiled("few.cu")), CPU)
 
 
 def require(layer: Layer, kernels: CudaFew, num_tokens: int, seed: int, scale: float = 1.0) -> None:

@@ -17,8 +17,8 @@ PAGE_SIZE, LATENT, HALF, INDEX = 4, 64, 8, 32
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> CudaFp8:
-    return CudaFp8(cuda_fp8.load(compiled("fp8.cu", tmp_path_factory.mktemp("cuda"))))
+def emulated() -> CudaFp8:
+    return CudaFp8(cuda_fp8.load(compiled("fp8.cu")))
 
 
 @pytest.fixture(scope="module")

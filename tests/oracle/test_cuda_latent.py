@@ -16,8 +16,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> CudaLatent:
-    return CudaLatent(cuda_latent.load(compiled("latent.cu", tmp_path_factory.mktemp("cuda"))))
+def emulated() -> CudaLatent:
+    return CudaLatent(cuda_latent.load(compiled("latent.cu")))
 
 
 @pytest.fixture(scope="module")

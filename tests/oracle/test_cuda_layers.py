@@ -27,8 +27,8 @@ MATRICES = ("qkv", "output", "gate_up", "down")
 
 
 @pytest.fixture(scope="module")
-def products(tmp_path_factory: pytest.TempPathFactory) -> CudaProducts:
-    return CudaProducts(ctypes.CDLL(str(compiled("layers.cu", tmp_path_factory.mktemp("cuda")))))
+def products() -> CudaProducts:
+    return CudaProducts(ctypes.CDLL(str(compiled("layers.cu"))))
 
 
 @dataclass(frozen=True, slots=True)

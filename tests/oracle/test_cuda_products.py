@@ -16,8 +16,8 @@ EPS = 1e-5
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return cuda_products.load(compiled("products.cu", tmp_path_factory.mktemp("cuda")))
+def library() -> ctypes.CDLL:
+    return cuda_products.load(compiled("products.cu"))
 
 
 def using(library: ctypes.CDLL, row_tiles: int, warps_rows: int, cluster: int) -> CudaProducts:
@@ -48,8 +48,8 @@ def assert_close(found: Activations, expected: torch.Tensor) -> None:
 
 
 @pytest.fixture(scope="module")
-def wide_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return cuda_products.load(compiled("wide.cu", tmp_path_factory.mktemp("wide")))
+def wide_library() -> ctypes.CDLL:
+    return cuda_products.load(compiled("wide.cu"))
 
 
 def wide(library: ctypes.CDLL, cluster: int) -> CudaProducts:

@@ -1,10 +1,13 @@
 """The default model, converted by us, against transformers reading the same GGUF file by itself."""
 
 import json
+from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import regex
 import torch
@@ -37,6 +40,16 @@ CHAT = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def read_once() -> Iterator[None]:
+    """transformers has the same file read anew for each thing that it wants of it, and its names listed anew for each
+    module; that is most of what this takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, cache(getattr(gguf, name)))
+        yield
+
+
 @pytest.fixture(scope="module")
 def tokenizers(smollm2: Path, smollm2_gguf: Path) -> tuple[Any, Any]:
     """Ours, and the oracle's."""
@@ -44,11 +57,11 @@ def tokenizers(smollm2: Path, smollm2_gguf: Path) -> tuple[Any, Any]:
     return transformers.AutoTokenizer.from_pretrained(smollm2), theirs
 
 
-def test_every_weight_and_the_logits_equal_transformers(smollm2: Path, smollm2_gguf: Path) -> None:
+def test_every_weight_and_the_logits_equal_transformers(smollm2_oracle: Any, smollm2_gguf: Path) -> None:
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    ours = smollm2_oracle
     dequantize = transformers.GgufConfig(dequantize=True)
     theirs = load(smollm2_gguf.parent, gguf_file=smollm2_gguf.name, quantization_config=dequantize, dtype=torch.float32)
-    ours = load(smollm2, dtype=torch.float32)
     expected, found = theirs.state_dict(), ours.state_dict()
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []

@@ -1,56 +1,21 @@
 """Log-probabilities of prompts through the whole engine, float32: those of transformers, and the most likely tokens."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-import transformers
 
-from shared.engine.api import EngineRequest, SamplingParams
-from shared.engine.executor import load_executor
-from shared.page_hash import tenant_key
 from tests.law.worker import Worker
-from tests.oracle.test_smollm2 import STORY, TEXTS
+from tests.oracle.default_model import NUM_TOP, TOLD, Expected, Prompt
 
-NUM_TOP = 5
 # Two ways to add up float32 in a model of 30 layers; logits are some 20.
 BOUND = 2e-4
 
 
-@pytest.fixture(scope="module")
-def prompts(smollm2: Path) -> list[list[int]]:
-    """Token ids of texts, and of a story longer than a step."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
-    story = tokenizer.encode("".join(STORY.format(day, day * 7 % 11, day * 5 % 23) for day in range(1, 40)))
-    return [*(tokenizer.encode(text) for text in TEXTS), story[:777]]
-
-
-@pytest.fixture(scope="module")
-def worker(smollm2: Path, prompts: list[list[int]]) -> Worker:
-    """One that was asked for all of them at once: in batches, in chunks, in pages."""
-    made = Worker(
-        load_executor(smollm2, model_name="smollm2", dtype="float32", page_size=16, num_threads=2, num_pages=256), 200
-    )
-    sampling = SamplingParams(max_tokens=0, num_prompt_logprobs=NUM_TOP)
-    for index, prompt in enumerate(prompts):
-        made.submit(EngineRequest(str(index), tuple(prompt), sampling, hash_key=tenant_key("oracle")))
-    made.finish()
-    return made
-
-
-@pytest.fixture(scope="module")
-def oracle(smollm2: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("index", range(len(TEXTS) + 1))
+@pytest.mark.parametrize("name", TOLD)
 def test_log_probabilities_equal_transformers(
-    index: int, prompts: list[list[int]], worker: Worker, oracle: Any
+    name: str, smollm2_prompts: dict[str, Prompt], smollm2_answers: Worker, smollm2_expected: Expected
 ) -> None:
-    prompt, found = prompts[index], worker.told[str(index)]
-    with torch.inference_mode():
-        rows = torch.log_softmax(oracle(torch.tensor([prompt])).logits[0, :-1], dim=-1)
+    prompt, found = smollm2_prompts[name].token_ids, smollm2_answers.told[name]
+    rows = torch.log_softmax(smollm2_expected.logits(name)[: len(prompt) - 1], dim=-1)
     following = torch.tensor(prompt[1:])[:, None]
     expected = rows.gather(1, following)
     assert len(found) == len(prompt) - 1

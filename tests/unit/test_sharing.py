@@ -1,5 +1,6 @@
 """How the suite is shared out to several processes."""
 
+import sys
 from pathlib import Path
 
 from tests import sharing
@@ -12,7 +13,7 @@ def test_every_room_has_its_place_in_the_order() -> None:
 
 
 def test_what_is_named_is_there() -> None:
-    assert [file for file in sharing.COMPUTING if not (TESTS / file).is_file()] == []
+    assert [file for file in sharing.COMPUTING + sharing.DEFAULT_MODEL if not (TESTS / file).is_file()] == []
 
 
 def test_clusters_are_the_work_of_two_processes_and_any_other_file_is_its_own() -> None:
@@ -23,8 +24,32 @@ def test_clusters_are_the_work_of_two_processes_and_any_other_file_is_its_own() 
     assert len(clusters | computing | others) == 5
 
 
+def test_oracles_of_the_default_model_are_the_work_of_one_process() -> None:
+    assert len({sharing.work(f"tests/{file}::test_x") for file in sharing.DEFAULT_MODEL}) == 1
+
+
 def test_long_computations_begin_first() -> None:
     files = ["unit/test_a.py", "law/test_a.py", "e2e/test_faults.py", sharing.COMPUTING[0], "chaos/test_chaos.py"]
     found = sorted((f"tests/{file}::test_x" for file in files), key=sharing.place)
     assert [file.split("/")[1] for file in found] == ["chaos", "e2e", "e2e", "law", "unit"]
     assert "test_long_context" in found[1]
+
+
+def test_each_process_imports_all_files_from_another_one_on() -> None:
+    files = [Path(name) for name in "abcdefg"]
+    found = [sharing.from_another_on(files, number, 3) for number in range(3)]
+    assert [set(each) for each in found] == [set(files)] * 3
+    assert [each[0].name for each in found] == ["a", "c", "e"]
+
+
+def test_what_pytest_is_given_is_imported_and_what_cannot_be_is_left_to_pytest(tmp_path: Path) -> None:
+    (tmp_path / "test_elsewhere.py").write_text("")
+    name = "tests.architecture.test_style"
+    sys.modules.pop(name, None)
+    sharing.import_tests([str(tmp_path), f"{TESTS}/architecture/test_style.py::test_x"], 0, 1)
+    assert name in sys.modules
+
+
+def test_a_process_knows_its_number() -> None:
+    said = {"PYTEST_XDIST_WORKER": "gw2", "PYTEST_XDIST_WORKER_COUNT": "3"}
+    assert sharing.place_among_processes(said) == (2, 3)

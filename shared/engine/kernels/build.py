@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-pthread", "-shared", "-fPIC")
 CUDA_SOURCES = Path(__file__).parent / "cuda"
-CUDA_FLAGS = ("-std=c++20", "-O3", "-t=2", "-I", str(CUDA_SOURCES), "-shared", "-Xcompiler", "-fPIC", "-cudart=static")
+CUDA_FLAGS = ("-std=c++20", "-O3", "-t=2", "-shared", "-Xcompiler", "-fPIC", "-cudart=static")
 CUDA_LIBRARIES = {
     "products": ("products.cu", "layers.cu", "wide.cu"),
     "glm": ("experts.cu", "few.cu", "latent.cu", "fp8.cu"),
@@ -37,10 +37,7 @@ def library(cache_dir: Path, gxx: str | None) -> Path:
     """The kernels as the compiler `gxx` makes them, taken from `cache_dir` if they are there. Raises BuildError."""
     if gxx is None:
         raise BuildError("no g++ found")
-    path = cache_dir / f"native-{_key(gxx, FLAGS, SOURCES, _processor())}.so"
-    if not path.exists():
-        _compile((gxx, *FLAGS, *(str(source) for source in sorted(SOURCES.glob("*.cpp")))), path)
-    return path
+    return kept(cache_dir, "native", (gxx, *FLAGS), sorted(SOURCES.glob("*.cpp")), [SOURCES], processor())
 
 
 def cuda_library(cache_dir: Path, nvcc: str | None, capability: tuple[int, int], name: str = "products") -> Path:
@@ -55,9 +52,23 @@ def cuda_library(cache_dir: Path, nvcc: str | None, capability: tuple[int, int],
     sources = cuda_sources(name, capability)
     if not sources:
         raise BuildError(f"the GPU's compute capability is {capability[0]}.{capability[1]}, and 9.0 is needed")
-    path = cache_dir / f"{name}-{arch}-{_key(nvcc, flags, CUDA_SOURCES)}.so"
+    files = [CUDA_SOURCES / source for source in sources]
+    return kept(cache_dir, f"{name}-{arch}", (nvcc, *flags), files, [CUDA_SOURCES])
+
+
+def kept(
+    cache_dir: Path,
+    name: str,
+    command: Sequence[str],
+    sources: Sequence[Path],
+    folders: Sequence[Path],
+    processor: bytes = b"",
+) -> Path:
+    """The library `name` as a compiler and its flags make it of `sources`, which include from `folders`; taken from
+    `cache_dir` if it is there, made of the same content, wherever that lies. Raises BuildError."""
+    path = cache_dir / f"{name}-{_key(command, folders, processor)}.so"
     if not path.exists():
-        _compile((nvcc, *flags, *(str(CUDA_SOURCES / source) for source in sources)), path)
+        _compile((*command, *(f"-I{folder}" for folder in folders), *map(str, sources)), path)
     return path
 
 
@@ -86,14 +97,15 @@ def _suits(source: str, capability: tuple[int, int]) -> bool:
     return source not in ("layers.cu", "few.cu", "latent.cu", "fp8.cu") or capability >= LAYERS_CAPABILITY
 
 
-def _key(program: str, flags: Sequence[str], sources: Path, processor: bytes = b"") -> str:
-    digest = hashlib.sha256(" ".join(flags).encode() + _run(program, "--version") + processor)
-    for source in sorted(sources.iterdir()):
-        digest.update(source.read_bytes())
+def _key(command: Sequence[str], folders: Sequence[Path], processor: bytes) -> str:
+    digest = hashlib.sha256(" ".join(command[1:]).encode() + _run(command[0], "--version") + processor)
+    for folder in folders:
+        for source in sorted(folder.iterdir()):
+            digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _processor() -> bytes:
+def processor() -> bytes:
     """What `-march=native` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()

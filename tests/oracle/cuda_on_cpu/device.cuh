@@ -1,6 +1,8 @@
 // The part of CUDA that the kernels use, in C++: a coroutine for each lane, the blocks of a cluster or of a cooperative launch
-// side by side, clusters one after the other. Whenever a lane waits, one that can go on is drawn by lot (the same each time):
-// no order may be relied on that no barrier makes. It is exact, and says nothing of speed or of races within a warp.
+// side by side, clusters one after the other. Whenever a lane waits, one that can go on is drawn by lot (the same each time), of
+// its warp if there is one, else of its block, else of all: no order may be relied on that no barrier makes, warps and blocks
+// are as far apart as barriers let them, and what a warp needs stays in the caches. It is exact, and says nothing of speed or of
+// races within a warp.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -14,7 +16,6 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
-#include <random>
 #include <type_traits>
 #include <unordered_map>
 #include <vector>
@@ -78,69 +79,100 @@ using std::min;
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the lane that runs
 
 struct Lane {
-    ucontext_t begin;
+    int rank;  // of its block
+    unsigned thread;
+    size_t warp;  // of all that are side by side
+    unsigned products = 0;
+    bool has_begun = false;
     jmp_buf left;  // where it goes on, once it has begun: unlike swapcontext, longjmp asks nothing of the kernel
-    bool has_begun;
-    int rank;
-    unsigned thread, products = 0;
+};
+// Room for the stacks of lanes that are side by side, for one launch.
+struct Stacks {
+    // Not a power of two: their tops would all fall on the same few lines of the caches.
+    static constexpr size_t BYTES = (256 << 10) + 1088;
+    size_t bytes;
+    char* at;
+    explicit Stacks(size_t num_lanes) : bytes(num_lanes * BYTES) {
+        at = static_cast<char*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        if (at == MAP_FAILED) abort();
+    }
+    ~Stacks() { munmap(at, bytes); }
 };
 // All lanes that are side by side, and those of them that can go on. The host's thread runs them, one at a time.
 struct Lanes {
-    static constexpr size_t STACK_BYTES = 256 << 10;
     std::vector<Lane> all;
-    std::vector<Lane*> ready;
     Lane* running = nullptr;
-    unsigned first_block = 0;
-    ucontext_t host;
-    std::minstd_rand lot;
+    const unsigned first_block;
 
-    void run(void (*begin)()) {
-        const size_t bytes = all.size() * STACK_BYTES;
-        char* const stacks = static_cast<char*>(
-            mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-        if (stacks == MAP_FAILED) abort();
-        for (size_t i = 0; i < all.size(); i++) {
-            getcontext(&all[i].begin);
-            all[i].begin.uc_stack = {stacks + i * STACK_BYTES, 0, STACK_BYTES};
-            all[i].begin.uc_link = &host;
-            makecontext(&all[i].begin, begin, 0);
-            all[i].has_begun = false;
-            ready.push_back(&all[i]);
-        }
+    Lanes(int num_blocks, int threads, unsigned first_block, const Stacks& stacks)
+        : first_block(first_block), stacks(stacks), warps_of_block((threads + 31) / 32), ready(num_blocks * warps_of_block) {
+        all.reserve(num_blocks * threads);
+        for (int rank = 0; rank < num_blocks; rank++)
+            for (int i = 0; i < threads; i++) {
+                all.push_back({rank, static_cast<unsigned>(i), rank * warps_of_block + i / 32});
+                let_go_on(&all.back());
+            }
+    }
+    void run(void (*kernel)()) {
         volatile size_t num_ended = 0;
+        this->kernel = kernel;
+        getcontext(&begin);
         getcontext(&host);  // here again when a lane has ended
         if (num_ended < all.size()) num_ended = num_ended + 1, go_on();
-        munmap(stacks, bytes);
+    }
+    void let_go_on(Lane* lane) { ready[lane->warp].push_back(lane); }
+    void let_go_on(const std::vector<Lane*>& waiting) {
+        for (Lane* lane : waiting) let_go_on(lane);
     }
     void wait() {
         if (!_setjmp(running->left)) go_on();
     }
-    void look_again_later() {
-        ready.push_back(running);
-        wait();
-    }
 
   private:
+    const Stacks& stacks;
+    const size_t warps_of_block;
+    std::vector<std::vector<Lane*>> ready;  // of each warp
+    size_t warp = 0;                        // that is at work
+    ucontext_t host, begin;
+    void (*kernel)();
+    uint64_t lot = 1;
+
+    size_t drawn(size_t count) {
+        lot = lot * 48271 % 0x7FFFFFFF;  // Park and Miller's
+        return lot * count >> 31;
+    }
+    // One of so many warps from the first on that can go on.
+    bool find_warp(size_t first, size_t count) {
+        const size_t from = drawn(count);
+        for (size_t i = 0; i < count; i++)
+            if (const size_t found = first + (from + i) % count; !ready[found].empty()) return warp = found, true;
+        return false;
+    }
     void go_on() {
-        if (ready.empty()) fprintf(stderr, "all lanes wait for each other\n"), abort();
-        std::swap(ready[lot() % ready.size()], ready.back());
-        running = ready.back(), ready.pop_back();
+        if (ready[warp].empty() && !find_warp(warp / warps_of_block * warps_of_block, warps_of_block) && !find_warp(0, ready.size()))
+            fprintf(stderr, "all lanes wait for each other\n"), abort();
+        auto& some = ready[warp];
+        std::swap(some[drawn(some.size())], some.back());
+        running = some.back(), some.pop_back();
         threadIdx.x = running->thread, blockIdx.x = first_block + running->rank;
         if (running->has_begun) _longjmp(running->left, 1);
         running->has_begun = true;
-        setcontext(&running->begin);
+        begin.uc_stack = {stacks.at + (running - all.data()) * Stacks::BYTES, 0, Stacks::BYTES};
+        begin.uc_link = &host;
+        makecontext(&begin, kernel, 0);
+        setcontext(&begin);
     }
 };
 inline Lanes* lanes;
 
-// Lanes that wait for a word, a signal's or one that is told, until somebody changes it.
+// Lanes that wait for a word, a signal's, a counter or one that is told, until somebody changes it.
 inline std::unordered_map<const void*, std::vector<Lane*>> parked;
 inline void park(const void* at) {
     parked[at].push_back(lanes->running);
     lanes->wait();
 }
 inline void wake(const void* at) {
-    if (auto found = parked.extract(at)) lanes->ready.insert(lanes->ready.end(), found.mapped().begin(), found.mapped().end());
+    if (auto found = parked.extract(at)) lanes->let_go_on(found.mapped());
 }
 
 struct Barrier {
@@ -148,19 +180,15 @@ struct Barrier {
     std::vector<Lane*> waiting;
     explicit Barrier(int expected = 32) : expected(expected) {}
     void arrive_and_wait() {
-        if (waiting.size() + 1 < expected) {
-            waiting.push_back(lanes->running);
-            return lanes->wait();
-        }
-        lanes->ready.insert(lanes->ready.end(), waiting.begin(), waiting.end());
-        waiting.clear();
-        lanes->look_again_later();
+        waiting.push_back(lanes->running);
+        if (waiting.size() >= expected) lanes->let_go_on(waiting), waiting.clear();
+        lanes->wait();
     }
 };
 struct Warp {
     Barrier meet;
     uint32_t words[32][2];
-    float values[2][32][12];  // of two products in turns, so that lanes meet once for each
+    float rows[2][16][16], columns[2][8][16];  // of two products in turns, so that lanes meet once for each
 };
 struct Block {
     Barrier meet, some_meet;
@@ -254,13 +282,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     static std::function<void()> lane;
     lane = [&] { kernel(static_cast<Parameters>(arguments)...); };
     blockDim = config->blockDim, gridDim = config->gridDim;
+    const Stacks stacks(threads * size);
     for (blockIdx.y = 0; blockIdx.y < config->gridDim.y; blockIdx.y++)
         for (unsigned x = 0; x < config->gridDim.x; x += size) {
             Blocks cluster(threads * size);
-            Lanes beside;
+            Lanes beside(size, threads, x, stacks);
             for (int rank = 0; rank < size; rank++) cluster.blocks.emplace_back(threads, config->dynamicSmemBytes);
-            for (int i = 0; i < threads * size; i++) beside.all.push_back({{}, {}, false, i / threads, static_cast<unsigned>(i % threads)});
-            my_cluster = &cluster, lanes = &beside, beside.first_block = x;
+            my_cluster = &cluster, lanes = &beside;
             beside.run([] { lane(); });
         }
     return cudaSuccess;
@@ -272,17 +300,15 @@ template <class Wide>
 void multiply_by(Wide half, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     Warp& warp = my_warp();
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
-    auto& values = warp.values[lanes->running->products++ % 2];
-    for (int i = 0; i < 12; i++) values[lane][i] = half(words[i / 2], i % 2);
-    warp.meet.arrive_and_wait();
-    for (int i = 0; i < 4; i++) {
-        const int column = q * 2 + i % 2, side = i / 2;
-        for (int k = 0; k < 16; k++) {
-            const int owner = k % 8 / 2, late = k / 8;
-            sum[i] += values[g * 4 + owner][late * 4 + side * 2 + k % 2] * values[column * 4 + owner][8 + late * 2 + k % 2];
+    const int turn = lanes->running->products++ % 2;
+    for (int late = 0; late < 2; late++)
+        for (int i = 0, k = late * 8 + q * 2; i < 2; i++, k++) {
+            for (int side = 0; side < 2; side++) warp.rows[turn][side * 8 + g][k] = half(a[late * 2 + side], i);
+            warp.columns[turn][g][k] = half(late ? b1 : b0, i);
         }
-    }
+    warp.meet.arrive_and_wait();
+    for (int k = 0; k < 16; k++)
+        for (int i = 0; i < 4; i++) sum[i] += warp.rows[turn][i / 2 * 8 + g][k] * warp.columns[turn][q * 2 + i % 2][k];
 }
 inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     multiply_by([](uint32_t word, int i) { return __uint_as_float(i ? word & 0xFFFF0000u : word << 16); }, sum, a, b0, b1);
@@ -377,10 +403,14 @@ template <int THREADS_MEETING> void meet() {
     my_block().some_meet.expected = THREADS_MEETING;
     my_block().some_meet.arrive_and_wait();
 }
-inline uint32_t counted(uint32_t* counter) { return atomicAdd(counter, 1u); }
+inline uint32_t counted(uint32_t* counter) {
+    const uint32_t was = atomicAdd(counter, 1u);
+    wake(counter);
+    return was;
+}
 inline void count(uint32_t* counter) { counted(counter); }
 inline void wait_until(const uint32_t* counter, uint32_t target) {
-    while (__atomic_load_n(counter, __ATOMIC_SEQ_CST) < target) lanes->look_again_later();
+    while (__atomic_load_n(counter, __ATOMIC_SEQ_CST) < target) park(counter);
 }
 constexpr uint32_t NOTHING = ~0u;
 inline void tell(uint32_t* at, uint32_t word) {
