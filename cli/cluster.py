@@ -66,7 +66,9 @@ class Cluster:
         _refuse_taken_ports(self._options)
         board = Blackboard(self.state.redis_url)
         try:
-            await self._until(self._start_blackboard(), deadline_s)
+            if self._embedded is not None:
+                await self._start(self._embedded)
+            await self._until(self._blackboard_answers(), deadline_s)
             board_url = f"unix://{quote(str(self._socket))}?db=0" if self._socket else self.state.redis_url
             for spec in plan.services(self._options, board_url, str(self._sockets or "")):
                 await self._start(spec)
@@ -106,9 +108,7 @@ class Cluster:
         self._processes.append(process)
         await process.start()
 
-    async def _start_blackboard(self) -> None:
-        if self._embedded is not None:
-            await self._start(self._embedded)
+    async def _blackboard_answers(self) -> None:
         while True:
             try:
                 return await healthcheck.check(self.state.redis_url, HEALTH_TIMEOUT_MS)
