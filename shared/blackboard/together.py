@@ -44,6 +44,7 @@ class Together:
         self._is_next_due = False
         """Whether what is wanted goes out in the next turn."""
         self._conversation: _Conversation | None = None
+        self._is_closed = False
 
     def run(self, keys: Sequence[str], args: Sequence[str | int]) -> Coroutine[Any, Any, Any]:
         """Ask for a run now; to be awaited is what the script answers. For somebody who is cancelled meanwhile it may
@@ -57,7 +58,8 @@ class Together:
         return self._answered(self._ask(command))
 
     async def close(self) -> None:
-        """End the connection; whoever waits is told that it was lost."""
+        """End the connection; whoever waits is told that it was lost, and so is whoever asks again."""
+        self._is_closed = True
         if self._opening is not None:
             self._opening.cancel()
         if self._conversation is not None:
@@ -84,7 +86,9 @@ class Together:
         self._is_next_due = False
         if not self._wanted or self._opening is not None:
             return
-        if self._conversation is None or self._conversation.is_over:
+        if self._is_closed:
+            self._fail(LostConnection("closed"))
+        elif self._conversation is None or self._conversation.is_over:
             loop = asyncio.get_running_loop()
             self._opening = loop.create_task(self._open(), context=Context())  # of no request: without its deadline
         else:

@@ -30,7 +30,7 @@ TEXTS = [
 ]
 STORY = "On day {0} the crew of the ship counted {0} gulls, {1} whales and wrote: 'all is well, wind {2} knots'. "
 # Of the story's beginnings, and how many tokens follow: few after long ones, which cost a long forward each.
-LENGTHS = {63: 8, 64: 8, 65: 8, 128: 8, 257: 6, 400: 6, 1100: 4}
+LENGTHS = {63: 8, 64: 8, 65: 8, 128: 8, 257: 6, 400: 6, 1500: 4}
 SHORT = 16
 NUM_TOP = 5
 # By name: of which greedy outputs are asked for, and of which the log-probabilities; the longest is asked for both.

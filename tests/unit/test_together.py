@@ -37,6 +37,15 @@ async def test_each_run_gets_its_own_answer_in_order(valkey_url: str) -> None:
             assert found == [[f"{turn} {number}".encode(), 50 * turn + number] for number in range(50)]
 
 
+async def test_who_asks_when_it_is_closed_opens_nothing(valkey_url: str) -> None:
+    async with together(valkey_url) as runs:
+        await runs.run(["n"], ["a"])
+    before = asyncio.all_tasks()
+    with pytest.raises(RedisError, match="closed"):
+        await runs.run(["n"], ["b"])
+    assert asyncio.all_tasks() <= before
+
+
 async def test_an_error_is_the_fault_of_its_run_alone(valkey_url: str) -> None:
     async with together(valkey_url) as runs:
         asked = [runs.run(["n"], [word]) for word in ("a", "wrong", "b")]
