@@ -1,5 +1,6 @@
 """Fixtures for all tests, and what several processes that share them out are told."""
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 from tests.valkey import ValkeyProcess
 
 IS_SHARED_OUT = "PYTEST_XDIST_WORKER" in os.environ
+
+gc.disable()  # until all tests are known: what is imported and collected is there to stay
 
 if IS_SHARED_OUT:  # known before torch is imported: the cores are for all
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -41,6 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         from tests import sharing
 
         items.sort(key=lambda item: sharing.place(item.nodeid))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # to look through it was a third of collecting, and took each full collection longer
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
