@@ -176,7 +176,6 @@ DRAWN = replace(GREEDY, temperature=0.9, top_p=0.95, seed=7)
 SAMPLED = replace(DRAWN, presence_penalty=0.4, frequency_penalty=0.3, repetition_penalty=1.1)
 PENALIZED = replace(SAMPLED, top_k=50, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1)
 CASES = [(model, "", sampling) for model in ("sim", "llama", "qwen3", "glm") for sampling in (GREEDY, SAMPLED)]
-CASES += [("glm fp8", "", GREEDY)]
 CASES += [(model, BEHIND, sampling) for model in ("sim", "llama") for sampling in (GREEDY, SAMPLED)]
 CASES += [("glm", BEHIND, SAMPLED)]
 
