@@ -364,11 +364,10 @@ template <class Value> void anew(Value&) {}
 inline float* dynamic_shared() { return my_block().memory; }
 inline char* aligned_shared() { return reinterpret_cast<char*>(my_block().memory); }
 struct Cluster {
-    static void sync() { my_cluster->meet.arrive_and_wait(); }
-    static void sync_shared() { sync(); }
+    static void sync_shared() { my_cluster->meet.arrive_and_wait(); }
     static void arrive() {}
     static void arrive_shared() {}
-    static void wait() { sync(); }
+    static void wait() { sync_shared(); }
     static int rank() { return lanes->running->rank; }
     static const float* of(float* mine, int rank) {
         return my_cluster->blocks[rank].memory + (mine - my_block().memory);

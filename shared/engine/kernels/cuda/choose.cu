@@ -57,7 +57,7 @@ __device__ __forceinline__ void together(uint64_t (&values)[N], Combine combine,
         if (lane == 0)
             for (int n = 0; n < N; n++) exchange->of_block[turn][n] = values[n];
     }
-    Cluster::sync();
+    Cluster::sync_shared();
     const float* theirs = Cluster::of(reinterpret_cast<float*>(exchange->of_block[turn]), lane % CHOOSERS);
     for (int n = 0; n < N; n++) values[n] = reinterpret_cast<const uint64_t*>(theirs)[n];
     over_lanes(CHOOSERS / 2);
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(MOST_CHOOSE_WARPS * 32) choose(const __grid_co
         token = first_to_arrive(share, asked.begin, token);
     }
     if (rank == 0 && threadIdx.x == 0) p.out[row] = token;
-    Cluster::sync();  // others may still read what this block has told them
+    Cluster::sync_shared();  // others may still read what this block has told them
 }
 
 }  // namespace forebay
