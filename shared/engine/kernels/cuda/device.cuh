@@ -81,6 +81,7 @@ __device__ __forceinline__ uint2 from_fp8(uint32_t four) {
 #endif
 
 __device__ __forceinline__ uint32_t largest_of_warp(uint32_t value) { return __reduce_max_sync(~0u, value); }
+__device__ __forceinline__ uint32_t sum_of_warp(uint32_t value) { return __reduce_add_sync(~0u, value); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // where a launch waits for the one before it
 __device__ void wait_for_inputs(const void*) {}
