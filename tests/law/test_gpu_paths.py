@@ -268,7 +268,8 @@ def drift(fleet: Fleet, worker: Worker, prompt: Sequence[int], said: Said) -> to
         )
     )
     assert worker.kv.release(lease_id)
-    return (ours - exact).norm(dim=1) / exact.norm(dim=1)
+    share: torch.Tensor = (ours - exact).norm(dim=1) / exact.norm(dim=1)
+    return share
 
 
 # The law --------------------------------------------------------------------------------------------------------------
