@@ -19,7 +19,6 @@ import os
 import runpy
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,14 +28,11 @@ from typing import NoReturn
 from setproctitle import setproctitle
 
 from cli import kin
-from shared import gentle_start
+from shared import forking, gentle_start
 
 MAX_ORDER_BYTES = 1 << 20
 PID_BYTES = 4
 GO = b"\1"
-TASKS = Path("/proc/self/task")
-# Threads that ended are listed for a moment.
-LOOKS, LOOK_AGAIN_S = 100, 0.01
 
 
 @dataclass(frozen=True)
@@ -93,18 +89,8 @@ def prepare(modules: Sequence[str]) -> bool:
             del sys.modules[name]  # it is run, not imported, later
     gc.freeze()  # and is not looked through by those who are forked, which would copy it
     gc.enable()
-    return _has_one_thread()
-
-
-def _has_one_thread() -> bool:
-    """Whether this process has one thread once it has forked: numpy's BLAS begins with some, and ends them then."""
-    if not (child := os.fork()):
-        os._exit(0)
-    os.waitpid(child, 0)
-    for _ in range(LOOKS):
-        if len(list(TASKS.iterdir())) == 1:
-            return True
-        time.sleep(LOOK_AGAIN_S)
+    if forking.has_one_thread():
+        return True
     sys.stderr.write("forebay starts its processes the slow way: what they import begins threads\n")
     return False
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Self
 
 from cli import fork_server, kin
-from cli.fork_server import PID_BYTES, TASKS, Order, Preload
+from cli.fork_server import PID_BYTES, Order, Preload
 from cli.process import ROOT, ProcessSpec, Running, execute
+from shared import forking
 
 # What a fork server may take to answer. Its first answer comes when it has imported everything.
 FIRST_ANSWER_S = 120.0
@@ -132,11 +133,10 @@ class Forked:
 
 def _can_fork() -> bool:
     """Whether this process may be forked as it is, and children can be waited for whoever made them."""
-    if sys.platform != "linux" or not hasattr(os, "pidfd_open") or len(list(TASKS.iterdir())) > 1:
+    if not forking.can_wait() or len(list(forking.TASKS.iterdir())) > 1:
         return False
     try:
         with kin.Adoption():
-            os.close(os.pidfd_open(os.getpid()))
+            return True
     except OSError:
         return False
-    return True
