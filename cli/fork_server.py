@@ -8,6 +8,8 @@ fork of a process that has done them begins at once, and shares what neither of 
 The service has lost its parent before it begins, and `forebay up` has taken it in (`forks.py`). So who starts it, ends
 it, waits for it and takes it along is the same as of one that was executed, and a fork server may end at any time.
 
+It is itself a fork of `forebay up`, or executed: `python -m cli.fork_server FD SUPERVISOR PRELOAD`.
+
 Where there are threads a fork is not safe: locks of theirs stay taken. So a fork server has one thread, or does not
 serve. Whatever has threads, an event loop, CUDA or NIXL begins in the service. decisions/0073 says more.
 """
@@ -18,6 +20,7 @@ import json
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -28,22 +31,32 @@ from typing import NoReturn
 from setproctitle import setproctitle
 
 from cli import kin
+from cli.process import ROOT
 from shared import forking, gentle_start
 
 MAX_ORDER_BYTES = 1 << 20
 PID_BYTES = 4
 GO = b"\1"
+RUN = (".__main__", ".main")
 
 
 @dataclass(frozen=True)
 class Preload:
     """What a fork server imports, and what it adds to its environment first: some libraries look when they are loaded.
 
-    Of a service that is its `__main__`, which does nothing when it is imported.
+    Of a service that is its `__main__`, of the command line its `main`; they do nothing when they are imported.
     """
 
     modules: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    def execute(self, channel: socket.socket) -> "subprocess.Popen[bytes]":
+        """Start a fork server that serves this process over the channel, the other end of which stays here. Raises
+        OSError."""
+        command = [sys.executable, "-m", "cli.fork_server", str(channel.fileno()), str(os.getpid())]
+        command.append(json.dumps(asdict(self)))
+        environment = os.environ | self.environment
+        return subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[channel.fileno()])
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ def prepare(modules: Sequence[str]) -> bool:
     except ImportError:  # whoever needs it says so, when it is executed
         return False
     for name in modules:
-        if name.endswith(".__main__"):
+        if name.endswith(RUN):
             del sys.modules[name]  # it is run, not imported, later
     gc.freeze()  # and is not looked through by those who are forked, which would copy it
     gc.enable()
@@ -161,3 +174,8 @@ def _become(order: Order, output: int) -> NoReturn:
         traceback.print_exc()
         sys.exit(1)
     sys.exit()
+
+
+if __name__ == "__main__":
+    file, number, said = sys.argv[1:]
+    serve(socket.socket(fileno=int(file)), Preload(**json.loads(said)), ROOT, int(number))

@@ -1,15 +1,11 @@
 """Processes that tests start, forked of one that has imported what they run: to import is most of what they would do.
 
-    python -m tests.nursery FD SUPERVISOR MODULES ENVIRONMENT
-
 They are what `python -m MODULE` would make, children of the test's process, as `forebay up` has its services
 (`cli.fork_server`); only that process has threads, so that what it forks them of is executed, once for each kind. Who
 tests what it takes to be executed executes it. Where nothing can be forked, all are.
 """
 
 import atexit
-import importlib
-import json
 import os
 import socket
 import subprocess
@@ -19,7 +15,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import IO
 
-from cli import fork_server, kin, plan
+from cli import kin, plan
 from cli.fork_server import PID_BYTES, Order, Preload
 from cli.plan import ClusterOptions
 from cli.process import ROOT, bound_to_me
@@ -37,12 +33,8 @@ class Nursery:
         self._turn, self._adoption = threading.Lock(), kin.Adoption()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.settimeout(ANSWER_S)
-        facts = [str(theirs.fileno()), str(os.getpid()), json.dumps(preload.modules), json.dumps(preload.environment)]
-        command = [sys.executable, "-m", "tests.nursery", *facts]
         with theirs:
-            self._process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | preload.environment, pass_fds=[theirs.fileno()]
-            )
+            self._process = preload.execute(theirs)
         atexit.register(self._end)
 
     def fork(self, order: Order, output: int) -> Child:
@@ -74,12 +66,4 @@ def _nursery(engine: str) -> Nursery:
     """That of the sim engine has no torch. In that of the other gateways and routers find it imported, too."""
     found = plan.preloads(ClusterOptions("", engine=engine)).values()
     environment = {name: value for preload in found for name, value in preload.environment.items()}
-    return Nursery(Preload([name for preload in found for name in preload.modules], environment))
-
-
-if __name__ == "__main__":
-    importlib.import_module("cli.main")
-    del sys.modules["cli.main"]  # which is run, not imported, by who is forked
-    number, supervisor, modules, added = sys.argv[1:]
-    preload = Preload(json.loads(modules), json.loads(added))
-    fork_server.serve(socket.socket(fileno=int(number)), preload, ROOT, int(supervisor))
+    return Nursery(Preload([*(name for preload in found for name in preload.modules), "cli.main"], environment))
