@@ -1,5 +1,7 @@
 """Pages that somebody still has are fetched and not computed again: after a loss, and from a worker that drains."""
 
+import asyncio
+import itertools
 import signal
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -7,13 +9,14 @@ from typing import Any
 
 from protos.forebay.v1 import router_pb2
 from shared import page_hash
-from tests.e2e.client import PROMPT, SLOW, Start, client_of
-from tests.e2e.cluster import RunningCluster
+from tests.e2e.client import PROMPT, SLOW, Client, Start, client_of
+from tests.e2e.cluster import Row, RunningCluster
 from tests.e2e.test_failover import busy
 
 LONG, PAGE = [13, *PROMPT[1:1000]], 16  # of no other test, so cached by nobody
 NUM_WHOLE = len(LONG) // PAGE * PAGE
 TOKEN_BYTES = 64  # of the sim engine
+MOST_PROMPTS = 40
 USAGE = {"include_usage": True}
 
 
@@ -26,6 +29,21 @@ async def until_found_at(cluster: RunningCluster, *names: str) -> None:
         return any(holders(each) & set(names) and each.num_cached_tokens >= NUM_WHOLE for each in candidates)
 
     await cluster.until_explained(route, is_found)
+
+
+async def until_rates_known(cluster: RunningCluster, client: Client, *names: str) -> None:
+    """Have prompts computed until these workers know what a token takes them: they wait for a peer's pages as long as
+    computing them would take, and a guess of that is too short where processors are."""
+
+    def are_known(rows: dict[str, Row]) -> bool:
+        return all(rows[name]["load"] and rows[name]["load"]["prefill_ms_per_token"] for name in names)
+
+    for first in itertools.count(20):
+        prompts = [[first, number, *PROMPT[:60]] for number in range(4)]
+        await asyncio.gather(*(client.complete(prompt, max_tokens=8) for prompt in prompts))
+        if are_known(await cluster.status()):
+            return
+        assert first < MOST_PROMPTS, "some worker computes no prompt"
 
 
 def holders(candidate: router_pb2.Candidate) -> set[str]:
@@ -50,8 +68,9 @@ async def test_after_a_loss_the_prompt_comes_from_the_prefill_worker_that_comput
 ) -> None:
     cluster, token_ids = slow_cluster, list[int]()
     workers = ("decode-0", "decode-1")
-    before = {each: await cluster.measured(each, "forebay_cached_tokens_total") for each in workers}
     async with client_of(cluster) as client:
+        await until_rates_known(cluster, client, *workers)
+        before = {each: await cluster.measured(each, "forebay_cached_tokens_total") for each in workers}
         async for some in texts(client.stream(LONG, max_tokens=500, stream_options=USAGE)):
             if not token_ids:
                 (lost,) = busy(await cluster.until(lambda rows: len(busy(rows)) == 1))
@@ -68,6 +87,7 @@ async def test_after_a_loss_the_prompt_comes_from_the_prefill_worker_that_comput
 async def test_a_worker_that_drains_gives_its_pages_to_the_next_turn(start_cluster: Start) -> None:
     cluster = start_cluster("--engine", "sim", "--prefill", "0", "--decode", "2", "--grace", "60", SLOW)
     async with client_of(cluster) as client:
+        await until_rates_known(cluster, client, "decode-0", "decode-1")
         async with aclosing(client.stream(LONG, max_tokens=4000)) as first_turn:
             await anext(first_turn)
             (draining,) = busy(await cluster.until(lambda rows: len(busy(rows)) == 1))
@@ -83,13 +103,15 @@ async def test_a_worker_that_drains_gives_its_pages_to_the_next_turn(start_clust
 
 async def test_a_sequence_that_outlasts_a_drain_is_handed_over_with_its_pages(start_cluster: Start) -> None:
     cluster = start_cluster("--engine", "sim", "--prefill", "0", "--decode", "2", "--grace", "1", SLOW)
-    async with client_of(cluster) as client, aclosing(client.stream(LONG, max_tokens=4000)) as stream:
-        await anext(stream)
-        (draining,) = busy(await cluster.until(lambda rows: len(busy(rows)) == 1))
-        (other,) = {"decode-0", "decode-1"} - {draining}
-        await until_found_at(cluster, draining)
-        cluster.signal(draining, signal.SIGTERM)
-        await cluster.until(lambda rows: other in busy(rows) and rows[other]["load"]["num_running"] == 1)
-        num_bytes = NUM_WHOLE * TOKEN_BYTES
-        await cluster.until_measured(other, "forebay_transfer_bytes_total", lambda num: num >= num_bytes)
-        assert await cluster.measured(other, "forebay_failed_pulls_total") == 0
+    async with client_of(cluster) as client:
+        await until_rates_known(cluster, client, "decode-0", "decode-1")
+        async with aclosing(client.stream(LONG, max_tokens=4000)) as stream:
+            await anext(stream)
+            (draining,) = busy(await cluster.until(lambda rows: len(busy(rows)) == 1))
+            (other,) = {"decode-0", "decode-1"} - {draining}
+            await until_found_at(cluster, draining)
+            cluster.signal(draining, signal.SIGTERM)
+            await cluster.until(lambda rows: other in busy(rows) and rows[other]["load"]["num_running"] == 1)
+            num_bytes = NUM_WHOLE * TOKEN_BYTES
+            await cluster.until_measured(other, "forebay_transfer_bytes_total", lambda num: num >= num_bytes)
+            assert await cluster.measured(other, "forebay_failed_pulls_total") == 0
