@@ -7,7 +7,7 @@ SETUP := pyproject.toml deploy/install
 # Passed on: make up ARGS="--decode 2", make test ARGS="tests/unit -k lease"
 ARGS ?=
 # The whole suite is shared out to several processes (tests/sharing.py says how); a part of it begins sooner in one.
-SHARED_OUT := --numprocesses auto
+SHARED_OUT := --processes auto
 
 .DEFAULT_GOAL := help
 .PHONY: help up test check format protos bench chaos clean

@@ -1,49 +1,15 @@
-"""Fixtures for all tests, and what several processes that share them out are told."""
+"""Fixtures for all tests."""
 
 import gc
-import os
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from tests.valkey import ValkeyProcess
 
-IS_SHARED_OUT = "PYTEST_XDIST_WORKER" in os.environ
+pytest_plugins = ("tests.processes",)
 
 gc.disable()  # until all tests are known: what is imported and collected is there to stay
-
-if IS_SHARED_OUT:  # known before torch is imported: the cores are for all
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    from tests import sharing
-
-    return sharing.num_processes()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    from tests import sharing
-
-    return sharing.Scheduling(config, log)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection(session: pytest.Session) -> None:
-    if IS_SHARED_OUT:
-        from tests import sharing
-
-        sharing.import_tests(session.config.args, *sharing.place_among_processes(os.environ))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if IS_SHARED_OUT:
-        from tests import sharing
-
-        items.sort(key=lambda item: sharing.place(item.nodeid))
 
 
 def pytest_collection_finish() -> None:

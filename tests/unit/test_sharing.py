@@ -1,6 +1,5 @@
 """How the suite is shared out to several processes."""
 
-import sys
 from pathlib import Path
 
 from tests import sharing
@@ -33,23 +32,3 @@ def test_long_computations_begin_first() -> None:
     found = sorted((f"tests/{file}::test_x" for file in files), key=sharing.place)
     assert [file.split("/")[1] for file in found] == ["chaos", "e2e", "e2e", "law", "unit"]
     assert "test_long_context" in found[1]
-
-
-def test_each_process_imports_all_files_from_another_one_on() -> None:
-    files = [Path(name) for name in "abcdefg"]
-    found = [sharing.from_another_on(files, number, 3) for number in range(3)]
-    assert [set(each) for each in found] == [set(files)] * 3
-    assert [each[0].name for each in found] == ["a", "c", "e"]
-
-
-def test_what_pytest_is_given_is_imported_and_what_cannot_be_is_left_to_pytest(tmp_path: Path) -> None:
-    (tmp_path / "test_elsewhere.py").write_text("")
-    name = "tests.architecture.test_style"
-    sys.modules.pop(name, None)
-    sharing.import_tests([str(tmp_path), f"{TESTS}/architecture/test_style.py::test_x"], 0, 1)
-    assert name in sys.modules
-
-
-def test_a_process_knows_its_number() -> None:
-    said = {"PYTEST_XDIST_WORKER": "gw2", "PYTEST_XDIST_WORKER_COUNT": "3"}
-    assert sharing.place_among_processes(said) == (2, 3)
