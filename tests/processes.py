@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 
 from tests import sharing
+from tests.launcher import Launcher
 
+LAUNCHER = pytest.StashKey[Launcher]()
 NUMBER_BYTES = 4
 TASKS = Path("/proc/self/task")
 # Each process has the cores with others. It must be known before torch is imported, and CUDA, of which no fork can make
@@ -56,7 +58,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
     """Run all tests, unless pytest itself is to."""
     number = num_processes(session.config)
-    if number == 1 or session.testsfailed or session.config.option.collectonly:
+    if session.testsfailed or session.config.option.collectonly:
+        return None
+    if number == 1:
+        session.config.stash[LAUNCHER] = Launcher()
         return None
     if (num_threads := len(list(TASKS.iterdir()))) > 1:
         raise pytest.UsageError(f"tests began {num_threads - 1} threads when they were imported: no fork is safe")
@@ -64,6 +69,17 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         reporter.showfspath = False  # files take turns
     First(session, number).run()
     return True
+
+
+@pytest.fixture
+def launcher(request: pytest.FixtureRequest) -> Launcher:
+    """Starts processes that run modules of this tree."""
+    return request.config.stash[LAUNCHER]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if launcher := session.config.stash.get(LAUNCHER, None):
+        launcher.end()
 
 
 @dataclass
@@ -177,7 +193,12 @@ class Other:
         while number := os.read(self._queue, NUMBER_BYTES):
             self._reports.send(("took", int.from_bytes(number)))
             self._run(self._works[int.from_bytes(number)])
+        self.end()
+
+    def end(self) -> None:
+        """Undo what was made for tests."""
         self.session._setupstate.teardown_exact(None)
+        self.session.config.stash[LAUNCHER].end()
 
     def _begin(self) -> None:
         """Output is caught apart from that of others, and reported instead of shown."""
@@ -189,6 +210,7 @@ class Other:
         plugins.unregister(terminal)
         plugins.register(Writer(terminal), "terminalreporter")
         plugins.register(self)
+        self.session.config.stash[LAUNCHER] = Launcher()
 
     def _run(self, places: Sequence[int]) -> None:
         items = [self.session.items[place] for place in places]
@@ -232,7 +254,7 @@ def _run(process: Other, left: Sequence[int]) -> None:
         process.run(left)
         status = 0
     except KeyboardInterrupt:
-        process.session._setupstate.teardown_exact(None)
+        process.end()
     except BaseException:
         traceback.print_exc()
     finally:

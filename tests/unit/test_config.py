@@ -2,8 +2,6 @@
 
 import os
 import socket
-import subprocess
-import sys
 
 import pytest
 
@@ -13,6 +11,7 @@ from shared import entry
 from shared.config import ServiceConfig
 from shared.errors import ModelNotFound
 from shared.worker.config import WorkerConfig
+from tests.launcher import Launcher
 
 SERVICES = ("gateway", "router", "prefill", "decode")
 
@@ -57,9 +56,10 @@ def test_a_wrong_flag_is_told_in_a_line(
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_help_says_how_to_start_the_service_and_what_each_flag_is(service: str) -> None:
-    command = [sys.executable, "-m", f"services.{service}", "--help"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+async def test_help_says_how_to_start_the_service_and_what_each_flag_is(service: str, launcher: Launcher) -> None:
+    done = await launcher.run(f"services.{service}", "--help")
+    said = done.said
+    assert done.status == 0
     assert said.startswith(f"usage: python -m services.{service} [--FLAG VALUE ...]")
     assert "FOREBAY_HEARTBEAT_MS" in said
     assert "(default: )" not in said
@@ -68,15 +68,14 @@ def test_help_says_how_to_start_the_service_and_what_each_flag_is(service: str) 
 # A prefill worker listens as a decode worker does: both are shared/worker/process.py.
 @pytest.mark.parametrize("service", ["gateway", "router", "decode"])
 @pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
-def test_a_taken_port_is_told_in_a_sentence(service: str, flag: str, valkey_url: str) -> None:
+async def test_a_taken_port_is_told_in_a_sentence(service: str, flag: str, valkey_url: str, launcher: Launcher) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         own = {"gateway": ["--http-port", "0"], "router": []}.get(service, ["--engine", "sim"])
-        command = [sys.executable, "-m", f"services.{service}", flag, str(port), "--redis-url", valkey_url, *own]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"cannot listen on 127.0.0.1:{port}")
-    assert "Traceback" not in done.stderr
+        done = await launcher.run(f"services.{service}", flag, str(port), "--redis-url", valkey_url, *own)
+    assert done.status == 1
+    assert done.said.splitlines()[-1].startswith(f"cannot listen on 127.0.0.1:{port}")
+    assert "Traceback" not in done.said
 
 
 def test_a_fault_ends_a_process_in_a_sentence() -> None:

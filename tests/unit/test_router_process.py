@@ -2,8 +2,6 @@
 
 import asyncio
 import signal
-import sys
-from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,6 +12,7 @@ from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from shared import rpc
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Registration, Role
+from tests.launcher import Launched, Launcher
 from tests.unit.fleets import registration
 from tests.valkey import ValkeyProcess
 
@@ -23,13 +22,14 @@ TTL_MS = 60_000
 class Outside:
     """What others see of a router process."""
 
-    def __init__(self, valkey: ValkeyProcess) -> None:
+    def __init__(self, valkey: ValkeyProcess, launcher: Launcher) -> None:
         self.board, self.channels = Blackboard(valkey.url), rpc.Channels()
-        self.command = [sys.executable, "-m", "services.router", "--redis-url", valkey.url, "--heartbeat-ms", "50"]
-        self.started: list[Process] = []
+        self.flags = ["--redis-url", valkey.url, "--heartbeat-ms", "50"]
+        self.launcher = launcher
+        self.started: list[Launched] = []
 
-    async def start(self, *flags: str) -> Process:
-        process = await asyncio.create_subprocess_exec(*self.command, *flags, stderr=PIPE)
+    async def start(self, *flags: str) -> Launched:
+        process = await self.launcher.start("services.router", *self.flags, *flags)
         self.started.append(process)
         return process
 
@@ -41,23 +41,23 @@ class Outside:
 
     async def close(self) -> None:
         for process in self.started:
-            if process.returncode is None:
-                process.kill()
-            await process.communicate()
+            process.send_signal(signal.SIGKILL)
+            await process.said.read()
+            await process.wait()
         await self.channels.close()
         await self.board.close()
 
 
 @pytest.fixture
-async def outside(valkey: ValkeyProcess) -> AsyncIterator[Outside]:
-    outside = Outside(valkey)
+async def outside(valkey: ValkeyProcess, launcher: Launcher) -> AsyncIterator[Outside]:
+    outside = Outside(valkey, launcher)
     yield outside
     await outside.close()
 
 
-async def end(process: Process) -> int:
+async def end(process: Launched) -> int:
     process.send_signal(signal.SIGTERM)
-    return await asyncio.wait_for(process.wait(), 20)
+    return await process.wait(20)
 
 
 async def test_a_router_registers_serves_and_leaves_in_order(outside: Outside) -> None:
@@ -76,7 +76,7 @@ async def test_a_restarted_router_has_a_higher_epoch_and_routes_at_once(outside:
     await outside.board.register(registration("d1"), TTL_MS)
     first = await outside.start("--name", "r1")
     before = await outside.registered()
-    first.kill()
+    first.send_signal(signal.SIGKILL)
     await first.wait()
     await outside.start("--name", "r1")
     after = await outside.registered(above=before.epoch)
@@ -91,21 +91,19 @@ async def test_a_router_that_was_replaced_ends_itself(outside: Outside) -> None:
     before = await outside.registered()
     await outside.start("--name", "r1")
     await outside.registered(above=before.epoch)
-    assert await asyncio.wait_for(old.wait(), 20) == 0
+    assert await old.wait(20) == 0
     assert (await outside.registered(above=before.epoch)).pid != old.pid
 
 
 async def test_a_router_can_be_ended_before_it_reached_redis(outside: Outside, valkey: ValkeyProcess) -> None:
     valkey.stop()
     process = await outside.start()
-    assert process.stderr is not None
-    while b"waiting for the blackboard" not in await asyncio.wait_for(process.stderr.readline(), 20):
+    while b"waiting for the blackboard" not in await asyncio.wait_for(process.said.readline(), 20):
         pass
     assert await end(process) == 0
 
 
-async def test_a_wrong_flag_ends_the_process_with_a_message(outside: Outside) -> None:
-    process = await outside.start("--max-queued", "-1")
-    _, said = await asyncio.wait_for(process.communicate(), 20)
-    assert process.returncode == 2
-    assert b"--max-queued" in said
+async def test_a_wrong_flag_ends_the_process_with_a_message(launcher: Launcher) -> None:
+    done = await launcher.run("services.router", "--max-queued", "-1")
+    assert done.status == 2
+    assert "--max-queued" in done.said
