@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import gc
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,9 @@ gc.disable()  # until all tests are known: what is imported and collected is the
 
 
 def pytest_collection_finish() -> None:
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True  # else pytest attaches to each, six times a test, and torch alone has forty
     gc.freeze()  # to look through it was a third of collecting, and took each full collection longer
     gc.enable()
 

@@ -60,13 +60,16 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     number = num_processes(session.config)
     if session.testsfailed or session.config.option.collectonly:
         return None
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    if number > 1 and (num_threads := len(list(TASKS.iterdir()))) > 1:
+        reporter.write_line(
+            f"one process runs all: to import tests began {num_threads - 1} threads, so no fork is safe"
+        )
+        number = 1
     if number == 1:
         session.config.stash[LAUNCHER] = Launcher()
         return None
-    if (num_threads := len(list(TASKS.iterdir()))) > 1:
-        raise pytest.UsageError(f"tests began {num_threads - 1} threads when they were imported: no fork is safe")
-    if reporter := session.config.pluginmanager.get_plugin("terminalreporter"):
-        reporter.showfspath = False  # files take turns
+    reporter.showfspath = False  # files take turns
     First(session, number).run()
     return True
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests import sharing
 
 TESTS = Path(sharing.__file__).parent
@@ -12,7 +14,8 @@ def test_every_room_has_its_place_in_the_order() -> None:
 
 
 def test_what_is_named_is_there() -> None:
-    assert [file for file in sharing.COMPUTING + sharing.DEFAULT_MODEL if not (TESTS / file).is_file()] == []
+    named = sharing.COMPUTING + sharing.DEFAULT_MODEL + sharing.PARSED
+    assert [file for file in named if not (TESTS / file).is_file()] == []
 
 
 def test_clusters_are_the_work_of_two_processes_and_any_other_file_is_its_own() -> None:
@@ -23,8 +26,9 @@ def test_clusters_are_the_work_of_two_processes_and_any_other_file_is_its_own() 
     assert len(clusters | computing | others) == 5
 
 
-def test_oracles_of_the_default_model_are_the_work_of_one_process() -> None:
-    assert len({sharing.work(f"tests/{file}::test_x") for file in sharing.DEFAULT_MODEL}) == 1
+@pytest.mark.parametrize("files", [sharing.DEFAULT_MODEL, sharing.PARSED])
+def test_files_that_need_the_same_are_the_work_of_one_process(files: tuple[str, ...]) -> None:
+    assert len({sharing.work(f"tests/{file}::test_x") for file in files}) == 1
 
 
 def test_long_computations_begin_first() -> None:
