@@ -115,8 +115,9 @@ class First:
             for _ in range(min(self._number, len(self._works))):
                 self._fork([])
             while self._processes:
-                for ready in wait(list(self._processes)):
-                    self._hear(self._processes[ready])
+                ready = wait(list(self._processes))
+                for process in [each for reports, each in self._processes.items() if reports in ready]:
+                    self._hear(process)
         finally:
             self._end()
 
