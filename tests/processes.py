@@ -25,19 +25,16 @@ from tests.launcher import Launcher
 LAUNCHER = pytest.StashKey[Launcher]()
 NUMBER_BYTES = 4
 TASKS = Path("/proc/self/task")
-# Each process has the cores with others. It must be known before torch is imported, and CUDA, of which no fork can make
-# use once it was asked whether there is a GPU, is not to be asked (NVML is).
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+# Each process has the cores with others. Libraries look when they are loaded, and the conftest of a folder that pytest
+# is given may load them before there are options. CUDA is not asked whether there are GPUs, for no fork could make use
+# of it then; NVML is.
+if any(argument.startswith("--processes") for argument in sys.argv):
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     about = "run tests in so many processes; auto: as many as this machine's cores suggest"
     parser.addoption("--processes", default="1", metavar="N", help=about)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if num_processes(config) > 1:
-        os.environ |= ENVIRONMENT
 
 
 def num_processes(config: pytest.Config) -> int:
