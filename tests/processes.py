@@ -217,8 +217,6 @@ class Other:
         items = [self.session.items[place] for place in places]
         for item, following in zip(items, [*items[1:], Unknown(self.session)], strict=False):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-            if self.session.shouldfail or self.session.shouldstop:
-                break
 
     def pytest_runtest_logstart(self, nodeid: str, location: tuple[str, int | None, str]) -> None:
         self._reports.send(("start", nodeid, location))
@@ -255,6 +253,7 @@ def _run(process: Other, left: Sequence[int]) -> None:
         process.run(left)
         status = 0
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's comes twice, by way of the first process, too
         process.end()
     except BaseException:
         traceback.print_exc()
