@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from cli import state
 from cli.cluster import START_DEADLINE_S, StartFailed
 from cli.process import ROOT, bound_to_me
 from cli.state import RunState
+from shared.forking import Child
 from shared.models.store import default_cache
 
 STOP_DEADLINE_S = 30.0
@@ -25,12 +26,23 @@ STOP_DEADLINE_S = 30.0
 class Background:
     """A running cluster and its supervisor. `run` is the state when it became ready."""
 
-    supervisor: "subprocess.Popen[bytes]"
+    supervisor: Child
     run: RunState
 
 
+# Starts a command in the checkout at a path, with its output in a file; it ends with this process.
+Begin = Callable[[Sequence[str], Path, IO[bytes]], Child]
+
+
+def execute(command: Sequence[str], root: Path, output: IO[bytes]) -> Child:
+    """See `Begin`."""
+    return subprocess.Popen(bound_to_me(command), cwd=root, stdout=output, stderr=subprocess.STDOUT)
+
+
 @contextmanager
-def cluster(*flags: str, start_deadline_s: float = START_DEADLINE_S, root: Path = ROOT) -> Iterator[Background]:
+def cluster(
+    *flags: str, start_deadline_s: float = START_DEADLINE_S, root: Path = ROOT, begin: Begin = execute
+) -> Iterator[Background]:
     """A cluster started by `forebay up FLAGS` on ports of its own; stopped as by Ctrl-C afterwards. Its code is that of
     the checkout at `root`.
 
@@ -38,7 +50,7 @@ def cluster(*flags: str, start_deadline_s: float = START_DEADLINE_S, root: Path 
     """
     with tempfile.TemporaryFile() as output:
         command = [sys.executable, "-m", "cli.main", "up", "--port", "0", *flags]
-        supervisor = subprocess.Popen(bound_to_me(command), cwd=root, stdout=output, stderr=subprocess.STDOUT)
+        supervisor = begin(command, root, output)
         try:
             yield Background(supervisor, _wait_until_ready(supervisor, output, start_deadline_s))
         finally:
@@ -61,7 +73,7 @@ def cpu_s(running: Background) -> dict[str, float]:
     return spent
 
 
-def _wait_until_ready(supervisor: "subprocess.Popen[bytes]", output: IO[bytes], deadline_s: float) -> RunState:
+def _wait_until_ready(supervisor: Child, output: IO[bytes], deadline_s: float) -> RunState:
     end = time.monotonic() + deadline_s
     while True:
         run = state.read(default_cache(), supervisor.pid)

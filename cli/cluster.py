@@ -1,14 +1,15 @@
 """A cluster on this machine: started, waited for until it serves, stopped in order."""
 
 import asyncio
+import json
 import signal
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-
-import httpx
 
 from cli import plan
 from cli.forks import ForkServers
@@ -147,9 +148,9 @@ class Cluster:
                 ready = await self._healthy(registrations)
                 self._awaited = [name for name in self._service_pids() if name not in ready]
                 if not self._awaited:
-                    url = self._url(registrations)
-                    if await _lists_a_model(url):
-                        return url
+                    address = self._http_address(registrations)
+                    if await _lists_a_model(address):
+                        return f"http://{address}"
                     self._awaited = ["gateway-0"]
                 await changes.wait(LOOK_AGAIN_S)
 
@@ -167,8 +168,8 @@ class Cluster:
     def _service_pids(self) -> dict[str, int | None]:
         return {process.spec.name: process.pid for process in self._processes if process.spec.role != plan.BLACKBOARD}
 
-    def _url(self, registrations: list[Registration]) -> str:
-        return next(f"http://{entry.http_address}" for entry in registrations if entry.name == "gateway-0")
+    def _http_address(self, registrations: list[Registration]) -> str:
+        return next(entry.http_address for entry in registrations if entry.name == "gateway-0")
 
     def _write(self) -> None:
         processes = [
@@ -192,13 +193,21 @@ def _refuse_taken_ports(options: ClusterOptions) -> None:
             raise StartFailed(f"port {port} is taken; choose another with --port, or --port 0 for any")
 
 
-async def _lists_a_model(url: str) -> bool:
-    async with httpx.AsyncClient(timeout=HEALTH_TIMEOUT_MS / 1000, trust_env=False) as client:
-        try:
-            answer = await client.get(f"{url}/health")  # which asks for no API key
-        except httpx.TransportError:
-            return False
-    return answer.is_success and bool(answer.json()["models"])
+async def _lists_a_model(address: str) -> bool:
+    """What a gateway says at /health, which asks for no API key."""
+    return await asyncio.to_thread(_has_models, address)
+
+
+def _has_models(address: str) -> bool:
+    connection = HTTPConnection(address, timeout=HEALTH_TIMEOUT_MS / 1000)  # one question: no client of 0.3 s for it
+    try:
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        return answer.status == HTTPStatus.OK and bool(json.loads(answer.read())["models"])
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _report(process: Supervised, reason: str) -> str:

@@ -8,6 +8,8 @@ fork of a process that has done them begins at once, and shares what neither of 
 The service has lost its parent before it begins, and `forebay up` has taken it in (`forks.py`). So who starts it, ends
 it, waits for it and takes it along is the same as of one that was executed, and a fork server may end at any time.
 
+It is itself a fork of `forebay up`, or executed: `python -m cli.fork_server FD SUPERVISOR PRELOAD`.
+
 Where there are threads a fork is not safe: locks of theirs stay taken. So a fork server has one thread, or does not
 serve. Whatever has threads, an event loop, CUDA or NIXL begins in the service. decisions/0073 says more.
 """
@@ -18,8 +20,8 @@ import json
 import os
 import runpy
 import socket
+import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,25 +31,32 @@ from typing import NoReturn
 from setproctitle import setproctitle
 
 from cli import kin
-from shared import gentle_start
+from cli.process import ROOT
+from shared import forking, gentle_start
 
 MAX_ORDER_BYTES = 1 << 20
 PID_BYTES = 4
 GO = b"\1"
-TASKS = Path("/proc/self/task")
-# Threads that ended are listed for a moment.
-LOOKS, LOOK_AGAIN_S = 100, 0.01
+RUN = (".__main__", ".main")
 
 
 @dataclass(frozen=True)
 class Preload:
     """What a fork server imports, and what it adds to its environment first: some libraries look when they are loaded.
 
-    Of a service that is its `__main__`, which does nothing when it is imported.
+    Of a service that is its `__main__`, of the command line its `main`; they do nothing when they are imported.
     """
 
     modules: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    def execute(self, channel: socket.socket) -> "subprocess.Popen[bytes]":
+        """Start a fork server that serves this process over the channel, the other end of which stays here. Raises
+        OSError."""
+        command = [sys.executable, "-m", "cli.fork_server", str(channel.fileno()), str(os.getpid())]
+        command.append(json.dumps(asdict(self)))
+        environment = os.environ | self.environment
+        return subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[channel.fileno()])
 
 
 @dataclass(frozen=True)
@@ -89,22 +98,12 @@ def prepare(modules: Sequence[str]) -> bool:
     except ImportError:  # whoever needs it says so, when it is executed
         return False
     for name in modules:
-        if name.endswith(".__main__"):
+        if name.endswith(RUN):
             del sys.modules[name]  # it is run, not imported, later
     gc.freeze()  # and is not looked through by those who are forked, which would copy it
     gc.enable()
-    return _has_one_thread()
-
-
-def _has_one_thread() -> bool:
-    """Whether this process has one thread once it has forked: numpy's BLAS begins with some, and ends them then."""
-    if not (child := os.fork()):
-        os._exit(0)
-    os.waitpid(child, 0)
-    for _ in range(LOOKS):
-        if len(list(TASKS.iterdir())) == 1:
-            return True
-        time.sleep(LOOK_AGAIN_S)
+    if forking.has_one_thread():
+        return True
     sys.stderr.write("forebay starts its processes the slow way: what they import begins threads\n")
     return False
 
@@ -175,3 +174,8 @@ def _become(order: Order, output: int) -> NoReturn:
         traceback.print_exc()
         sys.exit(1)
     sys.exit()
+
+
+if __name__ == "__main__":
+    file, number, said = sys.argv[1:]
+    serve(socket.socket(fileno=int(file)), Preload(**json.loads(said)), ROOT, int(number))

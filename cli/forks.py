@@ -1,20 +1,23 @@
 """The fork servers of a supervisor, and the processes that they fork for it.
 
 They are forks themselves, of a supervisor that has neither a thread nor an event loop yet, so what it has imported they
-need not. One that ends, or does not answer, is not missed: what it would have forked is executed from then on.
+need not. One that ends, or does not answer, is not missed: what it would have forked is executed. If it has served, one
+that is executed takes its place, once: that two ended so will have a reason.
 """
 
 import asyncio
 import os
-import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Self
 
 from cli import fork_server, kin
-from cli.fork_server import PID_BYTES, TASKS, Order, Preload
+from cli.fork_server import PID_BYTES, Order, Preload
 from cli.process import ROOT, ProcessSpec, Running, execute
+from shared import forking
+from shared.forking import Child
 
 # What a fork server may take to answer. Its first answer comes when it has imported everything.
 FIRST_ANSWER_S = 120.0
@@ -29,8 +32,9 @@ class ForkServers:
         before. Does not return in what they fork, which ends by SystemExit."""
         self._adoption = kin.Adoption()
         self._servers: dict[str, ForkServer] = {}
+        self._spare, self._answer_s = dict(preloads), answer_s
         for name, preload in preloads.items() if _can_fork() else ():
-            self._servers[name] = ForkServer(preload, list(self._servers.values()), answer_s)
+            self._servers[name] = ForkServer.forked(preload, list(self._servers.values()), answer_s)
 
     def __enter__(self) -> Self:
         return self
@@ -51,31 +55,60 @@ class ForkServers:
             if pid:
                 return Forked(pid)
             self._servers.pop(spec.fork_server, server).end()
+            process = await execute(spec, output)
+            if server.has_served:
+                asyncio.get_running_loop().call_soon(self._replace, spec.fork_server)
+            return process
         return await execute(spec, output)
+
+    def _replace(self, name: str) -> None:
+        if preload := self._spare.pop(name, None):
+            with suppress(OSError):
+                self._servers[name] = ForkServer.executed(preload, self._answer_s)
 
     def end(self) -> None:
         """End them. What they forked lives on."""
+        self._spare.clear()
         while self._servers:
             self._servers.popitem()[1].end()
 
 
 class ForkServer:
-    """One fork server, forked of this process."""
+    """One fork server, a child of this process."""
 
-    def __init__(self, preload: Preload, others: Sequence["ForkServer"], answer_s: float) -> None:
+    def __init__(self, channel: socket.socket, process: Child, answer_s: float) -> None:
+        self.has_served = False
+        """Whether it has answered an order."""
         self._patience_s, self._answer_s, self._has_ended = FIRST_ANSWER_S, answer_s, False
         self._turn = asyncio.Lock()
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel, self._process = channel, process
+        self._channel.setblocking(False)
+
+    @classmethod
+    def forked(cls, preload: Preload, others: Sequence["ForkServer"], answer_s: float) -> "ForkServer":
+        """A fork of this process, which has no thread, and has forked the others before."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sys.stdout.flush()
         sys.stderr.flush()
         supervisor = os.getpid()
-        self.pid = os.fork()
-        if not self.pid:
-            for each in (self, *others):
-                each._channel.close()
+        if not (pid := os.fork()):
+            for channel in (ours, *(each._channel for each in others)):
+                channel.close()
             fork_server.serve(theirs, preload, ROOT, supervisor)
         theirs.close()
-        self._channel.setblocking(False)
+        return cls(ours, forking.Forked(pid), answer_s)
+
+    @classmethod
+    def executed(cls, preload: Preload, answer_s: float) -> "ForkServer":
+        """One that imports everything itself. Raises OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            return cls(ours, preload.execute(theirs), answer_s)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
 
     async def fork(self, spec: ProcessSpec, output: int) -> int:
         """The id of a process that runs what `spec` says and is now a child of this one; 0 if there is none. Not to be
@@ -93,16 +126,17 @@ class ForkServer:
         answer = asyncio.create_task(asyncio.get_running_loop().sock_recv(self._channel, PID_BYTES))
         _, late = await asyncio.wait([answer], timeout=self._patience_s)
         if late:
-            os.kill(self.pid, signal.SIGKILL)  # what it has forked and not told of ends then
-        self._patience_s = self._answer_s
-        return await answer
+            self._process.kill()  # what it has forked and not told of ends then
+        said = await answer
+        self._patience_s, self.has_served = self._answer_s, bool(said)
+        return said
 
     def end(self) -> None:
         """End it. An order that it has not answered is not followed."""
         if not self._has_ended:
             self._has_ended = True
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+            self._process.kill()
+            self._process.wait()
         if not self._turn.locked():
             self._channel.close()
 
@@ -132,11 +166,10 @@ class Forked:
 
 def _can_fork() -> bool:
     """Whether this process may be forked as it is, and children can be waited for whoever made them."""
-    if sys.platform != "linux" or not hasattr(os, "pidfd_open") or len(list(TASKS.iterdir())) > 1:
+    if not forking.can_wait() or len(list(forking.TASKS.iterdir())) > 1:
         return False
     try:
         with kin.Adoption():
-            os.close(os.pidfd_open(os.getpid()))
+            return True
     except OSError:
         return False
-    return True

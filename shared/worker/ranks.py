@@ -1,5 +1,6 @@
 """Starting the ranks of a worker: this process is the first, each other one a process of its own."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from shared.engine.executor import TorchExecutor, load_executor
@@ -19,13 +20,21 @@ class Ranks:
     """The ranks of one worker. Close it, or they end with this process."""
 
     def __init__(
-        self, settings: dict[str, Any], num_ranks: int, split: ExpertSplit, timeout_s: float, log: tuple[str, str]
+        self,
+        settings: dict[str, Any],
+        num_ranks: int,
+        split: ExpertSplit,
+        timeout_s: float,
+        log: tuple[str, str],
+        forked: Sequence[RankProcess] = (),
     ) -> None:
         """Load a model, with the arguments `settings` of `load_executor`, on `num_ranks` ranks that wait `timeout_s`
-        for each other; `log` is their name and level there. Raises a Fault if that is not possible."""
-        registry.require_shares(settings["model_dir"], Shard(0, num_ranks, split))
-        self.others = [RankProcess(rank) for rank in range(1, num_ranks)]
+        for each other; `log` is their name and level there. Those but the first are `forked`, or executed now. Raises
+        a Fault if that is not possible."""
+        self.others = list(forked)
         try:
+            registry.require_shares(settings["model_dir"], Shard(0, num_ranks, split))
+            self.others = self.others or [RankProcess(rank) for rank in range(1, num_ranks)]
             self.executor = self._load(settings, Shard(0, num_ranks, split), timeout_s, log)
         except BaseException:
             self.close()

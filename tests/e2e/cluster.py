@@ -1,10 +1,9 @@
-"""A real cluster for tests: `forebay up` as a user runs it, in a process of its own."""
+"""A real cluster for tests: `forebay up` in a process of its own, as a user runs it but for its imports (`nursery`)."""
 
 import asyncio
 import os
 import shlex
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,9 @@ from shared import rpc
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Role
 from shared.errors import BlackboardLost
+from shared.forking import Child
 from shared.models.store import default_cache
+from tests import nursery
 from tests.e2e import integrity
 
 DEADLINE_S = 30.0
@@ -34,7 +35,7 @@ Row = dict[str, Any]
 class RunningCluster:
     """What a test may know of a cluster and do to it. `run` is its state as of the start; `state()` as of now."""
 
-    def __init__(self, supervisor: "subprocess.Popen[bytes]", run: RunState) -> None:
+    def __init__(self, supervisor: Child, run: RunState) -> None:
         self.supervisor, self.run = supervisor, run
 
     @property
@@ -148,13 +149,20 @@ class RunningCluster:
         await self.until(lambda rows: not any(map(_num_pages_in_use, rows.values())), deadline_s)
 
 
+def begin(flags: Sequence[str]) -> background.Begin:
+    """What starts `forebay up FLAGS` with nothing left to import."""
+    engine = "sim" if "sim" in flags else "torch"
+    return lambda command, _, output: nursery.start(engine, command, output)
+
+
 @contextmanager
-def running(*flags: str) -> Iterator[RunningCluster]:
-    """A cluster started by `forebay up FLAGS`, stopped by Ctrl-C afterwards.
+def running(*flags: str, executed: bool = False) -> Iterator[RunningCluster]:
+    """A cluster started by `forebay up FLAGS`, stopped by Ctrl-C afterwards. `executed`: as a user does it, whatever
+    that takes.
 
     Fails if it does not come up, does not end in time and in order, or if a worker's books are wrong at the end.
     """
-    with background.cluster("--grace", "5", *flags) as started:
+    with background.cluster("--grace", "5", *flags, begin=background.execute if executed else begin(flags)) as started:
         cluster = RunningCluster(started.supervisor, started.run)
         yield cluster
         if started.supervisor.poll() is None:

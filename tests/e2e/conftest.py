@@ -36,7 +36,7 @@ async def slow_cluster(_slow_cluster: RunningCluster) -> RunningCluster:
 def model_cluster() -> Iterator[RunningCluster]:
     """One prefill and one decode worker that compute the default model in float32, a long prompt in several steps."""
     workers = "--worker-flags=--kv-cache-mb 512 --max-step-tokens 64"
-    with running("--dtype", "float32", workers, HAND_OVER) as cluster:
+    with running("--dtype", "float32", workers, HAND_OVER, executed=True) as cluster:
         yield cluster
 
 

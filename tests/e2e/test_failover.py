@@ -9,8 +9,9 @@ from tests.e2e.cluster import RunningCluster
 
 
 def busy(rows: dict[str, Any]) -> list[str]:
-    """Decode workers that run something; one registers it within a heartbeat."""
-    return [name for name, row in rows.items() if name.startswith("decode") and row["pages"]["held"] > 0]
+    """Decode workers that run something; one registers it within a heartbeat. One that has just ended has no pages."""
+    decode = {name: row["pages"] for name, row in rows.items() if name.startswith("decode")}
+    return [name for name, pages in decode.items() if pages and pages["held"] > 0]
 
 
 async def kill_the_busy_worker(cluster: RunningCluster) -> None:

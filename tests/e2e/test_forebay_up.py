@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from contextlib import suppress
 from itertools import takewhile
@@ -18,7 +19,7 @@ from cli import background
 from cli.process import ROOT, bound_to_me
 from cli.state import RunState
 from shared.models.store import default_cache
-from tests.e2e.cluster import Row, RunningCluster, as_curl_does
+from tests.e2e.cluster import Row, RunningCluster, as_curl_does, begin
 from tests.valkey import ValkeyProcess
 
 DEADLINE_S = 60.0
@@ -26,10 +27,13 @@ SIM = ("--engine", "sim", "--grace", "20")
 SLOW_SIM = (*SIM, "--worker-flags=--sim-decode-ms 100")
 
 
-def _up(*flags: str) -> subprocess.CompletedProcess[str]:
-    """`forebay up` that is expected to fail."""
-    command = [sys.executable, "-m", "cli.main", "up", "--port", "0", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+def _refused(*flags: str) -> str:
+    """What `forebay up` says that is expected to fail."""
+    with tempfile.TemporaryFile() as output:
+        up = begin(SIM)([sys.executable, "-m", "cli.main", "up", "--port", "0", *flags], ROOT, output)
+        assert up.wait(DEADLINE_S) == 1
+        output.seek(0)
+        return output.read().decode()
 
 
 def _pids(run: RunState) -> list[int]:
@@ -160,7 +164,8 @@ async def test_ctrl_c_finishes_what_runs_and_leaves_no_process_no_port_and_no_fi
 
 
 async def test_a_second_ctrl_c_ends_everything_at_once() -> None:
-    with background.cluster("--engine", "sim", "--grace", "1000", "--worker-flags=--sim-decode-ms 1000") as started:
+    flags = ("--engine", "sim", "--grace", "1000", "--worker-flags=--sim-decode-ms 1000")
+    with background.cluster(*flags, begin=begin(flags)) as started:
         cluster = RunningCluster(started.supervisor, started.run)
         async with (
             httpx.AsyncClient(base_url=started.run.url, timeout=DEADLINE_S) as client,
@@ -182,34 +187,27 @@ def test_a_port_that_is_taken_is_refused_by_its_number() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = _up("--engine", "sim", "--port", str(port))
-    assert done.returncode == 1
-    assert f"port {port} is taken" in done.stderr
+        assert f"port {port} is taken" in _refused("--engine", "sim", "--port", str(port))
 
 
 def test_a_process_that_cannot_start_is_named_with_its_last_words() -> None:
-    done = _up("--engine", "sim", "--worker-flags=--page-size 0")
-    assert done.returncode == 1
-    assert "-0 ended at once: exit status 2" in done.stderr
-    assert "--page-size: must be greater than or equal to 1" in done.stderr
+    said = _refused("--engine", "sim", "--worker-flags=--page-size 0")
+    assert "-0 ended at once: exit status 2" in said
+    assert "--page-size: must be greater than or equal to 1" in said
 
 
 def test_a_model_that_is_not_there_is_refused_before_anything_starts() -> None:
-    done = _up("--model", "no/such/model")
-    assert done.returncode == 1
-    assert "no model 'no/such/model'" in done.stderr
+    assert "no model 'no/such/model'" in _refused("--model", "no/such/model")
 
 
 def test_a_redis_that_does_not_answer_is_refused_by_its_url() -> None:
-    done = _up("--engine", "sim", "--redis", "redis://127.0.0.1:9/0")
-    assert done.returncode == 1
-    assert "no Redis at redis://127.0.0.1:9/0" in done.stderr
+    assert "no Redis at redis://127.0.0.1:9/0" in _refused("--engine", "sim", "--redis", "redis://127.0.0.1:9/0")
 
 
 async def test_a_redis_of_the_users_is_used_and_left_running_and_sockets_are_not_if_so_told(
     valkey: ValkeyProcess,
 ) -> None:
-    with background.cluster(*SIM, "--redis", valkey.url, "--no-local-sockets") as started:
+    with background.cluster(*SIM, "--redis", valkey.url, "--no-local-sockets", begin=begin(SIM)) as started:
         cluster = RunningCluster(started.supervisor, started.run)
         rows = await cluster.status()
         assert "blackboard" not in rows

@@ -9,6 +9,7 @@ from shared.engine.api import (
     Failed,
     PagesComputed,
     PromptLogprobs,
+    SampledToken,
     TokenLogprobs,
     TokensSampled,
 )
@@ -43,6 +44,7 @@ class Worker:
             grammars=grammars,
         )
         self.outputs: dict[str, list[int]] = {}
+        self.said: dict[str, list[SampledToken]] = {}
         self.pages: dict[str, list[int]] = {}
         self.num_cached: dict[str, int] = {}
         self.drafts: dict[str, tuple[int, ...]] = {}
@@ -51,6 +53,7 @@ class Worker:
 
     def submit(self, request: EngineRequest, pages: PageTable | None = None) -> None:
         self.outputs[request.request_id] = []
+        self.said[request.request_id] = []
         self.pages[request.request_id] = []
         self.told[request.request_id] = []
         self._first_told[request.request_id] = max(1, request.num_prompt_logprobs_held)
@@ -67,6 +70,7 @@ class Worker:
                     self.told[name] += logprobs
                 case TokensSampled(name, tokens):
                     self.outputs[name] += [token.token_id for token in tokens]
+                    self.said[name] += tokens
                     self.num_cached[name] = event.num_cached_tokens
                     self.drafts[name] = event.draft_token_ids
                 case Failed(_, fault):

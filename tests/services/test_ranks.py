@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ from protos.forebay.v1.decode_pb2 import GenerateRequest as Request
 from shared.engine.models import registry, tiny
 from shared.engine.parallel.partition import Shard
 from shared.errors import Unsupported, WorkerLost
+from shared.worker import rank_process
+from shared.worker.assembly import assemble
+from shared.worker.config import WorkerConfig
 from tests import standstill
 from tests.oracle import driver, tiny_models
 from tests.services.worker_pair import PATIENCE_S, Pair
@@ -25,7 +29,7 @@ NUM_TOKENS = 8
 MAX_CONVERSATIONS = 30
 ON_GPUS = ("--device", "cuda", "--kernels", "torch")  # in float32, so that tokens are those of a CPU
 TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
-# Every rank is a process that imports torch.
+# Who is executed imports torch.
 START_S = 150.0
 
 
@@ -39,18 +43,24 @@ def llama(path: Path) -> None:
 
 @asynccontextmanager
 async def started(
-    path: Path, valkey: ValkeyProcess, ranks: Mapping[str, int], *more: str
+    path: Path, valkey: ValkeyProcess, ranks: Mapping[str, int], *more: str, executed: bool = False
 ) -> AsyncGenerator[Pair, None]:
-    """Workers, or one of them, of so many ranks each."""
+    """Workers, or one of them, of so many ranks each, which they fork."""
     flags = ["--model", str(path), "--served-model-name", "tiny", "--dtype", "float32", "--num-pages", "64"]
     made = Pair(valkey, [*flags, "--num-threads", "1", "--max-step-tokens", "64", *more], "tiny")
     try:
         for name, num_ranks in ranks.items():
-            made.launch(name, "--tensor-parallel", str(num_ranks))
+            made.launch(name, "--tensor-parallel", str(num_ranks), executed=executed)
         await made.registered(START_S)
+        assert not any(is_executed(rank) for each in made.found.values() for rank in each.rank_pids)
         yield made
     finally:
         await made.close()
+
+
+def is_executed(rank: int) -> bool:
+    """Whether a rank was executed. One that was forked has the command of its worker."""
+    return b"shared.worker.rank" in Path(f"/proc/{rank}/cmdline").read_bytes()
 
 
 async def status_with_rank(workers: Pair, name: str, rank: int) -> int:
@@ -73,7 +83,7 @@ async def test_a_rank_that_stands_still_ends_its_worker_within_its_time(
     flags: Sequence[str], tmp_path: Path, valkey: ValkeyProcess
 ) -> None:
     llama(tmp_path)
-    async with started(tmp_path, valkey, {"decode": 2}, *flags) as workers:
+    async with started(tmp_path, valkey, {"decode": 2}, *flags, executed=True) as workers:
         (rank,) = workers.found["decode"].rank_pids
         standstill.stop(rank)
         with pytest.raises(WorkerLost):
@@ -88,8 +98,30 @@ def test_a_model_that_so_many_ranks_cannot_share_is_refused(tmp_path: Path) -> N
     assert done.returncode != 0
     message = "8 attention heads cannot be shared out evenly to 3 ranks"
     assert message in done.stderr
-    with pytest.raises(Unsupported, match=message):  # which is said before any of them is started
+    with pytest.raises(Unsupported, match=message):  # which is said before any of them is told what to load
         registry.require_shares(tmp_path, Shard(0, 3))
+
+
+def test_where_there_are_threads_ranks_are_executed(tmp_path: Path) -> None:
+    llama(tmp_path)
+    fields = {"model": str(tmp_path), "dtype": "float32", "num_pages": 64, "num_threads": 2, "tensor_parallel": 2}
+    config = WorkerConfig.model_validate(fields)
+    may_end = threading.Event()
+    thread = threading.Thread(target=may_end.wait)
+    thread.start()
+    try:
+        assert not rank_process.forked(config)
+    finally:
+        may_end.set()
+        thread.join()
+    made = assemble(config)
+    try:
+        (rank,) = made.ranks
+        assert is_executed(rank.pid)
+        assert made.engine.kv.counts().free == 64
+    finally:
+        for rank in made.ranks:
+            rank.close()
 
 
 async def conversation(workers: Pair, num_tokens: int) -> tuple[Request, list[int], Request, list[int]]:

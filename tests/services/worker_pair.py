@@ -1,18 +1,22 @@
 """A prefill and a decode worker, or one of them, in processes of their own as they are deployed, and their client."""
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from protos.forebay.v1 import decode_pb2, decode_pb2_grpc, generation_pb2, kv_pb2
 from shared import rpc
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Registration, Role
+from shared.forking import Child
+from tests import nursery
 from tests.services.workers import KEY, prompt
 from tests.valkey import ValkeyProcess
 
@@ -27,12 +31,18 @@ class Pair:
         self.valkey, self.flags, self.model = valkey, flags, model
         self.board = Blackboard(valkey.url)
         self.channels = rpc.Channels()
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, Child] = {}
         self.found: dict[str, Registration] = {}
 
-    def launch(self, name: str, *flags: str) -> None:
+    def launch(self, name: str, *flags: str, executed: bool = False) -> None:
+        """Start one; if it is not to be executed, it has nothing left to import."""
         command = [sys.executable, "-m", f"services.{name}", "--name", name, "--redis-url", self.valkey.url]
-        self.processes[name] = subprocess.Popen([*command, *self.flags, *flags], stderr=subprocess.DEVNULL)
+        command += [*self.flags, *flags]
+        if executed:
+            self.processes[name] = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            return
+        with Path(os.devnull).open("wb") as nothing:
+            self.processes[name] = nursery.start("sim" if self.model == "sim" else "torch", command, nothing)
 
     async def registered(self, patience_s: float = PATIENCE_S) -> None:
         """Wait until those that were launched are registered by their present processes."""

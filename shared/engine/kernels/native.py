@@ -1,7 +1,7 @@
 """The C side of the CPU kernels: structures as native/*.cpp declare them, and weights as they want them."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -143,6 +143,11 @@ class Arena:
         """A matrix [N, K] and its bias [N]."""
         panels = pack(weight)
         return Linear(self.address(panels), self.vector(bias), panels.shape[0], panels.shape[1])
+
+    def linears(self, weights: Iterable[torch.Tensor]) -> Linear:
+        """The first of matrices of one shape, [N, K], that lie one behind the other."""
+        panels = torch.stack([pack(weight) for weight in weights])
+        return Linear(self.address(panels), None, panels.shape[1], panels.shape[2])
 
 
 def array(layers: Sequence[Layer]) -> "ctypes.Array[Layer]":

@@ -27,25 +27,38 @@ def _scores(
     HEADS: tl.constexpr, DIM: tl.constexpr, TOP_K: tl.constexpr, PAGE_SIZE: tl.constexpr, KEYS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
+    """Keys are older than the kernel in front, so the first ones are asked for before the wait. Programs that have
+    nothing to do wait too: who waits for this kernel waits for those in front of it."""
     if PDL:
         gdc_launch_dependents()
-        wait(q)
     row = tl.program_id(0).to(tl.int64)
     visible = tl.load(positions + row) + 1
-    if visible > TOP_K:
+    end = tl.where(visible > TOP_K, visible, 0)
+    first, by = tl.program_id(1) * KEYS, tl.num_programs(1) * KEYS
+    table = page_ids + tl.load(starts + row)
+    key = _keys(keys, table, first, end, page_stride, DIM, PAGE_SIZE, KEYS)
+    if PDL:
+        wait(q)
+    if first < end:
         head, d = tl.arange(0, HEADS), tl.arange(0, DIM)
         queries = tl.load(q + (row * HEADS + head[None]) * DIM + d[:, None])
         weight = tl.load(weights + row * weight_stride + head).to(tl.float32) * scale
-        table = page_ids + tl.load(starts + row)
-        for start in range(tl.program_id(1) * KEYS, visible, tl.num_programs(1) * KEYS):
+        for start in range(first, end, by):
             position = start + tl.arange(0, KEYS)
-            inside = position < visible
-            page = tl.load(table + position // PAGE_SIZE, inside, 0).to(tl.int64)
-            token = keys + page * page_stride + (position % PAGE_SIZE) * DIM
-            key = tl.load(token[:, None] + d[None], inside[:, None], 0.0)
             found = tl.dot(key, queries)
+            key = _keys(keys, table, start + by, end, page_stride, DIM, PAGE_SIZE, KEYS)
             score = tl.sum(tl.maximum(found, 0.0) * weight[None], 1)
-            tl.store(scores + row * capacity + position, score, inside)
+            tl.store(scores + row * capacity + position, score, position < end)
+
+
+@triton.jit
+def _keys(keys, table, start, end, page_stride, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, KEYS: tl.constexpr):
+    """Those from a position on, past L1, where old ones may be."""
+    position, d = start + tl.arange(0, KEYS), tl.arange(0, DIM)
+    inside = position < end
+    page = tl.load(table + position // PAGE_SIZE, inside, 0).to(tl.int64)
+    token = keys + page * page_stride + (position % PAGE_SIZE) * DIM
+    return tl.load(token[:, None] + d[None], inside[:, None], 0.0, cache_modifier=".cg")
 
 
 @triton.jit

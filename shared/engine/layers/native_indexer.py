@@ -30,15 +30,15 @@ class Chooser:
         parts = [part for part, context in zip(_parts(step), step.contexts, strict=True) if context > top_k]
         if not parts:
             return chosen
-        placed = _placed(keys)
-        if placed.form != native.INDEX_KEY_FORMS.index(torch.bfloat16) or placed.dim % 2:
+        where = placed(keys)
+        if where.form != native.INDEX_KEY_FORMS.index(torch.bfloat16) or where.dim % 2:
             q = q.float()
         q, head_weights = q.contiguous(), (head_weights * q.shape[2] ** -0.5).contiguous()
         ends = torch.tensor(parts)
         tensors = (q, head_weights, step.positions, step.first_pages, step.page_ids, ends)
         sizes = (len(q), len(parts), q.shape[1], width, q.dtype == torch.bfloat16)
         addresses = (tensor.data_ptr() for tensor in tensors)
-        native_step = native.IndexStep(*sizes, *addresses, placed, chosen.data_ptr())
+        native_step = native.IndexStep(*sizes, *addresses, where, chosen.data_ptr())
         native_step.workspace = self._workspace_for(native_step)
         self._library.forebay_index_choose(ctypes.byref(native_step), self._team)
         return chosen
@@ -56,7 +56,7 @@ def _parts(step: Placed) -> list[tuple[int, int]]:
     return list(zip(step.starts, step.starts[1:], strict=False))
 
 
-def _placed(keys: Rows) -> native.IndexKeys:
+def placed(keys: Rows) -> native.IndexKeys:
     """Where keys are: views of the pool, whose pages all have them at the same place."""
     if isinstance(keys, Fp8IndexKeys):
         values, scales = keys.values, keys.scales

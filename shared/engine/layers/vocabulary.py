@@ -1,10 +1,14 @@
 """The two ends of a model, with the vocabulary shared out to ranks."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from shared.engine.layers.linear import Linear
 from shared.engine.parallel.group import Group
+
+MakeLinear = Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]  # of weight [N, K]: x -> x W'
 
 
 class Embedding:
@@ -27,10 +31,10 @@ class Embedding:
 class Head:
     """x [R, hidden] -> logits float32 [R, V or more]: behind the vocabulary there may be columns that mean nothing."""
 
-    def __init__(self, weight: torch.Tensor, vocab_size: int, group: Group) -> None:
+    def __init__(self, weight: torch.Tensor, vocab_size: int, group: Group, linear: MakeLinear = Linear) -> None:
         self._group = group
         num_missing = -(-vocab_size // group.num_ranks) - len(weight)
-        self._product = Linear(F.pad(weight, (0, 0, 0, num_missing)) if num_missing else weight)
+        self._product = linear(F.pad(weight, (0, 0, 0, num_missing)) if num_missing else weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The product. Where no row is asked for, no rank waits for another."""

@@ -1,5 +1,6 @@
 """GLM-5, 5.1 and 5.2: latent attention over a shared sparse selection, and a mixture of experts."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,12 @@ from tqdm import tqdm
 
 from shared.engine.api import Recorded
 from shared.engine.batch import Batch
-from shared.engine.kernels import build, native, reference, sparse_reference
+from shared.engine.kernels import build, native, reference
 from shared.engine.kernels.registry import Candidate, choose
-from shared.engine.kernels.sparse_reference import Placed, Select
+from shared.engine.kernels.sparse_reference import Placed
 from shared.engine.kv.layout import KvLayout
-from shared.engine.layers import native_indexer, rope
-from shared.engine.layers.glm_layer import GlmLayer
+from shared.engine.layers import native_glm, native_indexer, rope
+from shared.engine.layers.glm_layer import Parts, TorchParts
 from shared.engine.layers.vocabulary import Embedding, Head
 from shared.engine.models import fp4
 from shared.engine.models.api import CPU, DraftLayer, Model, Placement
@@ -26,11 +27,14 @@ from shared.engine.models.glm_weights import GlmWeights
 from shared.engine.parallel.partition import of_glm
 from shared.engine.quantization import rows
 
+log = logging.getLogger(__name__)
+
 
 class Glm:
     """Satisfies `models.api.Model`.
 
-    State classes: `glm_layout`, in the form that the placement asks for. `select` is the kernel of its indexers.
+    State classes: `glm_layout`, in the form that the placement asks for. It is made of `parts`, by default of torch's;
+    with `fp4_experts` its layers, but for the one that drafts, multiply routed experts in FP4.
     """
 
     def __init__(
@@ -39,7 +43,7 @@ class Glm:
         placement: Placement,
         weights: GlmWeights,
         *,
-        select: Select = sparse_reference.select,
+        parts: Parts | None = None,
         fp4_experts: bool = False,
     ) -> None:
         self.vocab_size = config.vocab_size
@@ -53,11 +57,13 @@ class Glm:
         self.embedding = Embedding(weights.embedding(), config.vocab_size, placement.group)
         self._norm = weights.final_norm()
         layers = tqdm(range(config.num_layers), "loading", unit=" layers", disable=None)
-        self._layers = [GlmLayer(weights, layer, placement.group, select, fp4=fp4_experts) for layer in layers]
-        self.head = Head(weights.head(), config.vocab_size, placement.group)
+        parts = parts or TorchParts()
+        own: Parts = TorchParts(fp4=True) if fp4_experts else parts
+        self._layers = [own.layer(weights, layer, placement.group) for layer in layers]
+        self.head = Head(weights.head(), config.vocab_size, placement.group, parts.linear)
         self.draft_layer: DraftLayer | None = None
         if weights.has_mtp:
-            self.draft_layer = GlmMtp(weights, placement.group, self, select)
+            self.draft_layer = GlmMtp(weights, placement.group, self, parts)
 
     def layout(self, page_size: int) -> KvLayout:
         """A page: latents of every layer, index keys of the full ones."""
@@ -97,7 +103,7 @@ def load(model_dir: Path, placement: Placement) -> Model:
     checkpoint = Checkpoint(model_dir, placement.dtype, placement.device)
     cuda, composed, in_fp4 = _cuda(config, placement), _torch(placement), _fp4(config, placement, checkpoint)
     # On the CPU their twin serves, slowly: behind "torch", which always can, only who asks for it gets it.
-    candidates = [_native(placement), composed, in_fp4] if placement.device == CPU else [in_fp4, cuda, composed]
+    candidates = [_native(config, placement), composed, in_fp4] if placement.device == CPU else [in_fp4, cuda, composed]
     chosen = choose(candidates, placement.kernels)
     return chosen.built(config, placement, GlmWeights(checkpoint, config, placement.shard, mtp=placement.mtp))
 
@@ -107,13 +113,19 @@ def _torch(placement: Placement) -> Candidate[Build]:
     return Candidate("torch", obstacle, Glm)
 
 
-def _native(placement: Placement) -> Candidate[Build]:
-    """Layers of torch, but that tokens are chosen by our own C++."""
+def _native(config: GlmConfig, placement: Placement) -> Candidate[Build]:
+    """Layers by our own C++; or layers of torch whose tokens it chooses, where it cannot do the rest."""
+    if placement.kernels not in ("auto", "native"):
+        return Candidate("native", "others were asked for", Glm)
     try:
         library = native.load(build.library(placement.cache_dir / "kernels", build.compiler()))
     except (build.BuildError, OSError) as error:
         return Candidate("native", str(error), Glm)
-    return Candidate("native", None, partial(Glm, select=native_indexer.Chooser(library, placement.num_threads)))
+    parts: Parts = native_glm.NativeParts(library, placement.dtype, placement.num_threads)
+    if obstacle := native_glm.obstacle(config, placement.dtype, placement.kv_format):
+        log.info("layers are computed in torch: our own kernels do not take %s", obstacle)
+        parts = TorchParts(native_indexer.Chooser(library, placement.num_threads))
+    return Candidate("native", None, partial(Glm, parts=parts))
 
 
 def _cuda(config: GlmConfig, placement: Placement) -> Candidate[Build]:

@@ -15,11 +15,10 @@ import torch
 
 from shared.engine.batch import Batch
 from shared.engine.kernels import reference
-from shared.engine.kernels.sparse_reference import Placed, Select, Selection
+from shared.engine.kernels.sparse_reference import Placed, Selection
 from shared.engine.kv.layout import KvLayout
 from shared.engine.layers import rope
-from shared.engine.layers.glm_layer import GlmLayer
-from shared.engine.layers.linear import Linear
+from shared.engine.layers.glm_layer import Parts
 from shared.engine.layers.vocabulary import Embedding, Head
 from shared.engine.models.api import DraftStep
 from shared.engine.models.glm_layout import MTP_INDEX_KEYS, MTP_LATENTS
@@ -45,11 +44,11 @@ class Trunk(Protocol):
 class GlmMtp:
     """Satisfies `models.api.DraftLayer`. What it carries from draft to draft are selections."""
 
-    def __init__(self, weights: GlmWeights, group: Group, trunk: Trunk, select: Select) -> None:
+    def __init__(self, weights: GlmWeights, group: Group, trunk: Trunk, parts: Parts) -> None:
         self._config, self._trunk, own = weights.config, trunk, weights.mtp()
-        self._layer = GlmLayer(weights, weights.config.num_layers, group, select)
+        self._layer = parts.layer(weights, weights.config.num_layers, group)
         self._embedding_norm, self._state_norm, self._output_norm = own.embedding_norm, own.state_norm, own.output_norm
-        self._join = Linear(own.join)
+        self._join = parts.linear(own.join)
 
     def forward(self, batch: Batch, pool: torch.Tensor, layout: KvLayout) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the sampled rows, and the model's states [T, hidden] behind its last norm."""
@@ -77,7 +76,8 @@ class GlmMtp:
         """m [T, hidden] and the selection, which is `shared` unless that is None."""
         config, norm = self._config, reference.rms_norm
         embedded = norm(self._trunk.embedding(batch.token_ids), self._embedding_norm, config.rms_norm_eps)
-        u = self._join(torch.cat((embedded, norm(states, self._state_norm, config.rms_norm_eps)), dim=1))
+        normed = norm(states, self._state_norm, config.rms_norm_eps)
+        u = self._join(torch.cat((embedded, normed), dim=1)).to(normed.dtype)
         latents = rows.latents(pool, layout, MTP_LATENTS, config.kv_lora_rank)[0]
         keys = rows.index_keys(pool, layout, MTP_INDEX_KEYS, config.index_head_dim)[0] if shared is None else None
         turns, step = rope.turns(self._trunk.frequencies, batch.positions), Placed.of(batch, layout.page_size)

@@ -340,15 +340,20 @@ inline float of_fp8(uint32_t code) {
 inline uint2 from_fp8(uint32_t four) {
     return {as_halves(of_fp8(four & 255), of_fp8(four >> 8 & 255)), as_halves(of_fp8(four >> 16 & 255), of_fp8(four >> 24))};
 }
-inline uint32_t largest_of_warp(uint32_t value) {
+template <class Combine>
+uint32_t of_warp(uint32_t value, Combine combine) {
     Warp& warp = my_warp();
     warp.words[threadIdx.x % 32][0] = value;
     warp.meet.arrive_and_wait();
     uint32_t found = 0;
-    for (int lane = 0; lane < 32; lane++) found = max(found, warp.words[lane][0]);
+    for (int lane = 0; lane < 32; lane++) found = combine(found, warp.words[lane][0]);
     warp.meet.arrive_and_wait();
     return found;
 }
+inline uint32_t largest_of_warp(uint32_t value) {
+    return of_warp(value, [](uint32_t a, uint32_t b) { return max(a, b); });
+}
+inline uint32_t sum_of_warp(uint32_t value) { return of_warp(value, std::plus<uint32_t>()); }
 inline void multiply_eight(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) { multiply(sum, {a[0], a[1], 0, 0}, b, 0); }
 inline uint4 stream(const uint4* at) { return *at; }
 inline uint32_t stream(const uint32_t* at) { return *at; }
@@ -364,11 +369,10 @@ template <class Value> void anew(Value&) {}
 inline float* dynamic_shared() { return my_block().memory; }
 inline char* aligned_shared() { return reinterpret_cast<char*>(my_block().memory); }
 struct Cluster {
-    static void sync() { my_cluster->meet.arrive_and_wait(); }
-    static void sync_shared() { sync(); }
+    static void sync_shared() { my_cluster->meet.arrive_and_wait(); }
     static void arrive() {}
     static void arrive_shared() {}
-    static void wait() { sync(); }
+    static void wait() { sync_shared(); }
     static int rank() { return lanes->running->rank; }
     static const float* of(float* mine, int rank) {
         return my_cluster->blocks[rank].memory + (mine - my_block().memory);

@@ -36,37 +36,64 @@ struct Exchange {
     uint64_t of_warps[MOST_CHOOSE_WARPS][3], of_block[2][3];
 };
 
-// All threads' values as one, for all of them. Every thread comes here equally often.
 template <int N, class Combine>
-__device__ __forceinline__ void together(uint64_t (&values)[N], Combine combine, Exchange* exchange, int& turn) {
+__device__ __forceinline__ void over_lanes(uint64_t (&values)[N], Combine combine, int from) {
+    for (int i = from; i; i /= 2) {
+        uint64_t theirs[N];
+        for (int n = 0; n < N; n++) theirs[n] = __shfl_xor_sync(~0u, values[n], i);
+        combine(values, theirs);
+    }
+}
+
+// All warps' values as one, for all of them. Every thread comes here equally often.
+template <int N, class Combine>
+__device__ __forceinline__ void over_warps(uint64_t (&values)[N], Combine combine, Exchange* exchange, int& turn) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const auto over_lanes = [&](int from) {
-        for (int i = from; i; i /= 2) {
-            uint64_t theirs[N];
-            for (int n = 0; n < N; n++) theirs[n] = __shfl_xor_sync(~0u, values[n], i);
-            combine(values, theirs);
-        }
-    };
-    over_lanes(16);
     if (lane == 0)
         for (int n = 0; n < N; n++) exchange->of_warps[warp][n] = values[n];
     __syncthreads();
     if (warp == 0) {
         for (int n = 0; n < N; n++) values[n] = exchange->of_warps[lane % warps][n];  // warps are a power of two
-        over_lanes(warps / 2);
+        over_lanes(values, combine, warps / 2);
         if (lane == 0)
             for (int n = 0; n < N; n++) exchange->of_block[turn][n] = values[n];
     }
-    Cluster::sync();
+    Cluster::sync_shared();
     const float* theirs = Cluster::of(reinterpret_cast<float*>(exchange->of_block[turn]), lane % CHOOSERS);
     for (int n = 0; n < N; n++) values[n] = reinterpret_cast<const uint64_t*>(theirs)[n];
-    over_lanes(CHOOSERS / 2);
+    over_lanes(values, combine, CHOOSERS / 2);
     turn ^= 1;
+}
+
+// All threads' values as one.
+template <int N, class Combine>
+__device__ __forceinline__ void together(uint64_t (&values)[N], Combine combine, Exchange* exchange, int& turn) {
+    over_lanes(values, combine, 16);
+    over_warps(values, combine, exchange, turn);
 }
 
 template <int N>
 __device__ __forceinline__ void add(uint64_t (&a)[N], const uint64_t (&b)[N]) {
     for (int n = 0; n < N; n++) a[n] += b[n];
+}
+
+// Their sum, of weights: a thread's is below 2**54, so that 32 of its halves fit into as many bits.
+template <int N>
+__device__ __forceinline__ void add_up(uint64_t (&values)[N], Exchange* exchange, int& turn) {
+    constexpr int HALF = 27;
+    for (int n = 0; n < N; n++) {
+        const uint32_t low = static_cast<uint32_t>(values[n]) & ((1u << HALF) - 1), high = static_cast<uint32_t>(values[n] >> HALF);
+        values[n] = (static_cast<uint64_t>(sum_of_warp(high)) << HALF) + sum_of_warp(low);
+    }
+    over_warps(values, add<N>, exchange, turn);
+}
+// Of counts, three of which share a word: no vocabulary has 2**21 tokens.
+__device__ __forceinline__ void add_up(uint32_t (&counts)[3], Exchange* exchange, int& turn) {
+    constexpr int THIRD = 21;
+    uint64_t all[1] = {};
+    for (int n = 0; n < 3; n++) all[0] |= static_cast<uint64_t>(sum_of_warp(counts[n])) << n * THIRD;
+    over_warps(all, add<1>, exchange, turn);
+    for (int n = 0; n < 3; n++) counts[n] = all[0] >> n * THIRD & ((1u << THIRD) - 1);
 }
 
 // A number that orders floats as argmax does: what is no number is the largest, and both zeros are one.
@@ -103,14 +130,14 @@ struct Share {
         uint32_t found = 0;
         above = 0;
         for (int shift = bits - 2; shift >= 0; shift -= 2) {
-            uint64_t sums[3] = {};
+            decltype(look.amount(0)) sums[3] = {};
             for (int i = threadIdx.x; i < size; i += blockDim.x) {
                 const uint32_t key = look.key(i), digit = key >> shift & 3;
                 if (key >> shift >> 2 != found || digit == 0) continue;
-                const uint64_t amount = look.amount(i);
+                const auto amount = look.amount(i);
                 sums[0] += digit == 1 ? amount : 0, sums[1] += digit == 2 ? amount : 0, sums[2] += digit == 3 ? amount : 0;
             }
-            together(sums, add<3>, exchange, turn);
+            add_up(sums, exchange, turn);
             uint32_t digit = 3;
             while (digit && above + sums[digit - 1] < target) above += sums[--digit];
             found = found << 2 | digit;
@@ -121,10 +148,11 @@ struct Share {
     // Keep the fewest of the largest weights whose amounts reach `target`; of equal ones those of lower ids. The others become 0.
     template <class Look>
     __device__ void cut(uint64_t target, Look look) {
-        uint64_t above, ties[1] = {};
+        uint64_t above;
+        uint32_t ties[3] = {};  // of which one is of use
         const uint32_t least = threshold(KEY_BITS, target, above, look);
         for (int i = threadIdx.x; i < size; i += blockDim.x) ties[0] += look.key(i) == least;
-        together(ties, add<1>, exchange, turn);
+        add_up(ties, exchange, turn);
         const uint64_t each = look.amount_of(__uint_as_float(least)), wanted = (target - above + each - 1) / each;
         uint32_t from = 0;  // the higher the place counted from the vocabulary's end, the lower the id
         if (wanted < ties[0]) {
@@ -132,7 +160,7 @@ struct Share {
                 const Share& share;
                 uint32_t least;
                 __device__ uint32_t key(int i) const { return place(share.first + i); }
-                __device__ uint64_t amount(int i) const { return __float_as_uint(share.weights[i]) == least; }
+                __device__ uint32_t amount(int i) const { return __float_as_uint(share.weights[i]) == least; }
             };
             from = threshold(PLACE_BITS, wanted, above, Tied{*this, least});
         }
@@ -149,7 +177,7 @@ struct Counted {
     const float* weights;
     __device__ uint32_t key(int i) const { return __float_as_uint(weights[i]); }
     __device__ static uint64_t amount_of(float) { return 1; }
-    __device__ uint64_t amount(int) const { return 1; }
+    __device__ uint32_t amount(int) const { return 1; }
 };
 // The same, weighed.
 struct Weighed {
@@ -170,7 +198,7 @@ __device__ void weigh(Share& share, const Asked& asked, float largest) {
     if (asked.top_p < 1) {
         uint64_t total[1] = {};
         for (int i = threadIdx.x; i < share.size; i += blockDim.x) total[0] += units(share.weights[i]);
-        together(total, add<1>, share.exchange, share.turn);
+        add_up(total, share.exchange, share.turn);
         const auto reached = static_cast<uint64_t>(ceil(asked.top_p * static_cast<double>(total[0])));
         share.cut(min(max(reached, static_cast<uint64_t>(1)), total[0]), Weighed{share.weights});
     }
@@ -223,7 +251,7 @@ __global__ void __launch_bounds__(MOST_CHOOSE_WARPS * 32) choose(const __grid_co
         token = first_to_arrive(share, asked.begin, token);
     }
     if (rank == 0 && threadIdx.x == 0) p.out[row] = token;
-    Cluster::sync();  // others may still read what this block has told them
+    Cluster::sync_shared();  // others may still read what this block has told them
 }
 
 }  // namespace forebay

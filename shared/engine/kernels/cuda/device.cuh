@@ -81,6 +81,7 @@ __device__ __forceinline__ uint2 from_fp8(uint32_t four) {
 #endif
 
 __device__ __forceinline__ uint32_t largest_of_warp(uint32_t value) { return __reduce_max_sync(~0u, value); }
+__device__ __forceinline__ uint32_t sum_of_warp(uint32_t value) { return __reduce_add_sync(~0u, value); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // where a launch waits for the one before it
 __device__ void wait_for_inputs(const void*) {}
@@ -98,7 +99,6 @@ __device__ __forceinline__ void let_dependents_start() { asm volatile("griddepco
 // The blocks that share out the columns of the same rows.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 struct Cluster {
-    __device__ static void sync() { __syncthreads(); }
     __device__ static void sync_shared() { __syncthreads(); }
     __device__ static void arrive() {}
     __device__ static void arrive_shared() {}
@@ -108,8 +108,8 @@ struct Cluster {
 };
 #else
 struct Cluster {
-    __device__ static void sync() { cooperative_groups::this_cluster().sync(); }
-    // The same in two: nobody is behind `wait` before all have arrived.
+    // A barrier in two: nobody is behind `wait` before all have arrived. Whoever arrives waits until all of the GPU sees what it has
+    // written, and until what it has asked for has come, used or not.
     __device__ static void arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
     __device__ static void wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
     // The same where only shared memory matters: nobody waits until all of the GPU sees what has been written elsewhere. Nor for what has

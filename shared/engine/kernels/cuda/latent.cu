@@ -116,11 +116,11 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge(const __grid_constant__ M
         for (int i = 0; i < BESIDE; i++) sum += beside[i * SHARE + threadIdx.x];
         share[threadIdx.x] = __bfloat162float(__float2bfloat16(sum / total));
     }
-    Cluster::sync();
+    Cluster::sync_shared();
     for (int i = threadIdx.x; i < LATENT; i += MERGE_THREADS) mean[i] = Cluster::of(share, i / SHARE)[i % SHARE];
     __syncthreads();
     rows.multiply(mean + lane * 8, mean + LATENT / 2 + lane * 8, p.out + static_cast<int64_t>(place) * VALUE + value);
-    Cluster::sync();  // nobody leaves while others still read its share
+    Cluster::sync_shared();  // nobody leaves while others still read its share
 }
 
 // What a lane has of a head's few splits: sixteen values of each, and what they weigh.

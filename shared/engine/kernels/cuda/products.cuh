@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
                     const int n = m * 8 + q * 2 + i % 2, row = r * ROWS + g + i / 2 * 8;
                     if (n < p.num_tokens) mine[n * row_stride + row] = sums[r][m][i];
                 }
-        if (p.cluster > 1) Cluster::sync();
+        if (p.cluster > 1) Cluster::sync_shared();
         else __syncthreads();
         finish<MT * 8>(p, group, parts, scales, block_rows, warps_columns, Weights::FACTOR);
         // The next parts go beside these, and the ones after them here again: whoever is that far has passed the barrier
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) product(const __grid_constant
         const int size = warps_columns * MT * 8 * row_stride;
         parts = parts == dynamic_shared() ? parts + size : parts - size;
     }
-    if (p.cluster > 1) Cluster::sync();  // nobody leaves while others read from it
+    if (p.cluster > 1) Cluster::sync_shared();  // nobody leaves while others read from it
 }
 
 }  // namespace forebay

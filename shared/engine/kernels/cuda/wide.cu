@@ -244,10 +244,10 @@ __global__ void __launch_bounds__(THREADS + 32, 2) product_wide(const __grid_con
     } else {
         bring_steps<TOKENS>(p, group, first, num_steps);
     }
-    if (p.cluster > 1) Cluster::sync();
+    if (p.cluster > 1) Cluster::sync_shared();
     else __syncthreads();
     if (is_multiplying) finish_wide(p, group, reinterpret_cast<float*>(aligned_shared()), norms);
-    if (p.cluster > 1) Cluster::sync();  // nobody leaves while others read from it
+    if (p.cluster > 1) Cluster::sync_shared();  // nobody leaves while others read from it
 }
 
 // Activations [tokens, columns] as wide products take them; columns beyond the last are zeros. A thread for eight columns of a token.

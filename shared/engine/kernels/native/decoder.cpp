@@ -2,10 +2,10 @@
 //
 // The residual stream is float32; what enters a matrix product is T. Structures and signatures are mirrored in
 // kernels/native.py.
-#include <algorithm>
 #include <new>
 
 #include "attention.h"
+#include "crew.h"
 #include "rows.h"
 #include "team.h"
 
@@ -40,8 +40,6 @@ struct Step {
     char* workspace;
 };
 
-inline int64_t panels_of(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
-
 inline int64_t num_phases(const Model& m) { return 8 * m.num_layers + 3; }
 
 // Where the intermediate results of a step are.
@@ -50,54 +48,34 @@ template <class T> struct Buffers {
     T *normed, *q, *attended, *inner;
     Scratch<T>* scratch;
     Phase* phases;
-    int64_t num_bytes = 0;
+    int64_t num_bytes;
 
-    template <class P> void place(P*& pointer, char* base, int64_t count) {
-        pointer = (P*)(base + num_bytes);
-        num_bytes += align(count * sizeof(P));
-    }
     Buffers(const Model& m, int64_t tokens, int num_threads, char* base) {
+        Room room{base};
         const int64_t q_size = m.num_heads * m.head_dim;
-        place(scratch, base, num_threads);
-        place(phases, base, num_phases(m));
-        place(x, base, tokens * panels_of(m.hidden));
-        place(qkv, base, tokens * panels_of(q_size + 2 * m.num_kv_heads * m.head_dim));
-        place(normed, base, tokens * (m.hidden + 1));
-        place(q, base, tokens * q_size);
-        place(attended, base, tokens * q_size);
-        place(inner, base, tokens * (m.inner + LANES));
+        room.place(scratch, num_threads);
+        room.place(phases, num_phases(m));
+        room.place(x, tokens * panels_of(m.hidden));
+        room.place(qkv, tokens * panels_of(q_size + 2 * m.num_kv_heads * m.head_dim));
+        room.place(normed, tokens * (m.hidden + 1));
+        room.place(q, tokens * q_size);
+        room.place(attended, tokens * q_size);
+        room.place(inner, tokens * (m.inner + LANES));
+        num_bytes = room.num_bytes;
     }
 };
 
 // One thread's view of a step.
-template <class T> struct Worker {
+template <class T> struct Worker : Member<T> {
+    using Member<T>::each, Member<T>::product, Member<T>::project, Member<T>::words, Member<T>::phase;
+
     const Model& m;
     const Step& s;
     Buffers<T> b;
-    int thread, num_threads;
-    Phase* phase = b.phases;
     // Rows of words: lengths in elements, made even for pairs.
     long x_stride = panels_of(m.hidden), q_size = m.num_heads * m.head_dim, kv_size = m.num_kv_heads * m.head_dim;
     long qkv_stride = panels_of(q_size + 2 * kv_size);
     long normed_stride = words(m.hidden) * PER_WORD<T>, inner_stride = words(m.inner) * PER_WORD<T>;
-
-    static long words(long n) { return (n + PER_WORD<T> - 1) / PER_WORD<T>; }
-
-    // body(i) for every i < count, divided among the threads.
-    template <class Body> void each(long count, Body body) {
-        share(*phase++, (int)count, (int)std::max(1L, count / (4 * num_threads)), [&](int first, int last) {
-            for (int i = first; i < last; i++) body(i);
-        });
-    }
-
-    // The product of rows of `a` with `w`, divided among the threads.
-    template <class Finish> void product(const T* a, long stride, long num_rows, const Linear& w, Finish finish) {
-        const long blocks = num_blocks(num_rows), count = w.num_panels * blocks;
-        const long chunk = std::clamp(count / (4 * num_threads) / 4 * 4, 4L, std::max(16L, blocks));
-        share(*phase++, (int)count, (int)chunk, [&](int first, int last) {
-            multiply<T>((const uint32_t*)a, stride / PER_WORD<T>, num_rows, w, first, last, finish);
-        });
-    }
 
     void embed() {
         each(s.num_tokens, [&](long t) {
@@ -113,18 +91,6 @@ template <class T> struct Worker {
         });
     }
 
-    // out = a w' + bias, float32.
-    void project(const T* a, long stride, long num_rows, const Linear& w, float* out, long out_stride) {
-        product(a, stride, num_rows, w, [=](long row, long column, const float* sums) {
-            float* to = out + row * out_stride + column;
-            for (int c = 0; c < PANEL; c += LANES) {
-                f32x16 v = load<f32x16>(sums + c);
-                if (w.bias) v += load<f32x16>(w.bias + column + c);
-                store(to + c, v);
-            }
-        });
-    }
-
     // x += a w' + bias.
     void project_residual(const T* a, long stride, const Linear& w) {
         float* x = b.x;
@@ -136,18 +102,6 @@ template <class T> struct Worker {
                 if (w.bias) v += load<f32x16>(w.bias + column + c);
                 store(to + c, load<f32x16>(to + c) + v);
             }
-        });
-    }
-
-    // inner = silu(gate) * up.
-    void project_gated(const Linear& w) {
-        product(b.normed, normed_stride, s.num_tokens, w, [&](long row, long column, const float* sums) {
-            f32x16 gate = load<f32x16>(sums), up = load<f32x16>(sums + LANES);
-            if (w.bias) gate += load<f32x16>(w.bias + column), up += load<f32x16>(w.bias + column + LANES);
-            const long first = column / 2, rest = inner_stride - first;
-            T* to = b.inner + row * inner_stride + first;
-            if (rest >= LANES) put(to, silu(gate) * up);
-            else put_some(to, silu(gate) * up, (int)rest);
         });
     }
 
@@ -190,7 +144,7 @@ template <class T> struct Worker {
 
     void attend_tile(const Pages& pages, long sequence, long head, long first, long num_tokens) const {
         const long group = m.num_heads / m.num_kv_heads, dim = m.head_dim;
-        Scratch<T>& scratch = b.scratch[thread];
+        Scratch<T>& scratch = b.scratch[this->thread];
         int32_t positions[MAX_QUERIES];
         const int num_queries = (int)(num_tokens * group);
         for (int i = 0; i < num_queries; i++) positions[i] = s.positions[first + i / group];
@@ -215,12 +169,12 @@ template <class T> struct Worker {
         attention(pages);
         project_residual(b.attended, q_size, layer.output);
         norm(layer.post_norm, nullptr, s.num_tokens);
-        project_gated(layer.gate_up);
+        this->project_gated(b.normed, normed_stride, s.num_tokens, layer.gate_up, b.inner, inner_stride);
         project_residual(b.inner, inner_stride, layer.down);
     }
 
     void run() {
-        memset(b.scratch[thread].zeros, 0, sizeof b.scratch[thread].zeros);
+        memset(b.scratch[this->thread].zeros, 0, sizeof b.scratch[this->thread].zeros);
         embed();
         for (long index = 0; index < m.num_layers; index++) layer(index);
         norm(m.final_norm, s.sampled_rows, s.num_sampled);
@@ -231,7 +185,7 @@ template <class T> struct Worker {
 template <class T> void forward(const Model& model, const Step& step, Team& team) {
     const Buffers<T> buffers(model, step.num_tokens, team.size, step.workspace);
     for (int64_t i = 0; i < num_phases(model); i++) new (buffers.phases + i) Phase;
-    team.run([&](int thread) { Worker<T>{model, step, buffers, thread, team.size}.run(); });
+    team.run([&](int thread) { Worker<T>{{buffers.phases, thread, team.size}, model, step, buffers}.run(); });
 }
 
 }  // namespace forebay
