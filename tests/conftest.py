@@ -1,6 +1,7 @@
 """Fixtures for all tests, and what several processes that share them out are told."""
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -47,6 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True  # else pytest attaches to each, six times a test, and torch alone has forty
     gc.freeze()  # to look through it was a third of collecting, and took each full collection longer
     gc.enable()
 

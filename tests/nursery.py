@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -59,6 +60,19 @@ def start(engine: str, command: Sequence[str], output: "IO[bytes] | int") -> Chi
     if forking.can_wait():
         return _nursery(engine).fork(Order(module, arguments, dict(os.environ), starts_gently=False), file)
     return subprocess.Popen(bound_to_me(command), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+
+
+def run(engine: str, module: str, *arguments: str, timeout_s: float = 60.0) -> tuple[int, str]:
+    """`start`, and wait for its end: its status, and all that it said. Raises subprocess.TimeoutExpired, and then has
+    killed it."""
+    with tempfile.TemporaryFile() as output:
+        child = start(engine, [sys.executable, "-m", module, *arguments], output)
+        try:
+            status = child.wait(timeout_s)
+        finally:
+            child.kill()
+        output.seek(0)
+        return status, output.read().decode()
 
 
 @cache

@@ -19,6 +19,8 @@ CLUSTERS = ("chaos", "e2e")
 COMPUTING = ("e2e/test_long_context.py", "e2e/test_ranks.py")
 # What the default model and transformers say to its oracles is asked for once.
 DEFAULT_MODEL = ("oracle/test_smollm2.py", "oracle/test_prompt_logprobs.py", "oracle/test_gguf_import.py")
+# All files of the tree are parsed once.
+PARSED = ("architecture/test_sizes.py", "architecture/test_style.py")
 MOST_PROCESSES = 8  # each imports torch and transformers for itself
 
 
@@ -33,6 +35,8 @@ def work(nodeid: str) -> str:
     file = _file(nodeid)
     if str(file) in DEFAULT_MODEL:
         return "oracles of the default model"
+    if str(file) in PARSED:
+        return "style"
     if file.parts[0] not in CLUSTERS:
         return str(file)
     return "clusters that compute" if str(file) in COMPUTING else "clusters"

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from bench.quality import calls, divergence
 from bench.quality.divergence import AGREES, BASE, DIVERGENCE, QUANT
-from bench.quality.intervals import Values, bootstrap, mean
+from bench.quality.intervals import Figure, Values, bootstrap, mean
 from shared.engine.executor import DTYPES
 from shared.engine.models import registry
 from shared.engine.models.api import Model, Placement
@@ -107,12 +107,12 @@ def figures(
     return {name: asdict(interval) for name, interval in found.items()}
 
 
-def _perplexity(column: int) -> Callable[[Values], float]:
-    return lambda rows: float(np.exp(rows[:, column].mean()))
+def _perplexity(column: int) -> Figure:
+    return lambda means: np.exp(means[..., column])
 
 
-def _perplexity_ratio(rows: Values) -> float:
-    return float(np.exp((rows[:, QUANT] - rows[:, BASE]).mean()))
+def _perplexity_ratio(means: Values) -> Values:
+    return np.exp(means[..., QUANT] - means[..., BASE])
 
 
 def _ask_both(base: tuple[Path, str], quant: tuple[Path, str], serve: Serve) -> Answers:

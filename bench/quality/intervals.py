@@ -9,6 +9,8 @@ import numpy.typing as npt
 NUM_RESAMPLES = 2_000
 LEVEL = 0.95
 Values = npt.NDArray[np.float64]
+# Of the means [.., k] of columns, each.
+Figure = Callable[[Values], Values]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +22,22 @@ class Interval:
     high: float
 
 
-def bootstrap(units: Sequence[Values], figure: Callable[[Values], float], seed: int) -> Interval:
+def bootstrap(units: Sequence[Values], figure: Figure, seed: int) -> Interval:
     """Of a figure of several measurements. A unit is what was measured as one, float64 [n, k] of any n: tokens of one
-    text hang together, so texts are drawn and not tokens. `figure` takes all rows of the drawn units, [N, k].
+    text hang together, so texts are drawn and not tokens. `figure` takes the means [.., k] over all rows of the drawn
+    units; these are of sums over units, as adding up all rows anew takes each resample as long as there are rows.
 
     Equal seeds give equal intervals. Raises ValueError for no units.
     """
     if not units:
         raise ValueError("an interval needs something that was measured")
     draw = np.random.default_rng(seed).integers(len(units), size=(NUM_RESAMPLES, len(units)))
-    figures = [figure(np.concatenate([units[index] for index in indices])) for indices in draw]
+    sums, sizes = np.array([unit.sum(axis=0) for unit in units]), np.array([len(unit) for unit in units])
+    figures = figure(sums[draw].sum(axis=1) / sizes[draw].sum(axis=1)[:, None])
     low, high = np.quantile(figures, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(figure(np.concatenate(units)), float(low), float(high))
+    return Interval(float(figure(sums.sum(axis=0) / sizes.sum())), float(low), float(high))
 
 
-def mean(column: int) -> Callable[[Values], float]:
+def mean(column: int) -> Figure:
     """The mean of a column."""
-    return lambda rows: float(rows[:, column].mean())
+    return lambda means: means[..., column]

@@ -1,8 +1,9 @@
 """Virtual environments made of links to what is installed here."""
 
+import sys
 import venv
 from collections.abc import Iterable
-from importlib.metadata import Distribution
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 
@@ -20,3 +21,13 @@ def _link(installed: Distribution, packages: Path) -> None:
             path = packages / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.symlink_to(Path(str(installed.locate_file(file))))
+
+
+def make_with_pip(environment: Path) -> None:
+    """One that has pip alone, as `python -m venv` makes it."""
+    make(environment, [distribution("pip")])
+    (environment / "bin" / "pip").touch(mode=0o755)  # by which `deploy/install` knows
+
+
+if __name__ == "__main__":
+    make_with_pip(Path(sys.argv[1]))

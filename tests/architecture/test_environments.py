@@ -60,6 +60,7 @@ def test_what_is_installed_is_what_is_linked_and_no_torch(tmp_path: Path) -> Non
     machine = Machine(tmp_path, tmp_path / "venv", wheels.metadata("forebay", "1", own.requires or (), extras))
     for each in distributions():
         machine.offers("pip", each.name, each.version, *(each.requires or ()))
+    assert not machine.venv.exists()
     installed = machine.install("gateway,router").keys()
     machine.leave()
     assert installed == names(brought("forebay", "gateway")) | names(brought("forebay", "router"))

@@ -2,7 +2,6 @@
 own."""
 
 from collections.abc import Iterator
-from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,9 @@ PROJECT = wheels.metadata("forebay", "1", [f'torch=={TORCH}; extra == "worker"']
 
 @pytest.fixture(scope="module")
 def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the script finds it when it runs again, with the pip of this one: to make one with its own, as
-    test_environments has the script do, takes longer than all else here."""
+    """As the script finds it when it runs again; test_environments has it make one."""
     path = tmp_path_factory.mktemp("install") / ".venv"
-    linked.make(path, [distribution("pip")])
-    (path / "bin" / "pip").touch(mode=0o755)  # by which the script knows
+    linked.make_with_pip(path)
     return path
 
 

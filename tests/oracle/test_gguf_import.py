@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import regex
 import torch
@@ -43,10 +44,18 @@ CHAT = [
 @pytest.fixture(scope="module", autouse=True)
 def read_once() -> Iterator[None]:
     """transformers has the same file read anew for each thing that it wants of it, and its names listed anew for each
-    module; that is most of what this takes."""
+    module; and the file's reader takes a vocabulary apart by way of numpy's memmap, each cut of which is an object in
+    Python. That was most of what this takes."""
+    map_file, reader = np.memmap, gguf.GGUFReader
+
+    def read(path: Path) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(np, "memmap", lambda *arguments, **more: map_file(*arguments, **more).view(np.ndarray))
+            return reader(path)
+
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("GGUFReader", "get_tensor_name_map"):
-            patch.setattr(gguf, name, cache(getattr(gguf, name)))
+        patch.setattr(gguf, "GGUFReader", cache(read))
+        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
         yield
 
 
@@ -100,18 +109,25 @@ def test_the_chat_template_renders_as_in_transformers(
 
 
 @pytest.mark.parametrize("text", [*TEXTS[:9], *TEXTS[12:13], *DIGITS_AFTER_SPACES])
-def test_token_ids_equal_a_plain_byte_pair_encoder(text: str, tokenizers: tuple[Any, Any]) -> None:
+def test_token_ids_equal_a_plain_byte_pair_encoder(
+    text: str, tokenizers: tuple[Any, Any], pairs: tuple[dict[str, int], dict[tuple[str, ...], int]]
+) -> None:
     ours, _ = tokenizers
-    assert ours.encode(text) == plain_encode(text, ours)
+    assert ours.encode(text) == plain_encode(text, *pairs)
 
 
-def plain_encode(text: str, tokenizer: Any) -> list[int]:
+@pytest.fixture(scope="module")
+def pairs(tokenizers: tuple[Any, Any]) -> tuple[dict[str, int], dict[tuple[str, ...], int]]:
+    """Ids of tokens, and ranks of merges."""
+    model = json.loads(tokenizers[0].backend_tokenizer.to_str())["model"]
+    return model["vocab"], {tuple(merge): rank for rank, merge in enumerate(model["merges"])}
+
+
+def plain_encode(text: str, vocab: dict[str, int], ranks: dict[tuple[str, ...], int]) -> list[int]:
     """Digits alone, then GPT-2's words, then the merge of the lowest rank until none applies.
 
     The cutting is as llama.cpp states it for "smollm": https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
     """
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    ranks = {tuple(merge): rank for rank, merge in enumerate(model["merges"])}
     letters = bytes_to_unicode()  # type: ignore[no-untyped-call]
     words = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     ids = []
@@ -121,5 +137,5 @@ def plain_encode(text: str, tokenizer: Any) -> list[int]:
             while pairs := [pair for pair in pairwise(parts) if pair in ranks]:
                 at = next(i for i in range(len(parts)) if (parts[i], parts[i + 1]) == min(pairs, key=ranks.__getitem__))
                 parts[at : at + 2] = [parts[at] + parts[at + 1]]
-            ids += [model["vocab"][part] for part in parts]
+            ids += [vocab[part] for part in parts]
     return ids

@@ -2,8 +2,6 @@
 
 import os
 import socket
-import subprocess
-import sys
 
 import pytest
 
@@ -13,6 +11,7 @@ from shared import entry
 from shared.config import ServiceConfig
 from shared.errors import ModelNotFound
 from shared.worker.config import WorkerConfig
+from tests import nursery
 
 SERVICES = ("gateway", "router", "prefill", "decode")
 
@@ -58,8 +57,8 @@ def test_a_wrong_flag_is_told_in_a_line(
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_help_says_how_to_start_the_service_and_what_each_flag_is(service: str) -> None:
-    command = [sys.executable, "-m", f"services.{service}", "--help"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    status, said = nursery.run("sim", f"services.{service}", "--help")
+    assert status == 0
     assert said.startswith(f"usage: python -m services.{service} [--FLAG VALUE ...]")
     assert "FOREBAY_HEARTBEAT_MS" in said
     assert "(default: )" not in said
@@ -72,11 +71,11 @@ def test_a_taken_port_is_told_in_a_sentence(service: str, flag: str, valkey_url:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         own = {"gateway": ["--http-port", "0"], "router": []}.get(service, ["--engine", "sim"])
-        command = [sys.executable, "-m", f"services.{service}", flag, str(port), "--redis-url", valkey_url, *own]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"cannot listen on 127.0.0.1:{port}")
-    assert "Traceback" not in done.stderr
+        flags = [flag, str(port), "--redis-url", valkey_url, *own]
+        status, said = nursery.run("sim", f"services.{service}", *flags)
+    assert status == 1
+    assert said.splitlines()[-1].startswith(f"cannot listen on 127.0.0.1:{port}")
+    assert "Traceback" not in said
 
 
 def test_a_fault_ends_a_process_in_a_sentence() -> None:

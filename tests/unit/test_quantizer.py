@@ -2,10 +2,8 @@
 
 import errno
 import json
-import os
+import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +17,24 @@ from shared.engine.models.tensor_list import ModelTensors
 from shared.engine.quantizer import calibration, choice, crew, description, job
 from shared.engine.quantizer.calibration import read_prompts
 from shared.engine.quantizer.choice import Modules
-from shared.engine.quantizer.crew import Progress
 from shared.errors import Fault, InvalidRequest, Unsupported
+from tests.unit import quantizing
+from tests.unit.quantizing import SHARD_BYTES, progress, run
 from tests.unit.test_glm_shapes import GLM_52
 from tests.unit.test_inspect import GLM, QWEN3
 
-SHARD_BYTES = 250_000  # the embedding takes 229,376
 
-
-class Bar:
-    """Calls `at` with what has been read so far."""
-
-    def __init__(self, at: Callable[[int], None]) -> None:
-        self._at, self._done = at, 0
-
-    def update(self, n: int, /) -> None:
-        self._done += n
-        self._at(self._done)
-
-
-def progress(at: Callable[[int], None] = lambda _: None) -> Progress:
-    @contextmanager
-    def bar(_: int) -> Iterator[Bar]:
-        yield Bar(at)
-
-    return bar
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tiny.write("glm-5.2-even", directory := tmp_path_factory.mktemp("tiny"))
+    (directory / "chat_template.jinja").write_text("hello")
+    return directory
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    tiny.write("glm-5.2-even", tmp_path / "source")
-    (tmp_path / "source" / "chat_template.jinja").write_text("hello")
-    return tmp_path / "source"
-
-
-OPTIONS = job.Options(shard_bytes=SHARD_BYTES)
-
-
-def run(source: Path, directory: Path, options: job.Options = OPTIONS, **more: Any) -> job.Result:
-    return job.run(source, directory, options, **{"progress": progress()} | more)
+def source(written: Path, tmp_path: Path) -> Path:
+    """For each test a copy of its own."""
+    return shutil.copytree(written, tmp_path / "source")
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -175,20 +152,10 @@ def test_several_processes_write_the_same_bytes(source: Path, tmp_path: Path) ->
     assert read[-1] == sum(tensor.nbytes for tensor in load_file(source / "model.safetensors").values())
 
 
-def killed(source: Path, directory: Path, point: int) -> None:
-    """A run whose process is killed when it has read so much."""
-
-    def at(done: int) -> None:
-        if done > point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    run(source, directory, progress=progress(at))
-
-
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "whole")
     for point in (0, 2_000_000, 4_000_000):
-        process = crew.processes().Process(target=killed, args=(source, tmp_path / "made", point))
+        process = crew.processes().Process(target=quantizing.killed, args=(source, tmp_path / "made", point))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL

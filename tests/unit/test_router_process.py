@@ -3,8 +3,9 @@
 import asyncio
 import signal
 import sys
-from asyncio.subprocess import PIPE, Process
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from protos.forebay.v1 import router_pb2, router_pb2_grpc
 from shared import rpc
 from shared.blackboard.board import Blackboard
 from shared.blackboard.records import Registration, Role
+from shared.forking import Child
+from tests import nursery
 from tests.unit.fleets import registration
 from tests.valkey import ValkeyProcess
 
@@ -23,15 +26,23 @@ TTL_MS = 60_000
 class Outside:
     """What others see of a router process."""
 
-    def __init__(self, valkey: ValkeyProcess) -> None:
+    def __init__(self, valkey: ValkeyProcess, log: Path) -> None:
         self.board, self.channels = Blackboard(valkey.url), rpc.Channels()
         self.command = [sys.executable, "-m", "services.router", "--redis-url", valkey.url, "--heartbeat-ms", "50"]
-        self.started: list[Process] = []
+        self.started: list[Child] = []
+        self._log = log
 
-    async def start(self, *flags: str) -> Process:
-        process = await asyncio.create_subprocess_exec(*self.command, *flags, stderr=PIPE)
+    def start(self, *flags: str) -> Child:
+        with self._log.open("ab") as output:
+            process = nursery.start("sim", [*self.command, *flags], output)
         self.started.append(process)
         return process
+
+    async def until_said(self, words: str) -> None:
+        end = time.monotonic() + 20
+        while words not in (said := self._log.read_text()):
+            assert time.monotonic() < end, said
+            await asyncio.sleep(0.02)
 
     async def registered(self, *, above: int = 0) -> Registration:
         async with asyncio.timeout(30), self.board.changes() as changes:
@@ -41,27 +52,30 @@ class Outside:
 
     async def close(self) -> None:
         for process in self.started:
-            if process.returncode is None:
-                process.kill()
-            await process.communicate()
+            process.kill()
+            await ended(process)
         await self.channels.close()
         await self.board.close()
 
 
 @pytest.fixture
-async def outside(valkey: ValkeyProcess) -> AsyncIterator[Outside]:
-    outside = Outside(valkey)
+async def outside(valkey: ValkeyProcess, tmp_path: Path) -> AsyncIterator[Outside]:
+    outside = Outside(valkey, tmp_path / "log")
     yield outside
     await outside.close()
 
 
-async def end(process: Process) -> int:
+async def ended(process: Child) -> int:
+    return await asyncio.to_thread(process.wait, 20)
+
+
+async def end(process: Child) -> int:
     process.send_signal(signal.SIGTERM)
-    return await asyncio.wait_for(process.wait(), 20)
+    return await ended(process)
 
 
 async def test_a_router_registers_serves_and_leaves_in_order(outside: Outside) -> None:
-    process = await outside.start("--name", "r1")
+    process = outside.start("--name", "r1")
     there = await outside.registered()
     assert (there.name, there.pid) == ("r1", process.pid)
     channel = outside.channels.to(there.address)
@@ -74,11 +88,11 @@ async def test_a_router_registers_serves_and_leaves_in_order(outside: Outside) -
 
 async def test_a_restarted_router_has_a_higher_epoch_and_routes_at_once(outside: Outside) -> None:
     await outside.board.register(registration("d1"), TTL_MS)
-    first = await outside.start("--name", "r1")
+    first = outside.start("--name", "r1")
     before = await outside.registered()
     first.kill()
-    await first.wait()
-    await outside.start("--name", "r1")
+    await ended(first)
+    outside.start("--name", "r1")
     after = await outside.registered(above=before.epoch)
     stub: Any = router_pb2_grpc.RouterServiceStub(outside.channels.to(after.address))
     request = router_pb2.RouteRequest(request_id="r", model="m", num_prompt_tokens=9)
@@ -87,25 +101,22 @@ async def test_a_restarted_router_has_a_higher_epoch_and_routes_at_once(outside:
 
 
 async def test_a_router_that_was_replaced_ends_itself(outside: Outside) -> None:
-    old = await outside.start("--name", "r1")
+    old = outside.start("--name", "r1")
     before = await outside.registered()
-    await outside.start("--name", "r1")
+    outside.start("--name", "r1")
     await outside.registered(above=before.epoch)
-    assert await asyncio.wait_for(old.wait(), 20) == 0
+    assert await ended(old) == 0
     assert (await outside.registered(above=before.epoch)).pid != old.pid
 
 
 async def test_a_router_can_be_ended_before_it_reached_redis(outside: Outside, valkey: ValkeyProcess) -> None:
     valkey.stop()
-    process = await outside.start()
-    assert process.stderr is not None
-    while b"waiting for the blackboard" not in await asyncio.wait_for(process.stderr.readline(), 20):
-        pass
+    process = outside.start()
+    await outside.until_said("waiting for the blackboard")
     assert await end(process) == 0
 
 
 async def test_a_wrong_flag_ends_the_process_with_a_message(outside: Outside) -> None:
-    process = await outside.start("--max-queued", "-1")
-    _, said = await asyncio.wait_for(process.communicate(), 20)
-    assert process.returncode == 2
-    assert b"--max-queued" in said
+    process = outside.start("--max-queued", "-1")
+    assert await ended(process) == 2
+    await outside.until_said("--max-queued")

@@ -112,8 +112,9 @@ class PagePool:
 
     def faults(self) -> list[str]:
         """What is wrong with the books; empty if nothing is. Looks at every page."""
-        used = [page_id for page_id in range(len(self._holds)) if self._is_used(page_id)]
-        held = sum(holds > 0 for holds in self._holds)
+        users = zip(self._holds, self._leases, strict=True)
+        used = [page_id for page_id, (holds, leases) in enumerate(users) if holds or leases]
+        held = len(self._holds) - self._holds.count(0)
         ages = {page_id: age for age, page_id in enumerate(self._cached)}
         lines = {page_id: list(islice(self._index.lineage(page_id), 2)) for page_id in ages}
         statements = {
@@ -121,7 +122,7 @@ class PagePool:
             "a page is in two states, or in none": sorted([*self._free, *ages, *used]) != list(range(len(self._holds))),
             "the number of held pages is wrong": held != self._num_held,
             "the number of leased pages is wrong": len(used) - held != self._num_leased,
-            "a free page has a name": any(self._index.name(page_id) for page_id in self._free),
+            "a free page has a name": any(map(self._index.name, self._free)),
             "a cached page cannot be found": any(line[:1] != [page_id] for page_id, line in lines.items()),
             "a cached page is older than its continuation": any(
                 ages.get(parent, ages[page_id]) < ages[page_id]

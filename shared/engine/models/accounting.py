@@ -16,14 +16,15 @@ PAGE_SIZE = 64  # state classes of so many tokens need no padding
 COMPUTE_DTYPE, COMPUTE_BYTES, ROUTER_BYTES = "bfloat16", 2, 4
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 # The first that is found in a name; norms and the expert router are told by what they are, wherever they are.
-CLASSES = (
-    ("norms and router", re.compile(r"norm\.|\.gate\.")),
-    ("routed experts", EXPERT),
-    ("shared experts", re.compile(r"\.shared_experts\.")),
-    ("dense mlp", re.compile(r"\.mlp\.")),
-    ("indexer", re.compile(r"\.indexer\.")),
-    ("attention", re.compile(r"\.self_attn\.")),
-)
+CLASSES = {
+    "norm.": "norms and router",
+    ".gate.": "norms and router",
+    ".experts.": "routed experts",
+    ".shared_experts.": "shared experts",
+    ".mlp.": "dense mlp",
+    ".indexer.": "indexer",
+    ".self_attn.": "attention",
+}
 STAYS_FP8 = re.compile(r"\.self_attn\.(?!kv_b)|\.mlp\.(gate|up|down)_proj\.")  # of GLM
 MTP, EMBEDDING_AND_HEAD = "mtp", "embedding and head"
 
@@ -69,8 +70,10 @@ def module_class(model: ModelTensors, name: str) -> str:
     layer = LAYER.search(name)
     if layer and int(layer[1]) >= model.config.num_layers:
         return MTP
-    found = (title for title, pattern in CLASSES if pattern.search(name))
-    return next(found, EMBEDDING_AND_HEAD)
+    for part, title in CLASSES.items():
+        if part in name:
+            return title
+    return EMBEDDING_AND_HEAD
 
 
 def module_classes(model: ModelTensors) -> list[ModuleClass]:

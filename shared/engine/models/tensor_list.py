@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,7 @@ def _matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
     return lambda name: name in names or any(match(name) for match in matches)
 
 
+@cache
 def _sized(shape: tuple[int, ...], stored: Format, plain: str) -> Tensor:
     """FP8: a float32 scale per block of 128 x 128. NVFP4: half a byte, an e4m3 scale per 16, a float32 scale."""
     if stored is Format.PLAIN:

@@ -5,7 +5,7 @@ stays as it is. Engines that serve such checkpoints compute MTP layers unquantiz
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from enum import StrEnum
 
 from shared.engine.models import accounting
@@ -81,20 +81,18 @@ def left_alone(model: ModelTensors, quantized: Collection[str]) -> list[str]:
     """Patterns (fnmatch) that match the names of all linear layers but the quantized ones (in whatever form): what
     `ignore` lists."""
     linears = {name.removesuffix(".weight"): name in quantized for name in model.tensors if _is_linear(name)}
-    return [HEAD, *_patterns("", linears)]
+    mixed = {part for name, is_quantized in linears.items() if is_quantized for part in _parts(name)}
+    highest = (next((part for part in _parts(name) if part not in mixed), "") for name in linears)
+    return [HEAD, *(part if part in linears else f"{part}.*" for part in dict.fromkeys(highest) if part)]
 
 
 def _is_linear(name: str) -> bool:
     return bool(LINEAR.search(name) or ROUTER.search(name))
 
 
-def _patterns(prefix: str, linears: dict[str, bool]) -> list[str]:
-    """One pattern for each part of the tree of names below `prefix` in which nothing is quantized."""
-    if not any(linears.values()):
-        return [prefix if prefix in linears else f"{prefix}.*"]
-    below: dict[str, dict[str, bool]] = {}
-    for name, is_quantized in linears.items():
-        if name != prefix:
-            part = name.removeprefix(f"{prefix}." if prefix else "").partition(".")[0]
-            below.setdefault(f"{prefix}.{part}" if prefix else part, {})[name] = is_quantized
-    return [pattern for inner, names in below.items() for pattern in _patterns(inner, names)]
+def _parts(name: str) -> Iterator[str]:
+    """The parts of the tree of names that a name is in, from the root down to itself."""
+    end = -1
+    while (end := name.find(".", end + 1)) >= 0:
+        yield name[:end]
+    yield name

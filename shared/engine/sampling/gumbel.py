@@ -31,6 +31,8 @@ UNIT = 2.0**-52
 LEAST_NOISE = UNIT / 2
 # What is compared in float32 passes if it may be within the rounding.
 SLACK = 1 + 1e-6
+# So few tokens are not worth a first look.
+FEW = 64
 # Tokens that are looked at together: what is computed of them stays in the processor's cache.
 BLOCK = 16_384
 STEPS: Words = np.arange(1, BLOCK + 1, dtype=np.uint64) * np.uint64(GOLDEN)
@@ -66,7 +68,7 @@ def pick(weight: Weights, begin: int) -> int:
     likeliest = int(weight.argmax())
     latest = -math.log1p(-noise_of(begin, likeliest)) / float(weight[likeliest])
     in_time = weight * np.float32(latest * SLACK) >= LEAST_NOISE
-    if 4 * np.count_nonzero(in_time) < len(weight):
+    if len(weight) <= FEW or 4 * np.count_nonzero(in_time) < len(weight):
         ids = np.flatnonzero(in_time)
     else:
         ids = np.concatenate([at + _early(weight[at : at + BLOCK], latest, at, begin) for at in _blocks(weight)])

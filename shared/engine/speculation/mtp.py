@@ -68,7 +68,8 @@ class _Run:
         self.drafts: list[int] = []
         self._item = followed
         self._end = followed.start + len(followed.token_ids)
-        self._sampling = replace(followed.sampling, num_logprobs=None)
+        sampling = followed.sampling
+        self._sampling = sampling if sampling.num_logprobs is None else replace(sampling, num_logprobs=None)
         # Copying a long history is for those who need it.
         self._history = list(followed.history) if followed.sampling.has_penalties else []
         self._history += [token.token_id for token in chosen] if self._history else []

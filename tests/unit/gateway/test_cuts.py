@@ -122,7 +122,7 @@ def test_a_long_text_has_the_tokens_that_it_has_as_a_whole(
 ) -> None:
     made = made_of(kind)
     ours = loaded(made)
-    for seed in range(1, 6):
+    for seed in range(1, 6 if kind in CUT else 2):  # where nothing is cut, no place can be a wrong one to cut at
         found = asyncio.run(ours.encode(text(seed), special=special))
         assert found == made.encode(text(seed), add_special_tokens=special).ids
 
