@@ -65,7 +65,7 @@ def test_neighbours_are_looked_for_elsewhere_when_the_next_port_is_taken(monkeyp
     monkeypatch.setattr("cli.ports.Reserved", Crowded)
     first, second = in_a_row(HOST, 2)
     assert second.number == first.number + 1
-    assert tried == [0, tried[1], 0, second.number]
+    assert (tried[0], tried[2], *tried[-2:]) == (0, 0, 0, second.number)  # others may take some, too
     for port in (first, second):
         port.close()
 
