@@ -11,6 +11,8 @@ from shared.engine.models import tiny
 from shared.worker.assembly import assemble
 from shared.worker.config import WorkerConfig
 
+# Drafts are proposed whatever they cost here.
+FIELDS = {"dtype": "float32", "num_threads": 1, "adaptive_drafts": False}
 FEW_TOKENS = tuple((token_id, 200.0) for token_id in (5, 6, 7))
 
 
@@ -29,7 +31,7 @@ def test_the_way_to_verify_drafts_changes_which_tokens_are_drawn_and_no_greedy_o
     tiny.write("glm-5.2", tmp_path / "glm")
     found = {}
     for verification in ("coupled", "rejection"):
-        fields = {"model": str(tmp_path / "glm"), "dtype": "float32", "num_pages": 8, "num_threads": 1}
+        fields = FIELDS | {"model": str(tmp_path / "glm"), "num_pages": 8}
         engine = assemble(WorkerConfig.model_validate(fields | {"verification": verification})).engine
         found[verification] = [tokens(engine, temperature) for temperature in (0.0, 2.0)]
     (greedy, sampled), (greedy_too, others) = found["coupled"], found["rejection"]
@@ -39,7 +41,7 @@ def test_the_way_to_verify_drafts_changes_which_tokens_are_drawn_and_no_greedy_o
 
 def test_a_worker_knows_its_rates_from_the_start_and_has_all_its_pages(tmp_path: Path) -> None:
     tiny.write("glm-5.2", tmp_path)
-    fields = {"model": str(tmp_path), "dtype": "float32", "num_pages": 64, "num_threads": 1}
+    fields = FIELDS | {"model": str(tmp_path), "num_pages": 64}
     warm, cold, other = (
         assemble(WorkerConfig.model_validate(fields | more), generates=generates).engine
         for more, generates in (({}, True), ({"warm_up_s": 0}, True), ({}, False))
