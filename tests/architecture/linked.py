@@ -2,7 +2,7 @@
 
 import sys
 import venv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
@@ -13,6 +13,16 @@ def make(environment: Path, brought: Iterable[Distribution]) -> None:
     (packages,) = environment.glob("lib/python*/site-packages")
     for each in brought:
         _link(each, packages)
+
+
+def files(installed: Distribution) -> dict[str, Path]:
+    """Those of a distribution, but for what it says of itself, what Python compiled, and scripts: by their places."""
+    found = {str(file): Path(str(installed.locate_file(file))) for file in installed.files or () if _is_own(file.parts)}
+    return {place: path for place, path in found.items() if path.exists()}
+
+
+def _is_own(parts: Sequence[str]) -> bool:
+    return not {"..", "__pycache__"} & set(parts) and not parts[0].endswith(".dist-info")
 
 
 def _link(installed: Distribution, packages: Path) -> None:

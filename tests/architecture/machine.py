@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import Distribution, distributions
@@ -73,12 +74,14 @@ class Machine:
         program.write_text(script)
         program.chmod(0o755)
 
-    def offers(self, index: str, name: str, version: str, *requires: str) -> None:
-        """Put a distribution that is nothing but its name, its version and what it requires on an index."""
+    def offers(
+        self, index: str, name: str, version: str, *requires: str, files: Mapping[str, Path] | None = None
+    ) -> None:
+        """Put a distribution on an index: its name, its version, what it requires, and files by their places."""
         folder = self.indexes / index / canonicalize_name(name)
         folder.mkdir(exist_ok=True)
         extras = re.findall(r"""extra == ["']([^"']*)""", " ".join(requires))
-        wheels.write(folder, wheels.metadata(name, version, requires, dict.fromkeys(extras)))
+        wheels.write(folder, wheels.metadata(name, version, requires, dict.fromkeys(extras)), files)
 
     def install(self, extras: str) -> dict[str, str]:
         """The versions of what there is afterwards, by name, but for what comes with every environment."""
@@ -87,6 +90,7 @@ class Machine:
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_INDEX_URL": f"{self.url}/pip",
+            "PIP_NO_COMPILE": "1",  # whoever imports a file does
             "TORCH_CPU_INDEX": f"{self.url}/cpu",
         }
         command = [str(self.tree / "deploy" / "install"), str(self.bin / "python"), str(self.venv), extras]
@@ -98,10 +102,14 @@ class Machine:
         packages = [str(path) for path in self.venv.glob("lib/python*/site-packages")]
         return [each for each in distributions(path=packages) if each.name not in ("pip", "setuptools")]
 
-    def leave(self) -> None:
-        """The environment is the next one's."""
+    def close(self) -> None:
+        """No more is installed."""
         self.server.shutdown()
         self.server.server_close()
+
+    def leave(self) -> None:
+        """The environment is the next one's."""
+        self.close()
         for each in self.installed():
             for folder in {file.parts[0] for file in each.files or ()}:
                 shutil.rmtree(str(each.locate_file(folder)))

@@ -1,9 +1,8 @@
 """The gateway and the router run without torch: shown where there is nothing but what their extras bring.
 
-Each service runs in an environment of links to what is installed here, chosen as pip chooses: by what each distribution
-says it requires. That pip does choose so is seen once, where `deploy/install` installs both extras from an index of
-distributions that say the same and hold nothing: the real ones would say nothing more for five times as much computing,
-and are what `make` has installed here.
+`deploy/install` installs both extras, from an index of all that is installed here: what these bring with its files, the
+rest without. Either service runs there; and each by itself in an environment of links to the same files, chosen by what
+each distribution says it requires.
 """
 
 import asyncio
@@ -29,12 +28,38 @@ DEADLINE_S = 60.0
 HEALTH_TIMEOUT_MS = 10_000
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """What `deploy/install` makes of both extras."""
+    own, root = distribution("forebay"), tmp_path_factory.mktemp("both")
+    extras = own.metadata.get_all("Provides-Extra") or []
+    machine = Machine(root, root / "venv", wheels.metadata("forebay", "1", own.requires or (), extras))
+    wanted = names([*brought("forebay", "gateway"), *brought("forebay", "router")])
+    for each in distributions():
+        files = linked.files(each) if canonicalize_name(each.name) in wanted else {}
+        machine.offers("pip", each.name, each.version, *(each.requires or ()), files=files)
+    assert not machine.venv.exists()
+    machine.install("gateway,router")
+    machine.close()
+    return machine
+
+
 @pytest.fixture(scope="module", params=["router", "gateway"])
-def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A service and the Python of an environment that has only its extra."""
-    environment = tmp_path_factory.mktemp(request.param) / "venv"
-    linked.make(environment, brought("forebay", request.param))
-    return request.param, environment / "bin" / "python"
+def role(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(scope="module", params=["its own extra", "both extras, installed"])
+def python(
+    role: str, request: pytest.FixtureRequest, installed: Machine, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """That of an environment which has only what a service's extra brings, or both."""
+    environment = installed.venv
+    if request.param == "its own extra":
+        environment = tmp_path_factory.mktemp(role) / "venv"
+        linked.make(environment, brought("forebay", role))
+    return environment / "bin" / "python"
 
 
 def brought(name: str, extra: str) -> Iterator[Distribution]:
@@ -54,31 +79,22 @@ def brought(name: str, extra: str) -> Iterator[Distribution]:
                 waiting += [(canonicalize_name(required.name), more) for more in ("", *required.extras)]
 
 
-def test_what_is_installed_is_what_is_linked_and_no_torch(tmp_path: Path) -> None:
-    own = distribution("forebay")
-    extras = own.metadata.get_all("Provides-Extra") or []
-    machine = Machine(tmp_path, tmp_path / "venv", wheels.metadata("forebay", "1", own.requires or (), extras))
-    for each in distributions():
-        machine.offers("pip", each.name, each.version, *(each.requires or ()))
-    assert not machine.venv.exists()
-    installed = machine.install("gateway,router").keys()
-    machine.leave()
-    assert installed == names(brought("forebay", "gateway")) | names(brought("forebay", "router"))
-    assert not installed & {"torch", "nixl-cu13", "safetensors"}
+def test_what_is_installed_is_what_is_linked_and_no_torch(installed: Machine) -> None:
+    found = {canonicalize_name(each.name) for each in installed.installed()}
+    assert found == names(brought("forebay", "gateway")) | names(brought("forebay", "router"))
+    assert not found & {"torch", "nixl-cu13", "safetensors"}
 
 
 def names(found: Iterable[Distribution]) -> set[str]:
     return {canonicalize_name(each.name) for each in found}
 
 
-def test_the_environment_of_a_service_holds_no_torch(service: tuple[str, Path]) -> None:
-    _, python = service
+def test_the_environment_of_a_service_holds_no_torch(python: Path) -> None:
     code = "import importlib.util as u, sys; sys.exit(any(map(u.find_spec, ['torch', 'nixl_cu13', 'safetensors'])))"
     assert subprocess.run([python, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-async def test_a_service_serves_and_drains_with_its_own_extra_alone(service: tuple[str, Path], valkey_url: str) -> None:
-    role, python = service
+async def test_a_service_serves_and_drains_there(role: str, python: Path, valkey_url: str) -> None:
     command = [str(python), "-m", f"services.{role}", "--redis-url", valkey_url, "--name", "alone"]
     environment = {**os.environ, "FOREBAY_HTTP_PORT": "0"}
     process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)

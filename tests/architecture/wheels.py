@@ -1,9 +1,9 @@
-"""Wheels that hold nothing but what they say of themselves, and a build backend (PEP 517) that makes one of the file
-METADATA beside it."""
+"""Wheels made here, of files if they are to have any, and a build backend (PEP 517) that makes one of the file METADATA
+beside it."""
 
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from email.parser import HeaderParser
 from pathlib import Path
 
@@ -17,13 +17,15 @@ def metadata(name: str, version: str, requires: Iterable[str] = (), extras: Iter
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, said: str) -> str:
-    """Put the wheel of a METADATA into a folder; returns its name."""
+def write(folder: Path, said: str, files: Mapping[str, Path] | None = None) -> str:
+    """Put the wheel of a METADATA into a folder, with files by their places; returns its name."""
     fields = HeaderParser().parsestr(said)
     stem = re.sub("[-_.]+", "_", fields["Name"]) + "-" + fields["Version"]
     with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
         for file, text in (("METADATA", said), ("WHEEL", ABOUT), ("RECORD", "")):
             wheel.writestr(f"{stem}.dist-info/{file}", text)
+        for place, path in (files or {}).items():
+            wheel.write(path, place)
     return f"{stem}-py3-none-any.whl"
 
 
