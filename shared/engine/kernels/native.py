@@ -1,6 +1,7 @@
 """The C side of the CPU kernels: structures as native/*.cpp declare them, and weights as they want them."""
 
 import ctypes
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -117,6 +118,21 @@ def interleave(gate_up: torch.Tensor) -> torch.Tensor:
     filled = torch.cat((halves, halves.new_zeros(2, num_fill, *gate_up.shape[1:])), dim=1)
     grouped = filled.view(2, -1, HALF, *gate_up.shape[1:]).transpose(0, 1)
     return grouped.reshape(-1, *gate_up.shape[1:])
+
+
+class Team:
+    """Threads that compute, one caller's at a time, and memory for what is between; it grows and is kept."""
+
+    def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
+        self.handle = library.forebay_team_create(num_threads)
+        weakref.finalize(self, library.forebay_team_destroy, self.handle)
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+
+    def workspace(self, num_bytes: int) -> int:
+        """The address of at least so many bytes."""
+        if len(self._workspace) < num_bytes:
+            self._workspace = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._workspace.data_ptr()
 
 
 class Arena:

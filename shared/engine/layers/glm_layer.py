@@ -14,21 +14,8 @@ from shared.engine.layers.moe import Mlp, Moe
 from shared.engine.models.glm_weights import GlmWeights, MlpWeights
 from shared.engine.parallel.group import Group
 
-
-class Layer(Protocol):
-    """Attention and MLP, each behind a norm and beside a residual."""
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        turns: torch.Tensor,
-        step: Placed,
-        latents: Rows,
-        index_keys: Rows | None,
-        selection: Selection,
-    ) -> tuple[torch.Tensor, Selection]:
-        """x [T, hidden] -> [T, hidden], and the selection, for layers that share it; what is not x as in
-        LatentAttention."""
+# As GlmLayer: (x, turns, step, latents, index_keys, selection) -> (x, selection).
+Layer = Callable[[torch.Tensor, torch.Tensor, Placed, Rows, Rows | None, Selection], tuple[torch.Tensor, Selection]]
 
 
 class Parts(Protocol):
@@ -42,8 +29,8 @@ class Parts(Protocol):
 
 
 class GlmLayer:
-    """A layer in torch. With `fp4` routed experts multiply in FP4, if they are stored for it. `select` is the kernel of
-    its indexer, if it has one."""
+    """x [T, hidden] -> [T, hidden]: attention and MLP, each behind a norm and beside a residual; in torch. With `fp4`
+    routed experts multiply in FP4, if they are stored for it. `select` is the kernel of its indexer, if it has one."""
 
     def __init__(self, weights: GlmWeights, layer: int, group: Group, select: Select, *, fp4: bool = False) -> None:
         config = weights.config
@@ -62,7 +49,7 @@ class GlmLayer:
         index_keys: Rows | None,
         selection: Selection,
     ) -> tuple[torch.Tensor, Selection]:
-        """As of Layer."""
+        """What is not x as in LatentAttention."""
         normed = reference.rms_norm(x, self.input_norm, self.eps)
         attended, selection = self.attention(normed, turns, step, latents, index_keys, selection)
         x = x + attended

@@ -5,7 +5,6 @@ chunked, batched or cached.
 """
 
 import ctypes
-import weakref
 
 import torch
 from tqdm import tqdm
@@ -38,8 +37,7 @@ class NativeDecoder:
 
     def __init__(self, library: ctypes.CDLL, config: DenseConfig, weights: DenseWeights, num_threads: int) -> None:
         self._library = library
-        self._team = self._library.forebay_team_create(num_threads)
-        weakref.finalize(self, self._library.forebay_team_destroy, self._team)
+        self._team = native.Team(library, num_threads)
         self._vocab_size = config.vocab_size
         self._frequencies = rope.inverse_frequencies(config)
         self._arena = native.Arena()
@@ -55,7 +53,6 @@ class NativeDecoder:
             self._arena.linear(weights.head()),
             self._arena.address(embedding),
         )
-        self._workspace = torch.empty(0, dtype=torch.uint8)
 
     def _layer(self, weights: LayerWeights) -> native.Layer:
         arena, bias = self._arena, weights.gate_up_bias
@@ -84,12 +81,10 @@ class NativeDecoder:
             *(kv.stride(0) * kv.itemsize, kv.shape[4], *kv.stride()[1:4]),
             *(logits.data_ptr(), self._workspace_for(batch.num_tokens)),
         )
-        self._library.forebay_forward(ctypes.byref(self._model), self._team, self._is_bf16, ctypes.byref(step))
+        self._library.forebay_forward(ctypes.byref(self._model), self._team.handle, self._is_bf16, ctypes.byref(step))
         return logits[:, : self._vocab_size]
 
     def _workspace_for(self, num_tokens: int) -> int:
-        """The address of enough memory for a step; it grows and is kept."""
-        size = self._library.forebay_workspace_bytes(ctypes.byref(self._model), self._team, self._is_bf16, num_tokens)
-        if len(self._workspace) < size:
-            self._workspace = torch.empty(size, dtype=torch.uint8)
-        return self._workspace.data_ptr()
+        """The address of enough memory for a step."""
+        which = ctypes.byref(self._model), self._team.handle, self._is_bf16
+        return self._team.workspace(self._library.forebay_workspace_bytes(*which, num_tokens))

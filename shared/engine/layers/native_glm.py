@@ -5,7 +5,6 @@ chunked, batched or cached.
 """
 
 import ctypes
-import weakref
 
 import torch
 
@@ -43,9 +42,7 @@ class NativeParts:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, num_threads: int) -> None:
         native_glm.declare(library)
         self._library, self._is_bf16 = library, int(dtype == torch.bfloat16)
-        self._team = library.forebay_team_create(num_threads)
-        weakref.finalize(self, library.forebay_team_destroy, self._team)
-        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._team = native.Team(library, num_threads)
         self._placed: Placed | None = None
         self._step, self._kept = native_glm.GlmStep(), list[torch.Tensor]()
 
@@ -60,8 +57,7 @@ class NativeParts:
     def step(self, turns: torch.Tensor, placed: Placed, top_k: int) -> native_glm.GlmStep:
         """What is the same in all layers of a step, made by the first one."""
         if placed is not self._placed:
-            bounds = zip(placed.starts, placed.starts[1:], placed.contexts, strict=False)
-            parts = [(start, end) for start, end, context in bounds if context > top_k]
+            parts = native_indexer.longer(placed, top_k)
             pages, offsets = placed.own
             places = (placed.positions, placed.first_pages, placed.page_ids, pages, offsets, torch.tensor(parts))
             self._kept = [each.contiguous() for each in (*places, turns)]
@@ -75,17 +71,15 @@ class NativeParts:
         step, x, out = self._step, x.contiguous(), torch.empty_like(x)
         step.x, step.out = x.data_ptr(), out.data_ptr()
         which = ctypes.byref(layer), ctypes.byref(step)
-        size = self._library.forebay_glm_workspace_bytes(*which, self._team, self._is_bf16)
-        if len(self._workspace) < size:
-            self._workspace = torch.empty(size, dtype=torch.uint8)
-        step.workspace = self._workspace.data_ptr()
-        self._library.forebay_glm_layer(*which, self._team, self._is_bf16, parts)
+        team = self._team.handle
+        step.workspace = self._team.workspace(self._library.forebay_glm_workspace_bytes(*which, team, self._is_bf16))
+        self._library.forebay_glm_layer(*which, team, self._is_bf16, parts)
         return out
 
     def multiply(self, x: torch.Tensor, weight: native.Linear) -> torch.Tensor:
         """x [T, K] with a packed matrix: float32 [T, N or more]."""
         x, out = x.contiguous(), torch.empty(len(x), weight.num_panels * native.PANEL)
-        where = self._team, self._is_bf16, x.data_ptr(), len(x), out.data_ptr()
+        where = self._team.handle, self._is_bf16, x.data_ptr(), len(x), out.data_ptr()
         self._library.forebay_product(ctypes.byref(weight), *where)
         return out
 

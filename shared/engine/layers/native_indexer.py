@@ -5,7 +5,6 @@ chunked, batched or cached.
 """
 
 import ctypes
-import weakref
 
 import torch
 
@@ -19,15 +18,13 @@ class Chooser:
 
     def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
         self._library = library
-        self._team = self._library.forebay_team_create(num_threads)
-        weakref.finalize(self, self._library.forebay_team_destroy, self._team)
-        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._team = native.Team(library, num_threads)
 
     def __call__(self, q: torch.Tensor, head_weights: torch.Tensor, keys: Rows, step: Placed, top_k: int) -> Selection:
         """As `sparse_reference.select`; `keys` are one of `quantization.rows`."""
         width = min(top_k, max(step.contexts))
         chosen = (step.positions[:, None] - torch.arange(width - 1, -1, -1)).clamp_min_(-1)
-        parts = [part for part, context in zip(_parts(step), step.contexts, strict=True) if context > top_k]
+        parts = longer(step, top_k)
         if not parts:
             return chosen
         where = placed(keys)
@@ -39,21 +36,16 @@ class Chooser:
         sizes = (len(q), len(parts), q.shape[1], width, q.dtype == torch.bfloat16)
         addresses = (tensor.data_ptr() for tensor in tensors)
         native_step = native.IndexStep(*sizes, *addresses, where, chosen.data_ptr())
-        native_step.workspace = self._workspace_for(native_step)
-        self._library.forebay_index_choose(ctypes.byref(native_step), self._team)
+        which = ctypes.byref(native_step), self._team.handle
+        native_step.workspace = self._team.workspace(self._library.forebay_index_workspace_bytes(*which))
+        self._library.forebay_index_choose(*which)
         return chosen
 
-    def _workspace_for(self, step: native.IndexStep) -> int:
-        """The address of enough memory for a step; it grows and is kept."""
-        size = self._library.forebay_index_workspace_bytes(ctypes.byref(step), self._team)
-        if len(self._workspace) < size:
-            self._workspace = torch.empty(size, dtype=torch.uint8)
-        return self._workspace.data_ptr()
 
-
-def _parts(step: Placed) -> list[tuple[int, int]]:
-    """Each sequence's first row, and the one behind its last."""
-    return list(zip(step.starts, step.starts[1:], strict=False))
+def longer(step: Placed, top_k: int) -> list[tuple[int, int]]:
+    """Of each sequence with more than `top_k` tokens the first row, and the one behind its last."""
+    bounds = zip(step.starts, step.starts[1:], step.contexts, strict=False)
+    return [(start, end) for start, end, context in bounds if context > top_k]
 
 
 def placed(keys: Rows) -> native.IndexKeys:

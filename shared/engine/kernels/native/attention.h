@@ -134,11 +134,35 @@ inline void find_span(const Pages& pages, const int32_t* page_ids, long head, lo
     }
 }
 
+// Rows of queries meet the span that is packed in s.keys and s.values: `visible(row)` of its tokens at most. What they
+// gather goes to s.attended, whose rows are `stride` long.
+template <class T, class S, class Visible>
+inline void attend_span(const uint32_t* q, int num_queries, long num_words, long value_dim, long stride, float scale,
+                        Visible visible, S& s) {
+    const long span_words = SPAN / PER_WORD<T>;
+    for (int row = 0; row < num_queries; row += TILE_ROWS) {
+        const int rows = num_queries - row < TILE_ROWS ? num_queries - row : TILE_ROWS;
+        tile_of<T, 1>(rows, q + row * num_words, num_words, s.keys, num_words, s.scores);
+        float factors[TILE_ROWS];
+        for (int r = 0; r < rows; r++)
+            factors[r] = soften(s.scores + r * SPAN, scale, visible(row + r), s.maxima[row + r], s.totals[row + r],
+                                s.chances + r * SPAN);
+        for (long d = 0; d < value_dim; d += PANEL) {
+            tile_of<T, 1>(rows, (const uint32_t*)s.chances, span_words, s.values + d * span_words, span_words, s.product);
+            for (int r = 0; r < rows; r++)
+                for (int c = 0; c < PANEL; c += LANES) {
+                    float* sum = s.attended + (row + r) * stride + d + c;
+                    store(sum, load<f32x16>(sum) * factors[r] + load<f32x16>(s.product + r * PANEL + c));
+                }
+        }
+    }
+}
+
 // Attention of `num_queries` rows (words of T, head_dim each, `q_rows` their places) at `positions`, into s.attended.
 template <class T>
 inline void attend(const uint32_t* q, const int32_t* positions, int num_queries, long context, const int32_t* page_ids,
                    const Pages& pages, long head, Scratch<T>& s) {
-    const long head_dim = pages.head_dim, num_words = head_dim / PER_WORD<T>, span_words = SPAN / PER_WORD<T>;
+    const long head_dim = pages.head_dim, num_words = head_dim / PER_WORD<T>;
     const float scale = 1.0f / sqrtf((float)head_dim);
     const long end = positions[num_queries - 1] + 1;
     memset(s.attended, 0, sizeof(float) * num_queries * MAX_HEAD_DIM);
@@ -148,23 +172,8 @@ inline void attend(const uint32_t* q, const int32_t* positions, int num_queries,
         find_span(pages, page_ids, head, start, context, s.zeros, keys, values);
         pack_keys(keys, head_dim, s.keys);
         pack_values(values, head_dim, s.values);
-        for (int row = 0; row < num_queries; row += TILE_ROWS) {
-            const int rows = num_queries - row < TILE_ROWS ? num_queries - row : TILE_ROWS;
-            tile_of<T, 1>(rows, q + row * num_words, num_words, s.keys, num_words, s.scores);
-            float factors[TILE_ROWS];
-            for (int r = 0; r < rows; r++)
-                factors[r] = soften(s.scores + r * SPAN, scale, positions[row + r] + 1 - start, s.maxima[row + r],
-                                    s.totals[row + r], s.chances + r * SPAN);
-            for (long d = 0; d < head_dim; d += PANEL) {
-                tile_of<T, 1>(rows, (const uint32_t*)s.chances, span_words, s.values + d * span_words, span_words,
-                              s.product);
-                for (int r = 0; r < rows; r++)
-                    for (int c = 0; c < PANEL; c += LANES) {
-                        float* sum = s.attended + (row + r) * MAX_HEAD_DIM + d + c;
-                        store(sum, load<f32x16>(sum) * factors[r] + load<f32x16>(s.product + r * PANEL + c));
-                    }
-            }
-        }
+        const auto visible = [&](int row) { return positions[row] + 1 - start; };
+        attend_span<T>(q, num_queries, num_words, head_dim, MAX_HEAD_DIM, scale, visible, s);
     }
 }
 

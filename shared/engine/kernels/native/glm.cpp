@@ -136,11 +136,13 @@ template <class T> struct GlmWorker : Member<T> {
         if (parts & MLP) m.mixes() ? mixture(middle) : dense(middle);
     }
 
-    void norm(const T* x, const float* weight) {
+    // Rows of T, and if there is room for them the same as floats.
+    void norm(const T* x, const float* weight, float* wide = nullptr) {
         each(s.num_tokens, [&](long t) {
             float row[m.hidden];
             convert(x + t * m.hidden, m.hidden, row);
             rms_norm(row, weight, m.hidden, m.eps, b.normed + t * m.hidden);
+            if (wide) convert(b.normed + t * m.hidden, m.hidden, wide + t * m.hidden);
         });
     }
 
@@ -249,8 +251,7 @@ template <class T> struct GlmWorker : Member<T> {
     void mixture(const T* x) {
         const long experts = m.routing.num_experts, chosen = m.routing.num_chosen, stride = m.router.num_panels * PANEL;
         const Dispatch& d = b.dispatch;
-        norm(x, m.post_norm);
-        each(s.num_tokens, [&](long t) { convert(b.normed + t * m.hidden, m.hidden, b.wide + t * m.hidden); });
+        norm(x, m.post_norm, b.wide);
         project(b.wide, m.hidden, s.num_tokens, m.router, b.logits, stride);
         each(s.num_tokens, [&](long t) {
             route(m.routing, b.logits + t * stride, b.routing + t * 2 * experts, b.taken + t * experts,

@@ -50,7 +50,7 @@ template <class T> struct LatentScratch {
 template <class T>
 inline void attend_chosen(const uint32_t* q, int num_queries, const int64_t* chosen, long num, const int64_t* page_ids,
                           const PagedRows& latents, float scale, LatentScratch<T>& s, T* out) {
-    const long num_words = s.dim / PER_WORD<T>, span_words = SPAN / PER_WORD<T>, width = panels_of(s.value_dim);
+    const long num_words = s.dim / PER_WORD<T>, width = panels_of(s.value_dim);
     memset(s.attended, 0, sizeof(float) * num_queries * width);
     for (int i = 0; i < num_queries; i++) s.maxima[i] = -INFINITY, s.totals[i] = 0;
     for (long start = 0; start < num; start += SPAN) {
@@ -59,23 +59,7 @@ inline void attend_chosen(const uint32_t* q, int num_queries, const int64_t* cho
             rows[i] = start + i < num ? latents.find<T>(page_ids, chosen[start + i]) : s.zeros;
         pack_keys(rows, s.dim, s.keys);
         pack_values(rows, s.value_dim, s.values);
-        for (int row = 0; row < num_queries; row += TILE_ROWS) {
-            const int count = num_queries - row < TILE_ROWS ? num_queries - row : TILE_ROWS;
-            tile_of<T, 1>(count, q + row * num_words, num_words, s.keys, num_words, s.scores);
-            float factors[TILE_ROWS];
-            for (int r = 0; r < count; r++)
-                factors[r] = soften(s.scores + r * SPAN, scale, num - start, s.maxima[row + r], s.totals[row + r],
-                                    s.chances + r * SPAN);
-            for (long d = 0; d < width; d += PANEL) {
-                tile_of<T, 1>(count, (const uint32_t*)s.chances, span_words, s.values + d * span_words, span_words,
-                              s.product);
-                for (int r = 0; r < count; r++)
-                    for (int c = 0; c < PANEL; c += LANES) {
-                        float* sum = s.attended + (row + r) * width + d + c;
-                        store(sum, load<f32x16>(sum) * factors[r] + load<f32x16>(s.product + r * PANEL + c));
-                    }
-            }
-        }
+        attend_span<T>(q, num_queries, num_words, width, width, scale, [&](int) { return num - start; }, s);
     }
     for (int i = 0; i < num_queries; i++) {
         const f32x16 factor = splat(1.0f / s.totals[i]);

@@ -37,7 +37,7 @@ inline void keep_best_groups(const Routing& r, float* choice, float* sums, bool*
 }
 
 // The experts of one token in rising order, and their weights, from `logits` [experts], which are overwritten.
-// `room` holds as many floats, and `taken` as many flags.
+// `room` holds twice as many floats, and `taken` as many flags.
 inline void route(const Routing& r, float* logits, float* room, bool* taken, int32_t* experts, float* weights) {
     float *scores = logits, *choice = room;
     for (long e = 0; e < r.num_experts; e++) {
